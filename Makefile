@@ -1,0 +1,34 @@
+# make gate    the main job: judge the shipped kernels (uses a CUDA GPU where there is one)
+# make test    the whole test suite
+# make check   ruff, mypy, pre-commit
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: gate test check clean
+
+gate: .venv/gate.stamp
+	$(BIN)/mxref gate
+
+test: .venv/test.stamp
+	$(BIN)/pytest -n auto --dist worksteal
+
+check: .venv/check.stamp
+	$(BIN)/pre-commit run --all-files
+
+# Each stamp adds its extras to one environment, pinned by constraints.txt.
+.venv/gate.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/check.stamp: .venv/test.stamp
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info gate-report

@@ -1,0 +1,29 @@
+"""mxref: the golden model of MXFP4 ScatterMoE-LoRA.
+
+The data's way: packed weights (`weights`), routing (`routing`), one call's operands (`problem`), the layer
+(`scattermoe`, and `autograd` for callers), whole blocks (`blocks`). Production kernels live in `mxref.kernels`, the
+gate that judges them in `mxref.verification`.
+"""
+
+from mxref.autograd import ScatterMoELoRA, parallel_linear_lora
+from mxref.formats import MX_BLOCK_SIZE, fp4_codebook
+from mxref.problem import Problem
+from mxref.routing import flatten_sort_count, get_active_experts, remap_expert_indices
+from mxref.scattermoe import RoundingPoints
+from mxref.weights import MXLayout, MXWeights, decode_mxfp4, encode_mxfp4
+
+__all__ = [
+    "MX_BLOCK_SIZE",
+    "MXLayout",
+    "MXWeights",
+    "Problem",
+    "RoundingPoints",
+    "ScatterMoELoRA",
+    "decode_mxfp4",
+    "encode_mxfp4",
+    "flatten_sort_count",
+    "fp4_codebook",
+    "get_active_experts",
+    "parallel_linear_lora",
+    "remap_expert_indices",
+]

@@ -1,0 +1,181 @@
+"""The golden layer for callers: `ScatterMoELoRA` and `parallel_linear_lora`, signatures as in `mxref.kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxref import scattermoe
+from mxref.problem import Problem
+from mxref.scattermoe import Rounded, RoundingPoints
+
+__all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
+
+
+class ScatterMoELoRA(torch.autograd.Function):
+    """The golden forward and its hand-written backward as one autograd function; see `parallel_linear_lora`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        expert_weights: Any,
+        k: int,
+        sorted_expert_idxs: Tensor,
+        sorted_scattered_idxs: Tensor,
+        expert_offsets: Tensor,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        expert_biases: Tensor | None,
+        gates: Tensor | None,
+        grouped_in: bool,
+        grouped_out: bool,
+        use_fused_dX: bool = False,
+        use_fused_gather: bool = False,
+        mode: str = "contract",
+    ) -> Tensor:
+        """`use_fused_dX` and `use_fused_gather` choose kernels in production; here they change nothing."""
+        ctx.save_for_backward(x, lora_A, lora_B, expert_biases, gates)
+        ctx.routed_weights = (expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
+        ctx.options = (scaling, grouped_in, grouped_out)
+        ctx.points = RoundingPoints.exact() if mode == "exact" else RoundingPoints.contract(x.dtype)
+        problem = _problem(ctx, x, lora_A, lora_B, expert_biases, gates)
+        out = scattermoe.forward(problem, ctx.points).out.value
+        return out if mode == "exact" else out.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, lora_A, lora_B, expert_biases and gates, each in its parameter's dtype."""
+        problem = _problem(ctx, *ctx.saved_tensors)
+        fwd = scattermoe.forward(problem, ctx.points)
+        grads = scattermoe.backward(problem, fwd, grad_out, ctx.points)
+
+        def grad(point: Rounded | None, parameter: Tensor | None) -> Tensor | None:
+            return None if point is None or parameter is None else point.value.to(parameter.dtype)
+
+        return (
+            grad(grads.dx, problem.inputs),
+            *(None,) * 5,
+            grad(grads.dA, problem.lora_A),
+            grad(grads.dB, problem.lora_B),
+            None,
+            grad(grads.dbias, problem.expert_biases),
+            grad(grads.dgates, problem.gates),
+            *(None,) * 5,
+        )
+
+
+def _problem(
+    ctx: Any, x: Tensor, A: Tensor | None, B: Tensor | None, biases: Tensor | None, gates: Tensor | None
+) -> Problem:
+    weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets = ctx.routed_weights
+    scaling, grouped_in, grouped_out = ctx.options
+    return Problem(
+        x,
+        weights,
+        k,
+        sorted_expert_idxs,
+        sorted_scattered_idxs,
+        expert_offsets,
+        A,
+        B,
+        scaling,
+        biases,
+        gates,
+        grouped_in,
+        grouped_out,
+    )
+
+
+def parallel_linear_lora(
+    inputs: Tensor,
+    expert_weights: Any,
+    k: int,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    expert_biases: Tensor | None = None,
+    gates: Tensor | None = None,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+    use_fused_dX: bool = False,
+    use_fused_gather: bool = False,
+    *,
+    mode: str = "contract",
+    validate: bool = True,
+) -> Tensor:
+    """Golden ScatterMoE-LoRA linear layer: per routed row x·W_e + s·(x·A_eᵀ)·B_eᵀ + bias_e, differentiable.
+
+    Shapes and dtypes are those of `Problem`. The gradient reaches inputs, lora_A, lora_B, expert_biases and gates; the
+    base weights are frozen.
+
+    Args:
+        inputs: x, [M, K] or, with `grouped_in`, [P, K]; see `Problem` for it and the operands that follow.
+        expert_weights: `MXWeights`, or dense [E, K, N] in the activation dtype.
+        k: routed rows fed by each input row.
+        sorted_expert_idxs: [P], from `flatten_sort_count`, as the next two.
+        sorted_scattered_idxs: [P].
+        expert_offsets: [E].
+        lora_A: [E·r, K].
+        lora_B: [N, E·r].
+        scaling: s.
+        expert_biases: [E, N].
+        gates: [T, g], T·g = P.
+        grouped_in: inputs are in expert order (k = 1).
+        grouped_out: leave the output in expert order.
+        use_fused_dX: chooses kernels in production; no effect on values.
+        use_fused_gather: as `use_fused_dX`.
+        mode: "contract" rounds at every rounding point and returns the activation dtype; "exact" rounds nowhere and
+            returns fp64.
+        validate: also check the index tensors' values.
+
+    Returns:
+        [P, N] by position, or in expert order with `grouped_out`; [T, N] with gates.
+
+    Raises:
+        TypeError: an operand has a wrong type or dtype.
+        ValueError: an operand has a wrong shape, device or value, or `mode` is unknown.
+    """
+    if mode not in ("contract", "exact"):
+        raise ValueError(f"mode is {mode!r}; expected 'contract' or 'exact'")
+    Problem(
+        inputs,
+        expert_weights,
+        k,
+        sorted_expert_idxs,
+        sorted_scattered_idxs,
+        expert_offsets,
+        lora_A,
+        lora_B,
+        scaling,
+        expert_biases,
+        gates,
+        grouped_in,
+        grouped_out,
+    ).validate(check_values=validate)
+    out: Tensor = ScatterMoELoRA.apply(  # type: ignore[no-untyped-call]
+        inputs,
+        expert_weights,
+        k,
+        sorted_expert_idxs,
+        sorted_scattered_idxs,
+        expert_offsets,
+        lora_A,
+        lora_B,
+        scaling,
+        expert_biases,
+        gates,
+        grouped_in,
+        grouped_out,
+        use_fused_dX,
+        use_fused_gather,
+        mode,
+    )
+    return out

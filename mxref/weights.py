@@ -1,0 +1,201 @@
+"""MXWeights: an expert stack's packed MXFP4 weights, validated once, read by the golden model and the kernels alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from mxref.formats import MX_BLOCK_SIZE, decode_blocks, encode_blocks, pack_codes, unpack_codes
+
+__all__ = ["MXLayout", "MXWeights", "decode_mxfp4", "encode_mxfp4"]
+
+_ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class MXLayout(IntEnum):
+    """How codes and scales are arranged in memory; every layout is a bit-exact permutation of FWD.
+
+    FWD: `packed` [E, N, K/2] and `scales` [E, N, K/32], K contiguous, even k in the low nibble.
+    """
+
+    FWD = 0
+
+
+@dataclass(frozen=True, eq=False)
+class MXWeights:
+    """E expert matrices in MXFP4. Expert e's logical matrix is [K, N]; blocks of 32 run along K.
+
+    Attributes:
+        packed: uint8 [E, N, K/2], two E2M1 codes a byte; [N, K/2] is taken as one expert.
+        scales: uint8 or torch.float8_e8m0fnu [E, N, K/32], E8M0 bytes in plain row order, stored as uint8.
+        K: contraction size, a multiple of 32.
+        N: output size.
+        layout: the memory arrangement, see `MXLayout`.
+        block_size: 32, the only block size of MXFP4.
+        num_experts: E; taken from `packed` when None.
+        orig_dtype: the floating-point type that the weights were quantised from (information only).
+
+    Raises:
+        TypeError: a buffer has a dtype other than the above.
+        ValueError: a buffer's shape does not fit K, N, E and the block size, buffers lie on different devices, or the
+            scales are swizzled (padded and tiled for a hardware scaled matrix product).
+    """
+
+    packed: Tensor
+    scales: Tensor
+    K: int
+    N: int
+    layout: MXLayout = MXLayout.FWD
+    block_size: int = MX_BLOCK_SIZE
+    num_experts: int | None = None
+    orig_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", _known_layout(self.layout))
+        _check_sizes(self.K, self.N, self.block_size, self.orig_dtype)
+        packed, scales = _byte_buffers(self.packed, self.scales)
+        E = packed.shape[0] if self.num_experts is None else self.num_experts
+        _check_shape("packed", packed, (E, self.N, self.K // 2), "[E, N, K/2]")
+        if scales.numel() != E * self.N * (self.K // MX_BLOCK_SIZE) and _looks_swizzled(scales, E, self.K, self.N):
+            raise ValueError(
+                f"scales has shape {tuple(scales.shape)}, the size of swizzled (128x4-tiled, padded) scales; MXWeights "
+                f"needs plain row order [E, N, K/32] = {(E, self.N, self.K // MX_BLOCK_SIZE)}: undo the swizzle first"
+            )
+        _check_shape("scales", scales, (E, self.N, self.K // MX_BLOCK_SIZE), "[E, N, K/32]")
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "num_experts", E)
+
+    @property
+    def E(self) -> int:
+        """Number of experts."""
+        return int(self.packed.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where both buffers lie."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together: 17/32 byte an element."""
+        return self.packed.numel() + self.scales.numel()
+
+    def codes(self) -> Tensor:
+        """The E2M1 codes, one a byte: uint8 [E, N, K]."""
+        return unpack_codes(self.packed)
+
+    def select(self, experts: Tensor) -> MXWeights:
+        """The given experts' weights, in the given order, as a copy.
+
+        Args:
+            experts: integer [a], ids in 0..E−1.
+
+        Raises:
+            ValueError: `experts` is not one-dimensional or, on CPU, an id is out of range.
+        """
+        if experts.ndim != 1:
+            raise ValueError(f"experts has shape {tuple(experts.shape)}; expected [a], a list of expert ids")
+        ids = experts.to(self.device, torch.int64)
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.E:
+            raise ValueError(f"experts holds ids {int(ids.min())}..{int(ids.max())}; this stack has 0..{self.E - 1}")
+        return replace(self, packed=self.packed[ids], scales=self.scales[ids], num_experts=ids.numel())
+
+    def to(self, device: torch.device | str) -> MXWeights:
+        """The same weights on another device."""
+        return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
+
+    @classmethod
+    def from_gpt_oss(cls, blocks: Tensor, scales: Tensor) -> MXWeights:
+        """From a gpt-oss checkpoint's pair: `*_blocks` uint8 [E, N, K/32, 16] and `*_scales` uint8 [E, N, K/32].
+
+        Raises:
+            TypeError: a tensor is not uint8.
+            ValueError: the shapes are not of this form or do not fit each other.
+        """
+        if blocks.ndim != 4 or blocks.shape[-1] != MX_BLOCK_SIZE // 2:
+            raise ValueError(f"blocks has shape {tuple(blocks.shape)}; expected [E, N, K/32, {MX_BLOCK_SIZE // 2}]")
+        E, N, blocks_per_row, _ = blocks.shape
+        return cls(blocks.flatten(-2), scales, blocks_per_row * MX_BLOCK_SIZE, N, num_experts=E)
+
+    def to_gpt_oss(self) -> tuple[Tensor, Tensor]:
+        """The gpt-oss checkpoint's pair (`*_blocks` [E, N, K/32, 16], `*_scales` [E, N, K/32]), without a copy."""
+        return self.packed.view(self.E, self.N, self.K // MX_BLOCK_SIZE, MX_BLOCK_SIZE // 2), self.scales
+
+
+def decode_mxfp4(weights: MXWeights, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Decode every expert: [E, N, K] of `dtype` (fp64, fp32, bf16, fp16), one rounding, see `decode_blocks`."""
+    return decode_blocks(weights.codes(), weights.scales, dtype)
+
+
+def encode_mxfp4(w: Tensor, scale_mode: str = "floor") -> MXWeights:
+    """Quantise an expert stack, see `encode_blocks` for the four scale modes.
+
+    Args:
+        w: floating point [E, N, K], or [N, K] for one expert; K a multiple of 32.
+        scale_mode: floor, rceil, ceil or even.
+
+    Raises:
+        TypeError: `w` is not floating point.
+        ValueError: `w` has another rank, or K is no multiple of 32, or `scale_mode` is unknown.
+    """
+    if w.ndim not in (2, 3):
+        raise ValueError(f"w has shape {tuple(w.shape)}; expected [E, N, K] or [N, K]")
+    stack = w if w.ndim == 3 else w[None]
+    codes, scales = encode_blocks(stack, scale_mode)
+    known = w.dtype if w.dtype in _ACTIVATION_DTYPES else torch.bfloat16
+    return MXWeights(pack_codes(codes), scales, stack.shape[2], stack.shape[1], orig_dtype=known)
+
+
+def _known_layout(layout: MXLayout | int) -> MXLayout:
+    try:
+        return MXLayout(layout)
+    except ValueError:
+        names = ", ".join(f"{member.name} = {member.value}" for member in MXLayout)
+        raise ValueError(f"layout is {layout!r}; expected one of {names}") from None
+
+
+def _check_sizes(K: int, N: int, block_size: int, orig_dtype: torch.dtype) -> None:
+    for name, size in (("K", K), ("N", N), ("block_size", block_size)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} is {size!r}; expected an integer")
+    if block_size != MX_BLOCK_SIZE:
+        raise ValueError(f"block_size is {block_size}; MXFP4 has blocks of {MX_BLOCK_SIZE} (16 would be NVFP4)")
+    if K < MX_BLOCK_SIZE or K % MX_BLOCK_SIZE:
+        raise ValueError(f"K is {K}; expected a positive multiple of the block size {MX_BLOCK_SIZE}")
+    if N < 1:
+        raise ValueError(f"N is {N}; expected at least 1")
+    if orig_dtype not in _ACTIVATION_DTYPES:
+        raise TypeError(f"orig_dtype is {orig_dtype}; expected a floating-point dtype: bf16, fp16, fp32 or fp64")
+
+
+def _byte_buffers(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Both buffers as contiguous uint8 with an expert axis; dtypes whose bytes mean something else are refused."""
+    if packed.dtype == getattr(torch, "float4_e2m1fn_x2", None):
+        packed = packed.view(torch.uint8)
+    if scales.dtype == getattr(torch, "float8_e8m0fnu", None):
+        scales = scales.view(torch.uint8)
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed is {packed.dtype}; expected torch.uint8, two E2M1 codes a byte")
+    if scales.dtype != torch.uint8:
+        raise TypeError(f"scales is {scales.dtype}; expected E8M0 bytes: torch.uint8 or torch.float8_e8m0fnu")
+    if packed.device != scales.device:
+        raise ValueError(f"packed lies on {packed.device} and scales on {scales.device}; expected one device")
+    if packed.ndim == 2 and scales.ndim == 2:
+        packed, scales = packed[None], scales[None]
+    return packed.contiguous(), scales.contiguous()
+
+
+def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {meaning} = {expected}")
+
+
+def _looks_swizzled(scales: Tensor, E: int, K: int, N: int) -> bool:
+    """Whether the size is that of scales padded to 128 rows × 4 blocks, per expert or over the whole stack."""
+    columns = -(-K // (4 * MX_BLOCK_SIZE)) * 4
+    rows_each, rows_all = -(-N // 128) * 128 * E, -(-E * N // 128) * 128
+    return scales.numel() in (rows_each * columns, rows_all * columns)
