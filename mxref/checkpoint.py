@@ -2,10 +2,11 @@
 
 A gpt-oss checkpoint stores each expert projection as a pair of uint8 tensors, `{name}_blocks` [E, N, K/32, 16] and
 `{name}_scales` [E, N, K/32], with an optional `{name}_bias` [E, N] beside it; `{name}` ends in `gate_up_proj` or
-`down_proj`. The blocks' bytes are `MXWeights.packed` already, so reading is a view: nothing is decoded, and no bf16 copy
-of a weight exists at any time. Source: the openai/gpt-oss model cards and transformers' `integrations/mxfp4.py`.
+`down_proj`. The blocks' bytes are `MXWeights.packed` already, so reading is a view: nothing is decoded, and no bf16
+copy of a weight exists at any time. Source: the openai/gpt-oss checkpoints and transformers' `integrations/mxfp4.py`.
 
-A `path` is a safetensors file, or a directory that holds one such file or `model.safetensors.index.json` with its shards.
+A `path` is a safetensors file, or a directory that holds one such file or `model.safetensors.index.json` with its
+shards.
 """
 
 from __future__ import annotations
@@ -52,16 +53,14 @@ def list_expert_tensors(path: str | Path) -> list[ExpertTensor]:
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: a file is empty, truncated, a pickle or otherwise not safetensors; a shard or a tensor that the index
-            names is missing; blocks lack their scales or scales their blocks; a tensor has another dtype or shape; the
-            checkpoint holds no MXFP4 expert tensors.
+        ValueError: a file is empty, truncated, a pickle or otherwise not safetensors; a shard or a tensor that the
+            index names is missing; blocks lack their scales or scales their blocks; a tensor has another dtype or
+            shape; the checkpoint holds no MXFP4 expert tensors.
     """
     return _list(_Files.of(Path(path)))
 
 
-def read_expert_weights(
-    path: str | Path, names: Iterable[str] | None = None
-) -> Iterator[tuple[str, MXWeights]]:
+def read_expert_weights(path: str | Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, MXWeights]]:
     """Expert weights by name, one projection in memory at a time.
 
     The checkpoint is checked in full when this function is called; tensors are read as the iterator advances.
@@ -209,7 +208,7 @@ def _from_index(index: Path) -> dict[str, Path]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shard_of = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{index} is not a safetensors index ({{"weight_map": {{tensor: shard}}}}): {error!r}') from None
+        raise ValueError(f"{index} is not a safetensors index, weight_map: {{tensor: shard}} ({error!r})") from None
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
             raise ValueError(f"{index} names the shard {shard!r}; expected the name of a file beside the index")

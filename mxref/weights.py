@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,49 @@ class MXWeights:
     def to_gpt_oss(self) -> tuple[Tensor, Tensor]:
         """The gpt-oss checkpoint's pair (`*_blocks` [E, N, K/32, 16], `*_scales` [E, N, K/32]), without a copy."""
         return self.packed.view(self.E, self.N, self.K // MX_BLOCK_SIZE, MX_BLOCK_SIZE // 2), self.scales
+
+    @classmethod
+    def from_torchao(cls, mx: Any) -> MXWeights:
+        """From a torchao `MXTensor` [E, N, K] or [N, K] with FP4 elements, sharing its buffers.
+
+        Raises:
+            TypeError: `mx` is no MXTensor, or its elements are not torch.float4_e2m1fn_x2.
+            ValueError: another block size, swizzled scales, a transposed tensor, or another rank.
+        """
+        needed = ("qdata", "scale", "elem_dtype", "block_size", "orig_dtype", "is_swizzled_scales")
+        if not all(hasattr(mx, attribute) for attribute in needed):
+            raise TypeError(f"mx is {type(mx).__name__}; expected a torchao MXTensor")
+        if mx.elem_dtype != torch.float4_e2m1fn_x2:
+            raise TypeError(f"mx has elements of {mx.elem_dtype}; expected torch.float4_e2m1fn_x2")
+        if mx.is_swizzled_scales:
+            raise ValueError("mx has swizzled scales (is_swizzled_scales=True); expected plain row order")
+        if mx.qdata.ndim not in (2, 3) or not mx.qdata.is_contiguous():
+            raise ValueError(
+                f"mx has qdata of shape {tuple(mx.qdata.shape)} and strides {mx.qdata.stride()}; expected a contiguous "
+                "[E, N, K/2] or [N, K/2]: undo the transposition first"
+            )
+        N, K = mx.qdata.shape[-2], 2 * mx.qdata.shape[-1]
+        return cls(mx.qdata, mx.scale, K, N, block_size=mx.block_size, orig_dtype=mx.orig_dtype)
+
+    def to_torchao(self) -> Any:
+        """A torchao `MXTensor` [E, N, K] over the same buffers, with plain scales and emulated arithmetic.
+
+        Raises:
+            ModuleNotFoundError: torchao is not installed.
+        """
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor
+        from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+
+        return MXTensor(
+            self.packed,
+            self.scales.view(torch.float8_e8m0fnu),
+            elem_dtype=torch.float4_e2m1fn_x2,
+            block_size=self.block_size,
+            orig_dtype=self.orig_dtype,
+            kernel_preference=KernelPreference.EMULATED,
+            act_quant_kwargs=None,
+            is_swizzled_scales=False,
+        )
 
 
 def decode_mxfp4(weights: MXWeights, dtype: torch.dtype = torch.bfloat16) -> Tensor:

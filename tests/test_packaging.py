@@ -1,0 +1,181 @@
+"""What gets installed: one import name, `mxref`, typed, beside Hugging Face's `kernels` and never over it.
+
+The room `kernels/` shares its name with a package that transformers imports for gpt-oss. A wheel with a top-level
+`kernels` would overwrite that package, and the repository root on sys.path would hide it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = "import mxref, mxref.kernels, mxref.verification, mxref.checkpoint, mxref.blocks"
+
+pytest.importorskip("build")
+pytest.importorskip("setuptools")
+
+
+def run(*command: str | Path, cwd: Path, expect: int = 0) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A clean copy of the tree, symlinks kept, so that builds leave nothing behind and find nothing stale."""
+    copy = tmp_path_factory.mktemp("sources") / "mxref"
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "notebooks")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=unwanted)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory) -> Path:
+    """Built the way a release is: the wheel from the sdist, not from the tree."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, sources, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def new_environment(directory: Path) -> Path:
+    """A virtual environment that sees this one's packages, but not this one's mxref; returns its interpreter."""
+    venv.create(directory, with_pip=False, symlinks=True)
+    python = directory / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=directory).strip()
+    # Directories named in a .pth file are searched, but the .pth files inside them (editable installs) are not read.
+    host = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    (Path(site) / "host.pth").write_text("\n".join(host) + "\n")
+    return python
+
+
+def install(python: Path, *arguments: str | Path) -> None:
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *arguments, cwd=python.parent)
+
+
+@pytest.fixture(scope="module")
+def wheel_python(wheel, tmp_path_factory) -> Path:
+    python = new_environment(tmp_path_factory.mktemp("from-wheel"))
+    install(python, wheel)
+    return python
+
+
+class TestWheel:
+    def test_nothing_at_top_level_but_mxref(self, wheel_names):
+        version = importlib.metadata.version("mxref")
+        assert {PurePosixPath(name).parts[0] for name in wheel_names} == {"mxref", f"mxref-{version}.dist-info"}
+
+    def test_holds_every_module_of_every_room(self, wheel_names):
+        for room in ("mxref", "kernels", "verification"):
+            prefix = "mxref" if room == "mxref" else f"mxref/{room}"
+            modules = {f"{prefix}/{path.relative_to(ROOT / room)}" for path in (ROOT / room).rglob("*.py")}
+            assert modules, room
+            assert modules <= wheel_names, modules - wheel_names
+
+    def test_holds_the_data_files(self, wheel_names):
+        assert "mxref/py.typed" in wheel_names
+        templates = {path.name for path in (ROOT / "verification" / "templates").glob("*")}
+        assert templates
+        assert {f"mxref/verification/templates/{name}" for name in templates} <= wheel_names
+
+    def test_holds_the_licence(self, wheel_names):
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
+
+    def test_holds_no_tests(self, wheel_names):
+        assert not [name for name in wheel_names if "test_" in name or "conftest" in name]
+
+
+class TestInstalled:
+    def test_the_wheel_imports_from_anywhere(self, wheel_python, tmp_path):
+        where = run(wheel_python, "-c", f"{IMPORTS}; print(mxref.kernels.__file__)", cwd=tmp_path).strip()
+        assert Path(where).is_relative_to(wheel_python.parent.parent)
+
+    def test_the_command_starts(self, wheel_python, tmp_path):
+        assert "usage" in run(wheel_python.parent / "mxref", "--help", cwd=tmp_path).lower()
+
+    def test_an_editable_install_imports_from_anywhere(self, sources, tmp_path):
+        python = new_environment(tmp_path / "environment")
+        install(python, "--editable", sources)
+        where = run(python, "-c", f"{IMPORTS}; print(mxref.kernels.__file__)", cwd=tmp_path).strip()
+        assert Path(where).is_relative_to(sources)
+        # The editable finder must not offer the root's rooms as packages of their own.
+        probe = "from importlib.util import find_spec; print(find_spec('kernels'), find_spec('verification'))"
+        assert str(sources) not in run(python, "-c", probe, cwd=tmp_path)
+
+    def test_type_checkers_see_the_types(self, wheel_python, tmp_path):
+        """py.typed at work: a right use passes --strict and a wrong one is caught."""
+        pytest.importorskip("mypy")
+        (tmp_path / "mypy.ini").write_text(
+            "[mypy]\nstrict = true\n"
+            "[mypy-torch.*,triton.*,numpy.*,transformers.*,matplotlib.*]\nfollow_imports = skip\n"
+        )
+        right = "import mxref.kernels, mxref.verification\nfrom mxref import MX_BLOCK_SIZE\nsize: int = MX_BLOCK_SIZE\n"
+        (tmp_path / "right.py").write_text(right)
+        (tmp_path / "wrong.py").write_text(right.replace("size: int", "size: str"))
+        check = (sys.executable, "-m", "mypy", "--python-executable", wheel_python, "--cache-dir", tmp_path / "cache")
+        run(*check, "right.py", cwd=tmp_path)
+        assert 'variable has type "str"' in run(*check, "wrong.py", cwd=tmp_path, expect=1)
+
+
+def hugging_face_kernels() -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("Hugging Face's `kernels` is not installed")
+
+
+class TestBesideHuggingFaceKernels:
+    def test_no_file_belongs_to_both(self, wheel_names):
+        """Disjoint files: whichever is installed or removed first, the other stays whole."""
+        theirs = {str(path) for path in hugging_face_kernels().files or ()}
+        assert "kernels/__init__.py" in theirs
+        assert not theirs & wheel_names
+
+    def test_both_import_in_one_process(self, wheel_python, tmp_path):
+        expected = hugging_face_kernels().locate_file("kernels/__init__.py")
+        where = run(wheel_python, "-c", f"{IMPORTS}; import kernels; print(kernels.__file__)", cwd=tmp_path).strip()
+        assert Path(where) == Path(str(expected))
+
+    def test_pytest_leaves_their_name_alone(self):
+        """Under pytest, `kernels` is theirs, with the names that transformers takes from it for gpt-oss."""
+        expected = hugging_face_kernels().locate_file("kernels/__init__.py")
+        import kernels
+        from kernels import CUDAProperties, LayerRepository, use_kernel_forward_from_hub  # noqa: F401
+
+        assert Path(kernels.__file__) == Path(str(expected))
+        from transformers import GptOssForCausalLM
+        from transformers.utils import import_utils
+
+        assert GptOssForCausalLM.__module__.startswith("transformers.")
+        if not import_utils.is_kernels_available():
+            pytest.skip(
+                f"transformers {importlib.metadata.version('transformers')} does not use "
+                f"kernels {importlib.metadata.version('kernels')}, so its import proves nothing here"
+            )
+
+    def test_python_m_pytest_from_the_root_leaves_it_alone_too(self):
+        """`python -m pytest` puts the root, and so the room `kernels/`, first on sys.path."""
+        hugging_face_kernels()
+        test = f"{Path(__file__).relative_to(ROOT)}::{type(self).__name__}::test_pytest_leaves_their_name_alone"
+        run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", test, cwd=ROOT)
