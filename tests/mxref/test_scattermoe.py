@@ -109,9 +109,7 @@ def composed(problem: Problem) -> Tensor:
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize(("rank", "bias"), [(2, True), (0, False)])
-def test_forward_and_backward_equal_autograd_of_torch_operations(
-    flags: dict[str, bool], rank: int, bias: bool
-) -> None:
+def test_forward_and_backward_equal_autograd_of_torch_operations(flags: dict[str, bool], rank: int, bias: bool) -> None:
     problem = make_problem(rank=rank, bias=bias, **flags)
     ours, our_leaves = leaves(problem)
     theirs, their_leaves = leaves(problem)
