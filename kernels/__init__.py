@@ -1,0 +1,22 @@
+"""Production Triton kernels: ScatterMoE-LoRA on packed MXFP4 (or dense) weights, forward and backward.
+
+They compute what `mxref` defines, in its vocabulary. The data's way: `decode` (one tile), `schedule` (routed rows
+to tiles), `grouped_matmul`, `grouped_outer` and `slots` (the products), `scatter2scatter` and `autograd` (the
+layer). Set TRITON_INTERPRET=1 before the import to run on CPU tensors.
+"""
+
+from mxref.kernels.autograd import ScatterMoELoRA, parallel_linear_lora
+from mxref.kernels.configs import Config, reachable_configs
+from mxref.kernels.dequant import dequantize_experts, selective_lora_weights
+from mxref.kernels.scatter2scatter import scatter2scatter_lora_dX_mx, scatter2scatter_lora_mx
+
+__all__ = [
+    "Config",
+    "ScatterMoELoRA",
+    "dequantize_experts",
+    "parallel_linear_lora",
+    "reachable_configs",
+    "scatter2scatter_lora_dX_mx",
+    "scatter2scatter_lora_mx",
+    "selective_lora_weights",
+]

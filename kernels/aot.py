@@ -1,0 +1,250 @@
+"""Ahead-of-time compilation of every launch the dispatch can make, for GPUs that this machine does not have.
+
+    python -m mxref.kernels.aot [--arch sm_90]
+
+The layer's own host code runs forward and backward on `meta` tensors for each architecture, tiling and dtype, the
+launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
+stack bytes (which is where spills go), shared memory against the chip's limit. A stack, or a flush-to-zero
+instruction, which would break the decode of scale byte 0, is a violation; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mxref.kernels.autograd import parallel_linear_lora
+from mxref.kernels.configs import SHARED_MEMORY, Config, reachable_configs
+from mxref.kernels.dequant import dequantize_experts
+from mxref.kernels.launch import INTERPRETED, Launch, recording
+from mxref.weights import MXWeights
+
+__all__ = ["Compiled", "Unit", "compile_unit", "main", "units"]
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+_POINTER = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: a kernel of this package, specialised as its launch would specialise it; picklable.
+
+    Attributes:
+        architecture: such as "sm_90".
+        label: what the launch does, for the report.
+        module, kernel: where the jitted function lives.
+        signature: argument name -> Triton type, "constexpr" for constants.
+        constants: argument name -> value.
+        divisible: indices of the arguments that are multiples of 16.
+        num_warps, num_stages: compile options.
+    """
+
+    architecture: str
+    label: str
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
+        """Specialise one launch the way Triton's run time does."""
+        names = launch.kernel.arg_names
+        constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
+        signature, constants, divisible = [], [], []
+        for index, name in enumerate(names):
+            value = launch.arguments[name]
+            if name in constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature.append((name, "constexpr"))
+                constants.append((name, value))
+                continue
+            signature.append((name, _type_of(value)))
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                divisible.append(index)
+        function = launch.kernel.fn
+        return cls(
+            architecture,
+            label,
+            function.__module__,
+            function.__name__,
+            tuple(signature),
+            tuple(constants),
+            tuple(divisible),
+            launch.num_warps,
+            launch.num_stages,
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a unit: registers a thread, stack and shared bytes; whether it flushes subnormals."""
+
+    unit: Unit
+    registers: int
+    stack: int
+    shared: int
+    flushes: bool
+
+    @property
+    def violations(self) -> list[str]:
+        """What must not be, in words."""
+        limit = SHARED_MEMORY[self.unit.architecture]
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack")
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, limit {limit}")
+        if self.flushes:
+            found.append("flushes subnormals to zero")
+        return found
+
+
+def units(architecture: str) -> Iterator[Unit]:
+    """Every distinct compilation of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
+    seen: set[Any] = set()
+    for dtype, config, rank, steps in _settings(architecture):
+        for step in steps:
+            for launch in _launches(architecture, dtype, config, rank, step):
+                unit = Unit.of(architecture, f"{step} {str(dtype).removeprefix('torch.')} r{rank}", launch)
+                key = (
+                    unit.kernel,
+                    unit.signature,
+                    str(unit.constants),
+                    unit.divisible,
+                    unit.num_warps,
+                    unit.num_stages,
+                )
+                if key not in seen:
+                    seen.add(key)
+                    yield unit
+
+
+def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...]]]:
+    """dtype, tiling, rank and steps: the largest rank in the largest tiling, which holds the most at once."""
+    tilings = reachable_configs(architecture)
+    for config in tilings:
+        yield torch.bfloat16, config, 16, ("fused", "unfused", "dense")
+    yield torch.bfloat16, tilings[-1], 128, ("fused", "dense")
+    yield torch.float16, tilings[-1], 16, ("fused",)
+    for rank in (16, 128):
+        yield torch.float32, reachable_configs(architecture, torch.float32)[0], rank, ("fused",)
+
+
+def _launches(architecture: str, dtype: torch.dtype, config: Config, rank: int, step: str) -> list[Launch]:
+    """The launches of one training step at gpt-oss's sizes.
+
+    `fused` and `unfused` read packed weights, with gates and without, and take the flag combination of that name;
+    `dense` reads dense weights.
+    """
+    E, K, N, M, k = 32, 2880, 5760, 512, 4
+    with recording(architecture) as recorder:
+        weights: Tensor | MXWeights = torch.empty(E, N, K, dtype=dtype, device="meta").mT
+        if step != "dense":
+            codes, scales = (torch.empty(E, N, K // d, dtype=torch.uint8, device="meta") for d in (2, 32))
+            weights = MXWeights(codes, scales, K, N)
+            dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
+        ids = torch.empty(M * k, dtype=torch.int64, device="meta")
+        x, A, B, bias, gates = (
+            torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+            for shape in ((M, K), (E * rank, K), (N, E * rank), (E, N), (M, k))
+        )
+        y = parallel_linear_lora(
+            x, weights, k, ids, ids, ids[:E], A, B, 0.5, bias, gates if step == "fused" else None,
+            use_fused_dX=step == "fused", use_fused_gather=step != "unfused", config=config,
+        )  # fmt: skip
+        y.backward(torch.empty_like(y))
+    return recorder.launches
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTER[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def compile_unit(unit: Unit) -> Compiled:
+    """Compile one unit for its architecture and read the compiler's own resource account."""
+    module = __import__(unit.module, fromlist=[unit.kernel])
+    source = ASTSource(
+        getattr(module, unit.kernel),
+        dict(unit.signature),
+        dict(unit.constants),
+        {(index,): [["tt.divisibility", 16]] for index in unit.divisible},
+    )
+    target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
+    options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=target, options=options)
+    registers, stack = _resource_usage(compiled.asm["cubin"])
+    return Compiled(unit, registers, stack, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"])
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and stack bytes, from cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage:\n{report}")
+    return int(found[1]), int(found[2])
+
+
+def main() -> int:
+    """Compile everything, print the table, and return the exit status."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="one architecture; may be repeated")
+    chosen = parser.parse_args().arch or ARCHITECTURES
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set; unset it, interpreted kernels cannot be compiled")
+    work = [unit for architecture in chosen for unit in units(architecture)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(compile_unit, work))
+    columns = ("arch", "kernel", "for", "tile", "warps", "stages", "registers", "stack", "shared", "verdict")
+    table = Table(*columns, title=f"triton {triton.__version__}: {len(results)} compilations")
+    for result in results:
+        unit = result.unit
+        tile = " ".join(f"{n[6:]}{v}" for n, v in unit.constants if n.startswith("BLOCK_"))
+        cells = (unit.architecture, unit.kernel, unit.label, tile, unit.num_warps, unit.num_stages)
+        account = (result.registers, result.stack, result.shared, "; ".join(result.violations) or "ok")
+        table.add_row(*map(str, cells + account), style="red" if result.violations else None)
+    console = Console(width=160)
+    console.print(table)
+    violations = sum(bool(result.violations) for result in results)
+    console.print(f"{violations} violations")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

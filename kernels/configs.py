@@ -1,0 +1,120 @@
+"""Tile shapes: a committed table by architecture and shape class, never tuned at run time.
+
+The choice reads only what the host knows without a synchronisation: the architecture, the activation dtype, and the
+mean rows per expert P/E. A caller who needs the same bits at every batch size pins one `Config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+__all__ = ["SHARED_MEMORY", "TABLE", "Config", "config_for", "padded_rank", "reachable_configs"]
+
+SHARED_MEMORY = {"interpreter": 1 << 40, "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+"""Bytes of shared memory that one program may use."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One tiling of a grouped product.
+
+    Attributes:
+        BLOCK_M: routed rows of one expert that a program owns, a power of two, at least 16.
+        BLOCK_N: output columns that a program owns, a power of two, at least 32.
+        BLOCK_K: elements of the contraction a step takes, a power of two, at least 32; steps run in ascending
+            order.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+
+    Raises:
+        ValueError: a field is not a power of two or below its minimum.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("BLOCK_M", 16), ("BLOCK_N", 32), ("BLOCK_K", 32), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < minimum or value & (value - 1):
+                raise ValueError(f"config.{name} is {value}; expected a power of two, at least {minimum}")
+        if self.num_stages < 1:
+            raise ValueError(f"config.num_stages is {self.num_stages}; expected at least 1")
+
+    def projection(self, rank: int) -> Config:
+        """The tiling of Z and V beside this one's Y and D: the same row tiles and steps, one block of columns."""
+        return replace(self, BLOCK_N=max(32, padded_rank(rank)))
+
+    def outer(self) -> Config:
+        """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank."""
+        return replace(self, BLOCK_N=min(self.BLOCK_N, 64), num_warps=4)
+
+    def shared_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of shared memory for the operand tiles of every pipeline stage: the account of a dense product."""
+        return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize
+
+    def check_fits(self, architecture: str, dtype: torch.dtype) -> None:
+        """Raise a ValueError if the account exceeds what `architecture` has."""
+        needed, available = self.shared_bytes(dtype), SHARED_MEMORY[architecture]
+        if needed > available:
+            raise ValueError(
+                f"config {self} needs {needed} bytes of shared memory for {dtype}, {architecture} has {available}; "
+                "use smaller blocks or fewer stages"
+            )
+
+
+_INTERPRETER = Config(32, 128, 64, num_stages=1)
+
+TABLE: dict[str, dict[str, Config]] = {
+    "interpreter": dict.fromkeys(("thin", "medium", "thick", "fp32"), _INTERPRETER),
+    "sm_80": {
+        "thin": Config(16, 64, 64, num_warps=4, num_stages=4),
+        "medium": Config(64, 64, 64, num_warps=4, num_stages=3),
+        "thick": Config(128, 64, 64, num_warps=8, num_stages=3),
+        "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
+    },
+    "sm_90": {
+        "thin": Config(16, 64, 64, num_warps=4, num_stages=4),
+        "medium": Config(64, 128, 64, num_warps=4, num_stages=3),
+        "thick": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
+    },
+    "sm_100": {
+        "thin": Config(16, 64, 64, num_warps=4, num_stages=4),
+        "medium": Config(64, 128, 64, num_warps=4, num_stages=3),
+        "thick": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
+    },
+}
+"""architecture -> shape class -> tiling. Classes: mean rows per expert up to 16, up to 96, above; fp32 apart."""
+
+
+def shape_class(rows: int, experts: int, dtype: torch.dtype) -> str:
+    """The table's row for P routed rows over E experts."""
+    if dtype == torch.float32:
+        return "fp32"
+    if rows <= 16 * experts:
+        return "thin"
+    return "medium" if rows <= 96 * experts else "thick"
+
+
+def config_for(architecture: str, rows: int, experts: int, dtype: torch.dtype) -> Config:
+    """The committed tiling for P routed rows over E experts with activations of `dtype`."""
+    return TABLE[architecture][shape_class(rows, experts, dtype)]
+
+
+def reachable_configs(architecture: str, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
+    """Every tiling that `config_for` can return, without repetition: what a gate has to run."""
+    classes = ("fp32",) if dtype == torch.float32 else ("thin", "medium", "thick")
+    return list(dict.fromkeys(TABLE[architecture][name] for name in classes))
+
+
+def padded_rank(rank: int) -> int:
+    """The block that holds a LoRA rank: a power of two, at least 16, tensor cores' smallest contraction."""
+    return max(16, int(triton.next_power_of_2(rank)))

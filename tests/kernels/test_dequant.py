@@ -1,0 +1,63 @@
+"""The in-kernel decode, exhaustively and by bits, and Strategy A's selection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mxref import MXWeights, decode_mxfp4, encode_mxfp4
+from mxref.formats import pack_codes
+from mxref.kernels import dequantize_experts, selective_lora_weights
+
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+@pytest.fixture
+def every_case(device: torch.device) -> MXWeights:
+    """All 16 codes at both nibbles under all 256 scale bytes: row n has scale byte n."""
+    codes = torch.arange(32, dtype=torch.uint8).remainder(16).repeat(256, 1)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None]
+    return MXWeights(pack_codes(codes), scales, 32, 256).to(device)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_every_code_and_scale_by_bits(every_case: MXWeights, dtype: torch.dtype) -> None:
+    got = dequantize_experts(every_case, torch.zeros(1, dtype=torch.int64), dtype)
+    expected = decode_mxfp4(every_case, dtype)
+    nan = expected.isnan()
+    assert got.dtype == dtype
+    assert nan.sum() == 32
+    assert torch.equal(got.isnan(), nan)
+    assert torch.equal(got.view(BITS[dtype])[~nan], expected.view(BITS[dtype])[~nan])
+
+
+@pytest.mark.parametrize(("K", "N"), [(32, 1), (96, 33), (160, 70)])
+def test_listed_experts_only(device: torch.device, K: int, N: int) -> None:
+    weights = encode_mxfp4(torch.randn(4, N, K)).to(device)
+    experts = torch.tensor([2, -1, 0, 4], device=device)
+    out = torch.full((4, N, K), 5.0, device=device)
+    got = dequantize_experts(weights, experts, torch.float32, out)
+    everything = decode_mxfp4(weights, torch.float32)
+    assert got is out
+    assert torch.equal(got[0], everything[2])
+    assert torch.equal(got[2], everything[0])
+    assert (got[[1, 3]] == 5.0).all(), "ids outside 0..E-1 must leave their slot alone"
+
+
+def test_dequantize_errors(every_case: MXWeights) -> None:
+    with pytest.raises(TypeError, match=r"dtype is torch\.float64"):
+        dequantize_experts(every_case, torch.zeros(1, dtype=torch.int64), torch.float64)
+    with pytest.raises(ValueError, match="experts has shape"):
+        dequantize_experts(every_case, torch.zeros(1, 1, dtype=torch.int64), torch.float32)
+    with pytest.raises(ValueError, match="out is"):
+        dequantize_experts(every_case, torch.zeros(1, dtype=torch.int64), torch.float32, torch.zeros(3))
+
+
+def test_selective_lora_weights() -> None:
+    E, r, K, N = 4, 3, 5, 6
+    A, B = torch.randn(E * r, K), torch.randn(N, E * r)
+    a, b = selective_lora_weights(A, B, torch.tensor([3, 1]), E)
+    assert torch.equal(a, torch.cat([A[9:12], A[3:6]]))
+    assert torch.equal(b, torch.cat([B[:, 9:12], B[:, 3:6]], 1))
+    with pytest.raises(ValueError, match="lora_A has shape"):
+        selective_lora_weights(A[:-1], B, torch.tensor([0]), E)

@@ -1,0 +1,115 @@
+"""The layer against the golden model, equal in every bit, on samples that fp32 represents exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import mxref
+from mxref import kernels
+from mxref.kernels import Config
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"rank": None},
+    "lora": {},
+    "bias": {"bias": True, "rank": None},
+    "grouped in": {"grouped_in": True, "bias": True},
+    "grouped out": {"grouped_out": True, "bias": True},
+    "grouped both": {"grouped_in": True, "grouped_out": True},
+    "gates": {"gates": True, "bias": True},
+    "gates, grouped in": {"gates": True, "grouped_in": True},
+    "sentinels": {"routing": "sentinels", "bias": True},
+    "sentinels, gates": {"routing": "sentinels", "gates": True, "bias": True, "k": 3},
+    "sentinels, grouped": {"routing": "sentinels", "grouped_in": True, "grouped_out": True, "bias": True},
+    "an empty expert": {"routing": "empty", "bias": True},
+    "one expert": {"routing": "one", "M": 50, "gates": True},
+    "k 1": {"k": 1},
+    "k 8": {"k": 8, "M": 6, "gates": True},
+    "one token": {"M": 1, "k": 1},
+    "no tokens": {"M": 0, "bias": True},
+    "no tokens, gates": {"M": 0, "gates": True},
+    "smallest K and N": {"K": 32, "N": 32},
+    "N is no multiple of 32": {"N": 33},
+    "rank 1": {"rank": 1},
+    "rank 16": {"rank": 16},
+    "rank 20": {"rank": 20},
+    "rank 128": {"rank": 128},
+    "one expert in all": {"E": 1},
+}
+
+
+def assert_identical(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].shape == value.shape, name
+        assert torch.equal(got[name], value.to(got[name].dtype)), name
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_golden(sample: Any, case: str, fused: bool) -> None:
+    drawn = sample(**CASES[case])
+    got = drawn.run(kernels.parallel_linear_lora, use_fused_dX=fused, use_fused_gather=fused)
+    assert_identical(got, drawn.run(mxref.parallel_linear_lora))
+
+
+@pytest.mark.parametrize(("fused_dX", "fused_gather"), [(True, False), (False, True)])
+def test_flags_apart(sample: Any, fused_dX: bool, fused_gather: bool) -> None:
+    drawn = sample(routing="sentinels", bias=True)
+    got = drawn.run(kernels.parallel_linear_lora, use_fused_dX=fused_dX, use_fused_gather=fused_gather)
+    assert_identical(got, drawn.run(mxref.parallel_linear_lora))
+
+
+@pytest.mark.parametrize("config", [Config(16, 32, 32), Config(64, 64, 128)], ids=["small", "large"])
+def test_pinned_tilings(sample: Any, config: Config) -> None:
+    drawn = sample(routing="sentinels", gates=True, bias=True, M=40)
+    got = drawn.run(kernels.parallel_linear_lora, use_fused_dX=True, config=config)
+    assert_identical(got, drawn.run(mxref.parallel_linear_lora))
+
+
+@pytest.mark.parametrize("contiguous", ["K", "N"])
+def test_dense_weights_of_any_strides(sample: Any, contiguous: str) -> None:
+    drawn = sample(bias=True, gates=True)
+    dense = mxref.decode_mxfp4(drawn.problem.expert_weights, torch.float32).mT
+    dense = dense.contiguous() if contiguous == "N" else dense
+    got = drawn.run(kernels.parallel_linear_lora, expert_weights=dense)
+    assert_identical(got, drawn.run(mxref.parallel_linear_lora))
+
+
+def test_strategy_a(sample: Any) -> None:
+    """Decode the active experts, renumber, and take the dense path."""
+    drawn = sample(E=5, routing="empty")
+    p = drawn.problem
+    active = mxref.get_active_experts(p.sorted_expert_idxs, p.E)
+    dense = kernels.dequantize_experts(p.expert_weights, active, torch.float32).mT
+    ids, offsets = mxref.remap_expert_indices(p.sorted_expert_idxs, p.expert_offsets, active, p.E)
+    with torch.no_grad():
+        A, B = kernels.selective_lora_weights(p.lora_A, p.lora_B, active, p.E)
+        y = kernels.parallel_linear_lora(p.inputs, dense, p.k, ids, p.sorted_scattered_idxs, offsets, A, B, p.scaling)
+    assert active.numel() < p.E
+    assert torch.equal(y, drawn.run(mxref.parallel_linear_lora)["y"])
+
+
+@pytest.mark.parametrize("name", ["inputs", "lora_A", "lora_B", "expert_biases", "gates", "grad_out"])
+def test_strided_operands(sample: Any, name: str) -> None:
+    drawn = sample(bias=True, gates=True)
+    expected = drawn.run(mxref.parallel_linear_lora)
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().repeat_interleave(2, 1)[:, ::2].requires_grad_(x.requires_grad)
+
+    if name == "grad_out":
+        drawn = type(drawn)(drawn.problem, strided(drawn.grad_out))
+    else:
+        changed = {**drawn.problem.arguments(), name: strided(getattr(drawn.problem, name))}
+        drawn = type(drawn)(mxref.Problem(**changed), drawn.grad_out)
+    assert_identical(drawn.run(kernels.parallel_linear_lora), expected)
+
+
+def test_int32_indices(sample: Any) -> None:
+    drawn = sample(routing="sentinels", gates=True)
+    names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
+    narrow = {name: getattr(drawn.problem, name).int() for name in names}
+    assert_identical(drawn.run(kernels.parallel_linear_lora, **narrow), drawn.run(mxref.parallel_linear_lora))
