@@ -1,16 +1,20 @@
 # make gate    the main job: judge the shipped kernels (uses a CUDA GPU where there is one)
 # make test    the whole test suite
+# make bench   time the kernels beside the composite, after the gate (needs a CUDA GPU)
 # make check   ruff, mypy, pre-commit
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: gate test check clean
+.PHONY: gate test bench check clean
 
 gate: .venv/gate.stamp
 	$(BIN)/mxref gate
 
 test: .venv/test.stamp
 	$(BIN)/pytest -n auto --dist worksteal
+
+bench: .venv/test.stamp
+	$(BIN)/pytest tests/bench -m gpu --require-gpu --benchmark-autosave --benchmark-columns=median,iqr,rounds
 
 check: .venv/check.stamp
 	$(BIN)/pre-commit run --all-files

@@ -8,11 +8,13 @@ layer). Set TRITON_INTERPRET=1 before the import to run on CPU tensors.
 from mxref.kernels.autograd import ScatterMoELoRA, parallel_linear_lora
 from mxref.kernels.configs import Config, reachable_configs
 from mxref.kernels.dequant import dequantize_experts, selective_lora_weights
+from mxref.kernels.packed_matmul import contraction_order
 from mxref.kernels.scatter2scatter import scatter2scatter_lora_dX_mx, scatter2scatter_lora_mx
 
 __all__ = [
     "Config",
     "ScatterMoELoRA",
+    "contraction_order",
     "dequantize_experts",
     "parallel_linear_lora",
     "reachable_configs",

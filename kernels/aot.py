@@ -58,7 +58,7 @@ class Unit:
         signature: argument name -> Triton type, "constexpr" for constants.
         constants: argument name -> value.
         divisible: indices of the arguments that are multiples of 16.
-        num_warps, num_stages: compile options.
+        num_warps, num_stages, max_registers: compile options.
     """
 
     architecture: str
@@ -70,6 +70,7 @@ class Unit:
     divisible: tuple[int, ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
     @classmethod
     def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
@@ -97,6 +98,7 @@ class Unit:
             tuple(divisible),
             launch.num_warps,
             launch.num_stages,
+            launch.max_registers,
         )
 
 
@@ -138,6 +140,7 @@ def units(architecture: str) -> Iterator[Unit]:
                     unit.divisible,
                     unit.num_warps,
                     unit.num_stages,
+                    unit.max_registers,
                 )
                 if key not in seen:
                     seen.add(key)
@@ -200,6 +203,8 @@ def compile_unit(unit: Unit) -> Compiled:
     )
     target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
     options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
+    if unit.max_registers is not None:
+        options["maxnreg"] = unit.max_registers
     compiled = triton.compile(source, target=target, options=options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
     return Compiled(unit, registers, stack, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"])

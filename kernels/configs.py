@@ -23,11 +23,13 @@ class Config:
 
     Attributes:
         BLOCK_M: routed rows of one expert that a program owns, a power of two, at least 16.
-        BLOCK_N: output columns that a program owns, a power of two, at least 32.
+        BLOCK_N: output columns that a program owns, a power of two, at least 16 (packed: 32).
         BLOCK_K: elements of the contraction a step takes, a power of two, at least 32; steps run in ascending
             order.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
+        max_registers: registers a thread that the compiler may use in Y and D; None leaves it to the compiler. 65,536
+            registers a multiprocessor decide how many programs run there side by side.
 
     Raises:
         ValueError: a field is not a power of two or below its minimum.
@@ -38,9 +40,10 @@ class Config:
     BLOCK_K: int
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
 
     def __post_init__(self) -> None:
-        for name, minimum in (("BLOCK_M", 16), ("BLOCK_N", 32), ("BLOCK_K", 32), ("num_warps", 1)):
+        for name, minimum in (("BLOCK_M", 16), ("BLOCK_N", 16), ("BLOCK_K", 32), ("num_warps", 1)):
             value = getattr(self, name)
             if value < minimum or value & (value - 1):
                 raise ValueError(f"config.{name} is {value}; expected a power of two, at least {minimum}")
@@ -49,7 +52,7 @@ class Config:
 
     def projection(self, rank: int) -> Config:
         """The tiling of Z and V beside this one's Y and D: the same row tiles and steps, one block of columns."""
-        return replace(self, BLOCK_N=max(32, padded_rank(rank)))
+        return replace(self, BLOCK_N=padded_rank(rank), max_registers=None)
 
     def outer(self) -> Config:
         """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank."""
@@ -80,7 +83,7 @@ TABLE: dict[str, dict[str, Config]] = {
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
     },
     "sm_90": {
-        "thin": Config(16, 64, 64, num_warps=4, num_stages=4),
+        "thin": Config(16, 128, 64, num_warps=4, num_stages=4),
         "medium": Config(64, 128, 64, num_warps=4, num_stages=3),
         "thick": Config(128, 128, 64, num_warps=8, num_stages=3),
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.decode import load_mxfp4_tile, narrow
-from mxref.kernels.launch import architecture, launch
+from mxref.kernels.decode import decode_words
+from mxref.kernels.launch import INTERPRETED, architecture, launch
+from mxref.kernels.packed_matmul import words_of
 from mxref.kernels.schedule import Routing
 from mxref.weights import MXWeights
 
@@ -19,7 +20,17 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @triton.jit
 def dequantize_kernel(
-    out, packed, scales, experts, E, N, K, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    out,
+    words,
+    scales,
+    experts,
+    E,
+    N,
+    K,
+    DTYPE: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """One program decodes BLOCK_N x BLOCK_K weights of one listed expert; a listed id outside 0..E−1 is skipped."""
     blocks_n, blocks_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
@@ -28,15 +39,13 @@ def dequantize_kernel(
     expert = tl.load(experts + slot).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
-    n = (block // blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k0 = (block % blocks_k) * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)
-    w = load_mxfp4_tile(packed, scales, expert, n, k0, N, K, DTYPE, BLOCK_N, BLOCK_K)
-    tl.store(
-        out + (slot * N + n[:, None]) * K + k[None, :],
-        narrow(w, DTYPE),
-        mask=(n < N)[:, None] & (k < K)[None, :],
-    )
+    n = ((block // blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    word = ((block % blocks_k) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8))[None, :]
+    k = ((block % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    codes = tl.load(words + (expert * N + n) * (K // 8) + word, mask=(n < N) & (word < K // 8), other=0)
+    scale = tl.load(scales + (expert * N + n) * (K // 32) + word // 4, mask=(n < N) & (word < K // 8), other=0)
+    w = decode_words(codes, scale, DTYPE, DTYPE, FAST).reshape(BLOCK_N, BLOCK_K)
+    tl.store(out + (slot * N + n) * K + k, w, mask=(n < N) & (k < K))
 
 
 def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -72,13 +81,14 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
         num_warps=4,
         num_stages=1,
         out=out,
-        packed=weights.packed,
+        words=words_of(weights),
         scales=weights.scales,
         experts=experts.to(weights.device),
         E=weights.E,
         N=weights.N,
         K=weights.K,
         DTYPE={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype],
+        FAST=dtype == torch.bfloat16 and not INTERPRETED,
         BLOCK_N=32,
         BLOCK_K=128,
     )

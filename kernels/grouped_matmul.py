@@ -28,16 +28,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.configs import Config, padded_rank
-from mxref.kernels.decode import load_mxfp4_tile, narrow
-from mxref.kernels.launch import launch
+from mxref.kernels.launch import INTERPRETED, launch
+from mxref.kernels.packed_matmul import packed_backward_kernel, packed_forward_kernel, permute_columns, words_of
 from mxref.kernels.schedule import Routing, source_rows
 from mxref.weights import MXWeights
 
 __all__ = ["LowRank", "PackedMatrix", "grouped_matmul"]
-
-DENSE = tl.constexpr(0)
-PACKED_ALONG_C = tl.constexpr(1)  # the 32-blocks run along the contraction: forward
-PACKED_ALONG_J = tl.constexpr(2)  # the 32-blocks run along the output: dX
 
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -47,7 +43,6 @@ def grouped_matmul_kernel(
     out,
     rows_in,
     weight,
-    scales,
     low,
     factor,
     bias,
@@ -67,8 +62,7 @@ def grouped_matmul_kernel(
     stride_fe,
     stride_fr,
     stride_fj,
-    STORAGE: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -112,20 +106,14 @@ def grouped_matmul_kernel(
         source, live = source_rows(rows, rows < end, positions, fan_in, P)
         for c0 in range(0, C, BLOCK_K):
             c = (c0 + tl.arange(0, BLOCK_K)).to(tl.int64)
-            in_C = c < C
-            x = tl.load(rows_in + source[:, None] * C + c[None, :], mask=live[:, None] & in_C[None, :], other=0)
-            if STORAGE == DENSE:
-                w = tl.load(
-                    weight + expert * stride_we + c[:, None] * stride_wc + j[None, :] * stride_wj,
-                    mask=in_C[:, None] & in_J[None, :],
-                    other=0,
-                )
-            elif STORAGE == PACKED_ALONG_C:
-                tile_jc = load_mxfp4_tile(weight, scales, expert, j, c0, J, C, WEIGHT_DTYPE, BLOCK_N, BLOCK_K)
-                w = tl.trans(narrow(tile_jc, x.dtype))
+            x_at = rows_in + source[:, None] * C + c[None, :]
+            w_at = weight + expert * stride_we + c[:, None] * stride_wc + j[None, :] * stride_wj
+            if EVEN:
+                x = tl.load(x_at, mask=live[:, None], other=0)
+                w = tl.load(w_at)
             else:
-                tile_cj = load_mxfp4_tile(weight, scales, expert, c, j0, C, J, WEIGHT_DTYPE, BLOCK_K, BLOCK_N)
-                w = narrow(tile_cj, x.dtype)
+                x = tl.load(x_at, mask=live[:, None] & (c < C)[None, :], other=0)
+                w = tl.load(w_at, mask=(c < C)[:, None] & in_J[None, :], other=0)
             acc = tl.dot(x, w, acc, input_precision="ieee")
 
         if bias is not None:
@@ -193,50 +181,44 @@ def grouped_matmul(
         bias: contiguous [E, J], added last.
     """
     E, C, J = weight.shape
-    storage: dict[str, Any]
-    strides: tuple[int, ...]
-    if isinstance(weight, PackedMatrix):
-        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
-        storage = {"weight": weight.weights.packed, "scales": weight.weights.scales, "STORAGE": along.value}
-        storage |= {"WEIGHT_DTYPE": _TRITON_DTYPE[weight.dtype]}
-        strides = (0, 0, 0)
-    else:
-        storage = {"weight": weight, "scales": None, "STORAGE": DENSE.value, "WEIGHT_DTYPE": None}
-        strides = weight.stride()
     low, factor = (lora.low, lora.factor) if lora else (None, None)
     rank = factor.shape[1] if factor is not None else 0
     factor_strides = factor.stride() if factor is not None else (0, 0, 0)
     tiles = routing.tiles(config.BLOCK_M)
+    arguments: dict[str, Any] = {
+        "out": out, "low": low, "factor": factor, "positions": routing.positions, "tiles": tiles,
+        "P": routing.P, "E": E, "C": C, "J": J, "RANK": rank, "s": float(lora.scaling) if lora else 1.0,
+        "fan_in": fan_in, "fan_out": fan_out,
+        "stride_fe": factor_strides[0], "stride_fr": factor_strides[1], "stride_fj": factor_strides[2],
+        "EVEN": C % config.BLOCK_K == 0 and J % config.BLOCK_N == 0,
+        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K,
+        "BLOCK_R": padded_rank(rank),
+    }  # fmt: skip
+    if isinstance(weight, PackedMatrix):
+        arguments |= {
+            "words": words_of(weight.weights),
+            "scales": weight.weights.scales,
+            "PRECISION": _TRITON_DTYPE[weight.dtype],
+            "FAST": weight.dtype == torch.bfloat16 and not INTERPRETED,
+        }
+        if weight.transposed:
+            kernel = packed_backward_kernel
+        else:
+            kernel = packed_forward_kernel
+            rows_in = permute_columns(rows_in)
+            arguments["bias"] = bias
+    else:
+        stride_we, stride_wc, stride_wj = weight.stride()
+        kernel = grouped_matmul_kernel
+        arguments |= {"weight": weight, "stride_we": stride_we, "stride_wc": stride_wc, "stride_wj": stride_wj}
+        arguments["bias"] = bias
     launch(
-        grouped_matmul_kernel,
+        kernel,
         tiles.shape[0] * triton.cdiv(J, config.BLOCK_N),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        out=out,
+        max_registers=config.max_registers,
         rows_in=rows_in,
-        low=low,
-        factor=factor,
-        bias=bias,
-        positions=routing.positions,
-        tiles=tiles,
-        P=routing.P,
-        E=E,
-        C=C,
-        J=J,
-        RANK=rank,
-        s=float(lora.scaling) if lora else 1.0,
-        fan_in=fan_in,
-        fan_out=fan_out,
-        stride_we=strides[0],
-        stride_wc=strides[1],
-        stride_wj=strides[2],
-        stride_fe=factor_strides[0],
-        stride_fr=factor_strides[1],
-        stride_fj=factor_strides[2],
-        **storage,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=padded_rank(rank),
+        **arguments,
     )
     return out

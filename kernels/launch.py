@@ -31,6 +31,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass
@@ -85,7 +86,9 @@ def compute_dtype(activation: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else activation
 
 
-def launch(kernel: Any, programs: int, num_warps: int, num_stages: int, **arguments: Any) -> None:
+def launch(
+    kernel: Any, programs: int, num_warps: int, num_stages: int, max_registers: int | None = None, **arguments: Any
+) -> None:
     """Start `programs` instances of `kernel`, or record the launch; nothing happens when there are none.
 
     FP fusion is off, so that each written product and sum rounds once on its own. The interpreter computes with
@@ -95,9 +98,12 @@ def launch(kernel: Any, programs: int, num_warps: int, num_stages: int, **argume
         return
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(Launch(kernel, arguments, num_warps, num_stages))
+        recorder.launches.append(Launch(kernel, arguments, num_warps, num_stages, max_registers))
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     scope = torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore")
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     with scope:
-        kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
+        kernel[(programs,)](**arguments, **options)

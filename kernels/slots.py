@@ -19,13 +19,13 @@ __all__ = ["combine", "spread"]
 
 
 @triton.jit
-def combine_kernel(out, rows_in, inverse, gates, tokens, slots, J, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+def combine_kernel(out, rows_in, inverse, gates, tokens, J, slots: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
     """One program sums the slots, in ascending order in fp32, for BLOCK_T tokens and BLOCK_N columns."""
     blocks = tl.cdiv(J, BLOCK_N)
     t = ((tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     j = ((tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for slot in range(0, slots):
+    for slot in tl.static_range(slots):
         row = tl.load(inverse + t * slots + slot, mask=t < tokens, other=-1).to(tl.int64)
         live = row >= 0
         value = tl.load(rows_in + row[:, None] * J + j, mask=live[:, None] & (j < J), other=0).to(tl.float32)

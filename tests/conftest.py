@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import mxref  # noqa: F401
+from mxref.verification import evidence
+from mxref.verification.options import EVIDENCE
 
 # `python -m pytest` puts the repository root first on sys.path; the room `kernels/` would then hide Hugging Face's
 # package of the same import name from transformers.
@@ -23,19 +25,55 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _R
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, instead of skipping, when no CUDA GPU is there")
+    parser.addoption(
+        "--record-evidence",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        const=EVIDENCE,
+        help="with -m gpu: keep every outcome as evidence of this GPU (default: verification/evidence)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--require-gpu") and not torch.cuda.is_available():
         raise pytest.UsageError("--require-gpu: torch sees no CUDA GPU on this machine")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    folder = config.getoption("--record-evidence")
+    if folder is None or hasattr(config, "workerinput"):
         return
+    narrowed = config.option.keyword or config.args_source is pytest.Config.ArgsSource.ARGS
+    if config.option.markexpr != "gpu" or narrowed or not torch.cuda.is_available():
+        raise pytest.UsageError(
+            "--record-evidence keeps the whole of `pytest -m gpu` on a GPU; leave out what narrows it"
+        )
+    config.pluginmanager.register(_Outcomes(folder))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark, before -m selects, what runs on the GPU where there is one: every test that asks for the `device`."""
+    present = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if present and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        if not present and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+class _Outcomes:
+    """Writes what each test came to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._tests = folder, dict[str, str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._tests[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        counts = Counter(self._tests.values())
+        passed = exitstatus == 0 and counts["passed"] > 0
+        evidence.record(self._folder, "pytest", {"passed": passed, "counts": dict(counts), "tests": self._tests})
 
 
 @pytest.fixture(scope="session")

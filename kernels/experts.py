@@ -1,0 +1,185 @@
+"""Packed experts as a module: gate_up, the model's own activation, and down with the gates, on packed weights.
+
+`PackedExperts` takes the place of a transformers experts module; `mxref.kernels.packing` puts it there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxref.kernels.library import expert_linear
+from mxref.routing import flatten_sort_count
+from mxref.weights import MXWeights
+
+__all__ = ["PROJECTIONS", "LoRA", "PackedExperts", "Projection", "routed_experts"]
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """One projection's adapter: A [E·r, K] and B [N, E·r], both expert-major, and the factor of their product."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of all experts.
+
+    Attributes:
+        weight: packed codes uint8 [E, N, K/2] beside `scales`, or dense [E, K, N] without.
+        scales: uint8 [E, N, K/32].
+        bias: [E, N].
+        lora: the adapter.
+    """
+
+    weight: Tensor
+    scales: Tensor | None = None
+    bias: Tensor | None = None
+    lora: LoRA | None = None
+
+    def apply(self, x: Tensor, k: int, order: tuple[Tensor, Tensor, Tensor], **arguments: Any) -> Tensor:
+        """Every routed row times its expert's matrix, see `parallel_linear_lora`."""
+        A, B, scaling = (None, None, 1.0) if self.lora is None else (self.lora.A, self.lora.B, self.lora.scaling)
+        return expert_linear(
+            x, self.weight, self.scales, k, *order, A, B, scaling, self.bias, use_fused_dX=True, **arguments
+        )
+
+
+def routed_experts(
+    x: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    gate_up: Projection,
+    down: Projection,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Σ over each token's slots of gate · down(activation(gate_up(x))): [M, H] in the dtype of x.
+
+    Args:
+        x: [M, H]; under autocast the products take autocast's dtype.
+        experts: integer [M, k]; ids outside 0..E−1 contribute nothing.
+        gates: [M, k].
+        gate_up: H -> 2I.
+        down: I -> H.
+        activation: [P, 2I] -> [P, I], row by row.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    order = flatten_sort_count(experts, gate_up.weight.shape[0])
+    hidden = gate_up.apply(x.to(dtype), experts.shape[1], order, grouped_out=True)
+    out = down.apply(activation(hidden).to(dtype), 1, order, grouped_in=True, gates=gates)
+    return out.to(x.dtype)
+
+
+class PackedExperts(nn.Module):
+    """All experts of one MoE layer, packed in MXFP4; a drop-in for a transformers experts module.
+
+    The codes and scales are buffers under their gpt-oss checkpoint names (`gate_up_proj_blocks`, …), so no optimiser,
+    no cast and no gradient reaches them, and `state_dict` holds what a gpt-oss checkpoint holds. Only the adapters,
+    if any, and the biases are parameters.
+
+    Attributes:
+        num_experts: E.
+        rank: of the adapters that this module owns, 0 for none.
+    """
+
+    is_transposed = True
+    """Projections act as [E, K, N] matrices, in and out, which is how PEFT reads their shape."""
+
+    def __init__(
+        self,
+        gate_up: MXWeights,
+        down: MXWeights,
+        activation: Callable[[Tensor], Tensor],
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if gate_up.E != down.E:
+            raise ValueError(f"gate_up holds {gate_up.E} experts and down {down.E}; expected the same number")
+        self.num_experts = gate_up.E
+        self.rank = 0
+        self._activation = activation
+        self._scaling = 1.0
+        for name, weights in zip(PROJECTIONS, (gate_up, down), strict=True):
+            blocks, scales = weights.to_gpt_oss()
+            self.register_buffer(f"{name}_blocks", blocks)
+            self.register_buffer(f"{name}_scales", scales)
+            bias = (biases or {}).get(name)
+            if bias is not None and tuple(bias.shape) != (weights.E, weights.N):
+                raise ValueError(f"biases[{name!r}] has shape {tuple(bias.shape)}; expected {(weights.E, weights.N)}")
+            self.register_parameter(f"{name}_bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def add_lora(self, rank: int, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """Give both projections adapters with zero product: A uniform as PEFT draws it, B zero.
+
+        Args:
+            rank: r.
+            alpha: the scaling is alpha / rank; alpha = rank by default.
+            dtype: of the parameters and of their gradients.
+
+        Raises:
+            ValueError: `rank` is below 1, or there are adapters already.
+        """
+        if self.rank or rank < 1:
+            raise ValueError(f"rank is {rank}, adapters present: rank {self.rank}; expected rank >= 1 and none present")
+        self.rank, self._scaling = rank, (rank if alpha is None else alpha) / rank
+        for name in PROJECTIONS:
+            E, K, N = self.shape(name)
+            device = self.get_buffer(f"{name}_scales").device
+            A = torch.empty(E * rank, K, dtype=dtype, device=device)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(A))
+            B = torch.zeros(N, E * rank, dtype=dtype, device=device)
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(B))
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """(E, K, N) of a projection."""
+        E, N, blocks, half = self.get_buffer(f"{name}_blocks").shape
+        return E, 2 * blocks * half, N
+
+    def packed_weights(self, name: str) -> MXWeights:
+        """A projection's packed weights, sharing its buffers.
+
+        Raises:
+            ValueError: `name` is no projection.
+        """
+        if name not in PROJECTIONS:
+            raise ValueError(f"name is {name!r}; expected one of {', '.join(PROJECTIONS)}")
+        return MXWeights.from_gpt_oss(self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapters: Mapping[str, LoRA] | None = None,
+    ) -> Tensor:
+        """[M, H], experts [M, k], gates [M, k] -> [M, H]; `adapters` by projection replace the module's own."""
+        lora = self._own_adapters() if adapters is None else adapters
+        gate_up, down = (self._projection(name, lora.get(name)) for name in PROJECTIONS)
+        return routed_experts(hidden_states, top_k_index, top_k_weights, gate_up, down, self._activation)
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        shapes = ", ".join(f"{name} {self.shape(name)}" for name in PROJECTIONS)
+        return f"MXFP4 [E, K, N]: {shapes}, rank={self.rank}"
+
+    def _own_adapters(self) -> dict[str, LoRA]:
+        if not self.rank:
+            return {}
+        pairs = {n: (getattr(self, f"{n}_lora_A"), getattr(self, f"{n}_lora_B")) for n in PROJECTIONS}
+        return {name: LoRA(A, B, self._scaling) for name, (A, B) in pairs.items()}
+
+    def _projection(self, name: str, lora: LoRA | None) -> Projection:
+        blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
+        return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora)

@@ -1,0 +1,112 @@
+"""On a GPU only: the same bits every time, no synchronisation with the host, and CUDA graphs of both passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxref import Problem, flatten_sort_count, kernels
+from mxref.kernels.launch import architecture
+from mxref.verification.cases import quick_cases
+from mxref.verification.sampling import Case, Sample
+
+pytestmark = pytest.mark.gpu
+
+CASE = Case(
+    "runtime", 8, 512, 320, 96, 2, 16, torch.bfloat16, torch.float32, bias=True, gate_slots=2, routing="sentinels"
+)
+FUSED = {"use_fused_dX": True, "use_fused_gather": True}
+UNFUSED = {"use_fused_dX": False, "use_fused_gather": False}
+
+
+def leaves(problem: Problem) -> dict[str, Tensor]:
+    names = ("inputs", "lora_A", "lora_B", "expert_biases", "gates")
+    return {name: x.requires_grad_() for name in names if (x := getattr(problem, name)) is not None}
+
+
+def both_passes(sample: Sample, **options: Any) -> list[Tensor]:
+    """The output and every gradient."""
+    operands = list(leaves(sample.problem).values())
+    y = kernels.parallel_linear_lora(**sample.problem.arguments(), **options)
+    return [y.detach(), *torch.autograd.grad(y, operands, sample.grad_out)]
+
+
+def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("options", [FUSED, UNFUSED], ids=["fused", "unfused"])
+@pytest.mark.parametrize("case", [CASE, replace(CASE, name="long", tokens=4096, gate_slots=0)], ids=lambda c: c.name)
+def test_ten_runs_give_the_same_bits(device: torch.device, case: Case, options: dict[str, bool]) -> None:
+    sample = case.build(device)
+    first = both_passes(sample, **options)
+    for _ in range(9):
+        torch.randn(1 << 22, device=device).sort()  # other work in flight, other memory
+        assert_same_bits(both_passes(sample, **options), first)
+
+
+@pytest.mark.parametrize("options", [FUSED, UNFUSED], ids=["fused", "unfused"])
+def test_no_synchronisation(device: torch.device, options: dict[str, bool]) -> None:
+    sample = CASE.build(device)
+    expected = both_passes(sample, **options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = both_passes(sample, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("options", [FUSED, UNFUSED], ids=["fused", "unfused"])
+def test_cuda_graph_of_both_passes(device: torch.device, options: dict[str, bool]) -> None:
+    """Captured once, replayed on other values and another routing in the same buffers."""
+    sample, other = CASE.build(device, seed=0), CASE.build(device, seed=1)
+    both_passes(sample, **options)  # compiles
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both_passes(sample, **options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_passes(sample, **options)
+    for drawn in (sample, other):
+        expected = both_passes(drawn, **options)
+        with torch.no_grad():
+            for name, value in drawn.problem.arguments().items():
+                if isinstance(value, Tensor):
+                    getattr(sample.problem, name).copy_(value)
+            sample.problem.expert_weights.packed.copy_(drawn.problem.expert_weights.packed)
+            sample.problem.expert_weights.scales.copy_(drawn.problem.expert_weights.scales)
+            sample.grad_out.copy_(drawn.grad_out)
+        graph.replay()
+        assert_same_bits(captured, expected)
+
+
+def test_rows_do_not_depend_on_the_batch(device: torch.device) -> None:
+    """Under one pinned configuration a token's output has the same bits in any batch."""
+    case = next(case for case in quick_cases("cuda") if case.name.startswith("odd sizes, b"))
+    problem = replace(case, tokens=300).build(device).problem
+    experts = torch.empty_like(problem.sorted_expert_idxs)
+    experts[problem.sorted_scattered_idxs] = problem.sorted_expert_idxs
+    experts = experts.view(-1, problem.k)
+    for config in kernels.reachable_configs(architecture(device)):
+
+        def layer(tokens: slice, config: kernels.Config = config) -> Tensor:
+            routing = flatten_sort_count(experts[tokens], problem.E)
+            few = replace(
+                problem,
+                inputs=problem.inputs[tokens],
+                sorted_expert_idxs=routing[0],
+                sorted_scattered_idxs=routing[1],
+                expert_offsets=routing[2],
+            )
+            return kernels.parallel_linear_lora(**few.arguments(), config=config).unflatten(0, (-1, problem.k))
+
+        assert torch.equal(layer(slice(0, 300))[70:77], layer(slice(70, 77)))

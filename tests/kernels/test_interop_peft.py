@@ -1,0 +1,136 @@
+"""PEFT adapters on packed experts: PEFT's names, layouts and life cycle, and the way to and from plain PEFT."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from moe_models import assert_near, tiny_gpt_oss
+from peft.utils import get_peft_model_state_dict
+
+from mxref import decode_mxfp4
+from mxref.kernels.experts import PROJECTIONS
+from mxref.kernels.packing import experts_modules, pack_experts
+from mxref.kernels.peft_adapters import get_peft_model, load_peft_model
+
+TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+IDS = torch.arange(6)[None]
+
+
+def lora(**options: Any) -> peft.LoraConfig:
+    given = {"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": TARGETS, **options}
+    return peft.LoraConfig(**given)
+
+
+def packed_and_dense() -> tuple[Any, Any]:
+    """The same model twice: packed, and with the dequantised weights."""
+    dense = tiny_gpt_oss()
+    packed = pack_experts(copy.deepcopy(dense), rank=0)
+    for name, module in experts_modules(dense).items():
+        for projection in PROJECTIONS:
+            weights = packed.get_submodule(name).packed_weights(projection)
+            getattr(module, projection).data = decode_mxfp4(weights, torch.float32).mT.contiguous()
+    return packed, dense
+
+
+def losses(model: Any, steps: int) -> list[float]:
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    seen = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        seen.append(loss.item())
+    return seen
+
+
+def test_names_shapes_and_draws_are_pefts() -> None:
+    packed, dense = packed_and_dense()
+    torch.manual_seed(3)
+    ours = get_peft_model_state_dict(get_peft_model(packed, lora()))
+    torch.manual_seed(3)
+    theirs = get_peft_model_state_dict(peft.get_peft_model(dense, lora()))
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not any("stand_in" in name or name.endswith(PROJECTIONS) for name in packed.state_dict())
+
+
+def test_train_save_and_continue_in_plain_peft(tmp_path: Path) -> None:
+    packed, dense = packed_and_dense()
+    before = {name: buffer.clone() for name, buffer in packed.named_buffers()}
+    ours = get_peft_model(packed, lora(init_lora_weights=False))
+    first = losses(ours, 2)
+    assert first[1] < first[0]
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(dense, tmp_path, is_trainable=True)
+    assert_near(ours(IDS).logits, theirs(IDS).logits)
+    torch.testing.assert_close(losses(ours, 3), losses(theirs, 3), rtol=1e-4, atol=0)
+    for ours_p, theirs_p in zip(
+        get_peft_model_state_dict(ours).values(), get_peft_model_state_dict(theirs).values(), strict=True
+    ):
+        assert_near(ours_p, theirs_p)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in _base_buffers(ours) if name in before)
+
+
+def test_continue_from_plain_peft(tmp_path: Path) -> None:
+    packed, dense = packed_and_dense()
+    theirs = peft.get_peft_model(dense, lora(init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    ours = load_peft_model(packed, tmp_path, is_trainable=True)
+    assert_near(ours(IDS).logits, theirs(IDS).logits)
+    assert sum(p.requires_grad for p in ours.parameters()) == 4
+    assert not any(p.requires_grad for p in load_peft_model(packed_and_dense()[0], tmp_path).parameters())
+
+
+def test_disable_and_switch_adapters() -> None:
+    packed, dense = packed_and_dense()
+    expected = dense(IDS).logits
+    model = get_peft_model(packed, lora(init_lora_weights=False))
+    adapted = model(IDS).logits
+    with model.disable_adapter():
+        assert_near(model(IDS).logits, expected)
+    assert torch.equal(model(IDS).logits, adapted)
+    assert float((adapted - expected).detach().abs().max()) > 1e-2
+    restored = model.unload()
+    assert_near(restored(IDS).logits, expected)
+
+
+def test_attention_adapters_beside() -> None:
+    packed, dense = packed_and_dense()
+    config = lora(target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(4)
+    ours = get_peft_model(packed, copy.deepcopy(config))
+    torch.manual_seed(4)
+    theirs = peft.get_peft_model(dense, config)
+    assert_near(ours(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused(merge: str) -> None:
+    model = get_peft_model(packed_and_dense()[0], lora())
+    with pytest.raises(ValueError, match="cannot be merged into packed MXFP4"):
+        getattr(model, merge)()
+
+
+def test_what_is_refused() -> None:
+    packed, dense = packed_and_dense()
+    with pytest.raises(ValueError, match="no PackedExperts"):
+        get_peft_model(dense, lora())
+    with pytest.raises(ValueError, match="reaches no packed experts"):
+        get_peft_model(packed, lora(target_parameters=["mlp.experts.up_proj"]))
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'"):
+        get_peft_model(packed_and_dense()[0], lora(init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="expected target_parameters"):
+        get_peft_model(packed_and_dense()[0], lora(target_modules=["experts"]))
+    with pytest.raises(ValueError, match="owns adapters already"):
+        get_peft_model(pack_experts(tiny_gpt_oss(), rank=2), lora())
+
+
+def _base_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+    prefix = "base_model.model."
+    return [(name.removeprefix(prefix).replace(".base_layer", ""), b) for name, b in model.named_buffers()]

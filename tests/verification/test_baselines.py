@@ -1,0 +1,107 @@
+"""A baseline is written on request, from a passing run, and tells what has become worse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxref.verification import baselines
+from mxref.verification.baselines import Baseline, accept, baseline_guard, baseline_path, environment
+from mxref.verification.verdicts import Finding, Status
+
+CPU = torch.device("cpu")
+RUN = [
+    Finding("interval", "odd sizes", "Y", Status.PASS, "", 100, 0, max_ulp=0.5, rms_ulp=0.3),
+    Finding("interval", "odd sizes", "dX", Status.PASS, "", 100, 0, max_ulp=1.5, rms_ulp=0.4),
+    Finding("interval", "balanced", "Y", Status.PASS, "", 100, 0, max_ulp=0.0, rms_ulp=0.0),
+    Finding("integer", "integer", "Y", Status.PASS, "", 100, 0, max_ulp=0.0, rms_ulp=0.0),
+]
+
+
+def judged(run: list[Finding], folder: Path, seed: int = 0) -> dict[str, Finding]:
+    return {finding.tensor: finding for finding in baseline_guard(run, CPU, seed, folder)}
+
+
+def test_without_a_baseline_nothing_is_claimed(tmp_path: Path) -> None:
+    (finding,) = judged(RUN, tmp_path).values()
+    assert finding.status is Status.NOT_COVERED
+    assert "--accept-baseline" in finding.reason
+    assert baseline_guard([RUN[3]], CPU, 0, tmp_path) == []
+
+
+def test_the_same_errors_pass_and_smaller_ones_too(tmp_path: Path) -> None:
+    path = accept(RUN, CPU, 0, tmp_path)
+    assert path == baseline_path(CPU, tmp_path) == tmp_path / "interpreter-cpu" / "ulp_baseline.json"
+    assert {finding.status for finding in judged(RUN, tmp_path).values()} == {Status.PASS}
+    better = [replace(RUN[0], max_ulp=0.4), *RUN[1:]]
+    assert "smaller in 1" in judged(better, tmp_path)["Y"].reason
+
+
+@pytest.mark.parametrize("change", [{"max_ulp": 0.500001}, {"rms_ulp": 0.301}])
+def test_worse_is_shown_until_it_is_accepted(change: dict[str, float], tmp_path: Path) -> None:
+    accept(RUN, CPU, 0, tmp_path)
+    worse = [replace(RUN[0], **change), *RUN[1:]]
+    findings = judged(worse, tmp_path)
+    assert {tensor: finding.status for tensor, finding in findings.items()} == {"Y": Status.WORSE, "dX": Status.PASS}
+    assert "odd sizes" in findings["Y"].reason
+    assert findings["Y"].violations == 1
+    assert findings["Y"].ok
+    accept(worse, CPU, 0, tmp_path)
+    assert {finding.status for finding in judged(worse, tmp_path).values()} == {Status.PASS}
+
+
+def test_a_sum_in_another_order_is_no_worsening(tmp_path: Path) -> None:
+    accept(RUN, CPU, 0, tmp_path)
+    rms = RUN[0].rms_ulp
+    assert rms is not None
+    assert judged([replace(RUN[0], rms_ulp=rms * (1 + 1e-13))], tmp_path)["Y"].status is Status.PASS
+
+
+def test_another_processor_makes_it_information(tmp_path: Path) -> None:
+    path = accept(RUN, CPU, 0, tmp_path)
+    other = {**environment(CPU), "processor": "another"}
+    baseline = Baseline.read(path)
+    assert baseline is not None
+    replace(baseline, environment=other).write(path)
+    finding = judged([replace(RUN[0], max_ulp=2.0)], tmp_path)["Y"]
+    assert finding.status is Status.PASS
+    assert finding.reason.startswith("information only")
+    assert "processor another →" in finding.reason
+
+
+def test_other_draws_are_not_compared_and_new_cases_say_so(tmp_path: Path) -> None:
+    accept(RUN[:2], CPU, 0, tmp_path)
+    assert judged(RUN, tmp_path, seed=1) == {}
+    assert judged(RUN, tmp_path)["new results"].status is Status.NOT_COVERED
+
+
+def test_accepting_keeps_other_cases_and_refuses_failures(tmp_path: Path) -> None:
+    path = accept(RUN, CPU, 0, tmp_path)
+    before = path.read_text()
+    accept(RUN[:2], CPU, 0, tmp_path)
+    assert path.read_text() == before
+    with pytest.raises(ValueError, match="only a passing run"):
+        accept([*RUN, replace(RUN[0], status=Status.FAIL)], CPU, 0, tmp_path)
+    with pytest.raises(ValueError, match="no errors to accept"):
+        accept(RUN[3:], CPU, 0, tmp_path)
+    accept(RUN[:1], CPU, 1, tmp_path)
+    assert set(json.loads(path.read_text())["ulp"]) == {"odd sizes"}
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    path = baseline_path(CPU, tmp_path)
+    path.parent.mkdir()
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no baseline of schema"):
+        judged(RUN, tmp_path)
+    accept(RUN, CPU, 0, tmp_path)
+    assert judged(RUN, tmp_path)["Y"].ok
+
+
+def test_gpu_names_become_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert baselines.architecture_name(torch.device("cuda")) == "nvidia-a100-sxm4-80gb"

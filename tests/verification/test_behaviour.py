@@ -1,0 +1,249 @@
+"""What a candidate may not do, done on purpose; and the shipped kernels doing none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mxref
+from mxref.verification import candidates
+from mxref.verification.accumulation import ACCUMULATIONS
+from mxref.verification.behaviour import (
+    BEHAVIOURS,
+    configuration_guard,
+    determinism_guard,
+    poison_guard,
+    row_guard,
+    second_backward_guard,
+)
+from mxref.verification.candidates import Candidate
+from mxref.verification.cases import Case, Sample
+from mxref.verification.fences import Fence, fenced, uninitialised_memory
+from mxref.verification.verdicts import Finding, Status
+
+CPU = torch.device("cpu")
+BLOCKS = ACCUMULATIONS["fp32-blocks-64"]
+PLAIN = Case("plain", 3, 32, 64, 9, 2, 4).build()
+ALL = Case("everything", 3, 64, 32, 9, 2, 4, bias=True, gate_slots=2, routing="sentinels").build()
+GROUPED = Case("grouped", 4, 32, 32, 12, 1, 3, grouped_in=True, grouped_out=True, routing="empty_experts").build()
+SAMPLES = pytest.mark.parametrize("sample", [PLAIN, ALL, GROUPED], ids=lambda sample: sample.case.name)
+
+Call = Callable[..., Tensor]
+
+
+def golden(**operands: Any) -> Tensor:
+    operands.pop("use_fused_dX", None)
+    operands.pop("use_fused_gather", None)
+    return mxref.parallel_linear_lora(**operands)
+
+
+def candidate(call: Call, **options: Any) -> Candidate:
+    return Candidate("under test", call, **options)
+
+
+def failed(findings: list[Finding]) -> set[tuple[str, str]]:
+    return {(finding.guard, finding.tensor) for finding in findings if not finding.ok}
+
+
+class Gradient(torch.autograd.Function):
+    """The identity, whose gradient goes through a callable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(grad), None
+
+
+@SAMPLES
+@pytest.mark.parametrize("make", [candidates.golden, candidates.torch_composite])
+def test_eager_implementations_behave(make: Callable[[], Candidate], sample: Sample) -> None:
+    for guard in BEHAVIOURS.values():
+        findings = guard(make(), sample)
+        assert findings
+        assert {finding.status for finding in findings} == {Status.PASS}
+
+
+@pytest.mark.parametrize("sample", [ALL, GROUPED], ids=lambda sample: sample.case.name)
+def test_shipped_kernels_behave(sample: Sample, device: torch.device) -> None:
+    sample = sample.case.build(device, 0)
+    kernels = candidates.shipped(device)
+    findings = determinism_guard(kernels, sample, runs=2) + row_guard(kernels, sample)
+    findings += poison_guard(kernels, sample) + second_backward_guard(kernels, sample)
+    assert [str(finding) for finding in findings if finding.status is not Status.PASS] == []
+    tensors = {finding.tensor for finding in findings}
+    assert {"Y", "dX", "dA", "dB", "packed", "scales", "grad_out", "expert_offsets"} <= tensors
+    assert any("fewer rows" in finding.case for finding in findings)
+
+
+def test_every_reachable_configuration_of_the_shipped_kernels(device: torch.device) -> None:
+    integer = Case("integer", 3, 32, 64, 8, 2, 2, data="integer", bias=True).build(device)
+    findings, errors = configuration_guard(candidates.shipped(device), [integer, PLAIN.case.build(device)], BLOCKS)
+    assert [str(finding) for finding in findings if not finding.ok] == []
+    assert {finding.tensor for finding in findings} == {"Y", "dX", "dA", "dB", "dbias", "dispatch"}
+    assert errors
+
+
+def test_bits_that_change_from_run_to_run() -> None:
+    runs = iter(range(100))
+
+    def restless(**operands: Any) -> Tensor:
+        return golden(**operands) + (next(runs) == 3) * 1e-6
+
+    finding, *_ = determinism_guard(candidate(restless), PLAIN, runs=5)
+    assert finding.status is Status.FAIL
+    assert finding.reason.startswith("run 4 differs from run 1")
+    assert finding.counterexample is not None
+
+
+def test_rows_that_see_each_other() -> None:
+    def by_largest(**operands: Any) -> Tensor:
+        scale = operands["inputs"].detach().abs().amax() * 3
+        return golden(**operands | {"inputs": operands["inputs"] / scale}) * scale
+
+    assert ("rows", "Y") in failed(row_guard(candidate(by_largest), PLAIN))
+
+
+def test_rows_that_see_how_many_there_are() -> None:
+    def by_count(config: int = 0, **operands: Any) -> Tensor:
+        return golden(**operands) * (1 + 1e-6 * operands["sorted_expert_idxs"].numel())
+
+    assert failed(row_guard(candidate(by_count), ALL)) == set()
+    findings = row_guard(candidate(by_count, configs=lambda dtype: [0, 1]), ALL)
+    assert failed(findings) == {("rows", "Y"), ("rows", "dX"), ("rows", "dgates")}
+    assert {finding.case for finding in findings if not finding.ok} == {f"everything, {i}, fewer rows" for i in (0, 1)}
+
+
+def overread(x: Tensor, rows: int) -> Tensor:
+    """The rows behind a tensor's last one, in the same memory."""
+    return torch.as_strided(x.detach(), (rows, x.shape[1]), x.stride(), x.storage_offset() + x.numel())
+
+
+def test_what_lies_around_an_operand() -> None:
+    def reads_past_the_end(**operands: Any) -> Tensor:
+        x, y = operands["inputs"], golden(**operands)
+        behind = overread(x, 1) if x.untyped_storage().nbytes() // 4 > x.storage_offset() + x.numel() else x[:1] * 0
+        return y + 0 * behind.sum()
+
+    def multiplies_what_it_should_mask(**operands: Any) -> Tensor:
+        scratch = torch.empty(4)
+        return golden(**operands) + (0 * scratch).sum() * torch.ones(1)
+
+    assert ("poison", "Y") in failed(poison_guard(candidate(reads_past_the_end), PLAIN))
+    findings = poison_guard(candidate(multiplies_what_it_should_mask), PLAIN)
+    assert failed(findings) == {("poison", "Y")}
+    assert "of them NaN" in findings[0].reason
+
+
+def test_operands_that_are_written_to() -> None:
+    def flips_a_code(**operands: Any) -> Tensor:
+        y = golden(**operands)
+        operands["expert_weights"].packed[0, 0, 0] ^= 1
+        return y
+
+    def writes_past_the_end(**operands: Any) -> Tensor:
+        A = operands["lora_A"].detach()
+        if A.storage_offset():
+            overread(A, 1).fill_(1)
+        return golden(**operands)
+
+    def scales_the_gradient_in_place(**operands: Any) -> Tensor:
+        out: Tensor = Gradient.apply(golden(**operands), lambda grad: grad.mul_(2))
+        return out
+
+    assert ("unmutated", "lora_A") in failed(poison_guard(candidate(writes_past_the_end), PLAIN))
+    assert ("unmutated", "grad_out") in failed(poison_guard(candidate(scales_the_gradient_in_place), PLAIN))
+    own = PLAIN.case.build()
+    assert ("unmutated", "packed") in failed(poison_guard(candidate(flips_a_code), own))
+
+
+def test_a_backward_pass_that_uses_its_graph_up() -> None:
+    def twice(**operands: Any) -> Tensor:
+        seen: list[int] = []
+
+        def change(grad: Tensor) -> Tensor:
+            seen.append(1)
+            return grad * len(seen)
+
+        out: Tensor = Gradient.apply(golden(**operands), change)
+        return out
+
+    assert ("second backward", "dX") in failed(second_backward_guard(candidate(twice), PLAIN))
+    (finding,) = second_backward_guard(candidate(lambda **operands: golden(**operands).detach()), PLAIN)
+    assert finding.status is Status.NOT_COVERED
+
+
+def test_a_configuration_that_is_wrong_and_a_dispatch_that_strays() -> None:
+    def configured(config: int | None = None, **operands: Any) -> Tensor:
+        factor = {0: 1.0, 1: 1.5, 2: 1 + 2.0**-20}[2 if config is None else config]
+        return golden(**operands) * factor
+
+    def judged(configs: list[int]) -> set[tuple[str, str]]:
+        return failed(configuration_guard(candidate(configured, configs=lambda dtype: configs), [PLAIN], BLOCKS)[0])
+
+    assert judged([0, 2]) == set()
+    assert judged([0]) == {("configurations", "dispatch")}
+    assert ("configurations", "Y") in judged([1, 2])
+    assert configuration_guard(candidate(golden), [PLAIN], BLOCKS) == ([], [])
+
+
+def raises(error: Exception) -> Call:
+    def call(**operands: Any) -> Tensor:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("guard", BEHAVIOURS)
+def test_exceptions_are_findings(guard: str) -> None:
+    (finding, *_) = BEHAVIOURS[guard](candidate(raises(RuntimeError("boom"))), PLAIN)
+    assert (finding.status, finding.reason) == (Status.FAIL, "raised RuntimeError: boom")
+    (finding, *_) = BEHAVIOURS[guard](candidate(raises(NotImplementedError("no gates"))), PLAIN)
+    assert (finding.status, finding.reason) == (Status.NOT_COVERED, "no gates")
+
+
+def test_fences_hold_the_same_operands_between_poison() -> None:
+    inside, fences = fenced(ALL)
+    for name, operand in ALL.problem.arguments().items():
+        if isinstance(operand, Tensor):
+            other = getattr(inside.problem, name)
+            assert torch.equal(other, operand)
+            assert other.is_contiguous()
+            assert other.storage_offset() * other.element_size() % 256 == 0
+    assert {"packed", "scales", "grad_out"} <= fences.keys()
+    assert bool(torch.isnan(overread(inside.problem.inputs, 3)).all())
+    assert int(overread(inside.problem.expert_weights.packed[-1], 1).min()) == 0xFF
+    fence = Fence(torch.arange(6.0), float("nan"))
+    assert fence.changed() == (0, 0)
+    fence.inside[2] = -2.0
+    assert fence.changed() == (1, 0)
+
+
+def test_uninitialised_memory_is_restored() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    with uninitialised_memory(poisoned=True):
+        assert bool(torch.isnan(torch.empty(5)).all())
+        assert bool(torch.isnan(torch.zeros(1).new_empty(5)).all())
+    assert torch.are_deterministic_algorithms_enabled() == before
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_smaller_batch_keeps_its_rows() -> None:
+    """Golden rows of the sub-batch equal the golden rows of the whole, in every layout."""
+    pinned = candidate(lambda config=0, **operands: golden(**operands), configs=lambda dtype: [0])
+    layouts: list[dict[str, Any]] = [
+        {"grouped_out": True}, {"top_k": 4, "fan_out": 1, "gate_slots": 4}, {"grouped_in": True, "gate_slots": 2}
+    ]  # fmt: skip
+    for options in layouts:
+        sample = replace(Case("layout", 5, 32, 32, 12, 2, 4, bias=True), **options).build()
+        findings = row_guard(pinned, sample)
+        assert failed(findings) == set()
+        assert all(finding.elements for finding in findings)

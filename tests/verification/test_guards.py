@@ -1,0 +1,276 @@
+"""Guards pass what is right and catch each kind of mistake, planted on the golden model's own results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxref import parallel_linear_lora
+from mxref.formats import fp4_codebook
+from mxref.problem import Problem
+from mxref.scattermoe import RoundingPoints
+from mxref.verification.accumulation import ACCUMULATIONS
+from mxref.verification.cases import Case, Sample, integer_cases, quick_cases
+from mxref.verification.guards import decode_guard, integer_guard, interval_guard
+from mxref.verification.verdicts import Finding, Status
+from mxref.weights import MXWeights, decode_mxfp4
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LEAVES = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
+SAMPLE = Case("case", 3, 64, 64, 12, 2, 4, BF16, bias=True, gate_slots=2).build()
+Outputs = dict[str, Tensor | None]
+
+
+@dataclass
+class Golden:
+    """The golden model; `before` changes the problem it sees, `after` what it returns."""
+
+    before: Callable[[Problem], Problem] = lambda problem: problem
+    after: Callable[[Outputs], object] = lambda outputs: None
+    decode: Callable[[MXWeights, torch.dtype], Tensor] | None = None
+
+    def run(self, sample: Sample) -> Mapping[str, Tensor | None]:
+        problem = self.before(sample.problem)
+        leaves = {
+            name: getattr(problem, operand).detach().clone().requires_grad_()
+            for name, operand in LEAVES.items()
+            if getattr(problem, operand) is not None
+        }
+        copies = {LEAVES[name]: leaf for name, leaf in leaves.items()}
+        y = parallel_linear_lora(**replace(problem, **copies).arguments(), **sample.case.flags())
+        y.backward(sample.grad_out)
+        outputs: Outputs = {"Y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+        self.after(outputs)
+        return outputs
+
+
+def judge(candidate: Golden, sample: Sample = SAMPLE, how: str = "tensor-core-sm90") -> dict[str, Finding]:
+    points = RoundingPoints.contract(sample.problem.dtype)
+    findings, _ = interval_guard(candidate, sample, points, ACCUMULATIONS[how])
+    assert len({f.tensor for f in findings}) == len(findings)
+    return {finding.tensor: finding for finding in findings}
+
+
+def failed(findings: Mapping[str, Finding] | list[Finding]) -> set[str]:
+    rows = findings.values() if isinstance(findings, Mapping) else findings
+    return {finding.tensor for finding in rows if finding.status is Status.FAIL}
+
+
+def poke(tensor: str, value: Callable[[Tensor], Tensor], at: tuple[int, ...] = (1, 3)) -> Callable[[Outputs], None]:
+    def after(outputs: Outputs) -> None:
+        x = outputs[tensor]
+        assert x is not None
+        x[at] = value(x[at])
+
+    return after
+
+
+def put(tensor: str, value: Tensor | None) -> Callable[[Outputs], None]:
+    return lambda outputs: outputs.update({tensor: value})
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
+def test_the_golden_model_passes_every_guard(dtype: torch.dtype) -> None:
+    assert {f.status for f in decode_guard(Golden(decode=decode_mxfp4), "cpu", dtype)} == {Status.PASS}
+    how = "fp32-blocks-16" if dtype == FP32 else "tensor-core-sm90"
+    for case in quick_cases("cpu"):
+        if case.rows * case.N <= 6000 and dtype != torch.float16:
+            findings = judge(Golden(), replace(case, dtype=dtype).build("cpu", 1), how)
+            assert {f.status for f in findings.values()} == {Status.PASS}, case.name
+    for case in integer_cases("cpu" if dtype == FP32 else "cuda"):
+        if case.dtype == dtype:
+            assert {f.status for f in integer_guard(Golden(), case.build("cpu", 1))} == {Status.PASS}, case.name
+
+
+def test_a_finding_carries_the_numbers() -> None:
+    finding = judge(Golden())["Y"]
+    assert finding.elements == SAMPLE.grad_out.numel()
+    assert finding.violations == 0
+    assert 0 < finding.max_ulp <= 0.5
+    assert 0 < finding.rms_ulp <= finding.max_ulp
+    assert 0 < finding.bound_share <= 1
+    assert finding.counterexample is None
+
+
+def test_an_undeclared_accumulation_passes_weakly() -> None:
+    assert {f.status for f in judge(Golden(), how="undeclared").values()} == {Status.WEAK}
+
+
+@pytest.mark.parametrize("tensor", ["Y", "dX", "dA", "dB", "dbias", "dgates"])
+def test_one_wrong_element_of_any_tensor_is_named(tensor: str) -> None:
+    at = (1, 1)
+    finding = judge(Golden(after=poke(tensor, lambda x: x * 1.05 + 0.01, at)))[tensor]
+    assert finding.status is Status.FAIL
+    assert finding.violations == 1
+    example = finding.counterexample
+    assert example.coordinate == at
+    assert not example.low <= example.got <= example.high
+    assert example.low <= example.expected <= example.high or abs(example.low - example.expected) < 1e-2
+    assert "[1, 1]: got" in str(finding)
+
+
+def test_the_next_bf16_number_is_caught() -> None:
+    after = poke("Y", lambda x: torch.nextafter(x, torch.tensor(torch.inf, dtype=BF16)))
+    example = judge(Golden(after=after))["Y"].counterexample
+    assert example is None or example.got > example.high
+    nudged = poke("Y", lambda x: x + 3 * x.abs() * 2.0**-8)
+    assert failed(judge(Golden(after=nudged))) == {"Y"}
+
+
+@pytest.mark.parametrize(("value", "note"), [(torch.nan, "NaN where"), (torch.inf, ""), (-torch.inf, "")])
+def test_what_is_not_finite_fails(value: float, note: str) -> None:
+    finding = judge(Golden(after=poke("dX", lambda x: torch.full_like(x, value))))["dX"]
+    assert finding.status is Status.FAIL
+    assert note in finding.counterexample.note
+
+
+@pytest.mark.parametrize(
+    ("after", "tensor", "reason"),
+    [
+        (put("dA", None), "dA", "no gradient reached lora_A"),
+        (put("Y", None), "Y", "no output"),
+        (put("dB", torch.zeros(3, 3, dtype=BF16)), "dB", "has shape (3, 3)"),
+        (put("dX", torch.zeros(12, 64, dtype=torch.float16)), "dX", "is torch.float16"),
+        (put("dW", torch.zeros(3, 64, 64)), "dW", "nothing asks for"),
+    ],
+)
+def test_malformed_results_fail_with_a_reason(after: Callable[[Outputs], None], tensor: str, reason: str) -> None:
+    for findings in (judge(Golden(after=after)), {f.tensor: f for f in integer_guard(Golden(after=after), SAMPLE)}):
+        assert findings[tensor].status is Status.FAIL
+        assert reason in findings[tensor].reason
+
+
+def test_exceptions_are_findings() -> None:
+    def refuse(problem: Problem) -> Problem:
+        raise NotImplementedError("no gates")
+
+    def crash(problem: Problem) -> Problem:
+        raise RuntimeError("illegal memory access")
+
+    for guard in (lambda c: list(judge(c).values()), lambda c: integer_guard(c, SAMPLE)):
+        (declined,), (crashed,) = guard(Golden(before=refuse)), guard(Golden(before=crash))
+        assert (declined.status, declined.reason) == (Status.NOT_COVERED, "no gates")
+        assert (crashed.status, crashed.reason) == (Status.FAIL, "raised RuntimeError: illegal memory access")
+    left_out = judge(Golden(after=lambda outputs: outputs.pop("dX")))
+    assert left_out["dX"].status is Status.NOT_COVERED
+    assert left_out["Y"].status is Status.PASS
+
+
+def scaled(name: str, factor: float) -> Callable[[Problem], Problem]:
+    return lambda problem: replace(problem, **{name: getattr(problem, name) * factor})
+
+
+def other_bytes(change: Callable[[Tensor], Tensor], buffer: str) -> Callable[[Problem], Problem]:
+    def before(problem: Problem) -> Problem:
+        weights = problem.expert_weights
+        changed = replace(weights, **{buffer: change(getattr(weights, buffer).clone())})
+        return replace(problem, expert_weights=changed)
+
+    return before
+
+
+def next_expert(problem: Problem) -> Problem:
+    return replace(problem, lora_B=problem.lora_B.roll(problem.rank, 1))
+
+
+MISTAKES: dict[str, tuple[Callable[[Problem], Problem], set[str]]] = {
+    "scale bytes one up": (other_bytes(lambda b: b + 1, "scales"), {"Y", "dX"}),
+    "scales of the neighbouring block": (other_bytes(lambda b: b.roll(1, 2), "scales"), {"Y", "dX"}),
+    "nibbles swapped": (other_bytes(lambda b: (b << 4) | (b >> 4), "packed"), {"Y", "dX"}),
+    "scaling doubled": (lambda p: replace(p, scaling=2 * p.scaling), {"Y", "dX", "dA", "dB"}),
+    "scaling one per cent off": (lambda p: replace(p, scaling=1.01 * p.scaling), {"Y", "dA", "dB"}),
+    "B of the next expert": (next_expert, {"Y", "dX", "dA"}),
+    "bias left out": (scaled("expert_biases", 0), {"Y"}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_caught(mistake: str) -> None:
+    before, tensors = MISTAKES[mistake]
+    sample = Case("balanced", 3, 64, 64, 24, 2, 4, BF16, data="balanced", bias=True).build()
+    assert tensors <= failed(judge(Golden(before=before), sample))
+    integers = integer_cases("cuda")[0].build()
+    if mistake != "scaling one per cent off":  # bf16 rounds this away from small integers
+        assert {"Y"} <= failed(integer_guard(Golden(before=before), integers))
+
+
+DECODE_BUGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "byte 0 is zero": lambda b: torch.where(b == 0, 1, b),
+    "byte 255 is infinite": lambda b: torch.where(b == 255, 254, b),
+    "byte 254 wraps": lambda b: torch.where(b == 254, 0, b),
+    "byte 252 one off": lambda b: torch.where(b == 252, 251, b),
+}
+
+
+@pytest.mark.parametrize("bug", DECODE_BUGS)
+def test_wrong_decoding_of_a_single_byte_is_caught(bug: str) -> None:
+    def decode(weights: MXWeights, dtype: torch.dtype) -> Tensor:
+        return decode_mxfp4(replace(weights, scales=DECODE_BUGS[bug](weights.scales)), dtype)
+
+    findings = decode_guard(Golden(other_bytes(DECODE_BUGS[bug], "scales"), decode=decode), "cpu", BF16)
+    assert failed(findings) == {"Y", "dX", "W"}
+    (own,) = (f for f in findings if f.tensor == "W")
+    assert own.violations <= 512
+
+
+def test_a_lost_sign_of_zero_and_a_wrong_code_are_caught_in_decode() -> None:
+    def unsigned(weights: MXWeights, dtype: torch.dtype) -> Tensor:
+        return decode_mxfp4(weights, dtype) + 0.0
+
+    (own,) = (f for f in decode_guard(Golden(decode=unsigned), "cpu", BF16) if f.tensor == "W")
+    assert own.status is Status.FAIL
+    assert own.violations == 255 * 32  # code 8 under every byte but NaN's, in every place
+    assert fp4_codebook("cpu")[8] == 0
+    swapped = other_bytes(lambda b: torch.where(b == 0x21, 0x12, b), "packed")
+    assert failed(decode_guard(Golden(before=swapped), "cpu", BF16)) == {"Y", "dX"}
+
+
+def test_a_decode_of_the_wrong_form_or_that_raises_is_a_finding() -> None:
+    def half(weights: MXWeights, dtype: torch.dtype) -> Tensor:
+        return decode_mxfp4(weights, dtype)[:, :7]
+
+    def absent(weights: MXWeights, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    assert "decode returned (2, 7, 256)" in decode_guard(Golden(decode=half), "cpu", BF16)[-1].reason
+    assert decode_guard(Golden(decode=absent), "cpu", BF16)[-1].status is Status.NOT_COVERED
+
+
+def test_nan_weights_must_stay_nan_and_infinite_ones_keep_their_sign() -> None:
+    sample = Case("poisoned", 2, 64, 64, 12, 2, 4, BF16).build()
+    weights = sample.problem.expert_weights
+    scales, packed = weights.scales.clone(), weights.packed.clone()
+    scales[0, 5, 0] = 255
+    scales[1, 9, 1], packed[1, 9, 16:] = 254, 0
+    packed[1, 9, 16] = 7  # 6·2^127, infinite in bf16, the block's only nonzero
+    poisoned = replace(sample.problem, expert_weights=replace(weights, scales=scales, packed=packed))
+    sample = replace(sample, problem=poisoned)
+    assert {f.status for f in judge(Golden(), sample).values()} == {Status.PASS}
+
+    def quiet(outputs: Outputs) -> None:
+        outputs["Y"] = outputs["Y"].nan_to_num(nan=0.0)
+
+    def flipped(outputs: Outputs) -> None:
+        outputs["Y"] = torch.where(torch.isinf(outputs["Y"]), -outputs["Y"], outputs["Y"])
+
+    for after in (quiet, flipped):
+        finding = judge(Golden(after=after), sample)["Y"]
+        assert finding.status is Status.FAIL
+        assert "same class" in finding.counterexample.note
+
+
+def test_error_samples_are_thinned_and_finite() -> None:
+    sample = Case("many", 1, 32, 512, 96, 1, 4, BF16).build()
+    points = RoundingPoints.contract(BF16)
+    _, samples = interval_guard(Golden(), sample, points, ACCUMULATIONS["tensor-core-sm90"])
+    by_tensor = {s.tensor: s for s in samples}
+    assert set(by_tensor) == {"Y", "dX", "dA", "dB"}
+    y = by_tensor["Y"]
+    assert 10_000 < len(y.error) <= 20_000
+    assert len(y.magnitude) == len(y.error) == len(y.bound) == len(y.ulp_error)
+    assert (abs(y.error) <= y.bound).all()
+    assert (abs(y.ulp_error) <= 0.5).all()

@@ -1,0 +1,155 @@
+"""Reports: strict JSON, one page that needs nothing but itself, and text that names the element."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mxref.verification import candidates, plots, report, terminal
+from mxref.verification.accumulation import ACCUMULATIONS
+from mxref.verification.gate import GUARDS, GateResult
+from mxref.verification.verdicts import Counterexample, ErrorSample, Finding, Status
+
+PASSED = Finding("interval", "small", "Y", Status.PASS, "inside", 96, 0, 1.5, 0.4, 0.25)
+FAILED = Finding(
+    "interval", "wide <case>", "dX", Status.FAIL, "3 of 64 outside", 64, 3, math.inf, 2.0, 7.5,
+    Counterexample((4, 17), math.nan, 1.25, 1.2, 1.3, "NaN where the reference is a number"),
+)  # fmt: skip
+WEAK = replace(PASSED, tensor="dA", status=Status.WEAK, reason="order-free only")
+DECLINED = Finding("integer", "gates", "all", Status.NOT_COVERED, "no gates here", 0, 0)
+EXACT = Finding("decode", "every finite element, float32", "Y", Status.PASS, "equal", 4096, 0, 0.0, 0.0, 0.0)
+
+
+def errors(tensor: str, scale: float = 1.0) -> ErrorSample:
+    draw = np.random.default_rng(0)
+    magnitude = np.exp(draw.normal(0, 3, 500))
+    bound = magnitude * 1e-5
+    error = bound * draw.uniform(-0.5, 0.5, 500) * scale
+    error[:50] = 0
+    return ErrorSample("small", tensor, magnitude, error, bound, error / magnitude * 2**23)
+
+
+def result_of(*findings: Finding, name: str = "candidate", strict: bool = False) -> GateResult:
+    candidate = replace(candidates.golden(), name=name, declared_points=("z-unrounded",))
+    samples = [errors("Y"), errors("dX", 40.0)]
+    how = ACCUMULATIONS["fp32-blocks-64"]
+    return GateResult(candidate, how, "some device", "quick", 7, strict, list(findings), samples, "today", 1.5)
+
+
+ALL = (PASSED, FAILED, WEAK, DECLINED, EXACT)
+
+
+def test_json_is_strict_and_complete(tmp_path: Path) -> None:
+    data_file, _ = report.write(result_of(*ALL), tmp_path / "new" / "folder")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads(data_file.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert data["schema"] == "mxref.gate/1"
+    assert (data["verdict"], data["exit_code"]) == ("fail", 1)
+    assert data["counts"] == {"pass": 2, "fail": 1, "weak pass": 1, "not covered": 1}
+    assert data["candidate"] == {
+        "name": "candidate",
+        "rounding_points": ["z-unrounded"],
+        "accumulation": "fp32-blocks-64",
+        "accumulation_declared": False,
+    }
+    assert data["run"]["device"] == "some device"
+    assert data["run"]["seed"] == 7
+    assert {"mxref", "torch", "python"} <= set(data["run"]["versions"])
+    failed = next(finding for finding in data["findings"] if finding["status"] == "fail")
+    assert failed["max_ulp"] == "inf"
+    assert failed["counterexample"]["got"] == "nan"
+    assert failed["counterexample"]["coordinate"] == [4, 17]
+    assert set(data["guards"]) == set(GUARDS)
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    _, page = report.write(result_of(*ALL), tmp_path)
+    html = page.read_text(encoding="utf-8")
+    assert "http" not in html
+    assert not re.search(r"<(script|link|iframe|img|object)\b|@import", html)
+    for target in re.findall(r"""(?:src|href|url)\s*(?:=|\()\s*["']?([^"')\s>]+)""", html):
+        assert target.startswith("#"), target
+
+
+def test_the_page_says_the_verdict_and_the_element() -> None:
+    html = report.as_html(result_of(*ALL))
+    assert '<div class="word">FAIL</div>' in html
+    assert html.count("<svg ") == 2
+    assert "[4, 17]" in html
+    assert "NaN where the reference is a number" in html
+    assert "wide &lt;case&gt;" in html
+    for explanation in (GUARDS["decode"], GUARDS["integer"], GUARDS["interval"]):
+        assert explanation in html
+    assert "z-unrounded" in html
+    passed = report.as_html(result_of(PASSED, EXACT))
+    assert '<div class="word">PASS</div>' in passed
+    assert "What went wrong" not in passed
+    assert "<script>" not in report.as_html(result_of(PASSED, name="<script>alert(1)</script>"))
+
+
+def test_the_pictures_share_a_page() -> None:
+    samples = [errors("Y"), errors("dX", 40.0)]
+    both = plots.ulp_histogram(samples) + plots.error_against_bound(samples)
+    ids = re.findall(r'\bid="([^"]+)"', both)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', both)) <= set(ids)
+    assert "var(--series)" in both
+    assert "#04" not in both  # no placeholder colour is left
+
+
+@pytest.mark.parametrize("draw", [plots.ulp_histogram, plots.error_against_bound])
+def test_pictures_of_awkward_data(draw: object) -> None:
+    assert callable(draw)
+    assert draw([]) == ""
+    nothing = np.empty(0)
+    assert draw([ErrorSample("c", "Y", nothing, nothing, nothing, nothing)]) == ""
+    zero, one = np.zeros(3), np.ones(3)
+    assert "<svg" in draw([ErrorSample("c", "Y", one, zero, zero, zero)])
+    assert "<svg" in draw([ErrorSample("c", "Z", one, one * np.inf, one, one * np.nan)])
+    assert "<svg" in draw([ErrorSample("c", "Y", one, one * 1e300, one * 1e-300, one * 1e300)])
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_terminal_names_case_tensor_and_element(verbose: bool) -> None:
+    console = Console(file=io.StringIO(), width=140)
+    terminal.print_result(result_of(*ALL), console, verbose=verbose)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for expected in ("wide <case>", "dX[4, 17]", "nan", "1.25", "[1.2, 1.3]", "no gates here", "FAIL", "some device"):
+        assert expected in text
+    if verbose:
+        assert text.index("✗ fail") < text.index("✓ pass")
+
+
+@pytest.mark.parametrize(
+    ("findings", "strict", "expected"),
+    [
+        ((PASSED, EXACT), False, "All 2 judgements of 4,192 elements agree with the contract."),
+        ((PASSED, DECLINED), False, "All 1 judgements of 96 elements agree with the contract; 1 are not covered."),
+        ((PASSED, DECLINED), True, "Under --strict that is a failure"),
+        ((PASSED, WEAK), False, "hold only against the order-free bound"),
+        ((PASSED, FAILED), False, "1 of 2 judgements contradict the contract, in 1 case."),
+        ((DECLINED,), False, "covers none of the 1 judgements"),
+    ],
+)
+def test_headline(findings: tuple[Finding, ...], strict: bool, expected: str) -> None:
+    assert expected in report.headline(result_of(*findings, strict=strict))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.0, "exact"), (0.004, "< 1 %"), (0.5, "50 %"), (1.0, "100 %"), (2.5, "2.5 ×"), (math.inf, "∞ ×")],
+)
+def test_share_text(value: float | None, text: str) -> None:
+    assert report.share_text(value) == text

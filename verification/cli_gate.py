@@ -1,0 +1,304 @@
+"""`mxref gate`: judge an implementation, print the verdict, write the report.
+
+Imports wait until the arguments are read: Triton's interpreter must be chosen before kernels are imported, and a wrong
+use should not cost the seconds that they take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxref.verification.options import EVIDENCE, choose_device, matches, seed
+from mxref.verification.usage import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from mxref.checkpoint import ExpertTensor
+    from mxref.verification.candidates import Candidate
+    from mxref.verification.gate import GateResult, Step
+
+__all__ = ["add_to"]
+
+_EPILOG = """\
+examples:
+  mxref gate                                    judge this project's kernels, quick suite
+  mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
+  mxref gate --weights ./gpt-oss-20b --layers 0 judge on a checkpoint's expert weights
+  mxref gate --case 'integer*' --kernel golden  a few cases only; the golden model against itself
+
+exit codes: 0 pass, 1 fail, 2 wrong use
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "gate",
+        help="judge an implementation against the golden model",
+        description="Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, "
+        "and derived error intervals on a grid of cases.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is judged")
+    what.add_argument(
+        "--kernel",
+        metavar="SPEC",
+        default="shipped",
+        help="shipped (default), golden, composite, module:callable or path/to/file.py:callable",
+    )
+    what.add_argument(
+        "--points", metavar="NAMES", help="declare other rounding points, comma-separated; 'contract' for none"
+    )
+    what.add_argument("--accumulation", metavar="NAME", help="declare how fp32 sums run, for instance fp32-blocks-32")
+    how = parser.add_argument_group("by which cases")
+    size = how.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", dest="full", action="store_false", default=False, help="the suite for every commit (default)"
+    )
+    size.add_argument("--full", action="store_true", help="the suite for a release: more and larger cases")
+    how.add_argument(
+        "--weights", metavar="PATH", type=Path, help="a gpt-oss checkpoint (file or folder) in place of drawn weights"
+    )
+    how.add_argument(
+        "--layers", metavar="LIST", help="with --weights: layers such as 0,3-5, or all (default: the first)"
+    )
+    how.add_argument("--experts", metavar="N", help="with --weights: experts of each projection, or all (default: 4)")
+    how.add_argument("--case", metavar="PATTERN", action="append", help="only cases that match; may be repeated")
+    how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
+    how.add_argument("--list", action="store_true", help="print the cases and stop")
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("gate-report"),
+        help="for gate.json and gate.html (default: gate-report)",
+    )
+    out.add_argument(
+        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence of this GPU"
+    )
+    out.add_argument("--verbose", action="store_true", help="print every case and tensor")
+    out.add_argument("--strict", action="store_true", help="a weak pass, a worse one or an uncovered case fails")
+    out.add_argument(
+        "--accept-baseline",
+        metavar="DIR",
+        type=Path,
+        nargs="?",
+        const=EVIDENCE,
+        help="make this run's errors the baseline of its architecture",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The subcommand; its exit code.
+
+    Raises:
+        UsageError: an argument does not fit this machine, these files or the others.
+    """
+    device = choose_device(arguments.device, arguments.require_gpu)
+    _check_record(arguments, device)
+    if arguments.accept_baseline is not None and not _own(arguments):
+        raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
+    steps, suite = _steps(arguments, device)
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if arguments.list:
+        _print_list(steps, console)
+        return 0
+    candidate = _candidate(arguments, device)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
+    result = _judge(candidate, steps, device, suite, arguments)
+    accepted = _baseline(result, device, arguments)
+
+    from mxref.verification.report import write
+    from mxref.verification.terminal import print_result
+
+    data, page = write(result, arguments.out)
+    print_result(result, console, verbose=arguments.verbose)
+    console.print(f"report: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
+    if accepted is not None:
+        console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
+    if arguments.record is not None:
+        from mxref.verification import evidence
+
+        kept = evidence.record(arguments.record, "gate", evidence.gate_summary(result))
+        console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
+    return result.exit_code
+
+
+def _own(arguments: argparse.Namespace) -> bool:
+    """Whether the shipped kernels are judged, as they declare themselves, on drawn cases."""
+    a = arguments
+    return a.kernel == "shipped" and a.points is None and a.accumulation is None and a.weights is None
+
+
+def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:
+    """Hold the shipped kernels' errors against the accepted ones, or accept them if all is well; the written file."""
+    from mxref.verification import baselines
+
+    if not _own(arguments):
+        return None
+    if arguments.accept_baseline is None:
+        result.findings += baselines.baseline_guard(result.findings, device, result.seed)
+        return None
+    if any(not finding.ok for finding in result.findings):
+        return None
+    try:
+        return baselines.accept(result.findings, device, result.seed, arguments.accept_baseline)
+    except ValueError as error:
+        raise UsageError(f"--accept-baseline: {error}") from None
+
+
+def _check_record(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Evidence is a whole suite on this project's kernels, as they declare themselves, on a GPU."""
+    a = arguments
+    partial = a.kernel != "shipped" or a.points or a.accumulation or a.weights is not None or a.case
+    if a.record is not None and (device.type != "cuda" or partial):
+        raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
+
+
+def _candidate(arguments: argparse.Namespace, device: torch.device) -> Candidate:
+    from mxref.verification import candidates
+
+    points = None
+    if arguments.points is not None:
+        points = [] if arguments.points == "contract" else arguments.points.replace(" ", "").split(",")
+    own = {
+        "shipped": lambda: candidates.shipped(device),
+        "golden": candidates.golden,
+        "composite": candidates.torch_composite,
+    }
+    try:
+        if arguments.kernel not in own:
+            return candidates.load(arguments.kernel, points, arguments.accumulation)
+        return candidates.declare(own[arguments.kernel](), points, arguments.accumulation)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _steps(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Step], str]:
+    """What will be judged, and what to call it."""
+    from mxref.verification import gate
+
+    if arguments.weights is not None:
+        tensors, suite = _checkpoint(arguments.weights, arguments.layers)
+        experts = _experts(arguments.experts)
+        steps = gate.decode_steps(device)
+        steps += gate.checkpoint_steps(arguments.weights, tensors, experts, device, arguments.seed)
+        suite += ", all experts" if experts is None else f", up to {experts} experts each"
+    elif arguments.layers is not None or arguments.experts is not None:
+        raise UsageError("--layers and --experts choose from a checkpoint: give --weights too")
+    else:
+        steps = gate.suite_steps(device, arguments.full, arguments.seed, every_guard=True)
+        suite = "full" if arguments.full else "quick"
+    if arguments.case:
+        steps = [step for step in steps if matches(step.case, arguments.case)]
+        if not steps:
+            raise UsageError(f"--case {' '.join(arguments.case)} matches no case; --list prints them")
+        suite += f", cases matching {' or '.join(arguments.case)}"
+    return steps, suite
+
+
+def _checkpoint(path: Path, layers: str | None) -> tuple[list[ExpertTensor], str]:
+    """The projections of the chosen layers, and what to call them."""
+    from mxref.checkpoint import list_expert_tensors
+
+    try:
+        tensors = list_expert_tensors(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--weights: {error}") from None
+    layer_of = {tensor.name: _layer(tensor.name) for tensor in tensors}
+    present = sorted(set(layer_of.values()))
+    wanted = present[:1] if layers is None else present if layers == "all" else _numbers(layers)
+    missing = [layer for layer in wanted if layer not in present]
+    if missing:
+        raise UsageError(f"--layers {layers}: {path} has layers {_ranges(present)}; not {missing[0]}")
+    chosen = [tensor for tensor in tensors if layer_of[tensor.name] in wanted]
+    return chosen, f"checkpoint {path}, layer {_ranges(wanted)} of {len(present)}, {len(chosen)} projections"
+
+
+def _layer(name: str) -> int:
+    """The first number in a tensor's name; 0 where there is none."""
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(number.group(1)) if number else 0
+
+
+def _numbers(text: str) -> list[int]:
+    """0,3-5 as [0, 3, 4, 5]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if ends is None or int(ends.group(2) or ends.group(1)) < int(ends.group(1)):
+            raise UsageError(f"--layers is {text!r}; expected numbers and ranges such as 0,3-5, or all")
+        numbers += range(int(ends.group(1)), int(ends.group(2) or ends.group(1)) + 1)
+    return sorted(set(numbers))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 10] as 0–2, 10; two neighbours stay apart."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def _experts(text: str | None) -> int | None:
+    if text == "all":
+        return None
+    if text is not None and not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise UsageError(f"--experts is {text!r}; expected a positive number, or all")
+    return int(text or 4)
+
+
+def _judge(
+    candidate: Candidate, steps: Sequence[Step], device: torch.device, suite: str, arguments: argparse.Namespace
+) -> GateResult:
+    """Run the gate behind a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from mxref.verification.gate import run_gate
+
+    columns = (
+        SpinnerColumn(), TextColumn("{task.fields[guard]:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", style="bright_black"),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(steps), guard="")
+        done = iter(range(len(steps)))
+
+        def on_step(step: Step) -> None:
+            progress.update(task, completed=next(done), description=step.case, guard=step.guard)
+
+        return run_gate(
+            candidate, steps, device, suite=suite, seed=arguments.seed, strict=arguments.strict, on_step=on_step
+        )
+
+
+def _print_list(steps: Sequence[Step], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("guard", "case", box=None, header_style="bright_black")
+    for step in steps:
+        table.add_row(step.guard, step.case)
+    console.print(table)

@@ -1,0 +1,114 @@
+"""`mxref history`: speed over commits, as ratios; fails on a slowdown beyond the noise."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxref.verification.options import EVIDENCE
+from mxref.verification.usage import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mxref.verification.history import Change, Entry
+
+__all__ = ["add_to"]
+
+_EPILOG = """\
+The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %.
+
+exit codes: 0 nothing is slower, 1 something is, 2 wrong use
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "history",
+        help="speed over commits; fails on a slowdown",
+        description="Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its "
+        "ratios to the composite and to the limit, and fail where it is slower beyond the noise.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--evidence", metavar="DIR", type=Path, default=EVIDENCE, help="one folder a GPU")
+    parser.add_argument("--gpu", metavar="NAME", help="only the GPUs whose folder name holds it")
+    parser.add_argument("--baseline", metavar="START", help="the run to hold against: a date, commit or digest")
+    parser.add_argument("--plot", metavar="DIR", type=Path, help="for history-<gpu>.png")
+    parser.add_argument("--verbose", action="store_true", help="print every ratio, not only what changed")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The subcommand; its exit code.
+
+    Raises:
+        UsageError: there is nothing to show, a record is damaged, or --baseline names no run.
+    """
+    from rich.console import Console
+
+    from mxref.verification.history import judge, load_history
+
+    try:
+        history = load_history(arguments.evidence)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    history = {gpu: entries for gpu, entries in history.items() if (arguments.gpu or "") in gpu}
+    if not history:
+        raise UsageError(f"no benchmark is recorded below {arguments.evidence}; on a GPU: mxref bench --record")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    failed = False
+    for gpu, entries in history.items():
+        try:
+            changes = judge(entries, arguments.baseline)
+        except ValueError as error:
+            raise UsageError(f"--baseline: {gpu}: {error}") from None
+        _print(gpu, entries, changes, arguments.verbose, console)
+        failed |= any(change.slower for change in changes)
+        if arguments.plot is not None:
+            _plot(gpu, entries, arguments.plot, console)
+    return int(failed)
+
+
+def _print(gpu: str, entries: list[Entry], changes: list[Change], verbose: bool, console: Console) -> None:
+    """The ratios of the way that callers get, run after run; then what changed."""
+    from rich.table import Table
+
+    table = Table(title=f"{gpu}: automatic, step (base): time over the composite's", title_justify="left", box=None)
+    table.add_column("run")
+    shapes = list(dict.fromkeys(shape for entry in entries for shape, _, path in entry.rows if path == "automatic"))
+    for shape in shapes:
+        table.add_column(shape, justify="right")
+    for entry in entries:
+        table.add_row(entry.name, *[_pair(entry, shape) for shape in shapes])
+    console.print(table, highlight=False)
+    for change in changes:
+        style = "red" if change.slower else "green" if change.faster else "bright_black"
+        if verbose or change.slower or change.faster:
+            console.print(str(change), style=style, highlight=False)
+    slower = sum(change.slower for change in changes)
+    if not changes:
+        console.print("one run, nothing to hold it against", style="bright_black")
+    else:
+        said = f"{slower} of {len(changes)} ratios slower beyond the noise"
+        console.print(said, style="bold red" if slower else "bold green", highlight=False)
+
+
+def _pair(entry: Entry, shape: str) -> str:
+    cells = [entry.rows.get((shape, measure, "automatic")) for measure in ("step", "base")]
+    step, base = (f"{row['ratio']:.2f}" if row and row["status"] == "ok" else "–" for row in cells)
+    return f"{step} ({base})"
+
+
+def _plot(gpu: str, entries: list[Entry], folder: Path, console: Console) -> None:
+    from mxref.verification.benchmark_plots import save_history
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_history(entries, str(folder / f"history-{gpu}.png"))
+    except OSError as error:
+        raise UsageError(f"--plot {folder}: {error.strerror or error}") from None
+    console.print(f"plot: {folder / f'history-{gpu}.png'}", style="bright_black", soft_wrap=True, highlight=False)

@@ -1,0 +1,102 @@
+"""`mxref inspect`: what a packed checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxref.verification.usage import UsageError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from mxref.verification.inspection import BlockStatistics
+
+__all__ = ["add_to"]
+
+_EPILOG = """\
+examples:
+  mxref inspect model.safetensors          one file, gpt-oss names (*_blocks, *_scales)
+  mxref inspect ./gpt-oss-20b              a directory of shards; DeepSeek-V4 names are read too
+
+exit codes: 0 the checkpoint was read, whatever it holds; 2 wrong use or not readable
+"""
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "inspect",
+        help="count the blocks of a packed checkpoint",
+        description="Per expert projection: its shape, how its scale bytes are spread, and the share of blocks that "
+        "are zero, saturated (hold ±6, the largest code) or NaN (scale byte 255).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="a safetensors file, or a directory that holds them")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The subcommand; its exit code.
+
+    Raises:
+        UsageError: the checkpoint cannot be read.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+    from rich.text import Text
+
+    from mxref.verification.inspection import inspect_checkpoint
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
+    for column in ("tensor", "E × N × K", "scale bytes", "", "zero", "saturated", "NaN"):
+        table.add_column(column, justify="left" if column in ("tensor", "") else "right", overflow="fold")
+    blocks = nan = 0
+    try:
+        layout, count, statistics = inspect_checkpoint(arguments.file)
+        progress = Console(stderr=True)
+        for found in track(statistics, "reading", total=count, console=progress, transient=True):
+            blocks, nan = blocks + found.blocks, nan + found.nan
+            low, high = found.byte_range
+            share = [_share(part, found.blocks) for part in (found.zero, found.saturated, found.nan)]
+            table.add_row(
+                Text(found.name),
+                f"{found.E} × {found.N} × {found.K}",
+                f"{low}–{high}",
+                histogram(found),
+                *share[:2],
+                Text(share[2], style="red" if found.nan else "bright_black"),
+            )
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    console.print(table)
+    summary = f"{layout} names · {count} projections · {blocks:,} blocks of 32 · {nan:,} NaN"
+    console.print(Text(summary, style="red" if nan else "bright_black"))
+    return 0
+
+
+def histogram(found: BlockStatistics) -> Text:
+    """The scale bytes in use as bars from the smallest to the largest, height by the square root of the count."""
+    from rich.text import Text
+
+    low, high = found.byte_range
+    step = -(-(high - low + 1) // _WIDTH)
+    bins = [sum(found.scale_bytes[byte : byte + step]) for byte in range(low, high + 1, step)]
+    top = max(bins)
+    bars = "".join(" " if not count else _BARS[round((count / top) ** 0.5 * (len(_BARS) - 1))] for count in bins)
+    return Text(bars, style="blue")
+
+
+def _share(part: int, whole: int) -> str:
+    """A share in percent; 0 and 100 only where it is exactly that."""
+    if part in (0, whole):
+        return "0 %" if not part else "100 %"
+    return f"{min(max(100 * part / whole, 0.01), 99.99):.2f} %"

@@ -1,0 +1,158 @@
+"""`mxref mutants`: plant bugs in the kernels' sources and see whether the guards notice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxref.verification.options import choose_device, matches, seed
+from mxref.verification.usage import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mxref.verification.mutation.mutant import Mutant, Source
+    from mxref.verification.mutation.session import Session
+
+__all__ = ["add_to"]
+
+_SAMPLE = 120
+
+_EPILOG = f"""\
+examples:
+  mxref mutants                          {_SAMPLE} mutants across all functions and kinds of mistake
+  mxref mutants --all --jobs 8           the whole catalogue
+  mxref mutants --all --matrix           what every layer kills, and what only it kills
+  mxref mutants --kind gates --list      print the mutants of one kind
+
+exit codes: 0 every mutant is killed or known to change nothing, 1 not so, 2 wrong use
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "mutants",
+        help="plant bugs in the kernels and see whether the guards notice",
+        description="Plant bugs in the kernels' sources, one at a time, and see whether the gate's guards notice.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_argument_group("which mutants")
+    size = which.add_mutually_exclusive_group()
+    size.add_argument("--all", action="store_true", help="the whole catalogue")
+    size.add_argument("--sample", metavar="N", type=_positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})")
+    which.add_argument("--kind", metavar="PATTERN", action="append", default=[], help="only these kinds of mistake")
+    which.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only mutants that match")
+    which.add_argument("--by-hand", action="store_true", help="none of the systematic ones")
+    which.add_argument("--gpu-only", action="store_true", help="only those that the interpreter cannot show")
+    which.add_argument("--seed", type=seed, default=0, help="of the sample and of every draw (default: 0)")
+    which.add_argument("--list", action="store_true", help="print the mutants and stop")
+    how = parser.add_argument_group("how")
+    how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
+    how.add_argument("--compile", action="store_true", help="compare the survivors' compiled code with the sources'")
+    how.add_argument("--jobs", metavar="N", type=_positive, default=os.cpu_count() or 1, help="processes at once")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    how.add_argument("--out", metavar="DIR", type=Path, help="write mutants.json there")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The subcommand; its exit code.
+
+    Raises:
+        UsageError: an argument does not fit this machine or the others.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not spoil it for forked processes
+    device = choose_device(arguments.device)
+    if arguments.gpu_only and device.type == "cpu" and not arguments.list:
+        raise UsageError("--gpu-only: torch sees no CUDA GPU on this machine")
+    from rich.console import Console
+
+    from mxref.verification.mutants import read_sources
+    from mxref.verification.mutation.tables import print_list, print_session
+
+    sources = read_sources()
+    mutants = _selected(arguments, sources, device)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if arguments.list:
+        print_list(mutants, console)
+        return 0
+    if arguments.out is not None:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
+    session = _judge(mutants, sources, device, arguments)
+    print_session(session, sources, console)
+    if arguments.out is not None:
+        path = arguments.out / "mutants.json"
+        path.write_text(json.dumps(session.as_json(sources), indent=1), encoding="utf-8")
+        console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
+    return session.exit_code
+
+
+def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:
+    from mxref.verification.mutants import catalogue, stratified
+
+    mutants = [
+        mutant
+        for mutant in catalogue(sources)
+        if matches(mutant.category, arguments.kind)
+        and matches(mutant.name, arguments.name)
+        and (mutant.by_hand or not arguments.by_hand)
+        and (mutant.gpu_only or not arguments.gpu_only)
+        and (arguments.list or device.type == "cuda" or not mutant.gpu_only)
+    ]
+    if not mutants:
+        raise UsageError("no mutant matches; --list prints those that do")
+    return mutants if arguments.all or arguments.list else stratified(mutants, arguments.sample, arguments.seed)
+
+
+def _judge(
+    mutants: list[Mutant], sources: dict[str, Source], device: torch.device, arguments: argparse.Namespace
+) -> Session:
+    """Run behind a progress bar on stderr."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    from mxref.verification.mutation.layers import fixtures, layers
+    from mxref.verification.mutation.runner import Outcome
+    from mxref.verification.mutation.session import judge
+
+    torch.set_num_threads(1)
+    columns = (
+        SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[tally]}"),
+        TextColumn("{task.description}", style="bright_black"),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    killed = survived = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(mutants), tally="")
+
+        def on_start(what: str) -> None:
+            progress.update(task, description=what)
+
+        def on_judged(outcome: Outcome) -> None:
+            nonlocal killed, survived
+            killed, survived = killed + outcome.killed, survived + (not outcome.killed)
+            name = outcome.mutant.name if outcome.mutant is not None else ""
+            progress.update(task, advance=1, description=name, tally=f"{killed} killed, {survived} alive")
+
+        return judge(
+            mutants, sources, layers(device, arguments.seed), fixtures(device, arguments.seed), device,
+            matrix=arguments.matrix, jobs=arguments.jobs, compile_survivors=arguments.compile, on_start=on_start,
+            on_judged=on_judged,
+        )  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)

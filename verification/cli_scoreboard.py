@@ -1,0 +1,130 @@
+"""`mxref scoreboard`: judge every implementation that can be found, and print the table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxref.verification.options import EVIDENCE, choose_device, matches, seed
+from mxref.verification.usage import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mxref.verification.scoreboard import Board
+
+__all__ = ["add_to"]
+
+_EPILOG = """\
+examples:
+  mxref scoreboard                                       everything that is installed, quick suite
+  mxref scoreboard --candidates axolotl,grouped_mm       two of them
+  mxref scoreboard --full --record                       the release suite, kept as evidence (needs a GPU)
+
+exit codes: 0 the comparison ran, whatever it found; 2 wrong use
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "scoreboard",
+        help="judge implementations from elsewhere by the same steps",
+        description="Judge this project's kernels and implementations from elsewhere by the same steps, each in a "
+        "process of its own, and print one table with the first counterexample of every failure.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--candidates", metavar="NAMES", help="comma-separated, module:callable too (default: all but golden)"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="full", action="store_false", default=False, help="the quick suite (default)")
+    size.add_argument("--full", action="store_true", help="the suite for a release: more and larger cases")
+    parser.add_argument("--case", metavar="PATTERN", action="append", help="only cases that match; may be repeated")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for scoreboard.json and scoreboard.md"
+    )
+    parser.add_argument(
+        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence of this GPU"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The subcommand; its exit code.
+
+    Raises:
+        UsageError: an argument does not fit this machine or the others.
+    """
+    device = choose_device(arguments.device)
+    from rich.console import Console
+
+    from mxref.verification import evidence, scoreboard_report
+
+    names = _names(arguments.candidates)
+    if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
+        raise UsageError("--record keeps the whole table of a GPU; leave out what narrows it")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
+    _check_cases(arguments, device)
+    board = _judge(names, device, arguments)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    scoreboard_report.print_board(board, console)
+    data, page = scoreboard_report.write(board, arguments.out)
+    console.print(f"table: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
+    if arguments.record is not None:
+        kept = evidence.record(arguments.record, "scoreboard", scoreboard_report.as_json(board))
+        kept.with_suffix(".md").write_text(scoreboard_report.as_markdown(board), encoding="utf-8")
+        console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _names(text: str | None) -> list[str]:
+    from mxref.verification.entries import ENTRIES, entry
+
+    if text is None:
+        return [name for name in ENTRIES if name != "golden"]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    try:
+        for name in names:
+            entry(name)
+    except ValueError as error:
+        raise UsageError(f"--candidates: {error}") from None
+    return names
+
+
+def _check_cases(arguments: argparse.Namespace, device: torch.device) -> None:
+    from mxref.verification.gate import suite_steps
+
+    steps = suite_steps(device, arguments.full, arguments.seed)
+    if not any(matches(step.case, arguments.case or ()) for step in steps):
+        raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")
+
+
+def _judge(names: list[str], device: torch.device, arguments: argparse.Namespace) -> Board:
+    """Run behind a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from mxref.verification.scoreboard import run_scoreboard
+
+    columns = (
+        SpinnerColumn(), TextColumn("{task.fields[name]:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", style="bright_black"),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None, name="")
+
+        def on_step(name: str, done: int, total: int, case: str) -> None:
+            progress.update(task, completed=done, total=total, description=case, name=name)
+
+        only = arguments.case or ()
+        return run_scoreboard(names, device, full=arguments.full, seed=arguments.seed, only=only, on_step=on_step)

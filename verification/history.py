@@ -1,0 +1,163 @@
+"""Speed over commits, on ratios alone: a time over the composite's and a time over the limit, never a time.
+
+Each benchmark that was kept as evidence also lies under `evidence/<gpu>/history/`. A row that is slower than it was,
+beyond the noise of both runs, fails. The noise of a ratio is the range of its rounds over their median; the band is the
+sum of both runs' noise, and at least `FLOOR`. The limit's ratio adds how far each run's ceilings moved meanwhile.
+
+What a row is held against is the best of all earlier runs, so that many small losses add up to one that shows; a pinned
+run replaces it. Rows of others are shown and not judged.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mxref.verification import evidence
+from mxref.verification.options import EVIDENCE
+
+__all__ = ["FLOOR", "Change", "Entry", "Key", "judge", "load_history", "noise"]
+
+FLOOR = 0.05
+"""The narrowest band: what the same sources differ by between two machines of one kind."""
+
+Key = tuple[str, str, str]
+"""Shape, measure, path."""
+Ratio = Literal["ratio", "limit_ratio"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kept benchmark."""
+
+    gpu: str
+    started: str
+    commit: str
+    digest: str
+    drift: float
+    rows: dict[Key, dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Date and commit, or the kernels' digest where no commit is known."""
+        return f"{self.started[:10]} {self.commit or self.digest[:8]}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One ratio of one row of the latest run, beside what it is held against.
+
+    Attributes:
+        key: shape, measure, path.
+        of: "ratio", to the composite, or "limit_ratio".
+        now, before: the ratios; `now` is None where the row has no numbers any more, and `why` says so.
+        band: relative; slower means now > before · (1 + band).
+        since: the name of the run that `before` comes from.
+    """
+
+    key: Key
+    of: Ratio
+    now: float | None
+    before: float
+    band: float
+    since: str
+    why: str = ""
+
+    @property
+    def slower(self) -> bool:
+        """Whether this fails."""
+        return self.now is None or self.now > self.before * (1 + self.band)
+
+    @property
+    def faster(self) -> bool:
+        """Whether this is an improvement beyond the same band."""
+        return self.now is not None and self.now * (1 + self.band) < self.before
+
+    def __str__(self) -> str:
+        shape, measure, path = self.key
+        what = "composite" if self.of == "ratio" else "limit"
+        if self.now is None:
+            return f"{path}, {shape}, {measure}: {self.why}; was {self.before:.3f} × the {what} in {self.since}"
+        return (
+            f"{path}, {shape}, {measure}: {self.now:.3f} × the {what}, was {self.before:.3f} in {self.since}: "
+            f"{self.now / self.before - 1:+.1%}, band ±{self.band:.1%}"
+        )
+
+
+def load_history(root: Path = EVIDENCE) -> dict[str, list[Entry]]:
+    """Every kept benchmark by GPU folder, oldest first.
+
+    Raises:
+        ValueError: a file is no record, or was changed by hand.
+    """
+    history: dict[str, list[Entry]] = {}
+    for path in sorted(root.glob("*/history/*.json")):
+        history.setdefault(path.parent.parent.name, []).append(_entry(evidence.load(path)))
+    return {gpu: sorted(entries, key=lambda entry: entry.started) for gpu, entries in history.items()}
+
+
+def _entry(data: dict[str, Any]) -> Entry:
+    rows = {(row["shape"], row["measure"], row["path"]): row for row in data["rows"]}
+    return Entry(data["gpu"], data["started"], data["commit"], data["digest"], data["ceilings"]["drift"], rows)
+
+
+def noise(entry: Entry, key: Key, of: Ratio) -> float:
+    """Relative noise of one ratio within its own run."""
+    rounds = entry.rows[key][f"{of}_rounds"]
+    spread: float = (max(rounds) - min(rounds)) / statistics.median(rounds)
+    return spread + (entry.drift if of == "limit_ratio" else 0.0)
+
+
+def judge(entries: Sequence[Entry], baseline: str | None = None) -> list[Change]:
+    """The latest run's changes, one a ratio of each of our rows that an earlier run has too.
+
+    Args:
+        entries: of one GPU, oldest first.
+        baseline: the start of a date, commit or digest; that run is the yardstick. None: the best earlier one of each.
+
+    Raises:
+        ValueError: no earlier run, or more than one, matches `baseline`.
+    """
+    *earlier, latest = entries
+    if baseline is not None:
+        earlier = [pinned(earlier, baseline)]
+    changes = []
+    for key, row in latest.rows.items():
+        if row["ours"]:
+            for of in ("ratio", "limit_ratio"):
+                changes += _change(earlier, latest, key, of)
+    return changes
+
+
+def pinned(entries: Sequence[Entry], start: str) -> Entry:
+    """The one run whose date, commit or digest starts so.
+
+    Raises:
+        ValueError: none does, or several.
+    """
+    found = [e for e in entries if any(text.startswith(start) for text in (e.started, e.commit, e.digest))]
+    if len(found) != 1:
+        known = ", ".join(f"{entry.started} {entry.commit} {entry.digest[:8]}" for entry in entries) or "none"
+        raise ValueError(f"{start!r} matches {len(found)} earlier runs; there are: {known}")
+    return found[0]
+
+
+def _change(earlier: Iterable[Entry], latest: Entry, key: Key, of: Ratio) -> list[Change]:
+    row = latest.rows[key]
+    mode = row.get("mode")
+    comparable = [
+        entry
+        for entry in earlier
+        if key in entry.rows and entry.rows[key]["status"] == "ok" and mode in (None, entry.rows[key]["mode"])
+    ]
+    if not comparable:
+        return []
+    best = min(comparable, key=lambda entry: entry.rows[key][of])
+    before, since = best.rows[key][of], best.name
+    if row["status"] != "ok":
+        return [Change(key, of, None, before, 0.0, since, row["status"])]
+    band = max(FLOOR, noise(best, key, of) + noise(latest, key, of))
+    return [Change(key, of, row[of], before, band, since)]

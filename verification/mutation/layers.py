@@ -1,0 +1,147 @@
+"""The gate's guards on a few small cases: what every mutant is judged by, in seconds.
+
+Each layer is one guard with its own cases, so that a table can say what only that guard sees. The cases are the gate's
+in kind, but smaller: two blocks of columns with a tail, two steps of the contraction with a tail, sentinels, empty
+experts, every flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from mxref.verification.accumulation import ACCUMULATIONS
+from mxref.verification.behaviour import determinism_guard, poison_guard, row_guard, second_backward_guard
+from mxref.verification.candidates import Candidate, default_accumulation
+from mxref.verification.cases import Case, Sample
+from mxref.verification.drift import drift_guard
+from mxref.verification.exhaustive import all_elements
+from mxref.verification.guards import integer_guard, interval_guard
+from mxref.verification.mutation.margins import margins_guard, wild_positions_guard
+from mxref.verification.operators import operators_guard
+from mxref.verification.verdicts import Finding, Status
+from mxref.weights import MXWeights, decode_mxfp4
+
+__all__ = ["Layer", "Trial", "fixtures", "layers"]
+
+Judge = Callable[[Candidate], list[Finding]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One guard on one case, everything drawn beforehand."""
+
+    name: str
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One guard and its cases, cheap and deadly ones first."""
+
+    name: str
+    trials: tuple[Trial, ...]
+
+
+def layers(device: torch.device, seed: int = 0) -> list[Layer]:
+    """Every layer that judges mutants on `device`, in the order in which they run."""
+    dtype = _dtype(device)
+    integer = [case.build(device, seed) for case in _integer_cases(dtype)]
+    integer += [_dense(integer[1])]
+    interval = fixtures(device, seed)
+    operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(device, seed)
+    how = ACCUMULATIONS[default_accumulation(device)]
+
+    def of(name: str, samples: list[Sample], guard: Callable[[Candidate, Sample], list[Finding]]) -> Layer:
+        return Layer(name, tuple(Trial(s.case.name, lambda candidate, s=s: guard(candidate, s)) for s in samples))
+
+    def intervals(candidate: Candidate, sample: Sample) -> list[Finding]:
+        return interval_guard(candidate, sample, candidate.points(dtype), how)[0]
+
+    def drift(candidate: Candidate, sample: Sample) -> list[Finding]:
+        return drift_guard(candidate, sample, candidate.points(dtype), how)[0]
+
+    margins = of("margins", integer, margins_guard)
+    wild = Trial("wild positions", lambda candidate: wild_positions_guard(candidate, integer[0]))
+    return [
+        of("integer", integer, integer_guard),
+        Layer("decode", (Trial("every element", lambda candidate: _decode(candidate, device)),)),
+        of("interval", interval, intervals),
+        of("drift", interval[:1], drift),
+        of("operators", [operators], lambda _, sample: operators_guard(_kernels(), sample)),
+        of("poison", interval[:2], poison_guard),
+        replace(margins, trials=(*margins.trials, wild)),
+        of("rows", interval[:1], row_guard),
+        of("second backward", interval[:1], second_backward_guard),
+        of("determinism", interval[:1], lambda candidate, sample: determinism_guard(candidate, sample, runs=2)),
+    ]
+
+
+def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
+    """Ordinary data: what an equivalent mutant must compute to the last bit."""
+    return [case.build(device, seed) for case in _interval_cases(_dtype(device))]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _base(dtype: torch.dtype) -> Case:
+    return Case("small", 2, 32, 32, 4, 2, 3, dtype, data="integer", scaling=0.5, bias=True)
+
+
+def _integer_cases(dtype: torch.dtype) -> list[Case]:
+    base = _base(dtype)
+    tails = replace(base, name="tails", experts=3, K=96, N=160, tokens=9, routing="sentinels")
+    grouped = replace(tails, name="grouped", grouped_in=True, grouped_out=True, routing="empty_experts")
+    return [
+        base,
+        replace(tails, name="gates", gate_slots=2),
+        replace(tails, name="fused", use_fused_dX=True, use_fused_gather=True, scaling=2.0),
+        replace(grouped, experts=5, K=64, tokens=18, top_k=1, rank=20),
+        replace(base, name="grouped in, gates", K=64, grouped_in=True, gate_slots=2, routing="sentinels"),
+        replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
+        replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True),
+    ]
+
+
+def _interval_cases(dtype: torch.dtype) -> list[Case]:
+    base = Case("plain", 3, 96, 160, 9, 2, 3, dtype, data="balanced", scaling=1 / 3, bias=True, routing="sentinels")
+    return [
+        replace(base, gate_slots=2),
+        replace(base, name="fused", use_fused_dX=True, use_fused_gather=True),
+        replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
+        replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
+    ]
+
+
+def _dense(sample: Sample) -> Sample:
+    """The same numbers with weights that are decoded already, as a view [E, K, N]."""
+    weights = sample.problem.expert_weights
+    assert isinstance(weights, MXWeights)
+    decoded = decode_mxfp4(weights, sample.problem.dtype).mT
+    case = replace(sample.case, name=f"{sample.case.name}, dense")
+    return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
+
+
+def _kernels() -> object:
+    """The kernels as they are imported now, mutated or not."""
+    import mxref.kernels
+
+    return mxref.kernels
+
+
+def _decode(candidate: Candidate, device: torch.device) -> list[Finding]:
+    """Every code, byte and place through the candidate's own decode, in each dtype, bit for bit."""
+    weights, findings = all_elements().to(device), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected, name = decode_mxfp4(weights, dtype), str(dtype).removeprefix("torch.")
+        assert candidate.decode is not None
+        got = candidate.decode(weights, dtype)
+        same = (got == expected) & (torch.signbit(got) == torch.signbit(expected)) | (got.isnan() & expected.isnan())
+        wrong = int((~same).sum())
+        status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} of {same.numel()} weights differ"
+        findings.append(Finding("decode", name, "W", status, reason, same.numel(), wrong))
+    return findings

@@ -1,0 +1,104 @@
+"""Memory that shows what a kernel must not touch: fresh tensors full of NaN, between margins that nobody may cross.
+
+A load whose mask was lost reads a margin and spreads NaN, a store whose mask was lost damages one, and an element that
+nothing wrote stays NaN. Unlike `poison_guard`, which surrounds the operands, this surrounds what the candidate itself
+allocates: outputs, intermediate results, tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mxref.problem import Problem
+from mxref.scattermoe import RoundingPoints
+from mxref.verification.candidates import Candidate
+from mxref.verification.fences import fenced
+from mxref.verification.guards import integer_guard, reference
+from mxref.verification.sampling import Sample
+from mxref.verification.verdicts import Finding, Status
+
+__all__ = ["Margins", "margins_guard", "wild_positions_guard"]
+
+_WIDTH = 1 << 14
+"""Elements on either side: more than one tile's rows of any case here."""
+
+_EMPTY = {torch.empty, torch.empty_like, Tensor.new_empty}
+_FRESH = _EMPTY | {torch.zeros, torch.zeros_like, torch.full, torch.full_like, Tensor.new_zeros, Tensor.clone}
+
+
+class Margins(TorchFunctionMode):
+    """While active, contiguous tensors that Python code allocates or clones get margins, and empty ones hold NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let the call run, then move a fresh tensor between margins."""
+        fresh = func(*args, **(kwargs or {}))
+        if func not in _FRESH or not isinstance(fresh, Tensor) or not fresh.is_contiguous() or fresh.is_meta:
+            return fresh
+        garbage, size = _garbage(fresh.dtype), fresh.numel()
+        buffer = torch.full((size + 2 * _WIDTH,), garbage, dtype=fresh.dtype, device=fresh.device)
+        self._buffers.append(buffer)
+        inside = buffer[_WIDTH : _WIDTH + size].view(fresh.shape)
+        return inside if func in _EMPTY else inside.copy_(fresh.detach())
+
+    def damage(self) -> str:
+        """What was written outside, in words; "" for nothing."""
+        for buffer in self._buffers:
+            outside = torch.cat([buffer[:_WIDTH], buffer[-_WIDTH:]])
+            intact = torch.isnan(outside) if buffer.is_floating_point() else outside == _garbage(buffer.dtype)
+            if not intact.all():
+                size, count = buffer.numel() - 2 * _WIDTH, int((~intact).sum())
+                return f"{count} elements written outside a {buffer.dtype} tensor of {size}"
+        return ""
+
+
+def margins_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """An integer fixture comes out right in memory with margins, and these stay as they were."""
+    with Margins() as margins:
+        findings = integer_guard(candidate, fenced(sample)[0])
+    return [*(replace(finding, guard="margins") for finding in findings), _intact(margins, sample.case.name)]
+
+
+def wild_positions_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """Positions out of range that nobody checked, as on a GPU: nothing faults, and all other rows stay right.
+
+    Args:
+        candidate: what to judge.
+        sample: an integer fixture, ungrouped and without gates, of at least six routed rows.
+    """
+    problem = sample.problem
+    positions, kept = problem.sorted_scattered_idxs.clone(), torch.ones(problem.P, dtype=torch.bool)
+    for row, position in {0: -3, 3: problem.P + 5, 5: 2**40}.items():
+        kept[positions[row]] = False
+        positions[row] = position
+    expected = reference(sample, RoundingPoints.contract(problem.dtype))["Y"][kept]
+    inside, _ = fenced(replace(sample, problem=replace(problem, sorted_scattered_idxs=positions)))
+    with patch.object(Problem, "validate", lambda self, check_values: None), Margins() as margins:
+        Y = candidate.run(inside)["Y"]
+    assert Y is not None
+    wrong = int((Y[kept].double() != expected).sum())
+    status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} elements of rows with good positions differ"
+    name = "wild positions"
+    return [Finding("margins", name, "Y", status, reason, expected.numel(), wrong), _intact(margins, name)]
+
+
+def _intact(margins: Margins, case: str) -> Finding:
+    damage = margins.damage()
+    status = Status.FAIL if damage else Status.PASS
+    return Finding("margins", case, "memory", status, damage or "nothing written outside a tensor", 0, int(bool(damage)))
+
+
+def _garbage(dtype: torch.dtype) -> float | int | bool:
+    """What no computation should ever meet."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max

@@ -1,0 +1,265 @@
+"""Runs mutants: one forked process each, in which `mxref.kernels` is built from the edited sources and judged.
+
+The parent imports everything else and draws every sample once; a child costs a fork, an import of the few kernel
+modules, and its trials. Whatever a mutant does to its process, a crash, a loop without end, the parent only sees that it
+is dead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from triton.runtime import interpreter
+
+import mxref
+from mxref.verification.candidates import Candidate, shipped
+from mxref.verification.mutation.layers import Layer, Trial
+from mxref.verification.mutation.mutant import Mutant, Source
+
+__all__ = ["Outcome", "import_kernels", "run", "write_sources"]
+
+_PATIENCE = 4
+"""A child may take so many times its trials' processor time by the clock; then it does not compute, it waits."""
+
+_ADDRESS_SPACE = 24 << 30
+"""Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
+
+
+@dataclass
+class Outcome:
+    """What became of one mutant; None stands for the sources as they are.
+
+    Attributes:
+        mutant: which.
+        kills: layer -> why it rejected the mutant, for each layer that did.
+        judged: layers that ran.
+        seconds: wall-clock time.
+    """
+
+    mutant: Mutant | None
+    kills: dict[str, str] = field(default_factory=dict)
+    judged: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def killed(self) -> bool:
+        """Whether any layer rejected it."""
+        return bool(self.kills)
+
+
+@dataclass
+class _Job:
+    outcome: Outcome
+    layers: Sequence[Layer]
+    folder: Path
+    process: ForkProcess
+    messages: Connection
+    started: float
+    done: bool = False
+
+
+def run(
+    mutants: Sequence[Mutant | None],
+    sources: Mapping[str, Source],
+    layers: Sequence[Layer],
+    *,
+    device: torch.device,
+    matrix: bool = False,
+    jobs: int = 1,
+    trial_seconds: float = 20.0,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Judge mutants.
+
+    Args:
+        mutants: what to judge; None for the unmutated sources.
+        sources: the kernels' sources that the mutants belong to.
+        layers: what judges them.
+        device: what the layers were made for.
+        matrix: ask every layer about every mutant; otherwise stop at the first that rejects it.
+        jobs: processes at once.
+        trial_seconds: a trial that takes more processor time counts as hung.
+        on_outcome: called as each mutant is done.
+    """
+    context = get_context("fork")
+    outcomes = [Outcome(mutant) for mutant in mutants]
+    split = [(outcome, part) for outcome in outcomes for part in ([[layer] for layer in layers] if matrix else [layers])]
+    left = {id(outcome): len(layers) if matrix else 1 for outcome in outcomes}
+    pending, running = list(reversed(split)), list[_Job]()
+    with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root:
+        try:
+            while pending or running:
+                while pending and len(running) < jobs:
+                    outcome, part = pending.pop()
+                    folder = Path(tempfile.mkdtemp(dir=root))
+                    receiver, sender = context.Pipe(duplex=False)
+                    arguments = (outcome.mutant, sources, part, device, folder, trial_seconds, sender)
+                    process = context.Process(target=_child, args=arguments)
+                    process.start()
+                    sender.close()
+                    running.append(_Job(outcome, part, folder, process, receiver, time.monotonic()))
+                wait([job.messages for job in running], timeout=0.5)
+                for job in running:
+                    _listen(job, trial_seconds)
+                for job in [job for job in running if job.done]:
+                    running.remove(job)
+                    job.outcome.seconds += time.monotonic() - job.started
+                    left[id(job.outcome)] -= 1
+                    if not left[id(job.outcome)]:
+                        on_outcome(job.outcome)
+        finally:
+            for job in running:
+                job.process.kill()
+                job.process.join()
+    return outcomes
+
+
+def _listen(job: _Job, trial_seconds: float) -> None:
+    """Take what a child said; notice its death; end it when it is far over time."""
+    outcome = job.outcome
+    try:
+        while job.messages.poll():
+            layer, reason = job.messages.recv()
+            if reason is None:
+                outcome.judged.append(layer)
+            else:
+                outcome.kills[layer] = reason
+    except EOFError:
+        job.process.join()
+        job.done = True
+    trials = sum(len(layer.trials) for layer in job.layers)
+    if not job.done and time.monotonic() - job.started > _PATIENCE * trial_seconds * trials:
+        job.process.kill()
+        job.process.join()
+        job.done = True
+    if job.done:
+        code = job.process.exitcode
+        if code and outcome.judged[-1:]:
+            outcome.kills.setdefault(outcome.judged[-1], f"crashed: {_died(code)}")
+        elif code:
+            outcome.kills.setdefault("import", f"crashed: {_died(code)}")
+        job.messages.close()
+        shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def _died(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _child(
+    mutant: Mutant | None,
+    sources: Mapping[str, Source],
+    layers: Sequence[Layer],
+    device: torch.device,
+    folder: Path,
+    trial_seconds: float,
+    messages: Connection,
+) -> None:
+    """Build, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant."""
+    _quiet()
+    try:
+        write_sources(mutant, sources, folder)
+        import_kernels(folder)
+        candidate = shipped(device)
+    except Exception:
+        messages.send(("import", traceback.format_exc(limit=1).strip().splitlines()[-1]))
+        return
+    for layer in layers:
+        messages.send((layer.name, None))
+        reason = next((reason for trial in layer.trials if (reason := _reject(trial, candidate, trial_seconds))), None)
+        if reason is not None:
+            messages.send((layer.name, reason))
+            return
+
+
+def _quiet() -> None:
+    """No output, no core file, bounded memory, one thread: many children share the machine."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    torch.set_num_threads(1)
+    interpreter.InterpretedFunction.__call__ = _call_without_patching
+
+
+_call = interpreter.InterpretedFunction.__call__
+
+
+def _call_without_patching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A jit function of ours called from another one. Triton replaces its whole language anew at every such call,
+    although the launch has done so already; that is a third of the interpreter's time.
+    """
+    if not self.fn.__module__.startswith("mxref."):
+        return _call(self, *args, **kwargs)
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
+def write_sources(mutant: Mutant | None, sources: Mapping[str, Source], folder: Path) -> None:
+    """The kernels' sources with the mutant's edit, as files: Triton reads a function's source from its file."""
+    for name, source in sources.items():
+        edited = mutant is not None and mutant.file == name
+        text = mutant.apply(source.text) if mutant is not None and edited else source.text
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def import_kernels(folder: Path) -> None:
+    """Import the sources in `folder` as `mxref.kernels`, in place of what has that name now."""
+    for name in [name for name in sys.modules if name == "mxref.kernels" or name.startswith("mxref.kernels.")]:
+        del sys.modules[name]
+    spec = importlib.util.spec_from_file_location(
+        "mxref.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)
+    sys.modules["mxref.kernels"] = kernels
+    spec.loader.exec_module(kernels)
+    mxref.kernels = kernels  # type: ignore[attr-defined]
+
+
+def _reject(trial: Trial, candidate: Candidate, seconds: float) -> str | None:
+    """Why the trial rejects the candidate, or None."""
+    try:
+        with _time_limit(seconds):
+            findings = trial.judge(candidate)
+    except Exception as error:
+        return f"{trial.name}: {type(error).__name__}: {error}"[:300]
+    return next((f"{finding}"[:300] for finding in findings if not finding.ok), None)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after so much processor time: a busy machine makes nothing look hung."""
+
+    def expired(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"hung: no result in {seconds:.0f} s of processor time")
+
+    signal.signal(signal.SIGPROF, expired)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,0 +1,216 @@
+"""One run over a selection of mutants: the sources themselves first, then the mutants, then a close look at survivors."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from mxref.verification.candidates import Candidate
+from mxref.verification.mutation.compiled import same_code
+from mxref.verification.mutation.equivalents import argument_for
+from mxref.verification.mutation.layers import Layer, Trial
+from mxref.verification.mutation.mutant import Mutant, Source, fingerprint
+from mxref.verification.mutation.runner import Outcome, run
+from mxref.verification.sampling import Sample
+from mxref.verification.verdicts import Finding, Status
+
+__all__ = ["EQUIVALENT_SHARE", "FalseKillError", "Fate", "Judged", "Session", "judge"]
+
+EQUIVALENT_SHARE = 0.05
+"""At most this part of the mutants may be equivalent: more, and the operators plant bugs that are none."""
+
+
+class FalseKillError(RuntimeError):
+    """The unmutated sources are rejected, so that no kill would mean anything."""
+
+
+class Fate(StrEnum):
+    """What became of a mutant."""
+
+    KILLED = "killed"
+    EQUIVALENT = "equivalent"
+    SURVIVED = "survived"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A mutant, its fate, and why: the first layer's reason, or the argument for its equivalence."""
+
+    mutant: Mutant
+    fate: Fate
+    kills: Mapping[str, str]
+    seconds: float
+    reason: str = ""
+
+
+@dataclass
+class Session:
+    """Everything that one run found out.
+
+    Attributes:
+        device: where mutants were judged.
+        sources: fingerprint of the kernels' sources.
+        matrix: whether every layer judged every mutant; otherwise the first that rejects one ends its trial.
+        layers: names, in the order in which they judge.
+        judged: one a mutant.
+        baseline_seconds, seconds: the unmutated sources' time, and the whole run's.
+    """
+
+    device: str
+    sources: str
+    matrix: bool
+    layers: list[str]
+    judged: list[Judged] = field(default_factory=list)
+    baseline_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def counts(self) -> Counter[Fate]:
+        """Mutants by fate."""
+        return Counter(judged.fate for judged in self.judged)
+
+    def only(self, layer: str) -> list[Judged]:
+        """Mutants that `layer` alone rejects; tells something with `matrix` only."""
+        return [judged for judged in self.judged if set(judged.kills) == {layer}]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every survivor is explained, and few need to be; 1 otherwise."""
+        counts = self.counts()
+        many = counts[Fate.EQUIVALENT] > max(1, EQUIVALENT_SHARE * len(self.judged))
+        return int(bool(counts[Fate.SURVIVED]) or many)
+
+    def as_json(self, sources: Mapping[str, Source]) -> dict[str, Any]:
+        """Plain data, complete."""
+        return {
+            "schema": "mxref.mutants/1",
+            "device": self.device,
+            "sources": self.sources,
+            "matrix": self.matrix,
+            "layers": self.layers,
+            "counts": {fate.value: self.counts()[fate] for fate in Fate},
+            "killed only by": {layer: len(self.only(layer)) for layer in self.layers} if self.matrix else None,
+            "seconds": round(self.seconds, 1),
+            "mutants": [_as_json(judged, sources) for judged in self.judged],
+        }
+
+
+def judge(
+    mutants: Sequence[Mutant],
+    sources: Mapping[str, Source],
+    layers: Sequence[Layer],
+    fixtures: Sequence[Sample],
+    device: torch.device,
+    *,
+    matrix: bool = False,
+    jobs: int = 1,
+    compile_survivors: bool = False,
+    on_start: Callable[[str], None] = lambda what: None,
+    on_judged: Callable[[Outcome], None] = lambda outcome: None,
+) -> Session:
+    """Judge mutants.
+
+    Args:
+        mutants: of the catalogue.
+        sources: the kernels' sources.
+        layers: what judges, from `layers`.
+        fixtures: on which an equivalent mutant must give the same bits.
+        device: where.
+        matrix: see `Session`.
+        jobs: processes at once.
+        compile_survivors: also ask the compiler whether a survivor's code is the unmutated one's.
+        on_start: told what begins.
+        on_judged: called as each mutant is done.
+
+    Raises:
+        FalseKillError: a layer rejects the unmutated sources.
+    """
+    start = time.monotonic()
+    session = Session(device.type, fingerprint(sources), matrix, [layer.name for layer in layers])
+    on_start("the sources as they are")
+    honest = run([None], sources, layers, device=device, trial_seconds=300.0)[0]
+    if honest.killed:
+        layer, reason = next(iter(honest.kills.items()))
+        raise FalseKillError(f"layer {layer!r} rejects the unmutated sources, so no kill would count: {reason}")
+    session.baseline_seconds = honest.seconds
+    limit = max(20.0, honest.seconds / 4)
+    on_start("mutants")
+    outcomes = run(
+        mutants, sources, layers, device=device, matrix=matrix, jobs=jobs, trial_seconds=limit, on_outcome=on_judged
+    )
+    survivors = [outcome.mutant for outcome in outcomes if not outcome.killed and outcome.mutant is not None]
+    reasons = _explain(survivors, sources, fixtures, device, limit, compile_survivors, on_start)
+    for outcome in outcomes:
+        assert outcome.mutant is not None
+        reason = next(iter(outcome.kills.values()), reasons.get(outcome.mutant.name, ""))
+        fate = Fate.KILLED if outcome.killed else Fate.EQUIVALENT if reason else Fate.SURVIVED
+        session.judged.append(Judged(outcome.mutant, fate, outcome.kills, outcome.seconds, reason))
+    session.seconds = time.monotonic() - start
+    return session
+
+
+def _explain(
+    survivors: Sequence[Mutant],
+    sources: Mapping[str, Source],
+    fixtures: Sequence[Sample],
+    device: torch.device,
+    limit: float,
+    compile_survivors: bool,
+    on_start: Callable[[str], None],
+) -> dict[str, str]:
+    """Name -> why the survivor is equivalent, for those that are."""
+    declared = [mutant for mutant in survivors if argument_for(mutant, sources)]
+    reasons: dict[str, str] = {}
+    if declared:
+        on_start("bits of the equivalent mutants")
+        told = run([None, *declared], sources, [_bits(fixtures)], device=device, trial_seconds=60 + 20 * limit)
+        expected = told[0].kills["bits"]
+        for outcome in told[1:]:
+            assert outcome.mutant is not None
+            if outcome.kills["bits"] == expected:
+                reasons[outcome.mutant.name] = argument_for(outcome.mutant, sources) or ""
+    rest = [mutant for mutant in survivors if mutant.name not in reasons]
+    if compile_survivors and rest:
+        on_start("compiled code of the survivors")
+        reasons |= dict.fromkeys(same_code(rest, sources), "compiles to the unmutated sources' code")
+    return reasons
+
+
+def _bits(fixtures: Sequence[Sample]) -> Layer:
+    """A layer that accepts nothing: what it says is a digest of all results, to be compared."""
+
+    def digest(candidate: Candidate) -> list[Finding]:
+        told = sha256()
+        for sample in fixtures:
+            for name, tensor in candidate.run(sample).items():
+                told.update(name.encode())
+                if tensor is not None:
+                    told.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return [Finding("bits", told.hexdigest(), "all", Status.FAIL, "a digest", 0, 0)]
+
+    return Layer("bits", (Trial("fixtures", digest),))
+
+
+def _as_json(judged: Judged, sources: Mapping[str, Source]) -> dict[str, Any]:
+    mutant = judged.mutant
+    before, after = mutant.edit(sources[mutant.file].text)
+    return {
+        "name": mutant.name,
+        "file": mutant.file,
+        "function": mutant.function,
+        "line": mutant.line,
+        "category": mutant.category,
+        "by hand": mutant.by_hand,
+        "before": before,
+        "after": after,
+        "fate": judged.fate.value,
+        "kills": dict(judged.kills),
+        "reason": judged.reason,
+        "seconds": round(judged.seconds, 2),
+    }

@@ -1,0 +1,265 @@
+"""One pair at a time: a way to compute the layer beside the composite, in rounds that alternate.
+
+A ratio is taken within a round, between neighbours in time, so that a clock that drifts moves both sides. Where both
+sides can be captured as CUDA graphs the device time is that of the graphs, and the eager time stands beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxref.verification.paths import COMPOSITE, Path
+from mxref.verification.timing import Captured, Clock, Run
+from mxref.verification.workloads import MEASURES, Measure, Shape, Workload
+
+__all__ = ["AGREEMENT", "Effort", "Row", "time_shape"]
+
+AGREEMENT = 2.0**-6
+"""Largest ‖path − composite‖ / ‖composite‖ of a tensor. Each side rounds to bf16 a few times, by 2^-9 at most: eight
+such roundings fit. It only shows that the right thing was timed, at full size; the gate is the judge."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure: alternations between the two sides, samples a round, and seconds that one pair may take."""
+
+    rounds: int = 3
+    samples: int = 10
+    seconds: float = 0.8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way, one shape, one measure. Times in seconds.
+
+    Attributes:
+        shape, measure, path: names.
+        ours: whether this project wrote it.
+        rows_per_expert: P over the experts that own rows.
+        status: "ok", "out of memory", "disagrees …" or "failed: …"; only "ok" has numbers.
+        mode: "graph" or "eager": what `samples` and `ratios` are times of.
+        samples: round by round.
+        ratios: the round's median over the composite's in the same round.
+        least_flops, least_bytes: of the base products, with weights in MXFP4: what the limit is made of.
+        limit: seconds that they take at the run's ceilings.
+        eager: median of the eager time, and `eager_ratio` to the composite's.
+        rows_per_s, flops_per_s, bytes_per_s: achieved; bytes count the weights in the form that this way reads.
+        extra_bytes: the most memory beyond the operands; None where it is not counted.
+    """
+
+    shape: str
+    measure: str
+    path: str
+    ours: bool
+    rows_per_expert: float
+    status: str = "ok"
+    mode: str = ""
+    samples: tuple[tuple[float, ...], ...] = ()
+    ratios: tuple[float, ...] = ()
+    least_flops: float = 0.0
+    least_bytes: float = 0.0
+    limit: float = 0.0
+    eager: float = 0.0
+    eager_ratio: float = 0.0
+    rows_per_s: float = 0.0
+    flops_per_s: float = 0.0
+    bytes_per_s: float = 0.0
+    extra_bytes: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are numbers."""
+        return self.status == "ok"
+
+    @property
+    def median(self) -> float:
+        """Of all samples."""
+        return statistics.median(_flat(self.samples))
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range of all samples over their median."""
+        low, _, high = statistics.quantiles(_flat(self.samples), n=4)
+        return (high - low) / self.median
+
+    @property
+    def ratio(self) -> float:
+        """Time over the composite's: the median round's."""
+        return statistics.median(self.ratios)
+
+    @property
+    def limit_ratio(self) -> float:
+        """Time over the limit."""
+        return self.median / self.limit
+
+
+def time_shape(shape: Shape, paths: Sequence[Path], device: torch.device, clock: Clock, effort: Effort) -> list[Row]:
+    """Every measure of one shape, the composite first; limits are left to the caller, who knows the ceilings."""
+    everything = [(measure, path) for measure in MEASURES for path in (COMPOSITE, *paths) if path.covers(measure)]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    try:
+        workload = Workload.draw(shape, device, dtype)
+        _ = workload.dense
+    except torch.OutOfMemoryError:
+        return [_lost(shape, measure, path, 0.0, "out of memory") for measure, path in everything]
+    rows: list[Row] = []
+    for measure in MEASURES:
+        rows += _time_measure(workload, measure, [path for path in paths if path.covers(measure)], clock, effort)
+        _release()
+    del workload
+    _release()
+    return rows
+
+
+@dataclass(eq=False)
+class _Side:
+    """One way, ready to run."""
+
+    run: Run
+    captured: Captured | None
+    results: Sequence[Tensor]
+    extra_bytes: int | None
+
+
+def _time_measure(
+    workload: Workload, measure: Measure, paths: Sequence[Path], clock: Clock, effort: Effort
+) -> list[Row]:
+    """The composite's row, then one a path; each path alternates with the composite for rounds of its own."""
+    mean = workload.shape.rows / workload.active
+    try:
+        composite = _ready(workload, measure, COMPOSITE, clock)
+    except torch.OutOfMemoryError:
+        lost = [COMPOSITE, *paths]
+        return [_lost(workload.shape, measure, path, mean, "out of memory") for path in lost]
+    own = _alternate(composite, composite, clock, effort)
+    rows = [_row(workload, measure, COMPOSITE, composite, own)]
+    for path in paths:
+        try:
+            side = _ready(workload, measure, path, clock)
+            distance = _distance(side.results, composite.results)
+            if not distance <= AGREEMENT:
+                status = f"disagrees with the composite by {distance:.2g}"
+                rows.append(_lost(workload.shape, measure, path, mean, status))
+            else:
+                rows.append(_row(workload, measure, path, side, _alternate(side, composite, clock, effort)))
+            del side
+        except torch.OutOfMemoryError:
+            rows.append(_lost(workload.shape, measure, path, mean, "out of memory"))
+        except Exception as error:
+            if path.ours:
+                raise
+            reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            rows.append(_lost(workload.shape, measure, path, mean, reason[:120]))
+        if not rows[-1].ok:
+            _release()
+    return rows
+
+
+def _ready(workload: Workload, measure: Measure, path: Path, clock: Clock) -> _Side:
+    """Compile, capture, and keep one result; what comes out of a graph is what its replay computes."""
+    operands = workload.operands(measure)
+    leaves = workload.gradients_of(operands)
+    prepared = path.prepare(operands, lambda: workload.dense)
+
+    def run() -> Sequence[Tensor]:
+        if not measure.backward:
+            with torch.no_grad():
+                return (path.layer(**prepared),)
+        y = path.layer(**prepared)
+        grad_out = workload.grad_out if measure.lora else grouped_grad_out
+        return y.detach(), *torch.autograd.grad(y, leaves, grad_out)
+
+    grouped_grad_out = workload.grad_out[workload.problem.row_positions()]
+    run()
+    extra = clock.extra_bytes(run)
+    captured = clock.capture(run)
+    if captured is None:
+        return _Side(run, None, run(), extra)
+    captured.replay()
+    return _Side(run, captured, captured.outputs, extra)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Rounds of samples of one side and of its neighbour, by graph where both have one, and eager."""
+
+    mode: str
+    own: list[list[float]]
+    other: list[list[float]]
+    eager_own: list[list[float]]
+    eager_other: list[list[float]]
+
+
+def _alternate(side: _Side, other: _Side, clock: Clock, effort: Effort) -> _Times:
+    eager = _rounds(side.run, other.run, clock, effort)
+    if side.captured is None or other.captured is None:
+        return _Times("eager", *eager, *eager)
+    graphs = _rounds(side.captured.replay, other.captured.replay, clock, effort)
+    return _Times("graph", *graphs, *eager)
+
+
+def _rounds(
+    own: Callable[[], object], other: Callable[[], object], clock: Clock, effort: Effort
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Samples of both, taking turns; two unrecorded calls lead each turn in."""
+    probe = sum(clock.sample(own, 2)) / 2 + sum(clock.sample(other, 2)) / 2
+    count = max(3, min(effort.samples, int(effort.seconds / (effort.rounds * max(probe, 1e-9))) - 2))
+    ours: list[list[float]] = []
+    theirs: list[list[float]] = []
+    for _ in range(effort.rounds):
+        for call, samples in ((other, theirs), (own, ours)):
+            samples.append(clock.sample(call, count + 2)[2:])
+    return ours, theirs
+
+
+def _row(workload: Workload, measure: Measure, path: Path, side: _Side, times: _Times) -> Row:
+    shape, middle = workload.shape, statistics.median(_flat(times.own))
+    eager, eager_other = statistics.median(_flat(times.eager_own)), statistics.median(_flat(times.eager_other))
+    flops, octets = workload.least(measure)
+    return Row(
+        shape.name, measure.name, path.name, path.ours, shape.rows / workload.active, "ok", times.mode,
+        samples=tuple(map(tuple, times.own)),
+        ratios=tuple(
+            statistics.median(own) / statistics.median(other)
+            for own, other in zip(times.own, times.other, strict=True)
+        ),
+        least_flops=flops,
+        least_bytes=octets,
+        eager=eager,
+        eager_ratio=eager / eager_other,
+        rows_per_s=shape.rows / middle,
+        flops_per_s=workload.flops(measure) / middle,
+        bytes_per_s=workload.bytes(measure, path.bytes_per_weight) / middle,
+        extra_bytes=side.extra_bytes,
+    )  # fmt: skip
+
+
+def _lost(shape: Shape, measure: Measure, path: Path, mean: float, status: str) -> Row:
+    return Row(shape.name, measure.name, path.name, path.ours, mean, status)
+
+
+def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative distance of a tensor; NaN when one holds a NaN."""
+    worst = torch.zeros((), device=expected[0].device)
+    for x, y in zip(results, expected, strict=True):
+        norm = torch.linalg.vector_norm(y, dtype=torch.float32)
+        gap = torch.linalg.vector_norm(x.detach() - y.detach(), dtype=torch.float32)
+        worst = torch.maximum(worst, gap / norm)
+    return float(worst)
+
+
+def _flat(rounds: Iterable[Iterable[float]]) -> list[float]:
+    return [sample for samples in rounds for sample in samples]
+
+
+def _release() -> None:
+    """Give memory back, graphs' pools included, so that the next way meets an empty GPU."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

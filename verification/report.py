@@ -1,0 +1,223 @@
+"""A gate's result as JSON and as one self-contained HTML page; `terminal` prints it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mxref.verification import plots
+from mxref.verification.bounds import TENSORS
+from mxref.verification.candidates import describe
+from mxref.verification.gate import GUARDS, GateResult
+from mxref.verification.verdicts import DriftMap, Finding, Status
+
+__all__ = [
+    "as_html", "as_json", "facts", "failures", "finding_json", "headline", "share_text", "tensor_order", "ulp_text",
+    "write",
+]  # fmt: skip
+
+SCHEMA = "mxref.gate/1"
+_SHOWN, _CLOSEST = 60, 10
+_BADGE = {
+    Status.PASS: ("✓", "pass"),
+    Status.FAIL: ("✗", "fail"),
+    Status.WEAK: ("≈", "weak"),
+    Status.WORSE: ("↓", "weak"),
+    Status.NOT_COVERED: ("–", "none"),
+}
+"""Sign and CSS class of a status."""
+
+
+def headline(result: GateResult) -> str:
+    """The verdict in one sentence."""
+    name, counts, total = result.candidate.name, result.counts(), len(result.findings)
+    if result.verdict is Status.NOT_COVERED:
+        return f"{name} covers none of the {total} judgements, so nothing speaks for it."
+    if counts[Status.FAIL]:
+        cases = len({f.case for f in result.findings if f.status is Status.FAIL})
+        return (
+            f"{counts[Status.FAIL]} of {total} judgements contradict the contract, in {cases} {_plural(cases, 'case')}."
+        )
+    strict = " Under --strict that is a failure." if result.exit_code else ""
+    elements = sum(finding.elements for finding in result.findings if finding.status is not Status.NOT_COVERED)
+    gaps = f"; {counts[Status.NOT_COVERED]} are not covered" if counts[Status.NOT_COVERED] else ""
+    if counts[Status.WEAK]:
+        return (
+            f"Nothing contradicts the contract, but {counts[Status.WEAK]} of {total} judgements hold only against the "
+            f"order-free bound, because no accumulation is declared{gaps}.{strict}"
+        )
+    if counts[Status.WORSE]:
+        return (
+            f"Nothing contradicts the contract, but {counts[Status.WORSE]} of {total} judgements are worse than the "
+            f"accepted baseline{gaps}.{strict}"
+        )
+    return f"All {counts[Status.PASS]} judgements of {elements:,} elements agree with the contract{gaps}.{strict}"
+
+
+def as_json(result: GateResult) -> dict[str, Any]:
+    """The whole result as plain data; numbers that JSON lacks become "nan", "inf" and "-inf"."""
+    counts = result.counts()
+    return {
+        "schema": SCHEMA,
+        "verdict": str(result.verdict),
+        "exit_code": result.exit_code,
+        "headline": headline(result),
+        "counts": {str(status): counts[status] for status in Status},
+        "candidate": {
+            "name": result.candidate.name,
+            "rounding_points": list(result.candidate.declared_points),
+            "accumulation": describe(result.accumulation),
+            "accumulation_declared": result.candidate.accumulation is not None,
+        },
+        "run": {
+            "device": result.device,
+            "suite": result.suite,
+            "seed": result.seed,
+            "strict": result.strict,
+            "started": result.started,
+            "seconds": round(result.seconds, 2),
+            "versions": result.versions,
+        },
+        "guards": GUARDS,
+        "drift": [_map_json(drift) for drift in result.maps],
+        "findings": [finding_json(finding) for finding in result.findings],
+    }
+
+
+def as_html(result: GateResult) -> str:
+    """One page that needs nothing but itself: styles, pictures and numbers inline, readable in light and dark."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mxref.verification"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(ulp=ulp_text, share=share_text, sign=lambda status: _BADGE[status][0])
+    environment.filters["css"] = lambda status: _BADGE[status][1]
+    failed = failures(result)
+    judged = [f for f in result.findings if f.bound_share is not None and f.status in (Status.PASS, Status.WEAK)]
+    return environment.get_template("gate.html").render(
+        result=result,
+        verdict=result.verdict,
+        headline=headline(result),
+        counts=[(status, result.counts()[status]) for status in Status],
+        facts=facts(result),
+        guards=GUARDS,
+        matrices=_matrices(result.findings),
+        failures=failed[:_SHOWN],
+        more_failures=max(0, len(failed) - _SHOWN),
+        closest=sorted(judged, key=lambda f: -(f.bound_share or 0.0))[:_CLOSEST],
+        histogram=plots.ulp_histogram(result.samples),
+        cloud=plots.error_against_bound(result.samples),
+        Status=Status,
+    )
+
+
+def write(result: GateResult, folder: Path) -> tuple[Path, Path]:
+    """Write gate.json and gate.html; the paths, in this order.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / "gate.json", folder / "gate.html"
+    data.write_text(json.dumps(as_json(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    page.write_text(as_html(result), encoding="utf-8")
+    return data, page
+
+
+def failures(result: GateResult) -> list[Finding]:
+    """Failed findings, the farthest outside first."""
+    failed = [finding for finding in result.findings if finding.status is Status.FAIL]
+    return sorted(failed, key=lambda finding: -(finding.bound_share or math.inf))
+
+
+def facts(result: GateResult) -> list[tuple[str, str]]:
+    """What was judged, where, by what: for the banner's table."""
+    candidate = result.candidate
+    points = ", ".join(candidate.declared_points) or "the contract's own"
+    accumulation = describe(result.accumulation)
+    if not result.accumulation.declared:
+        accumulation += ": the order-free bound, a weak one"
+    else:
+        accumulation += " (not declared; this device's default)" if candidate.accumulation is None else " (declared)"
+    return [
+        ("candidate", candidate.name),
+        ("device", result.device),
+        ("rounding points", points),
+        ("accumulation", accumulation),
+        ("suite", f"{result.suite}, seed {result.seed}" + (", strict" if result.strict else "")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        ("run", f"{result.started}, {result.seconds:.1f} s"),
+    ]
+
+
+def _matrices(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """For each guard a table of cases against tensors."""
+    by_guard: dict[str, dict[str, dict[str, Finding]]] = {}
+    for finding in findings:
+        by_guard.setdefault(finding.guard, {}).setdefault(finding.case, {})[finding.tensor] = finding
+    matrices = []
+    for guard, cases in by_guard.items():
+        tensors = {tensor for row in cases.values() for tensor in row}
+        matrices.append({"guard": guard, "tensors": sorted(tensors, key=tensor_order), "cases": cases})
+    return matrices
+
+
+def _map_json(drift: DriftMap) -> dict[str, Any]:
+    """A drift map as plain data; null where a stratum was not fitted."""
+    z = [[None if math.isnan(value) else round(value, 3) for value in row] for row in drift.z.tolist()]
+    counts = {str(octave): count for octave, count in drift.log2_ratio.items()}
+    return vars(drift) | {"z": z, "log2_ratio": counts}
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """One finding as plain data."""
+    entry = {key: _plain(value) for key, value in vars(finding).items() if key != "counterexample"}
+    example = finding.counterexample
+    entry["counterexample"] = None if example is None else {key: _plain(value) for key, value in vars(example).items()}
+    return entry
+
+
+def _plain(value: Any) -> Any:
+    """A value as strict JSON has it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def ulp_text(value: float | None) -> str:
+    """A size in ULP, short."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else str(value)
+    return f"{value:.2f}" if value < 100 else f"{value:.3g}"
+
+
+def tensor_order(tensor: str) -> tuple[int, str]:
+    """Sort key: the order of the computation, then anything else by name."""
+    return (TENSORS.index(tensor) if tensor in TENSORS else len(TENSORS), tensor)
+
+
+def share_text(value: float | None) -> str:
+    """A share of a bound: per cent inside, a multiple outside, "exact" for no error at all."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "exact"
+    if value < 0.01:
+        return "< 1 %"
+    if value <= 1:
+        return f"{100 * value:.0f} %"
+    return "∞ ×" if not math.isfinite(value) else f"{value:.3g} ×"
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else noun + "s"

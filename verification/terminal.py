@@ -1,0 +1,143 @@
+"""A gate's result as text in a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mxref.verification.gate import GateResult
+from mxref.verification.report import facts, failures, headline, share_text, tensor_order, ulp_text
+from mxref.verification.verdicts import Finding, Status
+
+__all__ = ["print_result"]
+
+_SHOWN = 6
+"""Failures printed in full, each the worst of its guard and tensor."""
+_STYLE = {
+    Status.FAIL: ("✗", "red"),
+    Status.WEAK: ("≈", "yellow"),
+    Status.WORSE: ("↓", "yellow"),
+    Status.NOT_COVERED: ("–", "bright_black"),
+    Status.PASS: ("✓", "green"),
+}
+"""Sign and colour of a status, the most urgent first."""
+
+
+def print_result(result: GateResult, console: Console, verbose: bool = False) -> None:
+    """Failures in detail, the findings by guard and tensor (`verbose`: one by one), and the verdict last."""
+    console.print(_every_finding(result.findings) if verbose else _by_guard_and_tensor(result.findings))
+    alike: dict[tuple[str, str], list[Finding]] = {}
+    for finding in failures(result):
+        alike.setdefault((finding.guard, finding.tensor), []).append(finding)
+    for worst, *others in list(alike.values())[:_SHOWN]:
+        console.print(_failure(worst, [finding.case for finding in others]))
+    if alike:
+        console.print("[red]The report lists every failure.[/]\n")
+    for status in (Status.WEAK, Status.WORSE, Status.NOT_COVERED):
+        reasons = Counter(finding.reason for finding in result.findings if finding.status is status)
+        for reason, count in reasons.items():
+            console.print(Text.assemble((f"{status}, {count} ×: ", _STYLE[status][1]), reason))
+    about = Table.grid(padding=(0, 2))
+    for name, value in facts(result):
+        about.add_row(Text(name, style="bright_black"), Text(value))
+    passed = result.exit_code == 0
+    colour = "red" if not passed else _STYLE[result.verdict][1]
+    title = f"[bold {colour}] {result.title} [/]"
+    console.print(Panel(Group(Text(headline(result), style="bold"), "", about), title=title, border_style=colour))
+
+
+def _by_guard_and_tensor(findings: Iterable[Finding]) -> RenderableType:
+    """One row a guard and tensor: how many cases, how many elements, the worst of each number."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.guard, finding.tensor), []).append(finding)
+    table = _new_table("guard", "tensor", ">cases", ">elements", ">max ULP", "bound used", "verdict")
+    previous = None
+    guards = list(dict.fromkeys(guard for guard, _ in groups))
+    for guard, tensor in sorted(groups, key=lambda key: (guards.index(key[0]), tensor_order(key[1]))):
+        members = groups[guard, tensor]
+        if previous not in (None, guard):
+            table.add_section()
+        counts = Counter(finding.status for finding in members)
+        verdict = Text("  ").join(
+            Text(f"{_STYLE[status][0]} {counts[status]} {status}", style=_STYLE[status][1])
+            for status in _STYLE
+            if counts[status]
+        )
+        table.add_row(
+            guard if guard != previous else "",
+            tensor,
+            str(len(members)),
+            f"{sum(finding.elements for finding in members):,}",
+            ulp_text(_largest(finding.max_ulp for finding in members)),
+            _bar(_largest(finding.bound_share for finding in members)),
+            verdict,
+        )
+        previous = guard
+    return table
+
+
+def _every_finding(findings: Iterable[Finding]) -> RenderableType:
+    """One row a finding, failures first."""
+    table = _new_table("verdict", "guard", "case", "tensor", ">elements", ">max ULP", "bound used")
+    for finding in sorted(findings, key=lambda finding: list(_STYLE).index(finding.status)):
+        sign, colour = _STYLE[finding.status]
+        table.add_row(
+            Text(f"{sign} {finding.status}", style=colour),
+            finding.guard,
+            escape(finding.case),
+            finding.tensor,
+            f"{finding.elements:,}",
+            ulp_text(finding.max_ulp),
+            _bar(finding.bound_share),
+        )
+    return table
+
+
+def _failure(finding: Finding, also_in: list[str]) -> RenderableType:
+    """What a person needs to reproduce and understand one failure, and where else the same tensor failed."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_row(Text("why", style="bright_black"), Text(finding.reason))
+    example = finding.counterexample
+    if example is not None:
+        where = f"{finding.tensor}[{', '.join(map(str, example.coordinate))}]"
+        rows.add_row(Text("first at", style="bright_black"), Text(where))
+        rows.add_row(Text("got", style="bright_black"), Text(f"{example.got:.9g}", style="red"))
+        rows.add_row(Text("expected", style="bright_black"), Text(f"{example.expected:.9g}", style="green"))
+        ends = "exactly this" if example.low == example.high else f"[{example.low:.9g}, {example.high:.9g}]"
+        rows.add_row(Text("accepted", style="bright_black"), Text(ends))
+        if example.note:
+            rows.add_row(Text("note", style="bright_black"), Text(example.note))
+    if also_in:
+        names = "; ".join(also_in[:3]) + (f"; and {len(also_in) - 3} more" if len(also_in) > 3 else "")
+        rows.add_row(Text("also in", style="bright_black"), Text(names))
+    title = f"[red]✗[/] {finding.guard} · {escape(finding.case)} · [bold]{finding.tensor}[/]"
+    return Panel(rows, title=title, title_align="left", border_style="red", expand=False)
+
+
+def _new_table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _bar(share: float | None, width: int = 10) -> Text:
+    """A share as a bar and a number; red beyond 1."""
+    if not share:
+        return Text(share_text(share), style="bright_black")
+    if not share <= 1:
+        return Text(f"{'█' * width} {share_text(share)}", style="red")
+    filled = round(share * width)
+    return Text.assemble(("█" * filled, "blue"), ("░" * (width - filled), "bright_black"), f" {share_text(share)}")
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)

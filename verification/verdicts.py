@@ -1,0 +1,107 @@
+"""What a guard says: a status, the numbers behind it, and the first element that contradicts the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Status(StrEnum):
+    """Outcome of one guard on one tensor of one case."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    WEAK = "weak pass"  # inside an order-free bound only: the accumulation was not declared
+    WORSE = "worse than baseline"  # right, but less accurate than what was accepted for this architecture
+    NOT_COVERED = "not covered"  # the candidate declined the case (NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """The first element outside its interval. `low` and `high` are the accepted ends, both inclusive."""
+
+    coordinate: tuple[int, ...]
+    got: float
+    expected: float
+    low: float
+    high: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        where = ", ".join(str(index) for index in self.coordinate)
+        text = f"[{where}]: got {self.got:.9g}, expected {self.expected:.9g} in [{self.low:.9g}, {self.high:.9g}]"
+        return f"{text} ({self.note})" if self.note else text
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One guard's verdict on one tensor of one case.
+
+    Errors in ulp are signed distances to the fp64 reference in units of the tensor's own dtype; `bound_share` is the
+    largest fraction of its own accepted interval that an element used (at most 1 on a pass). All three are None
+    where no element could be compared. `details` holds further finite numbers and words by name, for the report.
+    """
+
+    guard: str
+    case: str
+    tensor: str
+    status: Status
+    reason: str
+    elements: int
+    violations: int
+    max_ulp: float | None = None
+    rms_ulp: float | None = None
+    bound_share: float | None = None
+    counterexample: Counterexample | None = None
+    details: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing contradicts the contract; a case that was declined contradicts nothing."""
+        return self.status is not Status.FAIL
+
+    def __str__(self) -> str:
+        text = f"{self.guard} / {self.case} / {self.tensor}: {self.status}, {self.reason}"
+        return f"{text}; first at {self.counterexample}" if self.counterexample is not None else text
+
+
+@dataclass
+class ErrorSample:
+    """Errors of one tensor, thinned to what a plot needs. All arrays are 1-D, fp64 and of one length.
+
+    magnitude: |reference|.  error: got - reference (signed).  bound: the accepted distance on that side of the
+    reference.  ulp_error: error in ulp of the tensor's dtype at the reference (signed).
+    """
+
+    case: str
+    tensor: str
+    magnitude: FloatArray
+    error: FloatArray
+    bound: FloatArray
+    ulp_error: FloatArray
+
+
+@dataclass
+class DriftMap:
+    """How significant the fitted drift of one tensor is, stratum by stratum.
+
+    case, tensor: what was judged.
+    rows, columns: labels of the strata along both axes; the last of each is all of them together.
+    z: fp64 [rows, columns], the slope of largest |z| in units of its standard error, signed; NaN without a fit.
+    critical: |z| beyond this fails (but for the small loss that truncation is allowed besides).
+    log2_ratio: elements by ⌊log2 |got / reference|⌉, where rounding cannot blur it; honest arithmetic has only 0.
+    """
+
+    case: str
+    tensor: str
+    rows: list[str]
+    columns: list[str]
+    z: FloatArray
+    critical: float
+    log2_ratio: Mapping[int, int]
