@@ -4,8 +4,9 @@
 
 The layer's own host code runs forward and backward on `meta` tensors for each architecture, tiling and dtype, the
 launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
-stack bytes (which is where spills go), shared memory against the chip's limit. A stack, or a flush-to-zero
-instruction, which would break the decode of scale byte 0, is a violation; the exit status is then 1.
+stack bytes (which is where spills go), shared memory against the chip's limit. Violations are a stack, a flush-to-zero
+instruction, which would break the decode of scale byte 0, and a wgmma left in flight whose left operand lies in
+registers, which its successor could overwrite; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -104,13 +105,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a unit: registers a thread, stack and shared bytes; whether it flushes subnormals."""
+    """What the compiler made of a unit: registers a thread, stack and shared bytes.
+
+    `flushes`: it flushes subnormals to zero. `in_flight`: a wgmma with a register operand outlives its step.
+    """
 
     unit: Unit
     registers: int
     stack: int
     shared: int
     flushes: bool
+    in_flight: bool
 
     @property
     def violations(self) -> list[str]:
@@ -123,6 +128,8 @@ class Compiled:
             found.append(f"{self.shared} bytes of shared memory, limit {limit}")
         if self.flushes:
             found.append("flushes subnormals to zero")
+        if self.in_flight:
+            found.append("leaves a wgmma with a register operand in flight")
         return found
 
 
@@ -207,7 +214,10 @@ def compile_unit(unit: Unit) -> Compiled:
         options["maxnreg"] = unit.max_registers
     compiled = triton.compile(source, target=target, options=options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
-    return Compiled(unit, registers, stack, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"])
+    ir = compiled.asm["ttgir"]
+    from_registers = re.search(r"warp_group_dot .*dot_op<", ir) is not None
+    in_flight = from_registers and re.search(r"pendings = [1-9]", ir) is not None
+    return Compiled(unit, registers, stack, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"], in_flight)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 __all__ = ["SHARED_MEMORY", "TABLE", "Config", "config_for", "padded_rank", "reachable_configs"]
 
@@ -28,7 +27,8 @@ class Config:
             order.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
-        max_registers: registers a thread that the compiler may use in Y and D; None leaves it to the compiler. 65,536
+        max_registers: registers a thread that the compiler may use in Y and D of packed weights, bf16 and ranks up
+            to 16; None leaves it to the compiler. 65,536
             registers a multiprocessor decide how many programs run there side by side.
 
     Raises:
@@ -55,8 +55,13 @@ class Config:
         return replace(self, BLOCK_N=padded_rank(rank), max_registers=None)
 
     def outer(self) -> Config:
-        """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank."""
-        return replace(self, BLOCK_N=min(self.BLOCK_N, 64), num_warps=4)
+        """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank.
+
+        Where experts own few rows a step takes few and a program more columns, unless there is no pipeline to fill.
+        """
+        few = self.BLOCK_M <= 64 and self.num_stages > 1
+        columns, rows, stages = (128, 32, 4) if few else (min(self.BLOCK_N, 64), self.BLOCK_K, self.num_stages)
+        return Config(self.BLOCK_M, columns, rows, num_warps=4, num_stages=stages)
 
     def shared_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of shared memory for the operand tiles of every pipeline stage: the account of a dense product."""
@@ -85,7 +90,7 @@ TABLE: dict[str, dict[str, Config]] = {
     "sm_90": {
         "thin": Config(16, 128, 64, num_warps=4, num_stages=4),
         "medium": Config(64, 128, 64, num_warps=4, num_stages=3),
-        "thick": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "thick": Config(128, 128, 64, num_warps=8, num_stages=3, max_registers=128),
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
     },
     "sm_100": {
@@ -120,4 +125,4 @@ def reachable_configs(architecture: str, dtype: torch.dtype = torch.bfloat16) ->
 
 def padded_rank(rank: int) -> int:
     """The block that holds a LoRA rank: a power of two, at least 16, tensor cores' smallest contraction."""
-    return max(16, int(triton.next_power_of_2(rank)))
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 16

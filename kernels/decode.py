@@ -8,6 +8,9 @@ it is ±inf, as IEEE says. NaN scales give NaN, −0 stays.
 
 The fp32 product has at most two significand bits and fp32 shares bf16's exponent range, so its upper half *is* the
 bf16 result, subnormals, infinities and NaN included. fp16 takes one rounding from the exact fp32 value.
+
+`decode_words` is what the products use: words of eight codes, in this portable form or, for bf16 on a GPU, two codes at
+a time in inline PTX, with the same bits.
 Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 and 5.4.1.
 """
 

@@ -1,5 +1,4 @@
-"""The grouped product: every routed row times its expert's matrix. One kernel is Y, D (the routed rows of dX), Z
-and V.
+"""The grouped product: every routed row times its expert's matrix: Y, D (the routed rows of dX), Z and V.
 
     out[p, j] = R( s · Σ_r low[p, r] · factor_e[r, j]  +  Σ_c in[p, c] · W_e[c, j]  +  bias_e[j] )
 
@@ -9,12 +8,13 @@ and V.
     V       dY     B_e   [N, r]
     D       dY     W_eᵀ  [N, K]      V     A_e
 
-W_e is dense, any strides, or packed MXFP4, decoded tile by tile from the one packed buffer in both directions.
+W_e is dense, any strides, for the kernel of this module; or packed MXFP4, decoded tile by tile from the one packed
+buffer in both directions by the two kernels of `packed_matmul`.
 
 The accumulation chain is one fp32 accumulator, in this order: the LoRA product (a single step over the zero-padded
-rank), one multiply by s in fp32, the base product in steps of BLOCK_K with c ascending in its natural order, one
-addition of the bias, one rounding. Rows of a tile belong to one expert and do not meet, so a row's bits depend on
-no other row.
+rank), one multiply by s in fp32, the base product in steps of BLOCK_K with c ascending (Y of packed weights: in
+`contraction_order`), one addition of the bias, one rounding. Rows of a tile belong to one expert and do not meet, so a
+row's bits depend on no other row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.configs import Config, padded_rank
-from mxref.kernels.launch import INTERPRETED, launch
+from mxref.kernels.launch import INTERPRETED, architecture, cdiv, launch
 from mxref.kernels.packed_matmul import packed_backward_kernel, packed_forward_kernel, permute_columns, words_of
 from mxref.kernels.schedule import Routing, source_rows
 from mxref.weights import MXWeights
@@ -206,7 +206,7 @@ def grouped_matmul(
         else:
             kernel = packed_forward_kernel
             rows_in = permute_columns(rows_in)
-            arguments["bias"] = bias
+            arguments |= {"bias": bias, "SETTLE": architecture(out.device) == "sm_90"}
     else:
         stride_we, stride_wc, stride_wj = weight.stride()
         kernel = grouped_matmul_kernel
@@ -214,10 +214,11 @@ def grouped_matmul(
         arguments["bias"] = bias
     launch(
         kernel,
-        tiles.shape[0] * triton.cdiv(J, config.BLOCK_N),
+        tiles.shape[0] * cdiv(J, config.BLOCK_N),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        max_registers=config.max_registers,
+        # Other decodes and wider adapters need more than the table's bound, and would spill.
+        max_registers=config.max_registers if arguments.get("FAST") and arguments["BLOCK_R"] == 16 else None,
         rows_in=rows_in,
         **arguments,
     )

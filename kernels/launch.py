@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Launch", "Recorder", "architecture", "compute_dtype", "launch", "recording"]
+__all__ = ["INTERPRETED", "Launch", "Recorder", "architecture", "cdiv", "compute_dtype", "launch", "recording"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when this package was imported; `@triton.jit` decides at the same moment."""
@@ -84,6 +84,11 @@ def compute_dtype(activation: torch.dtype) -> torch.dtype:
     upcast, every buffer is fp32, and no rounding point applies.
     """
     return torch.float32 if INTERPRETED else activation
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉, without the dispatch that makes `triton.cdiv` cost microseconds on the host."""
+    return -(-a // b)
 
 
 def launch(

@@ -54,7 +54,17 @@ def expert_linear(
         grouped_in, grouped_out, use_fused_dX, use_fused_gather: as there.
     """
     order = (sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
-    extras: tuple[Any, ...] = (lora_A, lora_B, scaling, expert_biases, gates, grouped_in, grouped_out, use_fused_dX, use_fused_gather)
+    extras: tuple[Any, ...] = (
+        lora_A,
+        lora_B,
+        scaling,
+        expert_biases,
+        gates,
+        grouped_in,
+        grouped_out,
+        use_fused_dX,
+        use_fused_gather,
+    )
     if torch.compiler.is_compiling():
         out: Tensor = scattermoe_lora(x, weight, scales, k, *order, *extras)
         return out
@@ -131,7 +141,8 @@ def scattermoe_lora_backward(
     use_fused_gather: bool,
 ) -> list[Tensor]:
     """Gradients of x, A, B, biases and gates, in the operands' own dtypes; [0] in the place of one not needed."""
-    tape = _Tape(needs)
+    operands = {_INPUTS: x, _LORA_A: lora_A, _LORA_B: lora_B, _BIASES: expert_biases, _GATES: gates}
+    tape = _Tape([needed and operand is not None for needed, operand in zip(needs, operands.values(), strict=True)])
     ScatterMoELoRA.forward(
         tape,
         x,
@@ -151,7 +162,6 @@ def scattermoe_lora_backward(
         use_fused_gather,
     )
     found = ScatterMoELoRA.backward(tape, grad_out)
-    operands = {_INPUTS: x, _LORA_A: lora_A, _LORA_B: lora_B, _BIASES: expert_biases, _GATES: gates}
     gradients = []
     for place, operand in operands.items():
         gradient = found[place]

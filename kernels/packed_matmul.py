@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.decode import decode_words
-from mxref.kernels.launch import launch
+from mxref.kernels.launch import cdiv, launch
 from mxref.kernels.schedule import source_rows
 from mxref.weights import MXWeights
 
@@ -41,6 +41,16 @@ def permute_kernel(out, x, rows, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
     tile = tl.load(x + m * K + k, mask=mask)
     tile = tile.reshape(BLOCK_M, BLOCK_K // 32, 4, 2, 2, 2).permute(0, 1, 5, 4, 2, 3).reshape(BLOCK_M, BLOCK_K)
     tl.store(out + m * K + k, tile, mask=mask)
+
+
+@triton.jit
+def settled(acc):
+    """`acc` itself, read: a tensor core's product must then be complete.
+
+    Triton otherwise leaves a step's last wgmma in flight while the next step begins. Its left operand lies in registers
+    that ptxas gives to the next step's codes: they were seen overwritten, and results to differ from run to run.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -67,6 +77,7 @@ def packed_forward_kernel(
     stride_fj,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
+    SETTLE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,7 +87,7 @@ def packed_forward_kernel(
     """One program computes a row tile times BLOCK_N columns of Y; words [E, J, C/8], scales [E, J, C/32].
 
     rows_in [*, C] has its columns in the order of `contraction_order`; the rest is as in `grouped_matmul_kernel`.
-    EVEN: BLOCK_K divides C and BLOCK_N divides J.
+    EVEN: BLOCK_K divides C and BLOCK_N divides J. SETTLE: see `settled`; true where products are wgmma instructions.
     """
     BLOCKS: tl.constexpr = BLOCK_K // 32
     columns = tl.cdiv(J, BLOCK_N)
@@ -126,6 +137,8 @@ def packed_forward_kernel(
             weight = decode_words(codes, wide, PRECISION, x.dtype, FAST)
             weight = weight.reshape(BLOCK_N, BLOCKS, 4, 2, 2, 2).permute(0, 1, 5, 4, 2, 3).reshape(BLOCK_N, BLOCK_K)
             acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+            if SETTLE:
+                acc = settled(acc)
             scale = next_scale
 
         if bias is not None:
@@ -252,7 +265,7 @@ def permute_columns(x: Tensor) -> Tensor:
     rows, K = x.shape
     launch(
         permute_kernel,
-        triton.cdiv(rows, 16) * triton.cdiv(K, 256),
+        cdiv(rows, 16) * cdiv(K, 256),
         num_warps=4,
         num_stages=1,
         out=out,

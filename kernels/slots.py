@@ -12,15 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.launch import launch
+from mxref.kernels.launch import cdiv, launch
 from mxref.kernels.schedule import Routing, source_rows
 
 __all__ = ["combine", "spread"]
 
 
 @triton.jit
-def combine_kernel(out, rows_in, inverse, gates, tokens, J, slots: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program sums the slots, in ascending order in fp32, for BLOCK_T tokens and BLOCK_N columns."""
+def combine_kernel(
+    out, rows_in, inverse, gates, tokens, J, slots: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """One program sums the slots, in ascending order in fp32, for BLOCK_T tokens and BLOCK_N columns.
+
+    The loop over slots is unrolled, so that all their loads are under way at once.
+    """
     blocks = tl.cdiv(J, BLOCK_N)
     t = ((tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     j = ((tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -78,7 +83,7 @@ def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None
     tokens, J = out.shape
     launch(
         combine_kernel,
-        triton.cdiv(tokens, 16) * triton.cdiv(J, 128),
+        cdiv(tokens, 4) * cdiv(J, 512),
         num_warps=4,
         num_stages=1,
         out=out,
@@ -88,8 +93,8 @@ def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None
         tokens=tokens,
         slots=routing.P // max(tokens, 1),
         J=J,
-        BLOCK_T=16,
-        BLOCK_N=128,
+        BLOCK_T=4,
+        BLOCK_N=512,
     )
     return out
 
@@ -116,7 +121,7 @@ def spread(
     """
     launch(
         spread_kernel,
-        triton.cdiv(routing.P, 16),
+        cdiv(routing.P, 16),
         num_warps=4,
         num_stages=1,
         out=out,

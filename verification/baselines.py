@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 
+from mxref.verification.options import EVIDENCE
 from mxref.verification.thresholds import RMS_TOLERANCE
 from mxref.verification.verdicts import Finding, Status
 
-__all__ = ["FOLDER", "Baseline", "accept", "architecture_name", "baseline_guard", "baseline_path", "environment"]
-
-FOLDER = Path(__file__).parent / "evidence"
-"""Where baselines lie, one folder an architecture."""
+__all__ = ["Baseline", "accept", "architecture_name", "baseline_guard", "baseline_path", "environment"]
 
 _SCHEMA = "mxref.ulp-baseline/1"
 _GUARD = "baseline"
@@ -88,7 +86,7 @@ def architecture_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-def baseline_path(device: torch.device, folder: Path = FOLDER) -> Path:
+def baseline_path(device: torch.device, folder: Path = EVIDENCE) -> Path:
     """Where the baseline of the device's architecture lies."""
     return folder / architecture_name(device) / "ulp_baseline.json"
 
@@ -101,7 +99,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def baseline_guard(
-    findings: Iterable[Finding], device: torch.device, seed: int, folder: Path = FOLDER
+    findings: Iterable[Finding], device: torch.device, seed: int, folder: Path = EVIDENCE
 ) -> list[Finding]:
     """The errors of a run's interval findings against the accepted ones: one finding a tensor.
 
@@ -141,7 +139,7 @@ def baseline_guard(
     return results
 
 
-def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder: Path = FOLDER) -> Path:
+def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder: Path = EVIDENCE) -> Path:
     """Make a run's errors the baseline; cases that it did not judge keep theirs, if seed and environment are the same.
 
     Returns:

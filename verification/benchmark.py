@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from mxref.verification import candidates
-from mxref.verification.accumulation import ACCUMULATIONS
-from mxref.verification.candidates import Candidate
 from mxref.verification.cases import integer_cases
 from mxref.verification.gate import GateResult, case_steps, decode_steps, run_gate
 from mxref.verification.paths import Path
@@ -75,16 +73,14 @@ def gate_paths(paths: Iterable[Path], device: torch.device, seed: int = 0) -> li
     names = {"integer", "integer, no LoRA"} if cpu else {"integer, bf16", "integer, no LoRA, bf16"}
     cases = [case for case in integer_cases(device.type) if case.name in names]
     for name, (experts, tokens) in list(classes.items())[: 1 if cpu else None]:
-        layer = Case(f"{name} rows", experts, 128, 192, tokens, 2, 16, dtype, data="balanced")
+        K, N = (128, 192) if cpu else (512, 384)
+        layer = Case(f"{name} rows", experts, K, N, tokens, 2, 16, dtype, data="balanced")
         cases += [layer, replace(layer, name=f"{name} rows, base", rank=0, grouped_in=True, grouped_out=True)]
-    how = ACCUMULATIONS[candidates.default_accumulation(device)]
-    judged = [Candidate(f"path: {path.name}", _as_candidate(path), accumulation=how) for path in paths if path.ours]
+    shipped, ours = candidates.shipped(device), [path for path in paths if path.ours]
+    judged = [replace(shipped, name=f"path: {path.name}", call=_as_candidate(path), decode=None) for path in ours]
     steps = case_steps(cases, device, seed)
     results = [run_gate(each, steps, device, suite="benchmark", seed=seed, strict=True) for each in judged]
-    if judged:
-        shipped, decode = candidates.shipped(device), decode_steps(device)
-        results.append(run_gate(shipped, decode, device, suite="benchmark", seed=seed, strict=True))
-    return results
+    return [*results, run_gate(shipped, decode_steps(device), device, suite="benchmark", seed=seed, strict=True)]
 
 
 def _as_candidate(path: Path) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mxref.verification import cli_bench, cli_gate, cli_history, cli_inspect, cli_scoreboard
+from mxref.verification import cli_bench, cli_gate, cli_history, cli_inspect, cli_mutants, cli_scoreboard
 from mxref.verification.usage import UsageError
 
 __all__ = ["main"]
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     cli_gate.add_to(commands)
     cli_scoreboard.add_to(commands)
+    cli_mutants.add_to(commands)
     cli_inspect.add_to(commands)
     cli_bench.add_to(commands)
     cli_history.add_to(commands)

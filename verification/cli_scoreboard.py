@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--case", metavar="PATTERN", action="append", help="only cases that match; may be repeated")
     parser.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument(
+        "--processes", metavar="N", type=int, help="that share an implementation's steps (default: 1; up to 8 on a GPU)"
+    )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for scoreboard.json and scoreboard.md"
     )
@@ -101,9 +105,9 @@ def _names(text: str | None) -> list[str]:
 
 
 def _check_cases(arguments: argparse.Namespace, device: torch.device) -> None:
-    from mxref.verification.gate import suite_steps
+    from mxref.verification.steps import suite_steps
 
-    steps = suite_steps(device, arguments.full, arguments.seed)
+    steps = suite_steps(device, arguments.full, arguments.seed, every_guard=True)
     if not any(matches(step.case, arguments.case or ()) for step in steps):
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")
 
@@ -126,5 +130,18 @@ def _judge(names: list[str], device: torch.device, arguments: argparse.Namespace
         def on_step(name: str, done: int, total: int, case: str) -> None:
             progress.update(task, completed=done, total=total, description=case, name=name)
 
-        only = arguments.case or ()
-        return run_scoreboard(names, device, full=arguments.full, seed=arguments.seed, only=only, on_step=on_step)
+        return run_scoreboard(
+            names,
+            device,
+            full=arguments.full,
+            seed=arguments.seed,
+            only=arguments.case or (),
+            processes=_processes(arguments.processes, device),
+            on_step=on_step,
+        )
+
+
+def _processes(wanted: int | None, device: torch.device) -> int:
+    if wanted is not None and not 1 <= wanted <= 64:
+        raise UsageError(f"--processes is {wanted}; expected 1 to 64")
+    return wanted or (1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2)))

@@ -122,8 +122,9 @@ def check(root: Path = EVIDENCE, texts: Mapping[str, str] | None = None) -> list
     problems = []
     if not any(all((folder / f"{kind}.json").is_file() for kind in COMMANDS) for folder in folders):
         problems.append(f"no GPU has every record below {root}; run on one: {'; '.join(COMMANDS.values())}")
-    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
-        problems += _wrong_with(path, current)
+    for path in (folder / f"{kind}.json" for folder in folders for kind in COMMANDS):
+        if path.is_file():
+            problems += _wrong_with(path, current)
     return problems
 
 

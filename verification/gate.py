@@ -96,10 +96,10 @@ class GateResult:
         strict: whether anything short of a plain pass fails the run.
         findings: one per guard, case and tensor.
         samples: errors for the plots.
-        maps: drift by stratum, for the plots.
         started: UTC, ISO 8601.
         seconds: wall-clock duration.
         versions: of the programs that took part.
+        maps: drift by stratum, for the plots.
     """
 
     candidate: Candidate
@@ -110,10 +110,10 @@ class GateResult:
     strict: bool = False
     findings: list[Finding] = field(default_factory=list)
     samples: list[ErrorSample] = field(default_factory=list)
-    maps: list[DriftMap] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: _versions())
+    maps: list[DriftMap] = field(default_factory=list)
 
     def counts(self) -> Counter[Status]:
         """Findings by status."""

@@ -51,7 +51,8 @@ def _checks(kernels: ModuleType, sample: Sample) -> Iterator[tuple[str, Callable
             yield f"D, {how}", _into_nan(backward_op, problem.K, *operands), _laid_out(bwd.d.value, positions, write)
 
     def fresh() -> Tensor:
-        return forward_op(problem.inputs, weights, idxs, positions, k, A, B, s, bias)
+        result: Tensor = forward_op(problem.inputs, weights, idxs, positions, k, A, B, s, bias)
+        return result
 
     yield "Y, a fresh buffer", fresh, _laid_out(fwd.y.value, positions, False)
     E, r = problem.E, problem.rank

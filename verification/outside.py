@@ -86,7 +86,8 @@ def grouped_mm(
         A = lora_A.to(dtype).reshape(E, -1, lora_A.shape[1])
         B = (scaling * lora_B).to(dtype).reshape(lora_B.shape[0], E, -1).transpose(0, 1)  # [E, N, r]
         lacking = -A.shape[1] % (16 // dtype.itemsize)  # rows of 16 bytes, as the kernel's loads want them
-        A, B = F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking))
+        if lacking:
+            A, B = F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking))
         z = torch._grouped_mm(x, A.mT, offs=ends)
         y = y + torch._grouped_mm(z, B.mT, offs=ends)
     if expert_biases is not None:

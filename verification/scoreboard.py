@@ -11,6 +11,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -21,9 +22,10 @@ from mxref.verification import cases, exhaustive
 from mxref.verification.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.candidates import Candidate, default_accumulation, describe
 from mxref.verification.entries import entry
-from mxref.verification.gate import Step, describe_device, suite_steps
+from mxref.verification.gate import describe_device
 from mxref.verification.options import matches
 from mxref.verification.sampling import Sample
+from mxref.verification.steps import Step, suite_steps
 from mxref.verification.verdicts import Finding, Status
 from mxref.verification.witness import Weight, weight_at, witnesses
 
@@ -81,6 +83,12 @@ class Row:
         return [(group[0], len(group)) for group in groups.values()]
 
 
+Answer = tuple[list[Finding], list[Failure]]
+"""What one step found."""
+
+OnStep = Callable[[str, int, int, str], None]
+
+
 @dataclass
 class Board:
     """The table, and where it comes from."""
@@ -99,16 +107,21 @@ class Board:
 
 @dataclass(frozen=True)
 class _Job:
+    """Every `of`-th step of one implementation, from `first` on."""
+
     name: str
     device: str
     full: bool
     seed: int
     only: tuple[str, ...]
-    first_step: int = 0
+    of: int
+    first: int
 
-    def steps(self) -> list[Step]:
-        every = suite_steps(torch.device(self.device), self.full, self.seed)
-        return [step for step in every if matches(step.case, self.only)]
+    def steps(self) -> dict[int, Step]:
+        """The steps by number."""
+        every = suite_steps(torch.device(self.device), self.full, self.seed, every_guard=True)
+        chosen = [step for step in every if matches(step.case, self.only)]
+        return {number: chosen[number] for number in range(self.first, len(chosen), self.of)}
 
 
 def run_scoreboard(
@@ -118,7 +131,8 @@ def run_scoreboard(
     full: bool,
     seed: int,
     only: Sequence[str] = (),
-    on_step: Callable[[str, int, int, str], None] = lambda name, done, total, case: None,
+    processes: int = 1,
+    on_step: OnStep = lambda name, done, total, case: None,
 ) -> Board:
     """Judge each implementation in turn.
 
@@ -128,7 +142,8 @@ def run_scoreboard(
         full: the release suite instead of the quick one.
         seed: of every draw.
         only: cases that match one of these patterns; empty for all.
-        on_step: called with the name, finished steps, all steps and the case about to run.
+        processes: that share one implementation's steps; compiling its kernels is what takes the time.
+        on_step: called with the name, finished steps, all steps and a case that has just been judged.
     """
     board = Board(describe_device(device), "full" if full else "quick", seed, tuple(only))
     for name in names:
@@ -136,102 +151,115 @@ def run_scoreboard(
         row = Row(name, who.about, f"{who.package} {who.version()}".strip())
         board.rows.append(row)
         if device.type in who.devices:
-            _judge(row, _Job(name, device.type, full, seed, tuple(only)), on_step)
+            jobs = [_Job(name, device.type, full, seed, tuple(only), processes, first) for first in range(processes)]
+            _judge(row, jobs, on_step)
         else:
-            row.unavailable = (
-                f"needs {' or '.join(who.devices)}" if who.version() else f"{who.package} is not installed"
-            )
+            row.unavailable = f"needs {' or '.join(who.devices)}" if who.version() else "not installed"
         row.seconds = time.monotonic() - start
     return board
 
 
-def _judge(row: Row, job: _Job, on_step: Callable[[str, int, int, str], None]) -> None:
-    """Run an implementation's processes until all steps are done."""
-    steps = job.steps()
+def _judge(row: Row, jobs: Sequence[_Job], on_step: OnStep) -> None:
+    """Run one implementation's jobs side by side, and put their answers into the steps' order."""
+    answers: dict[int, Answer] = {}
+    total = sum(len(job.steps()) for job in jobs)
+
+    def answered(number: int, answer: Answer) -> None:
+        answers[number] = answer
+        on_step(row.name, len(answers), total, answer[0][-1].case if answer[0] else "")
+
+    on_step(row.name, 0, total, "")
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(lambda job: _finish(row, job, answered), jobs))
+    for number in sorted(answers):
+        findings, failures = answers[number]
+        row.findings += findings
+        row.failures += failures
+
+
+def _finish(row: Row, job: _Job, answered: Callable[[int, Answer], None]) -> None:
+    """Run a job, in another process after each that is lost."""
     for _ in range(_MOST_LOSSES):
-        done, loss = _one_process(row, job, steps, on_step)
-        if row.unavailable or done == len(steps):
+        steps = job.steps()
+        lost, loss = _one_process(row, job, list(steps), answered)
+        if row.unavailable or lost is None:
             return
-        finding = Finding(steps[done].guard, steps[done].case, "all", Status.FAIL, loss, 0, 0)
-        row.findings.append(finding)
-        row.failures.append(Failure(finding))
-        job = replace(job, first_step=done + 1)
+        finding = Finding(steps[lost].guard, steps[lost].case, "all", Status.FAIL, loss, 0, 0)
+        answered(lost, ([finding], [Failure(finding)]))
+        job = replace(job, first=lost + job.of)
     reason = f"not run: {_MOST_LOSSES} processes were lost before"
-    row.findings += [Finding(s.guard, s.case, "all", Status.NOT_COVERED, reason, 0, 0) for s in steps[job.first_step :]]
+    for number, step in job.steps().items():
+        answered(number, ([Finding(step.guard, step.case, "all", Status.NOT_COVERED, reason, 0, 0)], []))
 
 
 def _one_process(
-    row: Row, job: _Job, steps: Sequence[Step], on_step: Callable[[str, int, int, str], None]
-) -> tuple[int, str]:
-    """One process from `job.first_step` on: the steps done when it ended, and what ended it too early."""
+    row: Row, job: _Job, numbers: Sequence[int], answered: Callable[[int, Answer], None]
+) -> tuple[int | None, str]:
+    """One process for all of a job's steps: the step that it was lost in, if it was, and what happened."""
     context = multiprocessing.get_context("spawn")
-    answers: Any = context.Queue()
-    process = context.Process(target=_work, args=(job, answers), daemon=True)
+    messages: Any = context.Queue()
+    process = context.Process(target=_work, args=(job, messages), daemon=True)
     process.start()
-    done, patience = job.first_step, _SILENCE
+    waiting, heard = list(numbers), time.monotonic()
     try:
-        while done < len(steps):
-            on_step(row.name, done, len(steps), steps[done].case)
+        while waiting:
             try:
-                kind, answer = answers.get(timeout=min(patience, 1.0))
+                kind, content = messages.get(timeout=1.0)
             except queue.Empty:
-                patience -= 1.0
-                if patience <= 0:
-                    return done, f"no answer in {_SILENCE:.0f} s"
-                if not process.is_alive() and answers.empty():
-                    return done, f"its process ended with code {process.exitcode}"
+                if time.monotonic() - heard > _SILENCE:
+                    return waiting[0], f"no answer in {_SILENCE:.0f} s"
+                if not process.is_alive() and messages.empty():
+                    return waiting[0], f"its process ended with code {process.exitcode}"
                 continue
-            patience = _SILENCE
+            heard = time.monotonic()
             if kind == "lost":
-                return done, answer
+                return waiting[0], content
             if kind == "unavailable":
-                row.unavailable = answer
-                return done, answer
+                row.unavailable = content
+                return None, ""
             if kind == "declared":
-                row.points, row.accumulation = answer
-                continue
-            findings, failures = answer
-            row.findings += findings
-            row.failures += failures
-            done += 1
-        return done, ""
+                row.points, row.accumulation = content
+            else:
+                answered(waiting.pop(0), content)
+        return None, ""
     finally:
         process.join(5.0)
         if process.is_alive():
             process.kill()
 
 
-def _work(job: _Job, answers: Any) -> None:
-    """What a process does: one answer a step. Ends early when the GPU no longer answers."""
-    device = torch.device(job.device)
-    who = entry(job.name)
+def _work(job: _Job, messages: Any) -> None:
+    """What a process does: one message a step. Ends early when the GPU no longer answers."""
+    device, who = torch.device(job.device), entry(job.name)
     try:
         candidate = who.make(device)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == who.package
-        answers.put(("unavailable", f"{who.package} is not installed" if missing else str(error)))
+        messages.put(("unavailable", "not installed" if missing else str(error)))
         return
     how = candidate.accumulation or ACCUMULATIONS[default_accumulation(device)]
-    answers.put(("declared", (candidate.declared_points, describe(how))))
-    if candidate.complete:
-        judged = candidate
-    else:  # what was read in foreign code is tried first; the order-free bound stays a second chance
-        judged = replace(candidate, accumulation=None)
-    for step in job.steps()[job.first_step :]:
+    messages.put(("declared", (candidate.declared_points, describe(how))))
+    if not candidate.complete:  # what was read in foreign code is tried first; the order-free bound is a second chance
+        candidate = replace(candidate, accumulation=None)
+    for step in job.steps().values():
         try:
-            answer = _judge_step(judged, step, how, job)
+            answer = _judge_step(candidate, step, how, job)
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except RuntimeError as error:  # a guard never raises: only a GPU that no longer answers comes here
-            answers.put(("lost", f"its process could not go on: {str(error).splitlines()[0]}"))
+            messages.put(("lost", f"its process could not go on: {str(error).splitlines()[0]}"))
             return
-        answers.put(("step", answer))
+        messages.put(("step", answer))
 
 
-def _judge_step(candidate: Candidate, step: Step, how: Accumulation, job: _Job) -> tuple[list[Finding], list[Failure]]:
+def _judge_step(candidate: Candidate, step: Step, how: Accumulation, job: _Job) -> Answer:
     findings, _ = step.judge(candidate, how)
-    failed = [finding for finding in findings if finding.status is Status.FAIL]
-    return findings, [Failure(finding, _weights(finding, job)) for finding in failed]
+    failures, seen = [], set[str]()
+    for finding in findings:
+        if finding.status is Status.FAIL:
+            failures.append(Failure(finding, () if finding.tensor in seen else _weights(finding, job)))
+            seen.add(finding.tensor)
+    return findings, failures
 
 
 def _weights(finding: Finding, job: _Job) -> tuple[Weight, ...]:

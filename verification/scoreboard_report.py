@@ -20,7 +20,7 @@ __all__ = ["as_json", "as_markdown", "print_board", "write"]
 
 SCHEMA = "mxref.scoreboard/1"
 _SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT_COVERED: "–", Status.PASS: "✓"}
-_STYLE = {"✗": "red", "≈": "yellow", "–": "bright_black", "✓": "green"}
+_STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black", "✓": "green"}
 
 
 def as_json(board: Board) -> dict[str, Any]:
@@ -52,15 +52,11 @@ def as_json(board: Board) -> dict[str, Any]:
 
 def as_markdown(board: Board) -> str:
     """The table, what its signs mean, and the first counterexample of each failure."""
-    guards = board.guards()
     lines = [
-        f"| implementation | {' | '.join(guards)} |",
-        f"|---|{'---|' * len(guards)}",
+        f"| guard | {' | '.join(_title(row) for row in board.rows)} |",
+        f"|---|{'---|' * len(board.rows)}",
+        *(f"| {guard} | {' | '.join(cell_text(row, guard) for row in board.rows)} |" for guard in board.guards()),
     ]
-    for row in board.rows:
-        about = ", ".join(filter(None, [f"**{row.name}**", row.about])) + (f" ({row.package})" if row.package else "")
-        cells = [cell_text(row, guard) for guard in guards]
-        lines.append(f"| {about} | {' | '.join(cells)} |")
     lines += [
         "",
         "✓ judgements that agree with the contract · ≈ only within the order-free bound · ✗ that contradict it · "
@@ -75,11 +71,11 @@ def as_markdown(board: Board) -> str:
 
 def print_board(board: Board, console: Console) -> None:
     """The table and the first counterexamples."""
-    guards = board.guards()
-    table = Table("implementation", "package", *guards, box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
+    table = Table("guard", box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
     for row in board.rows:
-        cells = [_coloured(cell_text(row, guard)) for guard in guards]
-        table.add_row(row.name, row.package, *cells)
+        table.add_column(Text.assemble((row.name, "bold"), f"\n{row.package}"))
+    for guard in board.guards():
+        table.add_row(guard, *(_coloured(cell_text(row, guard)) for row in board.rows))
     console.print(table)
     for row in board.rows:
         if row.points:
@@ -113,6 +109,12 @@ def cell_text(row: Row, guard: str) -> str:
 
 def _only(board: Board) -> str:
     return f", cases matching {' or '.join(board.only)}" if board.only else ""
+
+
+def _title(row: Row) -> str:
+    """A column's heading: the name, what it is, and what it comes from."""
+    about = f"**{row.name}**" + (f"<br>{row.about}" if row.about else "")
+    return about + (f"<br>{row.package}" if row.package else "")
 
 
 def _coloured(cell: str) -> Text:

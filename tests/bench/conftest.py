@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _shape(item: pytest.Item) -> str | None:
     """The shape that a benchmark is about; None for any other test."""
     is_ours = _HERE in item.path.parents and isinstance(item, pytest.Function)
-    return str(item.callspec.params["shape"]) if is_ours else None
+    return str(item.callspec.params["shape"]) if is_ours and hasattr(item, "callspec") else None
 
 
 @pytest.fixture(scope="session")

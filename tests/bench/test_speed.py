@@ -71,3 +71,11 @@ def test_speed(bench: Bench, benchmark, shape: str, measure: str, path: str) -> 
     }
     replay(samples)
     benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)
+
+
+@pytest.mark.benchmark(timer=device_time, warmup=False)
+def test_rounds_are_the_samples(benchmark) -> None:
+    replay([0.25, 0.5, 0.125])
+    benchmark.pedantic(lambda: None, rounds=3, iterations=1)
+    if benchmark.enabled:
+        assert benchmark.stats.stats.data == [0.25, 0.5, 0.125]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -286,6 +289,15 @@ def test_wrong_use(arguments: Sequence[str], capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err.startswith("mxref: error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: they would run")
+def test_without_a_gpu_the_timings_are_skipped() -> None:
+    root = File(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "pytest", "tests/bench", "-q", "-p", "no:cacheprovider", "-k", "thin or samples"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"1 passed, 20 skipped, \d+ deselected", done.stdout), done.stdout
 
 
 def test_time_shape_reads_the_wall_on_a_cpu() -> None:

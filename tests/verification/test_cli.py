@@ -17,6 +17,7 @@ from mxref.verification.cli import main
 
 PLANTED = """
 from dataclasses import replace
+import torch
 from mxref import MXWeights, parallel_linear_lora
 
 def correct(**operands):
@@ -45,7 +46,8 @@ def crash(**operands):
     raise RuntimeError("out of luck")
 
 def noisy(**operands):
-    return parallel_linear_lora(**operands) * (1 + 4e-5)
+    y = parallel_linear_lora(**operands)  # no mean error, or it would be drift
+    return y * (1 + 4e-5 * (-1) ** torch.arange(y.shape[1]))
 """
 
 

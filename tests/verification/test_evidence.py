@@ -16,6 +16,7 @@ from mxref.verification import evidence, syntax
 from mxref.verification.candidates import golden
 from mxref.verification.cli import main
 from mxref.verification.gate import run_gate, suite_steps
+from mxref.verification.options import EVIDENCE
 
 SOURCE = '''
 """What it is."""
@@ -36,6 +37,11 @@ class Config:
 DIGEST = "acf076c92c5b950ad5e7cda05eedf180db3827b228e953af831ba6ce55210ff2"
 
 
+@pytest.mark.xfail(
+    condition=not [path for kind in evidence.COMMANDS for path in EVIDENCE.glob(f"*/{kind}.json")],
+    reason=f"no GPU has recorded evidence yet; run on one: {'; '.join(evidence.COMMANDS.values())}",
+    strict=True,
+)
 def test_gpu_evidence_belongs_to_these_kernels() -> None:
     """Fails when a kernel, a configuration, a launcher or a container changed after the last GPU run."""
     problems = evidence.check()

@@ -56,7 +56,7 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
     data = json.loads(data_file.read_text(encoding="utf-8"), parse_constant=refuse)
     assert data["schema"] == "mxref.gate/1"
     assert (data["verdict"], data["exit_code"]) == ("fail", 1)
-    assert data["counts"] == {"pass": 2, "fail": 1, "weak pass": 1, "not covered": 1}
+    assert data["counts"] == {"pass": 2, "fail": 1, "weak pass": 1, "worse than baseline": 0, "not covered": 1}
     assert data["candidate"] == {
         "name": "candidate",
         "rounding_points": ["z-unrounded"],

@@ -195,9 +195,8 @@ _MATMUL = [
         "J % config.BLOCK_N == 0", "tails", "masks left out although the contraction has a tail"),
     Bug("x not permuted", "grouped_matmul.py", "rows_in = permute_columns(rows_in)", "pass", "scheduling",
         "x and W then disagree on k"),
-    Bug("bias not passed to the packed product", "grouped_matmul.py",
-        'rows_in = permute_columns(rows_in)\n            arguments["bias"] = bias',
-        'rows_in = permute_columns(rows_in)\n            arguments["bias"] = None', "biases", "accepted and ignored"),
+    Bug("bias not passed to the packed product", "grouped_matmul.py", '{"bias": bias, ', '{"bias": None, ', "biases",
+        "accepted and ignored"),
 ]  # fmt: skip
 
 _OUTER = [
@@ -288,13 +287,16 @@ _SCHEDULE = [
 
 _DEQUANT = [
     Bug("inactive experts decoded", "dequant.py", "(expert < 0) | (expert >= E)", "(expert < 0) | (expert > E)",
-        "masks", "the marker E is read behind the stack"),
+        "sentinels", "the marker E is read behind the stack"),
     Bug("last expert never decoded", "dequant.py", "(expert < 0) | (expert >= E)", "(expert < 0) | (expert >= E - 1)",
         "expert indexing", "its slot stays uninitialised"),
-    Bug("decoded into the expert's place", "dequant.py", "out + (slot * N + n[:, None]) * K",
-        "out + (expert * N + n[:, None]) * K", "expert indexing", "a subset of experts lands elsewhere"),
-    Bug("decoded transposed", "dequant.py", "(slot * N + n) * K + k", "(slot * K + k) * N + n", "expert indexing",
-        "[N, K] for [K, N]"),
+    Bug("decoded into the expert's place", "dequant.py", "tl.store(out + slot * size", "tl.store(out + expert * size",
+        "expert indexing", "a subset of experts lands elsewhere"),
+    Bug("decoded stack not filled", "dequant.py", "mask=element < size)", "mask=element < size - 32)", "tails",
+        "the last block of each expert stays uninitialised"),
+    Bug("scale of a 64-block", "dequant.py", "word // 4", "word // 8", "scales", "four words share a scale, not eight"),
+    Bug("scales of expert 0 in the decode", "dequant.py", "scales + expert * (size // 32)", "scales + 0 * (size // 32)",
+        "scales", "the expert forgotten for the scales alone"),
 ]  # fmt: skip
 
 KERNEL_BUGS: tuple[Bug, ...] = (*_DECODE, *_FORWARD, *_BACKWARD, *_MATMUL, *_OUTER, *_SLOTS, *_SCHEDULE, *_DEQUANT)

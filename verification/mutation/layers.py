@@ -7,8 +7,9 @@ experts, every flag.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 
@@ -54,29 +55,35 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(device, seed)
     how = ACCUMULATIONS[default_accumulation(device)]
 
-    def of(name: str, samples: list[Sample], guard: Callable[[Candidate, Sample], list[Finding]]) -> Layer:
-        return Layer(name, tuple(Trial(s.case.name, lambda candidate, s=s: guard(candidate, s)) for s in samples))
-
     def intervals(candidate: Candidate, sample: Sample) -> list[Finding]:
         return interval_guard(candidate, sample, candidate.points(dtype), how)[0]
 
     def drift(candidate: Candidate, sample: Sample) -> list[Finding]:
         return drift_guard(candidate, sample, candidate.points(dtype), how)[0]
 
-    margins = of("margins", integer, margins_guard)
+    margins = _layer("margins", integer, margins_guard)
     wild = Trial("wild positions", lambda candidate: wild_positions_guard(candidate, integer[0]))
     return [
-        of("integer", integer, integer_guard),
+        _layer("integer", integer, integer_guard),
         Layer("decode", (Trial("every element", lambda candidate: _decode(candidate, device)),)),
-        of("interval", interval, intervals),
-        of("drift", interval[:1], drift),
-        of("operators", [operators], lambda _, sample: operators_guard(_kernels(), sample)),
-        of("poison", interval[:2], poison_guard),
+        _layer("interval", interval, intervals),
+        _layer("drift", interval[:1], drift),
+        _layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
+        _layer("poison", interval[:2], poison_guard),
         replace(margins, trials=(*margins.trials, wild)),
-        of("rows", interval[:1], row_guard),
-        of("second backward", interval[:1], second_backward_guard),
-        of("determinism", interval[:1], lambda candidate, sample: determinism_guard(candidate, sample, runs=2)),
+        _layer("rows", interval[:1], row_guard),
+        _layer("second backward", interval[:1], second_backward_guard),
+        _layer("determinism", interval[:1], lambda candidate, sample: determinism_guard(candidate, sample, runs=2)),
     ]
+
+
+def _layer(name: str, samples: Sequence[Sample], guard: Callable[[Candidate, Sample], list[Finding]]) -> Layer:
+    """A guard that takes one sample, over several."""
+
+    def trial(sample: Sample) -> Trial:
+        return Trial(sample.case.name, lambda candidate: guard(candidate, sample))
+
+    return Layer(name, tuple(map(trial, samples)))
 
 
 def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
@@ -101,7 +108,7 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
         replace(tails, name="gates", gate_slots=2),
         replace(tails, name="fused", use_fused_dX=True, use_fused_gather=True, scaling=2.0),
         replace(grouped, experts=5, K=64, tokens=18, top_k=1, rank=20),
-        replace(base, name="grouped in, gates", K=64, grouped_in=True, gate_slots=2, routing="sentinels"),
+        replace(base, name="even sizes", K=128, N=128, grouped_in=True, gate_slots=2, routing="sentinels"),
         replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
         replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True),
     ]
@@ -126,7 +133,7 @@ def _dense(sample: Sample) -> Sample:
     return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
 
 
-def _kernels() -> object:
+def _kernels() -> ModuleType:
     """The kernels as they are imported now, mutated or not."""
     import mxref.kernels
 

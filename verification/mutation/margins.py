@@ -93,8 +93,9 @@ def wild_positions_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
 
 def _intact(margins: Margins, case: str) -> Finding:
     damage = margins.damage()
-    status = Status.FAIL if damage else Status.PASS
-    return Finding("margins", case, "memory", status, damage or "nothing written outside a tensor", 0, int(bool(damage)))
+    if damage:
+        return Finding("margins", case, "memory", Status.FAIL, damage, 0, 1)
+    return Finding("margins", case, "memory", Status.PASS, "nothing written outside a tensor", 0, 0)
 
 
 def _garbage(dtype: torch.dtype) -> float | int | bool:

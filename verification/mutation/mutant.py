@@ -8,13 +8,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeGuard
 
 import mxref
 
-__all__ = ["KERNELS", "Bug", "Function", "Mutant", "Source", "StaleMutantError", "fingerprint", "locate", "read_sources"]
+__all__ = [
+    "KERNELS",
+    "Bug",
+    "Function",
+    "Mutant",
+    "Source",
+    "StaleMutantError",
+    "fingerprint",
+    "is_fast",
+    "locate",
+    "read_sources",
+]
 
 KERNELS = Path(mxref.__file__).parent / "kernels"
 """The sources that are mutated."""
+
+
+_GPU_SWITCHES = ("FAST", "SETTLE")
+"""Compile-time switches of the kernels that are off under the interpreter."""
 
 
 class StaleMutantError(ValueError):
@@ -110,6 +126,15 @@ class Source:
         return list(_functions(ast.parse(self.text).body, ""))
 
     @cached_property
+    def gpu_only(self) -> set[str]:
+        """Jit functions that the interpreter never runs: inline assembly, and what only GPU branches call."""
+        jitted = {f.name for f in self.functions if f.jit}
+        assembly = {f.name for f in self.functions if f.jit and "inline_asm" in self.of(f.node)}
+        fast = set().union(*(_called(part) for f in self.functions for part in _fast_parts(f.node)), set())
+        slow = set().union(*(_called(f.node, skip_fast=True) for f in self.functions if f.name not in assembly), set())
+        return assembly | ((fast - slow) & jitted)
+
+    @cached_property
     def _line_starts(self) -> list[int]:
         starts = [0]
         for line in self.text.splitlines(keepends=True):
@@ -183,6 +208,25 @@ def fingerprint(sources: Mapping[str, Source]) -> str:
     for name, source in sorted(sources.items()):
         digest.update(f"{name}\0{source.text}\0".encode())
     return digest.hexdigest()[:16]
+
+
+def is_fast(node: ast.AST) -> TypeGuard[ast.If]:
+    """Whether the node is an `if` whose body only a GPU runs."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id in _GPU_SWITCHES
+
+
+def _fast_parts(function: ast.FunctionDef) -> Iterator[ast.stmt]:
+    for node in ast.walk(function):
+        if is_fast(node):
+            yield from node.body
+
+
+def _called(node: ast.AST, skip_fast: bool = False) -> set[str]:
+    """Names that are called in a node; `skip_fast`: but for GPU branches."""
+    names = {node.func.id} if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else set()
+    skipped = node.body if skip_fast and is_fast(node) else []
+    children = (child for child in ast.iter_child_nodes(node) if child not in skipped)
+    return names.union(*(_called(child, skip_fast) for child in children), set())
 
 
 def _functions(body: list[ast.stmt], prefix: str) -> Iterator[Function]:

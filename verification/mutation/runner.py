@@ -1,8 +1,7 @@
 """Runs mutants: one forked process each, in which `mxref.kernels` is built from the edited sources and judged.
 
-The parent imports everything else and draws every sample once; a child costs a fork, an import of the few kernel
-modules, and its trials. Whatever a mutant does to its process, a crash, a loop without end, the parent only sees that it
-is dead.
+The parent imports everything else and draws every sample once; a child costs a fork, an import of the kernel modules,
+and its trials. Whatever a mutant does to its process, a crash or a loop without end, the parent only sees that it died.
 """
 
 from __future__ import annotations
@@ -101,8 +100,9 @@ def run(
     """
     context = get_context("fork")
     outcomes = [Outcome(mutant) for mutant in mutants]
-    split = [(outcome, part) for outcome in outcomes for part in ([[layer] for layer in layers] if matrix else [layers])]
-    left = {id(outcome): len(layers) if matrix else 1 for outcome in outcomes}
+    parts = [[layer] for layer in layers] if matrix else [list(layers)]
+    split = [(outcome, part) for outcome in outcomes for part in parts]
+    left = {id(outcome): len(parts) for outcome in outcomes}
     pending, running = list(reversed(split)), list[_Job]()
     with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root:
         try:
@@ -237,7 +237,7 @@ def import_kernels(folder: Path) -> None:
     kernels = importlib.util.module_from_spec(spec)
     sys.modules["mxref.kernels"] = kernels
     spec.loader.exec_module(kernels)
-    mxref.kernels = kernels  # type: ignore[attr-defined]
+    mxref.kernels = kernels
 
 
 def _reject(trial: Trial, candidate: Candidate, seconds: float) -> str | None:

@@ -1,4 +1,4 @@
-"""One run over a selection of mutants: the sources themselves first, then the mutants, then a close look at survivors."""
+"""One run over some mutants: the sources as they are first, then the mutants, then a close look at the survivors."""
 
 from __future__ import annotations
 

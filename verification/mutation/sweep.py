@@ -10,7 +10,7 @@ import ast
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from mxref.verification.mutation.mutant import Function, Mutant, Source
+from mxref.verification.mutation.mutant import Function, Mutant, Source, is_fast
 
 __all__ = ["OPERATORS", "sweep"]
 
@@ -18,16 +18,14 @@ Edit = tuple[ast.expr | ast.stmt, str]
 """A node and the text that replaces it."""
 
 _COMPARE: dict[type[ast.cmpop], str] = {
-    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not", ast.IsNot: "is",
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
+    ast.IsNot: "is",
 }  # fmt: skip
 _BINARY: dict[type[ast.operator], str] = {
-    ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.FloorDiv: "%", ast.Mod: "//", ast.BitAnd: "|", ast.BitOr: "&",
-    ast.LShift: ">>", ast.RShift: "<<", ast.Div: "*",
+    ast.Add: "-", ast.Sub: "+", ast.FloorDiv: "%", ast.Mod: "//", ast.BitAnd: "|", ast.BitOr: "&", ast.LShift: ">>",
+    ast.RShift: "<<", ast.Div: "*",
 }  # fmt: skip
-_SIGN = {
-    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%", ast.BitAnd: "&", ast.BitOr: "|",
-    ast.LShift: "<<", ast.RShift: ">>", ast.Div: "/",
-}  # fmt: skip
+_DROPPED = (ast.Add, ast.Sub, ast.Mult, ast.BitAnd, ast.BitOr, ast.BitXor)
 _EXTREMES = {"minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min", "sum": "max"}
 _DTYPES = {"int64": "int32", "float32": "float16", "uint32": "int32", "uint16": "uint8", "int32": "int16"}
 _SPEED_ONLY = ("num_warps", "num_stages", "max_registers")
@@ -41,12 +39,13 @@ def sweep(source: Source) -> list[Mutant]:
         if not (function.jit or function.launches):
             continue
         ordinals: Counter[str] = Counter()
-        for node in _nodes(function.node):
+        gpu_only = function.name in source.gpu_only
+        for node, fast in _nodes(function.node):
             for operator, edits in OPERATORS.items():
                 for place, after in edits(node, source, function):
                     ordinals[operator] += 1
                     name = f"{source.file.removesuffix('.py')}:{function.name}:{operator}:{ordinals[operator]}"
-                    mutant = _mutant(name, operator, function, source, place, after)
+                    mutant = _mutant(name, operator, function, source, place, after, gpu_only or fast)
                     text = mutant.apply(source.text)
                     if text not in seen and _parses(text):
                         seen.add(text)
@@ -55,12 +54,13 @@ def sweep(source: Source) -> list[Mutant]:
 
 
 def _mutant(
-    name: str, operator: str, function: Function, source: Source, node: ast.expr | ast.stmt, after: str
+    name: str, operator: str, function: Function, source: Source, node: ast.expr | ast.stmt, after: str, gpu_only: bool
 ) -> Mutant:
     start, end = source.span(node)
     return Mutant(
-        name, source.file, function.name, node.lineno, start, end, source.text[start:end], after, operator
-    )
+        name, source.file, function.name, node.lineno, start, end, source.text[start:end], after, operator,
+        gpu_only=gpu_only,
+    )  # fmt: skip
 
 
 def _parses(text: str) -> bool:
@@ -71,18 +71,24 @@ def _parses(text: str) -> bool:
     return True
 
 
-def _nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """The body's nodes, outer before inner, in the order of the text; no docstring, annotation or compile option."""
-    pending: list[ast.AST] = list(reversed(function.body))
+def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
+    """The body's nodes, outer before inner, in the order of the text; no docstring, annotation or compile option.
+
+    Beside each: whether it lies in a branch where the interpreter does not come.
+    """
+    pending: list[tuple[ast.AST, bool]] = [(node, False) for node in reversed(function.body)]
     while pending:
-        node = pending.pop()
+        node, fast = pending.pop()
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue
         if isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg in _SPEED_ONLY):
             continue
-        yield node
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "program_id":
+            continue
+        yield node, fast
+        body = node.body if is_fast(node) else []
         children = [child for child in ast.iter_child_nodes(node) if not _is_annotation(node, child)]
-        pending.extend(reversed(children))
+        pending.extend((child, fast or child in body) for child in reversed(children))
 
 
 def _is_annotation(node: ast.AST, child: ast.AST) -> bool:
@@ -111,7 +117,7 @@ def _binary(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]
 
 def _dropped(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
     """One side of an operation left out: a term, a factor, a condition of a mask."""
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, _DROPPED):
         yield node, f"({source.of(node.left)})"
         yield node, f"({source.of(node.right)})"
     if isinstance(node, ast.AugAssign):
@@ -120,7 +126,7 @@ def _dropped(node: ast.AST, source: Source, function: Function) -> Iterator[Edit
 
 def _masks(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
     """A load or store without its mask, or with another filling."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "store")):
+    if not (isinstance(node, ast.Call) and source.of(node.func) in ("tl.load", "tl.store")):
         return
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     if "mask" in keywords:
@@ -178,7 +184,7 @@ def _arguments(node: ast.AST, source: Source, function: Function) -> Iterator[Ed
     called = source.of(node.func)
     if called == "tl.dot" and len(texts) == 3:
         yield node, f"{called}({', '.join(texts[:2] + rest)})"
-    if called.startswith("tl.") and called != "tl.where":
+    if called != "tl.where" and (called.startswith("tl.") or isinstance(node.func, ast.Attribute)):
         return
     start = 1 if called == "tl.where" else 0
     for i in range(start, len(texts) - 1):

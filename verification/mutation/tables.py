@@ -69,7 +69,8 @@ def _print_survivor(judged: Judged, sources: Mapping[str, Source], console: Cons
     mutant = judged.mutant
     before, after = mutant.edit(sources[mutant.file].text)
     colour = "red" if judged.fate is Fate.SURVIVED else "bright_black"
-    console.print(f"[{colour}]{judged.fate}[/] {escape(mutant.name)}  kernels/{mutant.file}:{mutant.line}", highlight=False)
+    place = f"kernels/{mutant.file}:{mutant.line}"
+    console.print(f"[{colour}]{judged.fate}[/] {escape(mutant.name)}  {place}", highlight=False)
     console.print(f"  [red]-[/] {escape(before)}\n  [green]+[/] {escape(after)}", highlight=False)
     if judged.reason or mutant.why:
         console.print(f"  {escape(judged.reason or mutant.why)}", style="bright_black", highlight=False)

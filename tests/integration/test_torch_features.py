@@ -1,0 +1,158 @@
+"""The layer under torch's own machinery: operators, the compiler, checkpointing, autocast, accumulation, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_models import EXPERTS, HIDDEN, TOP_K, make
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mxref import encode_mxfp4, flatten_sort_count
+from mxref.kernels.experts import PackedExperts
+from mxref.kernels.library import expert_linear, scattermoe_lora, scattermoe_lora_backward
+from mxref.kernels.packing import pack_experts
+
+E, K, N, M, R = 3, 64, 32, 5, 2
+
+
+def operands(case: str) -> tuple[Any, ...]:
+    """Arguments of the operator: "plain", "all" (every optional operand), "dense" or "grouped"."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    w = encode_mxfp4(torch.randn(E, N, K, generator=generator))
+    order = flatten_sort_count(torch.randint(E, (M, TOP_K), generator=generator), E)
+    if case == "plain":
+        return leaf(M, K), w.packed, w.scales, TOP_K, *order, *(None, None, 1.0, None, None), *(False,) * 4
+    lora = leaf(E * R, K), leaf(N, E * R), 0.5
+    if case == "dense":
+        return leaf(M, K), leaf(E, K, N).detach(), None, TOP_K, *order, *lora, None, None, *(False,) * 4
+    if case == "grouped":
+        return leaf(M * TOP_K, K), w.packed, w.scales, 1, *order, *lora, None, None, True, True, True, True
+    bias, gates = leaf(E, N), leaf(M, TOP_K)
+    return leaf(M, K), w.packed, w.scales, TOP_K, *order, *lora, bias, gates, False, False, True, True
+
+
+@pytest.mark.parametrize("case", ["plain", "all", "dense", "grouped"])
+def test_opcheck_forward(case: str) -> None:
+    results = torch.library.opcheck(scattermoe_lora, operands(case))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("case", ["all", "dense"])
+def test_opcheck_backward(case: str) -> None:
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in operands(case)]
+    grad = torch.ones(M if case == "all" else M * TOP_K, N)
+    results = torch.library.opcheck(scattermoe_lora_backward, (grad, [True, True, True, False, True], *arguments))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("case", ["plain", "all", "dense", "grouped"])
+def test_operator_has_the_eager_bits(case: str) -> None:
+    arguments = operands(case)
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    results = []
+    for layer in (scattermoe_lora, expert_linear):
+        y = layer(*arguments)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def packed_experts(family: str = "gpt_oss") -> PackedExperts:
+    holder = nn.ModuleDict({"experts": make(family)})
+    torch.manual_seed(1)
+    pack_experts(holder, rank=R)
+    experts = holder["experts"]
+    assert isinstance(experts, PackedExperts)
+    for name, parameter in experts.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    return experts
+
+
+def routed(seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(M, HIDDEN, generator=generator, requires_grad=True)
+    return x, torch.randint(EXPERTS, (M, TOP_K), generator=generator), torch.rand(M, TOP_K, generator=generator)
+
+
+def outcome(experts: PackedExperts, call: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> list[Tensor]:
+    trained = [p for p in experts.parameters() if p.requires_grad]
+    y = call(x, *rest)
+    return [y, *torch.autograd.grad(y, (x, *trained), torch.ones_like(y))]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
+def test_compiles_without_a_graph_break(family: str) -> None:
+    experts = packed_experts(family)
+    expected = outcome(experts, experts, *routed())
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    got = outcome(experts, compiled, *routed())
+    assert len(got) == 6
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_activation_checkpointing() -> None:
+    experts = packed_experts()
+    expected = outcome(experts, experts, *routed())
+    got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_gradient_accumulation() -> None:
+    """Two backward passes add up to the sum of their gradients, in the parameters' dtype."""
+    experts = packed_experts()
+    apart = [outcome(experts, experts, *routed(seed))[2:] for seed in (2, 3)]
+    for seed in (2, 3):
+        experts(*routed(seed)).sum().backward()
+    trained = [p for p in experts.parameters() if p.requires_grad]
+    for parameter, first, second in zip(trained, *apart, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, first + second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype) -> None:
+    experts = packed_experts()
+    x, index, gates = routed()
+    with torch.autocast("cpu", dtype=dtype):
+        y = experts(x, index, gates)
+    assert y.dtype == torch.float32
+    assert torch.equal(y.to(dtype), experts(x.to(dtype), index, gates))
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in experts.parameters() if p.requires_grad)
+
+
+def test_operands_that_are_not_contiguous() -> None:
+    experts = packed_experts()
+    x, index, gates = routed()
+    expected = experts(x, index, gates)
+    strided = [t.detach().repeat_interleave(2, dim=1)[:, ::2] for t in (x, index, gates)]
+    assert not any(t.is_contiguous() for t in strided)
+    assert torch.equal(experts(*strided), expected)
+
+
+def test_no_tokens() -> None:
+    experts = packed_experts()
+    x, index, gates = routed()
+    assert experts(x[:0], index[:0], gates[:0]).shape == (0, HIDDEN)
+
+
+def test_copies_share_nothing_and_casts_leave_the_bytes(tmp_path: Path) -> None:
+    experts = packed_experts()
+    bytes_before = experts.get_buffer("down_proj_blocks").clone()
+    torch.save(experts.state_dict(), tmp_path / "state.pt")
+    other = packed_experts()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    experts.to(torch.bfloat16)
+    assert torch.equal(experts.get_buffer("down_proj_blocks"), bytes_before)
+    assert experts.get_parameter("down_proj_lora_A").dtype == torch.bfloat16
+    assert other.get_parameter("down_proj_lora_A").dtype == torch.float32

@@ -1,0 +1,234 @@
+"""The catalogue of planted bugs: it fits the sources, covers them, and what it plants is noticed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from mxref.verification.mutants import BUGS, catalogue, read_sources, stratified
+from mxref.verification.mutation import equivalents, session
+from mxref.verification.mutation.equivalents import Equivalent
+from mxref.verification.mutation.layers import Layer, Trial, fixtures, layers
+from mxref.verification.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate
+from mxref.verification.mutation.runner import run
+from mxref.verification.mutation.session import FalseKillError, Fate, judge
+from mxref.verification.mutation.sweep import OPERATORS, sweep
+from mxref.verification.verdicts import Finding, Status
+
+SOURCES = read_sources()
+
+CPU = torch.device("cpu")
+
+CATEGORIES = {
+    "decode", "scales", "scheduling", "masks", "tails", "LoRA scaling", "expert indexing", "accumulation", "rounding",
+    "dA/dB", "gates", "biases", "sentinels",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_bug_by_hand_fits_the_sources(bug: Bug) -> None:
+    mutant = locate(bug, SOURCES)
+    text = SOURCES[bug.file].text
+    assert mutant.apply(text) != text
+    assert bug.why
+
+
+def test_names_are_unique() -> None:
+    names = [mutant.name for mutant in everything()]
+    assert len(set(names)) == len(names)
+
+
+def test_no_two_mutants_are_the_same_edit() -> None:
+    edited = [(mutant.file, mutant.apply(SOURCES[mutant.file].text)) for mutant in everything() if not mutant.by_hand]
+    assert len(set(edited)) == len(edited)
+
+
+def test_every_mutant_parses() -> None:
+    for mutant in everything():
+        ast.parse(mutant.apply(SOURCES[mutant.file].text))
+
+
+def test_the_catalogue_is_large_enough() -> None:
+    assert len(BUGS) >= 120
+    assert len({(mutant.file, mutant.line) for mutant in everything() if mutant.by_hand}) >= 60
+
+
+def test_bugs_by_hand_cover_every_kind_of_mistake() -> None:
+    assert {bug.category for bug in BUGS} >= CATEGORIES
+
+
+def test_every_jit_function_and_launcher_has_mutants() -> None:
+    swept = {(mutant.file, mutant.function) for mutant in everything() if not mutant.by_hand}
+    there = {(s.file, f.name) for s in SOURCES.values() for f in s.functions if f.jit or f.launches}
+    only_assembly = {(s.file, name) for s in SOURCES.values() for name in s.gpu_only}
+    assert there - swept <= only_assembly
+    by_hand = {(mutant.file, mutant.function) for mutant in everything() if mutant.by_hand}
+    assert there <= swept | by_hand
+
+
+def test_every_declared_equivalent_is_in_the_catalogue() -> None:
+    assert equivalents.stale(everything(), SOURCES) == []
+
+
+def test_a_stale_mutant_is_named() -> None:
+    bug = Bug("gone", "decode.py", "no such text", "", "decode", "")
+    with pytest.raises(StaleMutantError, match=r"'gone' is stale: its snippet occurs 0 times in kernels/decode.py"):
+        locate(bug, SOURCES)
+    with pytest.raises(StaleMutantError, match=r"there is no kernels/other\.py"):
+        locate(replace(bug, file="other.py"), SOURCES)
+    with pytest.raises(StaleMutantError, match="changes no code"):
+        locate(replace(bug, before="2.0**126", after="2.0 ** 126"), SOURCES)
+    with pytest.raises(StaleMutantError, match="does not parse"):
+        locate(replace(bug, before="2.0**126", after="2.0 **"), SOURCES)
+
+
+def test_each_operator_plants_something() -> None:
+    assert {mutant.category for mutant in everything() if not mutant.by_hand} == set(OPERATORS)
+
+
+@cache
+def everything() -> list[Mutant]:
+    return catalogue(SOURCES)
+
+
+TOY = Source(
+    "toy.py",
+    '''
+@triton.jit
+def kernel(x, n, stride_a, stride_b, FAST: tl.constexpr):
+    """Doc − string."""
+    i = tl.arange(0, 8)
+    if FAST:
+        fast(x)
+    acc = tl.load(x + i * stride_a, mask=i < n, other=0).to(tl.int64)
+    tl.store(x + i * stride_b, acc, mask=(i < n) & (i > 0))
+
+
+@triton.jit
+def fast(x):
+    return x + 1
+
+
+def helper(n):
+    return n + 1
+''',
+)
+
+
+def test_the_sweep_finds_what_a_person_would() -> None:
+    edits = {mutant.edit(TOY.text)[1]: mutant for mutant in sweep(TOY)}
+    expected = [
+        "i = tl.arange(0, (8 + 1))",
+        "acc = tl.load(x + i * stride_b, mask=i < n, other=0).to(tl.int64)",
+        "acc = tl.load(x + i * stride_a, mask=((i) <= (n)), other=0).to(tl.int64)",
+        "acc = tl.load(x + i * stride_a).to(tl.int64)",
+        "acc = tl.load(x + i * stride_a, mask=i < n, other=0).to(tl.int32)",
+        "acc = tl.load((x), mask=i < n, other=0).to(tl.int64)",
+        "tl.store(x + i * stride_b, acc, mask=((i < n) | (i > 0)))",
+        "tl.store(x + i * stride_b, acc)",
+        "pass",
+    ]
+    missing = [text for text in expected if text not in edits]
+    assert not missing, sorted(edits)
+    assert not any(mutant.function == "helper" for mutant in edits.values())
+
+
+def test_what_only_a_gpu_runs_is_known() -> None:
+    assert TOY.gpu_only == {"fast"}
+    assert all(mutant.gpu_only == (mutant.function == "fast" or "fast(" in mutant.before) for mutant in sweep(TOY))
+
+
+def test_a_stratified_sample_takes_the_functions_in_turn() -> None:
+    functions = {(mutant.file, mutant.function) for mutant in everything()}
+    chosen = stratified(everything(), len(functions), seed=1)
+    assert {(mutant.file, mutant.function) for mutant in chosen} == functions
+    assert chosen == stratified(everything(), len(functions), seed=1)
+    assert chosen != stratified(everything(), len(functions), seed=2)
+    assert len(stratified(everything(), 10**6, seed=0)) == len(everything())
+
+
+def _finding(ok: bool) -> Finding:
+    return Finding("toy", "case", "Y", Status.PASS if ok else Status.FAIL, "a reason", 1, int(not ok))
+
+
+def _layer(name: str, judge_by: object) -> Layer:
+    return Layer(name, (Trial("trial", judge_by),))  # type: ignore[arg-type]
+
+
+def _named(name: str) -> Mutant:
+    return next(mutant for mutant in everything() if mutant.name == name)
+
+
+def test_a_crash_and_a_loop_are_kills() -> None:
+    def crash(candidate: object) -> list[Finding]:
+        import ctypes
+
+        ctypes.string_at(0)
+        return []
+
+    def loop(candidate: object) -> list[Finding]:
+        while True:
+            pass
+
+    crashed, hung = (
+        run([None], SOURCES, [_layer("toy", way)], device=CPU, trial_seconds=0.5)[0] for way in (crash, loop)
+    )
+    assert crashed.kills == {"toy": "crashed: SIGSEGV"}
+    assert "hung" in hung.kills["toy"]
+
+
+def test_the_matrix_asks_every_layer() -> None:
+    toys = [_layer("first", lambda _: [_finding(False)]), _layer("second", lambda _: [_finding(True)])]
+    toys.append(_layer("third", lambda _: [_finding(False)]))
+    first = run([None], SOURCES, toys, device=CPU)[0]
+    every = run([None], SOURCES, toys, device=CPU, matrix=True)[0]
+    assert (set(first.kills), first.judged) == ({"first"}, ["first"])
+    assert (set(every.kills), set(every.judged)) == ({"first", "third"}, {"first", "second", "third"})
+
+
+def test_rejected_sources_stop_the_run() -> None:
+    with pytest.raises(FalseKillError, match="layer 'toy' rejects the unmutated sources"):
+        judge([], SOURCES, [_layer("toy", lambda _: [_finding(False)])], [], CPU)
+
+
+def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    respelt = Bug("respelt", "decode.py", "tl.constexpr(2.0**126)", "tl.constexpr(float(2**126))", "decode", "the same")
+    harmless, harmful = locate(respelt, SOURCES), _named("bias twice")
+    blind = [_layer("blind", lambda _: [_finding(True)])]
+    entries = tuple(Equivalent(m.function, *m.edit(SOURCES[m.file].text), "an argument") for m in (harmless, harmful))
+    monkeypatch.setattr(equivalents, "EQUIVALENTS", entries)
+    result = judge([harmless, harmful], SOURCES, blind, fixtures(CPU)[:1], CPU)
+    assert [judged.fate for judged in result.judged] == [Fate.EQUIVALENT, Fate.SURVIVED]
+    assert result.exit_code == 1
+
+
+def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
+    """Small: `mxref mutants` runs larger samples, and all of it on request."""
+    mutants = stratified([mutant for mutant in everything() if not mutant.gpu_only], 12, seed=0)
+    result = judge(mutants, SOURCES, layers(CPU), fixtures(CPU), CPU)
+    assert [judged.mutant.name for judged in result.judged if judged.fate is Fate.SURVIVED] == []
+    assert session.Session("cpu", "", False, []).exit_code == 0
+
+
+@pytest.mark.gpu
+def test_mutants_that_only_a_gpu_shows_are_killed() -> None:
+    """In a process of its own, which forks before it touches the GPU."""
+    command = [
+        sys.executable,
+        "-m",
+        "mxref.verification.cli",
+        "mutants",
+        "--gpu-only",
+        "--by-hand",
+        "--all",
+        "--jobs",
+        "4",
+    ]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout + told.stderr
