@@ -11,7 +11,7 @@ gate: .venv/gate.stamp
 	$(BIN)/mxref gate
 
 test: .venv/test.stamp
-	$(BIN)/pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 bench: .venv/test.stamp
 	$(BIN)/pytest tests/bench -m gpu --require-gpu --benchmark-autosave --benchmark-columns=median,iqr,rounds

@@ -1,7 +1,7 @@
 """Production Triton kernels: ScatterMoE-LoRA on packed MXFP4 (or dense) weights, forward and backward.
 
 They compute what `mxref` defines, in its vocabulary. The data's way: `decode` (one tile), `schedule` (routed rows
-to tiles), `grouped_matmul`, `packed_matmul`, `grouped_outer` and `slots` (the products), `scatter2scatter` and
+to tiles), `grouped_matmul`, `grouped_outer` and `slots` (the products), `scatter2scatter` and
 `autograd` (the layer). Set TRITON_INTERPRET=1 before the import to run on CPU tensors.
 """
 
@@ -11,7 +11,6 @@ from mxref.kernels.dequant import dequantize_experts, selective_lora_weights
 from mxref.kernels.experts import PackedExperts
 from mxref.kernels.interop import is_mxfp4_param, selective_expert_weights, selective_mx_weights_fwd
 from mxref.kernels.layers import HFScatterMoEGatedMLP
-from mxref.kernels.packed_matmul import contraction_order
 from mxref.kernels.packing import pack_experts
 from mxref.kernels.scatter2scatter import scatter2scatter_lora_dX_mx, scatter2scatter_lora_mx
 
@@ -20,7 +19,6 @@ __all__ = [
     "HFScatterMoEGatedMLP",
     "PackedExperts",
     "ScatterMoELoRA",
-    "contraction_order",
     "dequantize_experts",
     "is_mxfp4_param",
     "pack_experts",

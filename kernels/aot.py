@@ -59,7 +59,7 @@ class Unit:
         signature: argument name -> Triton type, "constexpr" for constants.
         constants: argument name -> value.
         divisible: indices of the arguments that are multiples of 16.
-        num_warps, num_stages, max_registers: compile options.
+        num_warps, num_stages: compile options.
     """
 
     architecture: str
@@ -71,7 +71,6 @@ class Unit:
     divisible: tuple[int, ...]
     num_warps: int
     num_stages: int
-    max_registers: int | None
 
     @classmethod
     def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
@@ -99,7 +98,6 @@ class Unit:
             tuple(divisible),
             launch.num_warps,
             launch.num_stages,
-            launch.max_registers,
         )
 
 
@@ -147,7 +145,6 @@ def units(architecture: str) -> Iterator[Unit]:
                     unit.divisible,
                     unit.num_warps,
                     unit.num_stages,
-                    unit.max_registers,
                 )
                 if key not in seen:
                     seen.add(key)
@@ -210,8 +207,6 @@ def compile_unit(unit: Unit) -> Compiled:
     )
     target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
     options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
-    if unit.max_registers is not None:
-        options["maxnreg"] = unit.max_registers
     compiled = triton.compile(source, target=target, options=options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
     ir = compiled.asm["ttgir"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 
 __all__ = ["SHARED_MEMORY", "TABLE", "Config", "config_for", "padded_rank", "reachable_configs"]
 
@@ -22,14 +23,11 @@ class Config:
 
     Attributes:
         BLOCK_M: routed rows of one expert that a program owns, a power of two, at least 16.
-        BLOCK_N: output columns that a program owns, a power of two, at least 16 (packed: 32).
+        BLOCK_N: output columns that a program owns, a power of two, at least 32.
         BLOCK_K: elements of the contraction a step takes, a power of two, at least 32; steps run in ascending
             order.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
-        max_registers: registers a thread that the compiler may use in Y and D of packed weights, bf16 and ranks up
-            to 16; None leaves it to the compiler. 65,536
-            registers a multiprocessor decide how many programs run there side by side.
 
     Raises:
         ValueError: a field is not a power of two or below its minimum.
@@ -40,10 +38,9 @@ class Config:
     BLOCK_K: int
     num_warps: int = 4
     num_stages: int = 3
-    max_registers: int | None = None
 
     def __post_init__(self) -> None:
-        for name, minimum in (("BLOCK_M", 16), ("BLOCK_N", 16), ("BLOCK_K", 32), ("num_warps", 1)):
+        for name, minimum in (("BLOCK_M", 16), ("BLOCK_N", 32), ("BLOCK_K", 32), ("num_warps", 1)):
             value = getattr(self, name)
             if value < minimum or value & (value - 1):
                 raise ValueError(f"config.{name} is {value}; expected a power of two, at least {minimum}")
@@ -52,16 +49,11 @@ class Config:
 
     def projection(self, rank: int) -> Config:
         """The tiling of Z and V beside this one's Y and D: the same row tiles and steps, one block of columns."""
-        return replace(self, BLOCK_N=padded_rank(rank), max_registers=None)
+        return replace(self, BLOCK_N=max(32, padded_rank(rank)))
 
     def outer(self) -> Config:
-        """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank.
-
-        Where experts own few rows a step takes few and a program more columns, unless there is no pipeline to fill.
-        """
-        few = self.BLOCK_M <= 64 and self.num_stages > 1
-        columns, rows, stages = (128, 32, 4) if few else (min(self.BLOCK_N, 64), self.BLOCK_K, self.num_stages)
-        return Config(self.BLOCK_M, columns, rows, num_warps=4, num_stages=stages)
+        """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank."""
+        return replace(self, BLOCK_N=min(self.BLOCK_N, 64), num_warps=4)
 
     def shared_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of shared memory for the operand tiles of every pipeline stage: the account of a dense product."""
@@ -88,9 +80,9 @@ TABLE: dict[str, dict[str, Config]] = {
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
     },
     "sm_90": {
-        "thin": Config(16, 128, 64, num_warps=4, num_stages=4),
+        "thin": Config(16, 64, 64, num_warps=4, num_stages=4),
         "medium": Config(64, 128, 64, num_warps=4, num_stages=3),
-        "thick": Config(128, 128, 64, num_warps=8, num_stages=3, max_registers=128),
+        "thick": Config(128, 128, 64, num_warps=8, num_stages=3),
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
     },
     "sm_100": {
@@ -125,4 +117,4 @@ def reachable_configs(architecture: str, dtype: torch.dtype = torch.bfloat16) ->
 
 def padded_rank(rank: int) -> int:
     """The block that holds a LoRA rank: a power of two, at least 16, tensor cores' smallest contraction."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 16
+    return max(16, int(triton.next_power_of_2(rank)))

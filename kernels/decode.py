@@ -8,9 +8,6 @@ it is ±inf, as IEEE says. NaN scales give NaN, −0 stays.
 
 The fp32 product has at most two significand bits and fp32 shares bf16's exponent range, so its upper half *is* the
 bf16 result, subnormals, infinities and NaN included. fp16 takes one rounding from the exact fp32 value.
-
-`decode_words` is what the products use: words of eight codes, in this portable form or, for bf16 on a GPU, two codes at
-a time in inline PTX, with the same bits.
 Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 and 5.4.1.
 """
 
@@ -19,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["decode_words", "e2m1", "e8m0", "narrow"]
+__all__ = ["e2m1", "e8m0", "load_mxfp4_tile", "narrow"]
 
 PLACEMENT = tl.constexpr(2.0**126)
 SCALE_MIN_BITS = tl.constexpr(0x00400000)  # 2^−127, an fp32 subnormal
@@ -51,78 +48,21 @@ def narrow(w, dtype: tl.constexpr):
 
 
 @triton.jit
-def decode_words(words, scales, precision: tl.constexpr, dtype: tl.constexpr, FAST: tl.constexpr):
-    """Words of eight codes (int32 [R, W], k ascending from the lowest nibble) and their scale bytes [R, W], decoded.
+def load_mxfp4_tile(packed, scales, expert, n, k0, N, K, dtype: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The fp32 values of W_expert at rows n [ROWS] and columns k0..k0+COLS, held in `dtype`'s precision: [ROWS,
+    COLS].
 
-    Returns:
-        The values in `precision`, held in `dtype`, [R, W, 2, 2, 2]; the last three axes are the bits of a code's number
-        in its word, highest first. The two types differ under the interpreter only, whose operands are fp32.
-
-    FAST holds for bf16 on a GPU: two codes at a time, see `_eight_codes`. The portable form gives the same bits.
+    `packed` is [E, N, K/2] and `scales` [E, N, K/32], both contiguous; k0 and COLS are multiples of 32. What lies
+    outside [N, K] is 0.
     """
-    R: tl.constexpr = words.shape[0]
-    W: tl.constexpr = words.shape[1]
-    if FAST:
-        b = scales.to(tl.uint16)
-        edge = tl.where(((b + 1) & 0xFE) == 0, 0x40, 0)  # byte 0 is 2^−127, a bf16 subnormal; byte 255 is NaN
-        even0, even1, odd0, odd1 = _eight_codes(words, ((b << 7) | edge).to(tl.uint16).to(tl.bfloat16, bitcast=True))
-        return tl.join(tl.join(_halves(even0), _halves(even1)), tl.join(_halves(odd0), _halves(odd1)))
-    else:
-        codes = (words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :]) & 0xF
-        w = e2m1(codes) * e8m0(scales)[:, :, None]
-        if precision == tl.float16:
-            w = w.to(tl.float16).to(tl.float32)
-        return narrow(w, dtype).reshape(R, W, 2, 2, 2)
-
-
-@triton.jit
-def _halves(pair):
-    """Both bf16 values of a register: [R, W] of 32 bits to [R, W, 2]."""
-    first = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.join(first, (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True))
-
-
-@triton.jit
-def _eight_codes(words, scale):
-    """Codes (0, 4), (2, 6), (1, 5), (3, 7) of each word times its bf16 scale, as pairs of bf16 in 32 bits.
-
-    Nibbles 0 and 4 of a word lie sixteen bits apart. n·0x1040 puts a copy of each with its sign at bit 15 and one with
-    its magnitude at bits 6 to 8, the low exponent and top mantissa bits of a bf16: value · 2^−126, as in `e2m1`. Two
-    exact products follow, written as fused additions of −0, which sm_80 has too and which keep every bit, −0 included.
-    """
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t, v, s, placement, zero;
-        mov.b32 placement, 0x7E807E80;
-        mov.b32 zero, 0x80008000;
-        mov.b32 s, {$5, $5};
-        shr.u32 v, $4, 8;
-        and.b32 t, $4, 0x000F000F;
-        mul.lo.u32 t, t, 0x1040;
-        and.b32 t, t, 0x81C081C0;
-        fma.rn.bf16x2 t, t, placement, zero;
-        fma.rn.bf16x2 $0, t, s, zero;
-        and.b32 t, v, 0x000F000F;
-        mul.lo.u32 t, t, 0x1040;
-        and.b32 t, t, 0x81C081C0;
-        fma.rn.bf16x2 t, t, placement, zero;
-        fma.rn.bf16x2 $1, t, s, zero;
-        and.b32 t, $4, 0x00F000F0;
-        mul.lo.u32 t, t, 0x0104;
-        and.b32 t, t, 0x81C081C0;
-        fma.rn.bf16x2 t, t, placement, zero;
-        fma.rn.bf16x2 $2, t, s, zero;
-        and.b32 t, v, 0x00F000F0;
-        mul.lo.u32 t, t, 0x0104;
-        and.b32 t, t, 0x81C081C0;
-        fma.rn.bf16x2 t, t, placement, zero;
-        fma.rn.bf16x2 $3, t, s, zero;
-        }
-        """,
-        "=r,=r,=r,=r,r,h",
-        [words, scale],
-        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
-        is_pure=True,
-        pack=1,
-    )
+    row = (expert.to(tl.int64) * N + n)[:, None]
+    pairs = (k0 // 2 + tl.arange(0, COLS // 2))[None, :]
+    blocks = (k0 // 32 + tl.arange(0, COLS // 32))[None, :]
+    inside = (n < N)[:, None]
+    nibbles = tl.load(packed + row * (K // 2) + pairs, mask=inside & (pairs < K // 2), other=0)
+    scale = tl.load(scales + row * (K // 32) + blocks, mask=inside & (blocks < K // 32), other=0)
+    codes = tl.join(nibbles & 0xF, nibbles >> 4).reshape(ROWS, COLS // 32, 32)
+    w = (e2m1(codes) * e8m0(scale)[:, :, None]).reshape(ROWS, COLS)
+    if dtype == tl.float16:
+        return w.to(tl.float16).to(tl.float32)
+    return w

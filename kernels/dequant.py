@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.decode import decode_words
-from mxref.kernels.launch import INTERPRETED, architecture, cdiv, launch
-from mxref.kernels.packed_matmul import words_of
+from mxref.kernels.decode import load_mxfp4_tile, narrow
+from mxref.kernels.launch import architecture, launch
 from mxref.kernels.schedule import Routing
 from mxref.weights import MXWeights
 
@@ -20,26 +19,24 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @triton.jit
 def dequantize_kernel(
-    out, words, scales, experts, E, size, DTYPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr
+    out, packed, scales, experts, E, N, K, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """One program decodes ROWS x 128 consecutive weights of one listed expert; an id outside 0..E−1 is skipped.
-
-    An expert's `size` = N·K weights lie one after another in `words` and in `out`, thirty-two to a scale byte, so the
-    matrix's shape does not matter.
-    """
-    blocks = tl.cdiv(size, ROWS * 128)
-    slot = (tl.program_id(0) // blocks).to(tl.int64)
+    """One program decodes BLOCK_N x BLOCK_K weights of one listed expert; a listed id outside 0..E−1 is skipped."""
+    blocks_n, blocks_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    block = tl.program_id(0) % (blocks_n * blocks_k)
+    slot = (tl.program_id(0) // (blocks_n * blocks_k)).to(tl.int64)
     expert = tl.load(experts + slot).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
-    first = (tl.program_id(0) % blocks).to(tl.int64) * (ROWS * 128)
-    row = tl.arange(0, ROWS)[:, None]
-    word = first // 8 + row * 16 + tl.arange(0, 16)[None, :]
-    codes = tl.load(words + expert * (size // 8) + word, mask=word < size // 8, other=0)
-    scale = tl.load(scales + expert * (size // 32) + word // 4, mask=word < size // 8, other=0)
-    w = decode_words(codes, scale, DTYPE, DTYPE, FAST).reshape(ROWS, 128)
-    element = first + row * 128 + tl.arange(0, 128)[None, :]
-    tl.store(out + slot * size + element, w, mask=element < size)
+    n = (block // blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k0 = (block % blocks_k) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    w = load_mxfp4_tile(packed, scales, expert, n, k0, N, K, DTYPE, BLOCK_N, BLOCK_K)
+    tl.store(
+        out + (slot * N + n[:, None]) * K + k[None, :],
+        narrow(w, DTYPE),
+        mask=(n < N)[:, None] & (k < K)[None, :],
+    )
 
 
 def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -71,18 +68,19 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
     architecture(weights.device)
     launch(
         dequantize_kernel,
-        experts.numel() * cdiv(weights.N * weights.K, 4096),
+        experts.numel() * triton.cdiv(weights.N, 32) * triton.cdiv(weights.K, 128),
         num_warps=4,
         num_stages=1,
         out=out,
-        words=words_of(weights),
+        packed=weights.packed,
         scales=weights.scales,
         experts=experts.to(weights.device),
         E=weights.E,
-        size=weights.N * weights.K,
+        N=weights.N,
+        K=weights.K,
         DTYPE={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype],
-        FAST=dtype == torch.bfloat16 and not INTERPRETED,
-        ROWS=32,
+        BLOCK_N=32,
+        BLOCK_K=128,
     )
     return out
 

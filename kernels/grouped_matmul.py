@@ -1,4 +1,5 @@
-"""The grouped product: every routed row times its expert's matrix: Y, D (the routed rows of dX), Z and V.
+"""The grouped product: every routed row times its expert's matrix. One kernel is Y, D (the routed rows of dX), Z
+and V.
 
     out[p, j] = R( s · Σ_r low[p, r] · factor_e[r, j]  +  Σ_c in[p, c] · W_e[c, j]  +  bias_e[j] )
 
@@ -8,13 +9,12 @@
     V       dY     B_e   [N, r]
     D       dY     W_eᵀ  [N, K]      V     A_e
 
-W_e is dense, any strides, for the kernel of this module; or packed MXFP4, decoded tile by tile from the one packed
-buffer in both directions by the two kernels of `packed_matmul`.
+W_e is dense, any strides, or packed MXFP4, decoded tile by tile from the one packed buffer in both directions.
 
 The accumulation chain is one fp32 accumulator, in this order: the LoRA product (a single step over the zero-padded
-rank), one multiply by s in fp32, the base product in steps of BLOCK_K with c ascending (Y of packed weights: in
-`contraction_order`), one addition of the bias, one rounding. Rows of a tile belong to one expert and do not meet, so a
-row's bits depend on no other row.
+rank), one multiply by s in fp32, the base product in steps of BLOCK_K with c ascending in its natural order, one
+addition of the bias, one rounding. Rows of a tile belong to one expert and do not meet, so a row's bits depend on
+no other row.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.configs import Config, padded_rank
-from mxref.kernels.launch import INTERPRETED, architecture, cdiv, launch
-from mxref.kernels.packed_matmul import packed_backward_kernel, packed_forward_kernel, permute_columns, words_of
+from mxref.kernels.decode import load_mxfp4_tile, narrow
+from mxref.kernels.launch import launch
 from mxref.kernels.schedule import Routing, source_rows
 from mxref.weights import MXWeights
 
 __all__ = ["LowRank", "PackedMatrix", "grouped_matmul"]
+
+DENSE = tl.constexpr(0)
+PACKED_ALONG_C = tl.constexpr(1)  # the 32-blocks run along the contraction: forward
+PACKED_ALONG_J = tl.constexpr(2)  # the 32-blocks run along the output: dX
 
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -43,6 +47,7 @@ def grouped_matmul_kernel(
     out,
     rows_in,
     weight,
+    scales,
     low,
     factor,
     bias,
@@ -62,7 +67,8 @@ def grouped_matmul_kernel(
     stride_fe,
     stride_fr,
     stride_fj,
-    EVEN: tl.constexpr,
+    STORAGE: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -106,14 +112,20 @@ def grouped_matmul_kernel(
         source, live = source_rows(rows, rows < end, positions, fan_in, P)
         for c0 in range(0, C, BLOCK_K):
             c = (c0 + tl.arange(0, BLOCK_K)).to(tl.int64)
-            x_at = rows_in + source[:, None] * C + c[None, :]
-            w_at = weight + expert * stride_we + c[:, None] * stride_wc + j[None, :] * stride_wj
-            if EVEN:
-                x = tl.load(x_at, mask=live[:, None], other=0)
-                w = tl.load(w_at)
+            in_C = c < C
+            x = tl.load(rows_in + source[:, None] * C + c[None, :], mask=live[:, None] & in_C[None, :], other=0)
+            if STORAGE == DENSE:
+                w = tl.load(
+                    weight + expert * stride_we + c[:, None] * stride_wc + j[None, :] * stride_wj,
+                    mask=in_C[:, None] & in_J[None, :],
+                    other=0,
+                )
+            elif STORAGE == PACKED_ALONG_C:
+                tile_jc = load_mxfp4_tile(weight, scales, expert, j, c0, J, C, WEIGHT_DTYPE, BLOCK_N, BLOCK_K)
+                w = tl.trans(narrow(tile_jc, x.dtype))
             else:
-                x = tl.load(x_at, mask=live[:, None] & (c < C)[None, :], other=0)
-                w = tl.load(w_at, mask=(c < C)[:, None] & in_J[None, :], other=0)
+                tile_cj = load_mxfp4_tile(weight, scales, expert, c, j0, C, J, WEIGHT_DTYPE, BLOCK_K, BLOCK_N)
+                w = narrow(tile_cj, x.dtype)
             acc = tl.dot(x, w, acc, input_precision="ieee")
 
         if bias is not None:
@@ -181,45 +193,50 @@ def grouped_matmul(
         bias: contiguous [E, J], added last.
     """
     E, C, J = weight.shape
+    storage: dict[str, Any]
+    strides: tuple[int, ...]
+    if isinstance(weight, PackedMatrix):
+        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
+        storage = {"weight": weight.weights.packed, "scales": weight.weights.scales, "STORAGE": along.value}
+        storage |= {"WEIGHT_DTYPE": _TRITON_DTYPE[weight.dtype]}
+        strides = (0, 0, 0)
+    else:
+        storage = {"weight": weight, "scales": None, "STORAGE": DENSE.value, "WEIGHT_DTYPE": None}
+        strides = weight.stride()
     low, factor = (lora.low, lora.factor) if lora else (None, None)
     rank = factor.shape[1] if factor is not None else 0
     factor_strides = factor.stride() if factor is not None else (0, 0, 0)
     tiles = routing.tiles(config.BLOCK_M)
-    arguments: dict[str, Any] = {
-        "out": out, "low": low, "factor": factor, "positions": routing.positions, "tiles": tiles,
-        "P": routing.P, "E": E, "C": C, "J": J, "RANK": rank, "s": float(lora.scaling) if lora else 1.0,
-        "fan_in": fan_in, "fan_out": fan_out,
-        "stride_fe": factor_strides[0], "stride_fr": factor_strides[1], "stride_fj": factor_strides[2],
-        "EVEN": C % config.BLOCK_K == 0 and J % config.BLOCK_N == 0,
-        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K,
-        "BLOCK_R": padded_rank(rank),
-    }  # fmt: skip
-    if isinstance(weight, PackedMatrix):
-        arguments |= {
-            "words": words_of(weight.weights),
-            "scales": weight.weights.scales,
-            "PRECISION": _TRITON_DTYPE[weight.dtype],
-            "FAST": weight.dtype == torch.bfloat16 and not INTERPRETED,
-        }
-        if weight.transposed:
-            kernel = packed_backward_kernel
-        else:
-            kernel = packed_forward_kernel
-            rows_in = permute_columns(rows_in)
-            arguments |= {"bias": bias, "SETTLE": architecture(out.device) == "sm_90"}
-    else:
-        stride_we, stride_wc, stride_wj = weight.stride()
-        kernel = grouped_matmul_kernel
-        arguments |= {"weight": weight, "stride_we": stride_we, "stride_wc": stride_wc, "stride_wj": stride_wj}
-        arguments["bias"] = bias
     launch(
-        kernel,
-        tiles.shape[0] * cdiv(J, config.BLOCK_N),
+        grouped_matmul_kernel,
+        tiles.shape[0] * triton.cdiv(J, config.BLOCK_N),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        # Other decodes and wider adapters need more than the table's bound, and would spill.
-        max_registers=config.max_registers if arguments.get("FAST") and arguments["BLOCK_R"] == 16 else None,
+        out=out,
         rows_in=rows_in,
-        **arguments,
+        low=low,
+        factor=factor,
+        bias=bias,
+        positions=routing.positions,
+        tiles=tiles,
+        P=routing.P,
+        E=E,
+        C=C,
+        J=J,
+        RANK=rank,
+        s=float(lora.scaling) if lora else 1.0,
+        fan_in=fan_in,
+        fan_out=fan_out,
+        stride_we=strides[0],
+        stride_wc=strides[1],
+        stride_wj=strides[2],
+        stride_fe=factor_strides[0],
+        stride_fr=factor_strides[1],
+        stride_fj=factor_strides[2],
+        **storage,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        BLOCK_R=padded_rank(rank),
     )
     return out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.configs import Config, padded_rank
-from mxref.kernels.launch import cdiv, launch
+from mxref.kernels.launch import launch
 from mxref.kernels.schedule import Routing, expert_rows, source_rows
 
 __all__ = ["grouped_outer", "grouped_sum"]
@@ -95,7 +95,7 @@ def grouped_outer(
     stride_oe, stride_or, stride_oj = out.stride()
     launch(
         grouped_outer_kernel,
-        E * cdiv(J, config.BLOCK_N),
+        E * triton.cdiv(J, config.BLOCK_N),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         out=out,
@@ -122,7 +122,7 @@ def grouped_sum(wide: Tensor, routing: Routing, out: Tensor, fan: int | None) ->
     E, J = out.shape
     launch(
         grouped_sum_kernel,
-        E * cdiv(J, 128),
+        E * triton.cdiv(J, 128),
         num_warps=4,
         num_stages=1,
         out=out,

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Launch", "Recorder", "architecture", "cdiv", "compute_dtype", "launch", "recording"]
+__all__ = ["INTERPRETED", "Launch", "Recorder", "architecture", "compute_dtype", "launch", "recording"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when this package was imported; `@triton.jit` decides at the same moment."""
@@ -31,7 +31,6 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 @dataclass
@@ -86,14 +85,7 @@ def compute_dtype(activation: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else activation
 
 
-def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉, without the dispatch that makes `triton.cdiv` cost microseconds on the host."""
-    return -(-a // b)
-
-
-def launch(
-    kernel: Any, programs: int, num_warps: int, num_stages: int, max_registers: int | None = None, **arguments: Any
-) -> None:
+def launch(kernel: Any, programs: int, num_warps: int, num_stages: int, **arguments: Any) -> None:
     """Start `programs` instances of `kernel`, or record the launch; nothing happens when there are none.
 
     FP fusion is off, so that each written product and sum rounds once on its own. The interpreter computes with
@@ -103,12 +95,9 @@ def launch(
         return
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(Launch(kernel, arguments, num_warps, num_stages, max_registers))
+        recorder.launches.append(Launch(kernel, arguments, num_warps, num_stages))
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     scope = torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore")
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
-    if max_registers is not None:
-        options["maxnreg"] = max_registers
     with scope:
-        kernel[(programs,)](**arguments, **options)
+        kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)

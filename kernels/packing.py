@@ -37,6 +37,8 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     """
     found = {name: m for name, m in model.named_modules() if hasattr(m, "down_proj") and _is_stack(m.down_proj)}
     for name, module in found.items():
+        if "base_layer" in name.split("."):
+            raise TypeError(f"{name} is wrapped by PEFT already; pack or choose the experts first, then add adapters")
         if reason := _not_covered(module):
             raise TypeError(f"{name} ({type(module).__name__}) is not covered: {reason}")
     if not found:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.launch import cdiv, launch
+from mxref.kernels.launch import launch
 
 __all__ = ["Routing", "expert_rows", "tile_bound"]
 
@@ -134,7 +134,7 @@ class Routing:
             self._inverse = torch.full((self.P,), -1, dtype=torch.int32, device=self.offsets.device)
             launch(
                 inverse_kernel,
-                cdiv(self.P, 1024),
+                triton.cdiv(self.P, 1024),
                 num_warps=4,
                 num_stages=1,
                 inverse=self._inverse,

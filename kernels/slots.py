@@ -12,25 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.launch import cdiv, launch
+from mxref.kernels.launch import launch
 from mxref.kernels.schedule import Routing, source_rows
 
 __all__ = ["combine", "spread"]
 
 
 @triton.jit
-def combine_kernel(
-    out, rows_in, inverse, gates, tokens, J, slots: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """One program sums the slots, in ascending order in fp32, for BLOCK_T tokens and BLOCK_N columns.
-
-    The loop over slots is unrolled, so that all their loads are under way at once.
-    """
+def combine_kernel(out, rows_in, inverse, gates, tokens, slots, J, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program sums the slots, in ascending order in fp32, for BLOCK_T tokens and BLOCK_N columns."""
     blocks = tl.cdiv(J, BLOCK_N)
     t = ((tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     j = ((tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for slot in tl.static_range(slots):
+    for slot in range(0, slots):
         row = tl.load(inverse + t * slots + slot, mask=t < tokens, other=-1).to(tl.int64)
         live = row >= 0
         value = tl.load(rows_in + row[:, None] * J + j, mask=live[:, None] & (j < J), other=0).to(tl.float32)
@@ -83,7 +78,7 @@ def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None
     tokens, J = out.shape
     launch(
         combine_kernel,
-        cdiv(tokens, 4) * cdiv(J, 512),
+        triton.cdiv(tokens, 16) * triton.cdiv(J, 128),
         num_warps=4,
         num_stages=1,
         out=out,
@@ -93,8 +88,8 @@ def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None
         tokens=tokens,
         slots=routing.P // max(tokens, 1),
         J=J,
-        BLOCK_T=4,
-        BLOCK_N=512,
+        BLOCK_T=16,
+        BLOCK_N=128,
     )
     return out
 
@@ -121,7 +116,7 @@ def spread(
     """
     launch(
         spread_kernel,
-        cdiv(routing.P, 16),
+        triton.cdiv(routing.P, 16),
         num_warps=4,
         num_stages=1,
         out=out,

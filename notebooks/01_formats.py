@@ -35,7 +35,7 @@ plt.rcParams |= {"figure.constrained_layout.use": True, "axes.spines.top": False
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 1.6))
-axes.eventplot([v for v in E2M1_VALUES], lineoffsets=0, linelengths=0.8, colors="tab:blue")
+axes.eventplot(list(E2M1_VALUES), lineoffsets=0, linelengths=0.8, colors="tab:blue")
 axes.set(yticks=[], xlabel="value at scale 1", xticks=range(-6, 7), title="E2M1: every number a code can mean")
 plt.show()
 

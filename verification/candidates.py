@@ -29,7 +29,7 @@ from torch import Tensor
 import mxref
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
-from mxref.verification.accumulation import ACCUMULATIONS, Accumulation, Order
+from mxref.verification.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.composite import composite
 from mxref.weights import MXWeights, decode_mxfp4
 
@@ -189,10 +189,10 @@ def golden() -> Candidate:
 def shipped(device: torch.device) -> Candidate:
     """The production kernels. On a CPU, TRITON_INTERPRET=1 must be set before this first imports them.
 
-    One fp32 accumulator: the LoRA product, times s, then the base product, the bias last. Tensor cores or, interpreted,
-    blocks of 64: the device's default is what they declare, and Y's order of k, which permutes inside such blocks.
+    One fp32 accumulator: the LoRA product, times s, then the base product with k ascending, the bias last. Tensor cores
+    or, interpreted, blocks of 64: the device's default is what they declare.
     """
-    from mxref.kernels import Config, contraction_order, dequantize_experts, parallel_linear_lora, reachable_configs
+    from mxref.kernels import Config, dequantize_experts, parallel_linear_lora, reachable_configs
     from mxref.kernels.launch import architecture
 
     def decode(weights: MXWeights, dtype: torch.dtype) -> Tensor:
@@ -201,7 +201,7 @@ def shipped(device: torch.device) -> Candidate:
     def configs(dtype: torch.dtype) -> list[Config]:
         return reachable_configs(architecture(device), dtype)
 
-    how = replace(ACCUMULATIONS[default_accumulation(device)], orders={"Y": Order(contraction_order)})
+    how = ACCUMULATIONS[default_accumulation(device)]
     return Candidate("mxref.kernels", parallel_linear_lora, (), how, decode, complete=True, configs=configs)
 
 

@@ -111,6 +111,7 @@ def _grid(dtype: torch.dtype) -> list[Case]:
         *(_like(small, f"rank {r}", rank=r, data="balanced") for r in (1, 3, 20, 128)),
         _like(small, "no LoRA", rank=0, bias=True, gate_slots=2),
         _like(small, "scaling one third", scaling=1 / 3, data="balanced"),
+        *_crossings("", Case("", 2, 32, 32, 24, 1, 4, dtype, data="balanced")),
         _like(small, "one token", tokens=1),
         _like(small, "no tokens", tokens=0, bias=True),
     ]
@@ -130,6 +131,17 @@ def _integers(dtype: torch.dtype) -> list[Case]:
         _like(base, "integer, empty experts", experts=7, routing="empty_experts", rank=16),
         _like(base, "integer, one expert", top_k=1, tokens=33, routing="one_expert", rank=20),
         _like(base, "integer, no LoRA", rank=0, gate_slots=2),
+        *_crossings("integer, ", Case("", 2, 32, 32, 24, 1, 4, dtype, data="integer")),
+        _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1),
+    ]
+
+
+def _crossings(prefix: str, base: Case) -> list[Case]:
+    """One size at a time past the tiles and the byte that an implementation may have in mind, all others tiny."""
+    return [
+        _like(base, f"{prefix}hundreds of rows an expert", experts=3, tokens=291, routing="one_expert"),
+        _like(base, f"{prefix}long K", K=1312, use_fused_dX=True),
+        _like(base, f"{prefix}long N", N=1312, use_fused_dX=True),
     ]
 
 

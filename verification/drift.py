@@ -27,9 +27,13 @@ from mxref.verification.ratios import exponent_finding, log2_counts, sign_findin
 from mxref.verification.sampling import Case, Sample
 from mxref.verification.thresholds import (
     ALPHA,
+    ANY,
+    FEW,
     NAMED,
+    ON_A_GRID,
     SINGULAR,
     TILE,
+    UNIFORM,
     critical_z,
     directed_loss,
     residual_variance,
@@ -213,8 +217,8 @@ def _fit(
     interval = expected.accepted[tensor]
     assert interval.radius is not None
     dtype = got.dtype if got.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    summed = tensor == "dX" and not problem.grouped_in and problem.k > 1 and points.dtype is not None
-    sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, summed).sqrt()
+    rounding = _rounding(problem, tensor, points)
+    sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
     residual = torch.where(usable, (got.double() - interval.exact) / sigma, 0.0)
     inverse = torch.where(usable, 1 / sigma, 0.0)
@@ -230,6 +234,17 @@ def _fit(
     C = got.shape[0] if tensor == "dB" else got.shape[1]
     columns = [f"columns {c}–{min(c + TILE, C) - 1}" for c in range(0, C, TILE)] + ["all columns"]
     return _solve(labels, columns, torch.stack(sums), loss)
+
+
+def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor | float:
+    """Variance of the output's rounding: dX over slots sums rounded values, dA and dB may sum next to nothing."""
+    if tensor == "dX" and not problem.grouped_in and problem.k > 1 and points.dtype is not None:
+        return ON_A_GRID
+    if tensor not in ("dA", "dB"):
+        return UNIFORM
+    rows = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1))
+    by_expert = torch.where(rows <= FEW, ANY, UNIFORM).double().repeat_interleave(problem.rank)
+    return by_expert[:, None] if tensor == "dA" else by_expert
 
 
 def _solve(groups: list[str], columns: list[str], sums: Tensor, loss: Tensor) -> _Fit:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from mxref.verification import plots
+from mxref.verification import plots, plots_drift
 from mxref.verification.bounds import TENSORS
 from mxref.verification.candidates import describe
 from mxref.verification.gate import GUARDS, GateResult
@@ -22,7 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = "mxref.gate/1"
-_SHOWN, _CLOSEST = 60, 10
+_SHOWN, _WORST, _A_GUARD = 60, 12, 4
+_LEGACY = "legacy, not judged: "
 _BADGE = {
     Status.PASS: ("✓", "pass"),
     Status.FAIL: ("✗", "fail"),
@@ -99,9 +101,10 @@ def as_html(result: GateResult) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(ulp=ulp_text, share=share_text, sign=lambda status: _BADGE[status][0])
+    environment.filters.update(detail=detail_text, legacy=lambda name: name.removeprefix(_LEGACY))
     environment.filters["css"] = lambda status: _BADGE[status][1]
     failed = failures(result)
-    judged = [f for f in result.findings if f.bound_share is not None and f.status in (Status.PASS, Status.WEAK)]
+    drifted = {(f.case, f.tensor) for f in failed if f.guard == "drift"}
     return environment.get_template("gate.html").render(
         result=result,
         verdict=result.verdict,
@@ -112,9 +115,15 @@ def as_html(result: GateResult) -> str:
         matrices=_matrices(result.findings),
         failures=failed[:_SHOWN],
         more_failures=max(0, len(failed) - _SHOWN),
-        closest=sorted(judged, key=lambda f: -(f.bound_share or 0.0))[:_CLOSEST],
+        worst=_worst(result.findings),
         histogram=plots.ulp_histogram(result.samples),
         cloud=plots.error_against_bound(result.samples),
+        distribution=plots.share_of_bound(result.samples),
+        heat=plots_drift.drift_maps(result.maps, drifted),
+        drifted=len(drifted),
+        limit=max((drift.critical for drift in result.maps), default=0.0),
+        octaves=plots_drift.log2_ratios(result.maps),
+        numbers=_numbers(result.findings),
         Status=Status,
     )
 
@@ -135,7 +144,13 @@ def write(result: GateResult, folder: Path) -> tuple[Path, Path]:
 def failures(result: GateResult) -> list[Finding]:
     """Failed findings, the farthest outside first."""
     failed = [finding for finding in result.findings if finding.status is Status.FAIL]
-    return sorted(failed, key=lambda finding: -(finding.bound_share or math.inf))
+
+    def distance(finding: Finding) -> float:
+        """How far outside; infinitely where nothing came that could be measured, just outside for a wrong sign."""
+        unusable = finding.violations == finding.elements
+        return finding.bound_share or (math.inf if unusable else 1.0)
+
+    return sorted(failed, key=distance, reverse=True)
 
 
 def facts(result: GateResult) -> list[tuple[str, str]]:
@@ -170,6 +185,34 @@ def _matrices(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     return matrices
 
 
+def _worst(findings: Iterable[Finding]) -> list[Finding]:
+    """The judgements that used most of their bound, whatever came of them; failures first, and few of any one guard."""
+    measured = [f for f in findings if f.bound_share is not None and f.status is not Status.NOT_COVERED]
+    measured.sort(key=lambda f: (f.status is not Status.FAIL, -(f.bound_share or 0.0)))
+    taken: Counter[str] = Counter()
+    worst = []
+    for finding in measured:
+        taken[finding.guard] += 1
+        if taken[finding.guard] <= _A_GUARD:
+            worst.append(finding)
+    return worst[:_WORST]
+
+
+def _numbers(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """For each guard a table of its findings' details: what was judged with, and what only history asks for."""
+    by_guard: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.details:
+            by_guard.setdefault(finding.guard, []).append(finding)
+    tables = []
+    for guard, rows in by_guard.items():
+        names = list(dict.fromkeys(name for finding in rows for name in finding.details))
+        own = [name for name in names if not name.startswith(_LEGACY)]
+        legacy = [name for name in names if name.startswith(_LEGACY)]
+        tables.append({"guard": guard, "own": own, "legacy": legacy, "rows": rows})
+    return tables
+
+
 def _map_json(drift: DriftMap) -> dict[str, Any]:
     """A drift map as plain data; null where a stratum was not fitted."""
     z = [[None if math.isnan(value) else round(value, 3) for value in row] for row in drift.z.tolist()]
@@ -199,6 +242,11 @@ def ulp_text(value: float | None) -> str:
     if not math.isfinite(value):
         return "∞" if value > 0 else str(value)
     return f"{value:.2f}" if value < 100 else f"{value:.3g}"
+
+
+def detail_text(value: float | str | None) -> str:
+    """A detail, short: words as they are, numbers to four digits."""
+    return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
 
 def tensor_order(tensor: str) -> tuple[int, str]:

@@ -18,12 +18,16 @@ from mxref.verification.accumulation import Accumulation
 
 __all__ = [
     "ALPHA",
+    "ANY",
+    "FEW",
     "INTERPRETED_RUNS",
     "NAMED",
+    "ON_A_GRID",
     "RMS_TOLERANCE",
     "RUNS",
     "SINGULAR",
     "TILE",
+    "UNIFORM",
     "critical_z",
     "directed_loss",
     "residual_variance",
@@ -62,19 +66,28 @@ def critical_z(strata: int, alpha: float = ALPHA) -> float:
     return NormalDist().inv_cdf(1 - alpha / (2 * max(1, strata)))
 
 
-def residual_variance(ulp: Tensor, radius: Tensor, of_rounded_terms: bool) -> Tensor:
-    """Largest honest variance of an output's residual: its rounding's plus its accumulation's; fp64, elementwise.
+UNIFORM, ON_A_GRID, ANY = 1 / 12, 1 / 8, 1 / 4
+"""Variance of one rounding in units of the output's spacing h squared, by what is rounded.
 
-    Rounding to a grid of spacing h errs uniformly in ±h/2: h²/12. A sum of terms that lie on a grid of spacing h/m errs
-    on m points only, ties among them: h²/12·(1 + 2/m²) for even m, at most h²/8 (m = 2; m = 1 is exact). What the
-    accumulation errs is at most its radius, and so is its standard deviation.
+UNIFORM: a sum of many products; the error is uniform in ±h/2.
+ON_A_GRID: a sum of values that lie on a grid of spacing h/m. The error takes m values only, ties among them:
+    (1 + 2/m²)/12 for even m, 1/8 for m = 2 (and 0 for m = 1).
+ANY: FEW products or less. Their error follows from a few mantissas, over and over in an outer product; what is left is
+    that it is at most h/2.
+"""
+
+FEW = 3
+
+
+def residual_variance(ulp: Tensor, radius: Tensor, rounding: Tensor | float = UNIFORM) -> Tensor:
+    """Largest honest variance of an output's residual: its rounding's plus its accumulation's; fp64, elementwise.
 
     Args:
         ulp: h, spacing of the output's format at each element.
-        radius: how far the accumulator can be from the exact value.
-        of_rounded_terms: the output is the rounded sum of values of its own format.
+        radius: how far the accumulator can be from the exact value; its standard deviation is at most that.
+        rounding: variance of the rounding in units of h², one of UNIFORM, ON_A_GRID, ANY for each element.
     """
-    return ulp.square() / (8 if of_rounded_terms else 12) + radius.square()
+    return ulp.square() * rounding + radius.square()
 
 
 def rounding_pull(dtype: torch.dtype) -> float:

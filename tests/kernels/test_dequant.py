@@ -7,8 +7,7 @@ import torch
 
 from mxref import MXWeights, decode_mxfp4, encode_mxfp4
 from mxref.formats import pack_codes
-from mxref.kernels import contraction_order, dequantize_experts, selective_lora_weights
-from mxref.kernels.packed_matmul import permute_columns
+from mxref.kernels import dequantize_experts, selective_lora_weights
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -62,23 +61,3 @@ def test_selective_lora_weights() -> None:
     assert torch.equal(b, torch.cat([B[:, 9:12], B[:, 3:6]], 1))
     with pytest.raises(ValueError, match="lora_A has shape"):
         selective_lora_weights(A[:-1], B, torch.tensor([0]), E)
-
-
-def test_contraction_order_visits_each_block_even_then_odd() -> None:
-    order = contraction_order(96)
-    blocks = order.view(3, 2, 16).sort(2).values
-    assert torch.equal(blocks, torch.arange(96).view(3, 16, 2).mT)
-
-
-def test_columns_move_in_the_order_of_the_contraction(device: torch.device) -> None:
-    x = torch.randn(5, 288, device=device)
-    assert torch.equal(permute_columns(x), x[:, contraction_order(288).to(device)])
-
-
-def test_codes_that_start_amid_a_word(device: torch.device) -> None:
-    weights = encode_mxfp4(torch.randn(2, 5, 32)).to(device)
-    buffer = torch.zeros(weights.packed.numel() + 1, dtype=torch.uint8, device=device)
-    buffer[1:] = weights.packed.flatten()
-    shifted = MXWeights(buffer[1:].view(weights.packed.shape), weights.scales, 32, 5)
-    experts = torch.arange(2, device=device)
-    assert torch.equal(dequantize_experts(shifted, experts, torch.float32), decode_mxfp4(weights, torch.float32))

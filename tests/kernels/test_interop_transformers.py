@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from gpt_oss_checkpoint import make_gpt_oss_checkpoint
 from moe_models import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, assert_near, make, tiny_gpt_oss
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GptOssForCausalLM, Mxfp4Config
 
@@ -171,6 +173,49 @@ def test_what_is_not_covered_says_so(change: dict[str, Any], message: str) -> No
 def test_models_without_stacked_experts_say_so() -> None:
     with pytest.raises(ValueError, match="has no experts module"):
         experts_modules(nn.ModuleDict({"mlp": nn.Linear(2, 2)}))
+
+
+def test_the_state_dict_is_a_gpt_oss_checkpoint(tmp_path: Path) -> None:
+    model = pack_experts(tiny_gpt_oss(), rank=0)
+    expected = model(torch.arange(5)[None]).logits
+    config = model.config
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    dequantise = Mxfp4Config(dequantize=True)
+    again = GptOssForCausalLM.from_pretrained(tmp_path, quantization_config=dequantise, dtype=torch.float32)
+    assert_near(again.float()(torch.arange(5)[None]).logits, expected)
+
+
+def test_a_deepseek_v4_checkpoint(tmp_path: Path) -> None:
+    experts = make("deepseek_v4")
+    gate_up, down = (encode_mxfp4(getattr(experts, name)) for name in PROJECTIONS)
+    tensors = {}
+    for e in range(EXPERTS):
+        half = gate_up.N // 2
+        parts = {"w1": (gate_up, 0, half), "w3": (gate_up, half, gate_up.N), "w2": (down, 0, down.N)}
+        for part, (stack, start, end) in parts.items():
+            stem = f"layers.3.ffn.experts.{e}.{part}"
+            tensors[f"{stem}.weight"] = stack.packed[e, start:end].view(torch.int8).clone()
+            tensors[f"{stem}.scale"] = stack.scales[e, start:end].view(torch.float8_e8m0fnu).clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    mlp = nn.ModuleDict({"experts": dequantise_(experts)})
+    expected = outcome(experts, *routed())
+    root = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleDict({"3": nn.ModuleDict({"mlp": mlp})})})})
+    pack_experts(root, tmp_path, rank=0)
+    for got, value in zip(outcome(mlp["experts"], *routed()), expected, strict=True):
+        assert_near(got, value)
+
+
+def test_adapters_of_plain_peft_on_dense_experts_say_so() -> None:
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    model = peft.get_peft_model(nn.ModuleDict({"experts": make("qwen3_experts")}), config)
+    with pytest.raises(TypeError, match="wrapped by PEFT already"):
+        pack_experts(model)
+    experts = model.base_model.model["experts"]
+    experts.base_layer.config._experts_implementation = NAME
+    with pytest.raises(ValueError, match="or through a PEFT adapter"):
+        experts(*routed())
 
 
 def test_trainable_dense_weights_say_so() -> None:

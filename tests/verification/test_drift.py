@@ -19,7 +19,7 @@ from mxref.verification.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.cases import Case, Sample, quick_cases
 from mxref.verification.drift import drift_guard, slopes_of
 from mxref.verification.guards import Expectation, expect
-from mxref.verification.thresholds import critical_z, directed_loss, residual_variance
+from mxref.verification.thresholds import ON_A_GRID, critical_z, directed_loss, residual_variance
 from mxref.verification.verdicts import DriftMap, Finding, Status
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -277,6 +277,6 @@ def test_sums_of_rounded_terms_have_the_variance_that_is_claimed() -> None:
     for m in (2, 4, 8):
         x = torch.randint(2**7 * m, 2**8 * m, (40_000,), generator=draw).double() / m
         error = round_to(x, BF16) - x
-        claimed = residual_variance(torch.ones(1).double(), torch.zeros(1).double(), of_rounded_terms=True)
+        claimed = residual_variance(torch.ones(1).double(), torch.zeros(1).double(), ON_A_GRID)
         assert float(error.square().mean()) == pytest.approx((1 + 2 / m**2) / 12, rel=0.03)
         assert float(error.square().mean()) < 1.03 * float(claimed)

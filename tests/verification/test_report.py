@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mxref.verification import candidates, plots, report, terminal
+from mxref.verification import candidates, plots, plots_drift, report, terminal
 from mxref.verification.accumulation import ACCUMULATIONS
 from mxref.verification.gate import GUARDS, GateResult
-from mxref.verification.verdicts import Counterexample, ErrorSample, Finding, Status
+from mxref.verification.verdicts import Counterexample, DriftMap, ErrorSample, Finding, Status
 
 PASSED = Finding("interval", "small", "Y", Status.PASS, "inside", 96, 0, 1.5, 0.4, 0.25)
 FAILED = Finding(
@@ -25,6 +25,11 @@ FAILED = Finding(
 )  # fmt: skip
 WEAK = replace(PASSED, tensor="dA", status=Status.WEAK, reason="order-free only")
 DECLINED = Finding("integer", "gates", "all", Status.NOT_COVERED, "no gates here", 0, 0)
+DRIFTED = Finding(
+    "drift", "wide <case>", "dX", Status.FAIL, "LoRA's term is scaled by 1.01", 64, 0, bound_share=3.5,
+    details={"slopes": 36, "critical z": 5.25,
+             "legacy, not judged: ratio std": 0.0123, "legacy, not judged: y": "pass"},
+)  # fmt: skip
 EXACT = Finding("decode", "every finite element, float32", "Y", Status.PASS, "equal", 4096, 0, 0.0, 0.0, 0.0)
 
 
@@ -37,14 +42,25 @@ def errors(tensor: str, scale: float = 1.0) -> ErrorSample:
     return ErrorSample("small", tensor, magnitude, error, bound, error / magnitude * 2**23)
 
 
+def drift(case: str, tensor: str, largest: float, experts: int = 3, tiles: int = 2) -> DriftMap:
+    z = np.random.default_rng(1).normal(0, 1, (experts + 1, tiles + 1))
+    z[0, 0], z[1, 1] = np.nan, largest
+    rows = [*(f"expert {e}" for e in range(experts)), "all experts"]
+    columns = [*(f"columns {64 * c}–{64 * c + 63}" for c in range(tiles)), "all columns"]
+    return DriftMap(case, tensor, rows, columns, z, 5.25, {0: 900, -30: 2, 1: 7})
+
+
 def result_of(*findings: Finding, name: str = "candidate", strict: bool = False) -> GateResult:
     candidate = replace(candidates.golden(), name=name, declared_points=("z-unrounded",))
     samples = [errors("Y"), errors("dX", 40.0)]
     how = ACCUMULATIONS["fp32-blocks-64"]
-    return GateResult(candidate, how, "some device", "quick", 7, strict, list(findings), samples, "today", 1.5)
+    return GateResult(
+        candidate, how, "some device", "quick", 7, strict, list(findings), samples, "today", 1.5, maps=MAPS
+    )
 
 
 ALL = (PASSED, FAILED, WEAK, DECLINED, EXACT)
+MAPS = [drift("small", "Y", -4.5), drift("wide <case>", "dX", 18.4)]
 
 
 def test_json_is_strict_and_complete(tmp_path: Path) -> None:
@@ -85,30 +101,84 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 def test_the_page_says_the_verdict_and_the_element() -> None:
     html = report.as_html(result_of(*ALL))
     assert '<div class="word">FAIL</div>' in html
-    assert html.count("<svg ") == 2
+    assert html.count("<svg ") == 5
     assert "[4, 17]" in html
     assert "NaN where the reference is a number" in html
     assert "wide &lt;case&gt;" in html
     for explanation in (GUARDS["decode"], GUARDS["integer"], GUARDS["interval"]):
         assert explanation in html
     assert "z-unrounded" in html
+    assert "Worst offenders" in html
     passed = report.as_html(result_of(PASSED, EXACT))
     assert '<div class="word">PASS</div>' in passed
     assert "What went wrong" not in passed
     assert "<script>" not in report.as_html(result_of(PASSED, name="<script>alert(1)</script>"))
 
 
+def test_failures_come_first() -> None:
+    html = report.as_html(result_of(*ALL, DRIFTED))
+    worst = html[html.index("Worst offenders") : html.index("Signed error")]
+    assert worst.index("7.5 ×") < worst.index("3.5 ×") < worst.index("25 %")
+    assert report.failures(result_of(DRIFTED, FAILED)) == [FAILED, DRIFTED]
+
+
+def test_legacy_numbers_are_there_and_say_that_they_decide_nothing() -> None:
+    html = report.as_html(result_of(*ALL, DRIFTED))
+    numbers = html[html.index("Further numbers") :]
+    assert "legacy, not judged" in numbers
+    for text in (">ratio std<", ">0.0123<", ">pass<", ">critical z<", ">5.25<"):
+        assert text in numbers
+    assert "Further numbers" not in report.as_html(result_of(*ALL))
+
+
+def test_drift_maps_show_failing_ones_alone_and_number_their_strata() -> None:
+    both = plots_drift.drift_maps(MAPS)
+    assert "small, |z| up to 4.5" in both
+    assert "wide &lt;case&gt;, |z| up to 18.4" in both
+    alone = plots_drift.drift_maps(MAPS, {("small", "Y")})
+    assert "18.4" not in alone
+    assert ">−4.5<" in alone
+    assert "nan" not in alone.lower()
+
+
+def test_drift_maps_of_awkward_sizes() -> None:
+    assert plots_drift.drift_maps([]) == plots_drift.log2_ratios([]) == ""
+    unfitted = replace(MAPS[0], z=np.full((4, 3), np.nan), log2_ratio={})
+    assert plots_drift.drift_maps([unfitted]) == plots_drift.log2_ratios([unfitted]) == ""
+    model = plots_drift.drift_maps([drift("a model", "Y", 1e6, experts=256, tiles=90)])
+    assert len(model) < 1_500_000
+    assert ">all<" in model
+    assert ">expert<" in model
+    assert "|z| up to 1e6" in model
+
+
+def test_powers_of_two_count_what_is_off() -> None:
+    text = plots_drift.log2_ratios(MAPS)
+    assert text.count("9 of 909 beside 0") == 2
+    assert ">≤ −9<" in text  # 2^-30 is counted at the end
+    assert "all at 0" in plots_drift.log2_ratios([replace(MAPS[0], log2_ratio={0: 12})])
+
+
+def test_the_distribution_counts_what_is_beyond() -> None:
+    sample = errors("dX", 40.0)
+    beyond = int((np.abs(sample.error) > sample.bound).sum())
+    assert 0 < beyond < 500
+    assert f"{beyond} of 500 beyond" in plots.share_of_bound([sample])
+    assert "the largest used 50 %" in plots.share_of_bound([errors("Y")])
+
+
 def test_the_pictures_share_a_page() -> None:
     samples = [errors("Y"), errors("dX", 40.0)]
-    both = plots.ulp_histogram(samples) + plots.error_against_bound(samples)
+    both = plots.ulp_histogram(samples) + plots.error_against_bound(samples) + plots.share_of_bound(samples)
+    both += plots_drift.drift_maps(MAPS) + plots_drift.log2_ratios(MAPS)
     ids = re.findall(r'\bid="([^"]+)"', both)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"', both)) <= set(ids)
     assert "var(--series)" in both
-    assert "#04" not in both  # no placeholder colour is left
+    assert not re.search(r"#0\d0\d0\d", both)  # no placeholder colour is left
 
 
-@pytest.mark.parametrize("draw", [plots.ulp_histogram, plots.error_against_bound])
+@pytest.mark.parametrize("draw", [plots.ulp_histogram, plots.error_against_bound, plots.share_of_bound])
 def test_pictures_of_awkward_data(draw: object) -> None:
     assert callable(draw)
     assert draw([]) == ""

@@ -13,19 +13,25 @@ from types import ModuleType
 
 import torch
 
+from mxref.formats import MX_BLOCK_SIZE, pack_codes
+from mxref.problem import Problem
+from mxref.routing import flatten_sort_count
 from mxref.verification.accumulation import ACCUMULATIONS
 from mxref.verification.behaviour import determinism_guard, poison_guard, row_guard, second_backward_guard
 from mxref.verification.candidates import Candidate, default_accumulation
 from mxref.verification.cases import Case, Sample
 from mxref.verification.drift import drift_guard
-from mxref.verification.exhaustive import all_elements
+from mxref.verification.exhaustive import all_elements, finite_bytes
 from mxref.verification.guards import integer_guard, interval_guard
-from mxref.verification.mutation.margins import margins_guard, wild_positions_guard
+from mxref.verification.margins import margins_guard, wild_positions_guard
+from mxref.verification.memory import index_guard, memory_guard
 from mxref.verification.operators import operators_guard
 from mxref.verification.verdicts import Finding, Status
-from mxref.weights import MXWeights, decode_mxfp4
+from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
 __all__ = ["Layer", "Trial", "fixtures", "layers"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Judge = Callable[[Candidate], list[Finding]]
 
@@ -40,10 +46,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Layer:
-    """One guard and its cases, cheap and deadly ones first."""
+    """One guard and its cases, cheap and deadly ones first; `slow`: several runs a trial, asked last."""
 
     name: str
     trials: tuple[Trial, ...]
+    slow: bool = False
 
 
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:
@@ -61,29 +68,40 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     def drift(candidate: Candidate, sample: Sample) -> list[Finding]:
         return drift_guard(candidate, sample, candidate.points(dtype), how)[0]
 
+    decode = _layer("decode", [_one_hot(each, device) for each in _DTYPES], integer_guard)
     margins = _layer("margins", integer, margins_guard)
     wild = Trial("wild positions", lambda candidate: wild_positions_guard(candidate, integer[0]))
+    memory, indices = _interpreted(integer, dtype, seed) if device.type == "cpu" else ([], [])
     return [
         _layer("integer", integer, integer_guard),
-        Layer("decode", (Trial("every element", lambda candidate: _decode(candidate, device)),)),
+        replace(decode, trials=(Trial("every element", lambda candidate: _decode(candidate, device)), *decode.trials)),
+        *memory,
         _layer("interval", interval, intervals),
         _layer("drift", interval[:1], drift),
         _layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
-        _layer("poison", interval[:2], poison_guard),
+        _layer("poison", interval[:2], poison_guard, slow=True),
         replace(margins, trials=(*margins.trials, wild)),
-        _layer("rows", interval[:1], row_guard),
-        _layer("second backward", interval[:1], second_backward_guard),
-        _layer("determinism", interval[:1], lambda candidate, sample: determinism_guard(candidate, sample, runs=2)),
+        *indices,
+        _layer("rows", interval[:1], row_guard, slow=True),
+        _layer("second backward", interval[:1], second_backward_guard, slow=True),
+        _layer(
+            "determinism",
+            interval[:1],
+            lambda candidate, sample: determinism_guard(candidate, sample, runs=2),
+            slow=True,
+        ),
     ]
 
 
-def _layer(name: str, samples: Sequence[Sample], guard: Callable[[Candidate, Sample], list[Finding]]) -> Layer:
+def _layer(
+    name: str, samples: Sequence[Sample], guard: Callable[[Candidate, Sample], list[Finding]], slow: bool = False
+) -> Layer:
     """A guard that takes one sample, over several."""
 
     def trial(sample: Sample) -> Trial:
         return Trial(sample.case.name, lambda candidate: guard(candidate, sample))
 
-    return Layer(name, tuple(map(trial, samples)))
+    return Layer(name, tuple(map(trial, samples)), slow)
 
 
 def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
@@ -108,7 +126,8 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
         replace(tails, name="gates", gate_slots=2),
         replace(tails, name="fused", use_fused_dX=True, use_fused_gather=True, scaling=2.0),
         replace(grouped, experts=5, K=64, tokens=18, top_k=1, rank=20),
-        replace(base, name="even sizes", K=128, N=128, grouped_in=True, gate_slots=2, routing="sentinels"),
+        replace(base, name="even sizes", K=128, N=256, grouped_in=True, gate_slots=2, routing="sentinels"),
+        replace(base, name="wide", K=576, tokens=5, top_k=1, use_fused_dX=True, gate_slots=1),
         replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
         replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True),
     ]
@@ -122,6 +141,20 @@ def _interval_cases(dtype: torch.dtype) -> list[Case]:
         replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
         replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
     ]
+
+
+def _interpreted(integer: Sequence[Sample], dtype: torch.dtype, seed: int) -> tuple[list[Layer], list[Layer]]:
+    """Layers that look into the interpreter."""
+    sizes = Case("sizes", 48, 288, 352, 48, 2, 0, dtype, routing="ten_active", use_fused_dX=True, use_fused_gather=True)
+    cases = [
+        replace(sizes, bias=True),
+        replace(sizes, name="sizes, gates", gate_slots=2),
+        replace(sizes, name="sizes, LoRA", K=32, N=32, tokens=260, rank=32),
+    ]
+    stack = encode_mxfp4(torch.ones(96, 96, 64))
+    samples = [case.build("cpu", seed) for case in cases]
+    indices = _layer("indices", samples, lambda candidate, sample: index_guard(candidate, sample, stack), slow=True)
+    return [_layer("memory", integer, memory_guard)], [indices]
 
 
 def _dense(sample: Sample) -> Sample:
@@ -143,7 +176,7 @@ def _kernels() -> ModuleType:
 def _decode(candidate: Candidate, device: torch.device) -> list[Finding]:
     """Every code, byte and place through the candidate's own decode, in each dtype, bit for bit."""
     weights, findings = all_elements().to(device), []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in _DTYPES:
         expected, name = decode_mxfp4(weights, dtype), str(dtype).removeprefix("torch.")
         assert candidate.decode is not None
         got = candidate.decode(weights, dtype)
@@ -152,3 +185,18 @@ def _decode(candidate: Candidate, device: torch.device) -> list[Finding]:
         status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} of {same.numel()} weights differ"
         findings.append(Finding("decode", name, "W", status, reason, same.numel(), wrong))
     return findings
+
+
+def _one_hot(dtype: torch.dtype, device: torch.device) -> Sample:
+    """One block of each finite scale byte through both products, picked out by one-hot rows of x and dOut."""
+    bytes_ = torch.tensor(finite_bytes(dtype), dtype=torch.uint8)
+    place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
+    codes = ((place + torch.arange(bytes_.numel(), dtype=torch.uint8)[:, None]) % 16)[None]
+    N = bytes_.numel()
+    weights = MXWeights(pack_codes(codes), bytes_[None, :, None].clone(), MX_BLOCK_SIZE, N)
+    idxs, positions, offsets = (t.to(device) for t in flatten_sort_count(torch.zeros(N, 1, dtype=torch.int64), 1))
+    x = torch.eye(MX_BLOCK_SIZE, dtype=dtype).repeat(-(-N // MX_BLOCK_SIZE), 1)[:N]
+    problem = Problem(x.to(device), weights.to(device), 1, idxs, positions, offsets)
+    name = f"one-hot, {str(dtype).removeprefix('torch.')}"
+    case = Case(name, 1, MX_BLOCK_SIZE, N, N, 1, 0, dtype, use_fused_dX=True, use_fused_gather=True)
+    return Sample(case, problem, torch.eye(N, dtype=dtype, device=device))

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -49,7 +50,7 @@ class Outcome:
     Attributes:
         mutant: which.
         kills: layer -> why it rejected the mutant, for each layer that did.
-        judged: layers that ran.
+        judged: layers that ran, in the order in which they did last.
         seconds: wall-clock time.
     """
 
@@ -100,7 +101,7 @@ def run(
     """
     context = get_context("fork")
     outcomes = [Outcome(mutant) for mutant in mutants]
-    parts = [[layer] for layer in layers] if matrix else [list(layers)]
+    parts = [[layer] for layer in layers] if matrix else [_in_rounds(layers)]
     split = [(outcome, part) for outcome in outcomes for part in parts]
     left = {id(outcome): len(parts) for outcome in outcomes}
     pending, running = list(reversed(split)), list[_Job]()
@@ -132,16 +133,24 @@ def run(
     return outcomes
 
 
+def _in_rounds(layers: Sequence[Layer]) -> list[Layer]:
+    """The first trial of every layer, then the second of every layer, and so on, the slow layers last."""
+    single = {layer.name: [Layer(layer.name, (trial,)) for trial in layer.trials] for layer in layers}
+    rounds = zip_longest(*(single[layer.name] for layer in layers if not layer.slow))
+    quick = [layer for each in rounds for layer in each if layer is not None]
+    return quick + [trial for layer in layers if layer.slow for trial in single[layer.name]]
+
+
 def _listen(job: _Job, trial_seconds: float) -> None:
     """Take what a child said; notice its death; end it when it is far over time."""
     outcome = job.outcome
     try:
         while job.messages.poll():
             layer, reason = job.messages.recv()
-            if reason is None:
-                outcome.judged.append(layer)
-            else:
+            if reason is not None:
                 outcome.kills[layer] = reason
+            else:
+                outcome.judged = [*(name for name in outcome.judged if name != layer), layer]
     except EOFError:
         job.process.join()
         job.done = True

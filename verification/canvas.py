@@ -1,0 +1,109 @@
+"""What every picture of the gate's page is drawn on: small quiet panels, as inline SVG in the page's own colours.
+
+Matplotlib draws with placeholder colours; `svg` turns each into a CSS variable, so that one picture serves the light
+theme and the dark one. Matplotlib itself is imported late: whoever only reads numbers does not pay for it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mxref.verification.bounds import TENSORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["FAIL", "INK", "MUTED", "SERIES", "WEAK", "in_order", "panels", "squares", "svg", "title"]
+
+INK, MUTED, GRID, SERIES, FAIL, WEAK = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+_CSS_NAME = {INK: "--ink", MUTED: "--muted", GRID: "--line", SERIES: "--series", FAIL: "--fail", WEAK: "--weak"}
+
+
+def in_order(tensors: Iterable[str]) -> list[str]:
+    """Names of tensors, each once: the order of the computation, then anything else by name."""
+    names = set(tensors)
+    return [name for name in TENSORS if name in names] + sorted(names - set(TENSORS))
+
+
+def squares(
+    axes: Axes,
+    corners: NDArray[np.float64],
+    size: NDArray[np.float64],
+    color: str,
+    *,
+    opacity: float = 1.0,
+    outline: bool = False,
+) -> None:
+    """Fill or outline rectangles of one size, given a corner of each, [n, 2]: one path, as n would weigh megabytes."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    if not corners.size:
+        return
+    square = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)], dtype=np.float64)
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    path = Path((corners[:, None, :] + square * size).reshape(-1, 2), codes * len(corners))
+    if outline:
+        axes.add_patch(PathPatch(path, fill=False, edgecolor=color, linewidth=1.0, alpha=opacity))
+    else:
+        axes.add_patch(PathPatch(path, facecolor=color, linewidth=0, alpha=opacity, antialiased=False))
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` small panels, three a row (four: two by two), with quiet axes."""
+    from matplotlib.figure import Figure
+
+    columns = 2 if count == 4 else min(3, count)
+    rows = -(-count // columns)
+    width, height = 4.0 * columns, 2.9 * rows
+    figure = Figure(figsize=(width, height))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    # Margins in inches, by hand: matplotlib's own layout would cost more time than the drawing.
+    figure.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.24, hspace=0.38)
+    for axes in grid:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=MUTED, labelsize=8, which="both", length=0)
+        axes.grid(visible=True, color=GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(MUTED)
+    for axes in grid[count:]:
+        figure.delaxes(axes)
+    return figure, list(grid[:count])
+
+
+def title(axes: Axes, tensor: str, note: str) -> None:
+    """Tensor name in bold at the left, one remark at the right."""
+    axes.set_title(tensor, loc="left", color=INK, fontsize=11, fontweight="bold")
+    axes.set_title(note, loc="right", color=MUTED, fontsize=8)
+
+
+def svg(figure: Figure, label: str) -> str:
+    """The figure as one SVG element: its colours are CSS variables, its font the page's, its ids unique on a page."""
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    for placeholder, name in _CSS_NAME.items():
+        text = text.replace(placeholder, f"var({name})")
+    # Two pictures on one page would otherwise share ids such as "axes_1".
+    prefix = re.sub(r"[^a-z]+", "-", label.lower())
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    # HTML knows SVG's namespaces, and the page decides about the size: of the opening tag only the viewBox stays.
+    opening = re.search(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', text, flags=re.DOTALL)
+    assert opening is not None
+    width = 96 * float(figure.get_size_inches()[0])
+    style = f"width:100%;max-width:{width:.0f}px;height:auto"
+    return f'<svg role="img" aria-label="{label}" style="{style}" {opening.group(1)}>{text[opening.end() :]}'

@@ -1,0 +1,151 @@
+"""What a kernel does with addresses, seen by looking over the interpreter's shoulder.
+
+    memory      every load and store stays inside the tensors of its launch
+    indices     products of two sizes are 64 bits wide
+
+A mask that is missing or too wide often changes no result: what it lets in is dropped later, or multiplied by zero; on
+a GPU it may still fault. A 32-bit offset is right until a tensor has 2^31 elements, which no test has time for. So the
+arithmetic itself is watched: the sizes of a case stay far below a limit and their products go beyond it, and any 32-bit
+sum or product beyond the limit is one that would overflow where the sizes are larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from triton.runtime import interpreter
+
+from mxref.verification.candidates import Candidate
+from mxref.verification.guards import raised
+from mxref.verification.margins import Margins
+from mxref.verification.sampling import Sample
+from mxref.verification.verdicts import Finding, Status
+from mxref.weights import MXWeights
+
+__all__ = ["INDEX_LIMIT", "checked_memory", "index_guard", "memory_guard"]
+
+INDEX_LIMIT = 3 << 12
+"""What a 32-bit sum or product may reach in `index_guard`: more than any one size of its sample, or a block's width."""
+
+
+def memory_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """One forward and one backward pass whose every load and store stays inside the tensors; interpreted only."""
+    name = sample.case.name
+    try:
+        with Margins(), checked_memory() as touched:
+            candidate.run(sample)
+    except Exception as error:  # whatever a candidate raises is a finding about it
+        return [raised("memory", name, error)]
+    reason = f"{touched.count:,} addresses, all inside their launch's tensors"
+    return [Finding("memory", name, "all", Status.PASS, reason, touched.count, 0)]
+
+
+def index_guard(candidate: Candidate, sample: Sample, stack: MXWeights) -> list[Finding]:
+    """No 32-bit sum or product goes beyond INDEX_LIMIT, in either pass or in the decode; interpreted only.
+
+    With LoRA the forward pass alone is judged: dA and dB loop over rows, and a loop's variable is Python's here, not
+    the 64-bit one that it is on a GPU. What stays small by contract may have 32 bits: a size, an element of one matrix.
+
+    Args:
+        candidate: what to judge.
+        sample: sizes well below INDEX_LIMIT, rows times columns and experts times columns beyond it.
+        stack: weights to decode, one expert's matrix below INDEX_LIMIT, all their scales beyond it.
+    """
+    name = sample.case.name
+    try:
+        with _checked_indices():
+            if sample.problem.rank:
+                candidate.trace(sample)
+            else:
+                candidate.run(sample)
+            if candidate.decode is not None:
+                candidate.decode(stack, sample.problem.dtype)
+    except Exception as error:  # whatever a candidate raises is a finding about it
+        return [raised("indices", name, error)]
+    return [Finding("indices", name, "all", Status.PASS, "products of two sizes are 64 bits wide", 0, 0)]
+
+
+@contextmanager
+def _checked_indices() -> Iterator[None]:
+    compute = interpreter.InterpreterBuilder.binary_op
+
+    def checked(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = compute(self, lhs, rhs, op)
+        if op in (np.add, np.subtract, np.multiply) and result.data.dtype == np.int32:
+            largest = int(np.abs(result.data.astype(np.int64)).max(initial=0))
+            if largest > INDEX_LIMIT:
+                raise OverflowError(f"a 32-bit {op.__name__} reaches {largest}, beyond every size of this case")
+        return result
+
+    with patch.object(interpreter.InterpreterBuilder, "binary_op", checked):
+        yield
+
+
+class _Touched:
+    """The tensors of the launch that runs now, as sorted ranges of addresses, and how many addresses were checked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._starts = self._ends = np.zeros(0, np.int64)
+
+    def enter(self, arguments: list[Any]) -> None:
+        """A launch begins."""
+        spans = sorted(_span(argument) for argument in arguments if isinstance(argument, Tensor))
+        self._starts = np.array([start for start, _ in spans], np.int64)
+        self._ends = np.maximum.accumulate(np.array([end for _, end in spans], np.int64))
+
+    def check(self, what: str, addresses: npt.NDArray[Any], mask: npt.NDArray[Any], size: int) -> None:
+        """Raise an IndexError unless `size` bytes at every address with a mask lie inside a tensor."""
+        live = addresses.astype(np.int64)[np.broadcast_to(mask.astype(bool), addresses.shape)]
+        self.count += live.size
+        tensor = np.searchsorted(self._starts, live, side="right") - 1
+        outside = (tensor < 0) | (live + size > self._ends[tensor])
+        if outside.any():
+            raise IndexError(f"{what} {int(outside.sum())} of {live.size} elements outside the launch's tensors")
+
+
+@contextmanager
+def checked_memory() -> Iterator[_Touched]:
+    """Within this context an interpreted kernel that leaves its tensors raises an IndexError."""
+    touched = _Touched()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, to_host = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        touched.check("reads", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return load(self, ptrs, mask, *rest)
+
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        touched.check("writes", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return store(self, ptrs, value, mask, *rest)
+
+    def entering(self: Any, args: Any, kwargs: Any) -> Any:
+        host = to_host(self, args, kwargs)
+        touched.enter([*host[0], *host[1].values()])
+        return host
+
+    replacements: dict[tuple[Any, str], Callable[..., Any]] = {
+        (builder, "create_masked_load"): checked_load,
+        (builder, "create_masked_store"): checked_store,
+        (executor, "_init_args_hst"): entering,
+    }
+    patches = [patch.object(owner, name, new) for (owner, name), new in replacements.items()]
+    for each in patches:
+        each.start()
+    try:
+        yield touched
+    finally:
+        for each in reversed(patches):
+            each.stop()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address of a tensor's elements, and one past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1 if tensor.numel() else 0) * tensor.element_size()
