@@ -23,7 +23,7 @@ from mxref.verification.guards import integer_guard, reference
 from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding, Status
 
-__all__ = ["Margins", "margins_guard", "wild_positions_guard"]
+__all__ = ["Margins", "foreign_rows_guard", "margins_guard", "wild_positions_guard"]
 
 _WIDTH = 1 << 14
 """Elements on either side: more than one tile's rows of any case here."""
@@ -89,6 +89,32 @@ def wild_positions_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
     status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} elements of rows with good positions differ"
     name = "wild positions"
     return [Finding("margins", name, "Y", status, reason, expected.numel(), wrong), _intact(margins, name)]
+
+
+def foreign_rows_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """What belongs to another rank holds NaN, and none of it spreads: every result is that of the clean sample.
+
+    Args:
+        candidate: what to judge.
+        sample: an integer fixture with sentinels and gates, one slot a token, not grouped.
+    """
+    problem = sample.problem
+    foreign = problem.sorted_scattered_idxs[problem.sorted_expert_idxs >= problem.E]
+    gates, inputs, grad_out = (x.clone() for x in (_given(problem.gates), problem.inputs, sample.grad_out))
+    for x in (gates, inputs, grad_out):
+        x[foreign] = float("nan")
+    outputs = candidate.run(replace(sample, problem=replace(problem, gates=gates, inputs=inputs), grad_out=grad_out))
+    findings = []
+    for tensor, expected in reference(sample, RoundingPoints.contract(problem.dtype)).items():
+        wrong = int((_given(outputs[tensor]).double() != expected).sum())
+        status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} elements follow another rank's rows"
+        findings.append(Finding("margins", "foreign rows", tensor, status, reason, expected.numel(), wrong))
+    return findings
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 def _intact(margins: Margins, case: str) -> Finding:

@@ -1,6 +1,6 @@
 """What a kernel does with addresses, seen by looking over the interpreter's shoulder.
 
-    memory      every load and store stays inside the tensors of its launch
+    memory      every load and store stays inside the tensors of its launch; no two programs write the same element
     indices     products of two sizes are 64 bits wide
 
 A mask that is missing or too wide often changes no result: what it lets in is dropped later, or multiplied by zero; on
@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -28,7 +29,7 @@ from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding, Status
 from mxref.weights import MXWeights
 
-__all__ = ["INDEX_LIMIT", "checked_memory", "index_guard", "memory_guard"]
+__all__ = ["INDEX_LIMIT", "checked_memory", "decode_index_guard", "index_guard", "memory_guard"]
 
 INDEX_LIMIT = 3 << 12
 """What a 32-bit sum or product may reach in `index_guard`: more than any one size of its sample, or a block's width."""
@@ -46,8 +47,8 @@ def memory_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
     return [Finding("memory", name, "all", Status.PASS, reason, touched.count, 0)]
 
 
-def index_guard(candidate: Candidate, sample: Sample, stack: MXWeights) -> list[Finding]:
-    """No 32-bit sum or product goes beyond INDEX_LIMIT, in either pass or in the decode; interpreted only.
+def index_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """No 32-bit sum or product goes beyond INDEX_LIMIT, in either pass; interpreted only.
 
     With LoRA the forward pass alone is judged: dA and dB loop over rows, and a loop's variable is Python's here, not
     the 64-bit one that it is on a GPU. What stays small by contract may have 32 bits: a size, an element of one matrix.
@@ -55,17 +56,21 @@ def index_guard(candidate: Candidate, sample: Sample, stack: MXWeights) -> list[
     Args:
         candidate: what to judge.
         sample: sizes well below INDEX_LIMIT, rows times columns and experts times columns beyond it.
-        stack: weights to decode, one expert's matrix below INDEX_LIMIT, all their scales beyond it.
     """
-    name = sample.case.name
+    run = candidate.trace if sample.problem.rank else candidate.run
+    return _indices(sample.case.name, lambda: run(sample))
+
+
+def decode_index_guard(candidate: Candidate, stack: MXWeights) -> list[Finding]:
+    """The same for a candidate's own decode: one expert's matrix below INDEX_LIMIT, all their scales beyond it."""
+    decode = candidate.decode
+    return [] if decode is None else _indices("decode", lambda: decode(stack, torch.float32))
+
+
+def _indices(name: str, call: Callable[[], object]) -> list[Finding]:
     try:
         with _checked_indices():
-            if sample.problem.rank:
-                candidate.trace(sample)
-            else:
-                candidate.run(sample)
-            if candidate.decode is not None:
-                candidate.decode(stack, sample.problem.dtype)
+            call()
     except Exception as error:  # whatever a candidate raises is a finding about it
         return [raised("indices", name, error)]
     return [Finding("indices", name, "all", Status.PASS, "products of two sizes are 64 bits wide", 0, 0)]
@@ -83,7 +88,14 @@ def _checked_indices() -> Iterator[None]:
                 raise OverflowError(f"a 32-bit {op.__name__} reaches {largest}, beyond every size of this case")
         return result
 
-    with patch.object(interpreter.InterpreterBuilder, "binary_op", checked):
+    def checked_load(self: Any, ptrs: Any, *rest: Any) -> Any:
+        if ptrs.get_element_ty().name in ("int8", "int16"):
+            raise OverflowError(f"reads indices of type {ptrs.get_element_ty().name}, too narrow for a row")
+        return load(self, ptrs, *rest)
+
+    builder = interpreter.InterpreterBuilder
+    load = builder.create_masked_load
+    with patch.object(builder, "binary_op", checked), patch.object(builder, "create_masked_load", checked_load):
         yield
 
 
@@ -93,21 +105,36 @@ class _Touched:
     def __init__(self) -> None:
         self.count = 0
         self._starts = self._ends = np.zeros(0, np.int64)
+        self._written: dict[tuple[int, ...], list[npt.NDArray[np.int64]]] = {}
 
     def enter(self, arguments: list[Any]) -> None:
-        """A launch begins."""
+        """A launch begins, and the one before has ended."""
+        self.leave()
         spans = sorted(_span(argument) for argument in arguments if isinstance(argument, Tensor))
         self._starts = np.array([start for start, _ in spans], np.int64)
         self._ends = np.maximum.accumulate(np.array([end for _, end in spans], np.int64))
 
-    def check(self, what: str, addresses: npt.NDArray[Any], mask: npt.NDArray[Any], size: int) -> None:
-        """Raise an IndexError unless `size` bytes at every address with a mask lie inside a tensor."""
-        live = addresses.astype(np.int64)[np.broadcast_to(mask.astype(bool), addresses.shape)]
+    def leave(self) -> None:
+        """Raise an IndexError if two programs of the launch wrote the same element: the later one would win."""
+        own = [np.unique(np.concatenate(parts)) for parts in self._written.values()]
+        self._written = {}
+        conflicts = sum(each.size for each in own) - np.unique(np.concatenate([*own, np.zeros(0, np.int64)])).size
+        if conflicts:
+            raise IndexError(f"programs of one launch write {conflicts} elements that another one writes too")
+
+    def write(self, program: tuple[int, ...], live: npt.NDArray[np.int64]) -> None:
+        """A program stores to these addresses."""
+        self._written.setdefault(program, []).append(live.ravel())
+
+    def check(self, what: str, addresses: npt.NDArray[Any], mask: npt.NDArray[Any], size: int) -> npt.NDArray[np.int64]:
+        """The addresses with a mask; an IndexError unless `size` bytes at each of them lie inside a tensor."""
+        live: npt.NDArray[np.int64] = addresses.astype(np.int64)[np.broadcast_to(mask.astype(bool), addresses.shape)]
         self.count += live.size
         tensor = np.searchsorted(self._starts, live, side="right") - 1
         outside = (tensor < 0) | (live + size > self._ends[tensor])
         if outside.any():
             raise IndexError(f"{what} {int(outside.sum())} of {live.size} elements outside the launch's tensors")
+        return live
 
 
 @contextmanager
@@ -122,7 +149,8 @@ def checked_memory() -> Iterator[_Touched]:
         return load(self, ptrs, mask, *rest)
 
     def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        touched.check("writes", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        touched.write(tuple(self.grid_idx), touched.check("writes", ptrs.data, mask.data, size))
         return store(self, ptrs, value, mask, *rest)
 
     def entering(self: Any, args: Any, kwargs: Any) -> Any:
@@ -140,6 +168,7 @@ def checked_memory() -> Iterator[_Touched]:
         each.start()
     try:
         yield touched
+        touched.leave()
     finally:
         for each in reversed(patches):
             each.stop()

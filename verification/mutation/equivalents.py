@@ -28,7 +28,36 @@ class Equivalent:
         return mutant.function == self.function and mutant.edit(sources[mutant.file].text) == (self.before, self.after)
 
 
-EQUIVALENTS: tuple[Equivalent, ...] = ()
+_NOT_STORED = (
+    "The rows in question lie in 0..P-1, so nothing outside is read; `keep` stores rows below `end` only, "
+    "and a row's sum meets no other row."
+)
+_BELOW_2_31 = (
+    "A row number is below P < 2^31: tiles and the inverse hold rows in 32 bits. "
+    "The other end of the range keeps 64 bits, and so do the rows between them."
+)
+_NO_ROWS = (
+    "A tile with begin >= end has no row below `end`: every mask is false, nothing is stored, and the weights that are "
+    "read are those of expert 0, which there always is."
+)
+_CACHE = "The table is a function of the routing and the height alone: made anew it is the same."
+
+EQUIVALENTS: tuple[Equivalent, ...] = (
+    Equivalent(
+        "grouped_matmul_kernel",
+        "source, live = source_rows(rows, rows < end, positions, fan_in, P)",
+        "source, live = source_rows(rows, rows < P, positions, fan_in, P)",
+        _NOT_STORED,
+    ),
+    Equivalent("grouped_matmul_kernel", "return", "pass", _NO_ROWS),
+    Equivalent("Routing.tiles", "if block_m not in self._tiles:", "if True:", _CACHE),
+    Equivalent(
+        "expert_rows",
+        "end = tl.load(offsets + expert).to(tl.int64)",
+        "end = tl.load(offsets + expert).to(tl.int32)",
+        _BELOW_2_31,
+    ),
+)
 
 
 def argument_for(mutant: Mutant, sources: Mapping[str, Source]) -> str | None:

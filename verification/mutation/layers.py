@@ -23,8 +23,8 @@ from mxref.verification.cases import Case, Sample
 from mxref.verification.drift import drift_guard
 from mxref.verification.exhaustive import all_elements, finite_bytes
 from mxref.verification.guards import integer_guard, interval_guard
-from mxref.verification.margins import margins_guard, wild_positions_guard
-from mxref.verification.memory import index_guard, memory_guard
+from mxref.verification.margins import foreign_rows_guard, margins_guard, wild_positions_guard
+from mxref.verification.memory import decode_index_guard, index_guard, memory_guard
 from mxref.verification.operators import operators_guard
 from mxref.verification.verdicts import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
@@ -71,6 +71,8 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     decode = _layer("decode", [_one_hot(each, device) for each in _DTYPES], integer_guard)
     margins = _layer("margins", integer, margins_guard)
     wild = Trial("wild positions", lambda candidate: wild_positions_guard(candidate, integer[0]))
+    foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(device, seed)
+    spread = Trial("foreign rows", lambda candidate: foreign_rows_guard(candidate, foreign))
     memory, indices = _interpreted(integer, dtype, seed) if device.type == "cpu" else ([], [])
     return [
         _layer("integer", integer, integer_guard),
@@ -80,7 +82,7 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
         _layer("drift", interval[:1], drift),
         _layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
         _layer("poison", interval[:2], poison_guard, slow=True),
-        replace(margins, trials=(*margins.trials, wild)),
+        replace(margins, trials=(spread, wild, *margins.trials)),
         *indices,
         _layer("rows", interval[:1], row_guard, slow=True),
         _layer("second backward", interval[:1], second_backward_guard, slow=True),
@@ -145,15 +147,16 @@ def _interval_cases(dtype: torch.dtype) -> list[Case]:
 
 def _interpreted(integer: Sequence[Sample], dtype: torch.dtype, seed: int) -> tuple[list[Layer], list[Layer]]:
     """Layers that look into the interpreter."""
-    sizes = Case("sizes", 48, 288, 352, 48, 2, 0, dtype, routing="ten_active", use_fused_dX=True, use_fused_gather=True)
+    sizes = Case("sizes", 48, 96, 352, 90, 2, 0, dtype, routing="ten_active", use_fused_dX=True, use_fused_gather=True)
     cases = [
         replace(sizes, bias=True),
         replace(sizes, name="sizes, gates", gate_slots=2),
         replace(sizes, name="sizes, LoRA", K=32, N=32, tokens=260, rank=32),
     ]
-    stack = encode_mxfp4(torch.ones(96, 96, 64))
-    samples = [case.build("cpu", seed) for case in cases]
-    indices = _layer("indices", samples, lambda candidate, sample: index_guard(candidate, sample, stack), slow=True)
+    stack = encode_mxfp4(torch.ones(50, 64, 128))
+    indices = _layer("indices", [case.build("cpu", seed) for case in cases], index_guard, slow=True)
+    decode = Trial("a stack", lambda candidate: decode_index_guard(candidate, stack))
+    indices = replace(indices, trials=(decode, *indices.trials))
     return [_layer("memory", integer, memory_guard)], [indices]
 
 

@@ -6,6 +6,7 @@ and its trials. Whatever a mutant does to its process, a crash or a loop without
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import resource
@@ -201,6 +202,7 @@ def _child(
 
 def _quiet() -> None:
     """No output, no core file, bounded memory, one thread: many children share the machine."""
+    faulthandler.disable()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
