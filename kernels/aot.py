@@ -5,21 +5,17 @@
 The layer's own host code runs forward and backward on `meta` tensors for each architecture, tiling and dtype, the
 launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
 stack bytes (which is where spills go), shared memory against the chip's limit. Violations are a stack, a flush-to-zero
-instruction, which would break the decode of scale byte 0, and a wgmma left in flight whose left operand lies in
-registers, which its successor could overwrite; the exit status is then 1.
+instruction, which would break the decode of scale byte 0, and an instruction that writes to registers of a wgmma in
+flight (see `machine_code`); the exit status is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +23,13 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from mxref.kernels.autograd import parallel_linear_lora
 from mxref.kernels.configs import SHARED_MEMORY, Config, reachable_configs
 from mxref.kernels.dequant import dequantize_experts
 from mxref.kernels.launch import INTERPRETED, Launch, recording
+from mxref.kernels.machine_code import Resources, disassemble, overwritten_operands, resources
 from mxref.weights import MXWeights
 
 __all__ = ["Compiled", "Unit", "compile_unit", "main", "units"]
@@ -75,17 +73,18 @@ class Unit:
     @classmethod
     def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
         """Specialise one launch the way Triton's run time does."""
-        names = launch.kernel.arg_names
-        constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
         signature, constants, divisible = [], [], []
-        for index, name in enumerate(names):
-            value = launch.arguments[name]
-            if name in constexpr or value is None or (isinstance(value, int) and value == 1):
+        for index, parameter in enumerate(launch.kernel.params):
+            name, value = parameter.name, launch.arguments[parameter.name]
+            number = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (number and value == 1):
                 signature.append((name, "constexpr"))
                 constants.append((name, value))
                 continue
             signature.append((name, _type_of(value)))
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if not parameter.do_not_specialize_on_alignment and (
+                isinstance(value, Tensor) or (number and value % 16 == 0)
+            ):
                 divisible.append(index)
         function = launch.kernel.fn
         return cls(
@@ -103,31 +102,35 @@ class Unit:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a unit: registers a thread, stack and shared bytes.
+    """What the compiler made of a unit.
 
-    `flushes`: it flushes subnormals to zero. `in_flight`: a wgmma with a register operand outlives its step.
+    Attributes:
+        unit: what was compiled.
+        resources: registers a thread and stack bytes.
+        shared: bytes of shared memory.
+        flushes: it flushes subnormals to zero.
+        overwritten: instructions that write to registers of a wgmma in flight.
     """
 
     unit: Unit
-    registers: int
-    stack: int
+    resources: Resources
     shared: int
     flushes: bool
-    in_flight: bool
+    overwritten: tuple[str, ...]
 
     @property
     def violations(self) -> list[str]:
         """What must not be, in words."""
         limit = SHARED_MEMORY[self.unit.architecture]
         found = []
-        if self.stack:
-            found.append(f"{self.stack} bytes of stack")
+        if self.resources.stack:
+            found.append(f"{self.resources.stack} bytes of stack")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, limit {limit}")
         if self.flushes:
             found.append("flushes subnormals to zero")
-        if self.in_flight:
-            found.append("leaves a wgmma with a register operand in flight")
+        if self.overwritten:
+            found.append(f"writes to registers of a wgmma in flight: {self.overwritten[0]}")
         return found
 
 
@@ -157,7 +160,7 @@ def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tup
     for config in tilings:
         yield torch.bfloat16, config, 16, ("fused", "unfused", "dense")
     yield torch.bfloat16, tilings[-1], 128, ("fused", "dense")
-    yield torch.float16, tilings[-1], 16, ("fused",)
+    yield torch.float16, reachable_configs(architecture, torch.float16)[-1], 16, ("fused",)
     for rank in (16, 128):
         yield torch.float32, reachable_configs(architecture, torch.float32)[0], rank, ("fused",)
 
@@ -199,8 +202,9 @@ def _type_of(value: Any) -> str:
 def compile_unit(unit: Unit) -> Compiled:
     """Compile one unit for its architecture and read the compiler's own resource account."""
     module = __import__(unit.module, fromlist=[unit.kernel])
-    source = ASTSource(
-        getattr(module, unit.kernel),
+    function = getattr(module, unit.kernel)
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(
+        function,
         dict(unit.signature),
         dict(unit.constants),
         {(index,): [["tt.divisibility", 16]] for index in unit.divisible},
@@ -208,24 +212,9 @@ def compile_unit(unit: Unit) -> Compiled:
     target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
     options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=target, options=options)
-    registers, stack = _resource_usage(compiled.asm["cubin"])
-    ir = compiled.asm["ttgir"]
-    from_registers = re.search(r"warp_group_dot .*dot_op<", ir) is not None
-    in_flight = from_registers and re.search(r"pendings = [1-9]", ir) is not None
-    return Compiled(unit, registers, stack, compiled.metadata.shared, ".ftz" in compiled.asm["ptx"], in_flight)
-
-
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and stack bytes, from cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage:\n{report}")
-    return int(found[1]), int(found[2])
+    cubin, flushes = compiled.asm["cubin"], ".ftz" in compiled.asm["ptx"]
+    overwritten = tuple(overwritten_operands(disassemble(cubin)))
+    return Compiled(unit, resources(cubin), compiled.metadata.shared, flushes, overwritten)
 
 
 def main() -> int:
@@ -247,7 +236,12 @@ def main() -> int:
         unit = result.unit
         tile = " ".join(f"{n[6:]}{v}" for n, v in unit.constants if n.startswith("BLOCK_"))
         cells = (unit.architecture, unit.kernel, unit.label, tile, unit.num_warps, unit.num_stages)
-        account = (result.registers, result.stack, result.shared, "; ".join(result.violations) or "ok")
+        account = (
+            result.resources.registers,
+            result.resources.stack,
+            result.shared,
+            "; ".join(result.violations) or "ok",
+        )
         table.add_row(*map(str, cells + account), style="red" if result.violations else None)
     console = Console(width=160)
     console.print(table)

@@ -72,8 +72,10 @@ def parallel_linear_lora(
         gates: [T, g] with T·g = P; the output is then summed over slots to [T, N].
         grouped_in: the inputs are already in expert order.
         grouped_out: leave the output in expert order.
-        use_fused_dX: decode packed weights inside dX's kernel; False: decode the active experts first (Strategy A).
-        use_fused_gather: read dOut's rows through their positions; False: gather them to expert order first.
+        use_fused_dX: decode packed weights inside dX's kernel. False leaves the choice to the tiling: with the kernel
+            for Hopper that is the same, elsewhere the active experts are decoded first (Strategy A).
+        use_fused_gather: read dOut's rows through their positions. False likewise: elsewhere they are gathered to
+            expert order first.
         validate: also check the index tensors' values on a GPU, which synchronises; on CPU they always are.
         config: pin the tiling, and with it each row's bits whatever the batch.
 
@@ -208,8 +210,8 @@ class ScatterMoELoRA(torch.autograd.Function):
             scaling,
             fan_in,
             grouped_out,
-            use_fused_dX,
-            use_fused_gather,
+            use_fused_dX or config.hopper,
+            use_fused_gather or config.hopper,
             parameters,
         )
         return out

@@ -2,6 +2,10 @@
 
 The choice reads only what the host knows without a synchronisation: the architecture, the activation dtype, and the
 mean rows per expert P/E. A caller who needs the same bits at every batch size pins one `Config`.
+
+On sm_90 the products of bf16 rows with packed weights have a kernel of their own, `hopper`. It is bound by what crosses
+from L2 to a multiprocessor and by the instructions that decode: both fall with the height of a row tile, so the tile is
+as tall as the registers allow, and short tiles are only for few rows.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import torch
 import triton
 
 __all__ = ["SHARED_MEMORY", "TABLE", "Config", "config_for", "padded_rank", "reachable_configs"]
+
+HOPPER_HEIGHTS = (16, 64, 256)
 
 SHARED_MEMORY = {"interpreter": 1 << 40, "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 """Bytes of shared memory that one program may use."""
@@ -28,9 +34,11 @@ class Config:
             order.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
+        hopper: on packed weights use the kernel of `hopper`, for bf16 on sm_90: BLOCK_N 128, BLOCK_K 128, 8 warps, and
+            BLOCK_M one of HOPPER_HEIGHTS.
 
     Raises:
-        ValueError: a field is not a power of two or below its minimum.
+        ValueError: a field is not a power of two or below its minimum, or not what `hopper` needs.
     """
 
     BLOCK_M: int
@@ -38,6 +46,7 @@ class Config:
     BLOCK_K: int
     num_warps: int = 4
     num_stages: int = 3
+    hopper: bool = False
 
     def __post_init__(self) -> None:
         for name, minimum in (("BLOCK_M", 16), ("BLOCK_N", 32), ("BLOCK_K", 32), ("num_warps", 1)):
@@ -46,21 +55,43 @@ class Config:
                 raise ValueError(f"config.{name} is {value}; expected a power of two, at least {minimum}")
         if self.num_stages < 1:
             raise ValueError(f"config.num_stages is {self.num_stages}; expected at least 1")
+        if self.hopper:
+            shape = (self.BLOCK_N, self.BLOCK_K, self.num_warps)
+            if shape != (128, 128, 8) or self.BLOCK_M not in HOPPER_HEIGHTS or self.num_stages < 2:
+                raise ValueError(
+                    f"config {self} is for hopper, which has BLOCK_N 128, BLOCK_K 128, 8 warps, at least 2 stages, and "
+                    f"BLOCK_M one of {', '.join(map(str, HOPPER_HEIGHTS))}"
+                )
+
+    def dense(self) -> Config:
+        """The tiling of products with dense matrices beside this one: itself, unless it is for `hopper`."""
+        if not self.hopper:
+            return self
+        return Config(min(self.BLOCK_M, 128), 128, 64, num_warps=8 if self.BLOCK_M > 64 else 4)
 
     def projection(self, rank: int) -> Config:
         """The tiling of Z and V beside this one's Y and D: the same row tiles and steps, one block of columns."""
-        return replace(self, BLOCK_N=max(32, padded_rank(rank)))
+        return replace(self.dense(), BLOCK_N=max(32, padded_rank(rank)))
 
     def outer(self) -> Config:
         """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank."""
-        return replace(self, BLOCK_N=min(self.BLOCK_N, 64), num_warps=4)
+        tiling = self.dense()
+        return replace(tiling, BLOCK_N=min(tiling.BLOCK_N, 64), num_warps=4)
 
     def shared_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of shared memory for the operand tiles of every pipeline stage: the account of a dense product."""
+        """Bytes of shared memory for the operand tiles of every pipeline stage: the account of a dense product.
+
+        `hopper` holds packed bytes in the weights' place, an iteration's scales, and an adapter's rows of rank 16.
+        """
+        if self.hopper:
+            ring = self.num_stages * (self.BLOCK_M * dtype.itemsize + self.BLOCK_N // 2) * self.BLOCK_K
+            return ring + 2048 + self.BLOCK_M * 16 * dtype.itemsize
         return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize
 
     def check_fits(self, architecture: str, dtype: torch.dtype) -> None:
-        """Raise a ValueError if the account exceeds what `architecture` has."""
+        """Raise a ValueError if the account exceeds what `architecture` has, or the kernel is for another chip."""
+        if self.hopper and (architecture, dtype) != ("sm_90", torch.bfloat16):
+            raise ValueError(f"config {self} is for bf16 on sm_90; these operands are {dtype} on {architecture}")
         needed, available = self.shared_bytes(dtype), SHARED_MEMORY[architecture]
         if needed > available:
             raise ValueError(
@@ -80,9 +111,12 @@ TABLE: dict[str, dict[str, Config]] = {
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
     },
     "sm_90": {
-        "thin": Config(16, 64, 64, num_warps=4, num_stages=4),
-        "medium": Config(64, 128, 64, num_warps=4, num_stages=3),
-        "thick": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "thin": Config(16, 128, 128, num_warps=8, num_stages=3, hopper=True),
+        "medium": Config(64, 128, 128, num_warps=8, num_stages=3, hopper=True),
+        "thick": Config(256, 128, 128, num_warps=8, num_stages=3, hopper=True),
+        "fp16 thin": Config(16, 64, 64, num_warps=4, num_stages=4),
+        "fp16 medium": Config(64, 128, 64, num_warps=4, num_stages=3),
+        "fp16 thick": Config(128, 128, 64, num_warps=8, num_stages=3),
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
     },
     "sm_100": {
@@ -92,11 +126,12 @@ TABLE: dict[str, dict[str, Config]] = {
         "fp32": Config(32, 32, 32, num_warps=4, num_stages=1),
     },
 }
-"""architecture -> shape class -> tiling. Classes: mean rows per expert up to 16, up to 96, above; fp32 apart."""
+"""architecture -> shape class -> tiling. Classes: mean rows per expert up to 16, up to 96, above; fp32 apart, and fp16
+where it needs another kernel than bf16."""
 
 
 def shape_class(rows: int, experts: int, dtype: torch.dtype) -> str:
-    """The table's row for P routed rows over E experts."""
+    """The class of P routed rows over E experts, see TABLE."""
     if dtype == torch.float32:
         return "fp32"
     if rows <= 16 * experts:
@@ -106,13 +141,18 @@ def shape_class(rows: int, experts: int, dtype: torch.dtype) -> str:
 
 def config_for(architecture: str, rows: int, experts: int, dtype: torch.dtype) -> Config:
     """The committed tiling for P routed rows over E experts with activations of `dtype`."""
-    return TABLE[architecture][shape_class(rows, experts, dtype)]
+    return _row(architecture, shape_class(rows, experts, dtype), dtype)
 
 
 def reachable_configs(architecture: str, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
     """Every tiling that `config_for` can return, without repetition: what a gate has to run."""
     classes = ("fp32",) if dtype == torch.float32 else ("thin", "medium", "thick")
-    return list(dict.fromkeys(TABLE[architecture][name] for name in classes))
+    return list(dict.fromkeys(_row(architecture, name, dtype) for name in classes))
+
+
+def _row(architecture: str, name: str, dtype: torch.dtype) -> Config:
+    table = TABLE[architecture]
+    return table.get(f"fp16 {name}", table[name]) if dtype == torch.float16 else table[name]
 
 
 def padded_rank(rank: int) -> int:

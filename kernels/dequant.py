@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.decode import load_mxfp4_tile, narrow
-from mxref.kernels.launch import architecture, launch
+from mxref.kernels.decode import e2m1, e8m0, narrow
+from mxref.kernels.launch import aligned, architecture, launch
 from mxref.kernels.schedule import Routing
 from mxref.weights import MXWeights
 
@@ -18,25 +18,25 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def dequantize_kernel(
-    out, packed, scales, experts, E, N, K, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """One program decodes BLOCK_N x BLOCK_K weights of one listed expert; a listed id outside 0..E−1 is skipped."""
-    blocks_n, blocks_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
-    block = tl.program_id(0) % (blocks_n * blocks_k)
-    slot = (tl.program_id(0) // (blocks_n * blocks_k)).to(tl.int64)
+def dequantize_kernel(out, words, scales, experts, E, size, DTYPE: tl.constexpr, WORDS: tl.constexpr):
+    """One program decodes WORDS · 8 consecutive weights of one listed expert; an id outside 0..E−1 is skipped.
+
+    An expert's `size` = N·K weights lie one after another, eight to a word and thirty-two to a scale byte, in the order
+    of the output: the matrix's shape does not matter.
+    """
+    blocks = tl.cdiv(size, WORDS * 8)
+    slot = (tl.program_id(0) // blocks).to(tl.int64)
     expert = tl.load(experts + slot).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
-    n = (block // blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k0 = (block % blocks_k) * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)
-    w = load_mxfp4_tile(packed, scales, expert, n, k0, N, K, DTYPE, BLOCK_N, BLOCK_K)
-    tl.store(
-        out + (slot * N + n[:, None]) * K + k[None, :],
-        narrow(w, DTYPE),
-        mask=(n < N)[:, None] & (k < K)[None, :],
-    )
+    word = (tl.program_id(0) % blocks).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    inside = word < size // 8
+    codes = tl.load(words + expert * (size // 8) + word, mask=inside, other=0)
+    scale = tl.load(scales + expert * (size // 32) + word // 4, mask=inside, other=0)
+    nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 0xF
+    w = narrow(e2m1(nibbles) * e8m0(scale)[:, None], DTYPE)
+    element = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out + slot * size + element, w, mask=inside[:, None])
 
 
 def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -68,19 +68,17 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
     architecture(weights.device)
     launch(
         dequantize_kernel,
-        experts.numel() * triton.cdiv(weights.N, 32) * triton.cdiv(weights.K, 128),
+        experts.numel() * triton.cdiv(weights.N * weights.K, 4096),
         num_warps=4,
         num_stages=1,
         out=out,
-        packed=weights.packed,
+        words=aligned(weights.packed).view(torch.int32),
         scales=weights.scales,
         experts=experts.to(weights.device),
         E=weights.E,
-        N=weights.N,
-        K=weights.K,
+        size=weights.N * weights.K,
         DTYPE={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype],
-        BLOCK_N=32,
-        BLOCK_K=128,
+        WORDS=512,
     )
     return out
 

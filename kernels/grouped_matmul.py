@@ -9,7 +9,8 @@ and V.
     V       dY     B_e   [N, r]
     D       dY     W_eᵀ  [N, K]      V     A_e
 
-W_e is dense, any strides, or packed MXFP4, decoded tile by tile from the one packed buffer in both directions.
+W_e is dense, any strides, or packed MXFP4, decoded tile by tile from the one packed buffer in both directions: by the
+portable kernel of this module, or for bf16 on Hopper by the one of `hopper`.
 
 The accumulation chain is one fp32 accumulator, in this order: the LoRA product (a single step over the zero-padded
 rank), one multiply by s in fp32, the base product in steps of BLOCK_K with c ascending in its natural order, one
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from mxref.kernels.configs import Config, padded_rank
 from mxref.kernels.decode import load_mxfp4_tile, narrow
-from mxref.kernels.launch import launch
+from mxref.kernels.hopper import HEIGHTS, packed_matmul_kernel
+from mxref.kernels.launch import aligned, launch
 from mxref.kernels.schedule import Routing, source_rows
 from mxref.weights import MXWeights
 
@@ -193,50 +195,60 @@ def grouped_matmul(
         bias: contiguous [E, J], added last.
     """
     E, C, J = weight.shape
-    storage: dict[str, Any]
-    strides: tuple[int, ...]
-    if isinstance(weight, PackedMatrix):
-        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
-        storage = {"weight": weight.weights.packed, "scales": weight.weights.scales, "STORAGE": along.value}
-        storage |= {"WEIGHT_DTYPE": _TRITON_DTYPE[weight.dtype]}
-        strides = (0, 0, 0)
-    else:
-        storage = {"weight": weight, "scales": None, "STORAGE": DENSE.value, "WEIGHT_DTYPE": None}
-        strides = weight.stride()
+    if not isinstance(weight, PackedMatrix):
+        config = config.dense()
     low, factor = (lora.low, lora.factor) if lora else (None, None)
     rank = factor.shape[1] if factor is not None else 0
     factor_strides = factor.stride() if factor is not None else (0, 0, 0)
     tiles = routing.tiles(config.BLOCK_M)
+    common: dict[str, Any] = {
+        "out": out, "rows_in": rows_in, "low": low, "factor": factor, "bias": bias,
+        "positions": routing.positions, "tiles": tiles, "P": routing.P, "E": E, "C": C, "J": J,
+        "RANK": rank, "s": float(lora.scaling) if lora else 1.0, "fan_in": fan_in, "fan_out": fan_out,
+        "stride_fe": factor_strides[0], "stride_fr": factor_strides[1], "stride_fj": factor_strides[2],
+        "BLOCK_R": padded_rank(rank),
+    }  # fmt: skip
+    if config.hopper:
+        assert isinstance(weight, PackedMatrix)
+        kernel, own = packed_matmul_kernel, _hopper_arguments(weight, C, config)
+        common["rows_in"] = aligned(rows_in)
+    else:
+        kernel, own = grouped_matmul_kernel, _portable_arguments(weight, config)
     launch(
-        grouped_matmul_kernel,
+        kernel,
         tiles.shape[0] * triton.cdiv(J, config.BLOCK_N),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        out=out,
-        rows_in=rows_in,
-        low=low,
-        factor=factor,
-        bias=bias,
-        positions=routing.positions,
-        tiles=tiles,
-        P=routing.P,
-        E=E,
-        C=C,
-        J=J,
-        RANK=rank,
-        s=float(lora.scaling) if lora else 1.0,
-        fan_in=fan_in,
-        fan_out=fan_out,
-        stride_we=strides[0],
-        stride_wc=strides[1],
-        stride_wj=strides[2],
-        stride_fe=factor_strides[0],
-        stride_fr=factor_strides[1],
-        stride_fj=factor_strides[2],
-        **storage,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=padded_rank(rank),
+        **common,
+        **own,
     )
     return out
+
+
+def _portable_arguments(weight: Tensor | PackedMatrix, config: Config) -> dict[str, Any]:
+    """What `grouped_matmul_kernel` takes beside the operands of every product."""
+    blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
+    strides: tuple[int, ...] = (0, 0, 0)
+    if isinstance(weight, PackedMatrix):
+        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
+        storage: dict[str, Any] = {"weight": weight.weights.packed, "scales": weight.weights.scales}
+        storage |= {"STORAGE": along.value, "WEIGHT_DTYPE": _TRITON_DTYPE[weight.dtype]}
+    else:
+        storage = {"weight": weight, "scales": None, "STORAGE": DENSE.value, "WEIGHT_DTYPE": None}
+        strides = weight.stride()
+    return storage | blocks | dict(zip(("stride_we", "stride_wc", "stride_wj"), strides, strict=True))
+
+
+def _hopper_arguments(weight: PackedMatrix, C: int, config: Config) -> dict[str, Any]:
+    """What `packed_matmul_kernel` takes beside them."""
+    packed, scales = aligned(weight.weights.packed), aligned(weight.weights.scales)
+    return {
+        "packed": packed,
+        "scales": scales,
+        "PITCH": packed.shape[2],
+        "TRANSPOSED": weight.transposed,
+        "EVEN": C % config.BLOCK_K == 0,
+        "ALIGNED": scales.shape[2] % 2 == 0,
+        "HEIGHTS": HEIGHTS[config.BLOCK_M],
+        "STAGES": config.num_stages,
+    }

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Launch", "Recorder", "architecture", "compute_dtype", "launch", "recording"]
+__all__ = ["INTERPRETED", "Launch", "Recorder", "aligned", "architecture", "compute_dtype", "launch", "recording"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when this package was imported; `@triton.jit` decides at the same moment."""
@@ -83,6 +83,11 @@ def compute_dtype(activation: torch.dtype) -> torch.dtype:
     upcast, every buffer is fp32, and no rounding point applies.
     """
     return torch.float32 if INTERPRETED else activation
+
+
+def aligned(x: Tensor) -> Tensor:
+    """A tensor whose first element lies at a multiple of 16 bytes, as wide copies need it: itself, or else a copy."""
+    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def launch(kernel: Any, programs: int, num_warps: int, num_stages: int, **arguments: Any) -> None:

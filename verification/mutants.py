@@ -6,13 +6,14 @@ import random
 from collections.abc import Iterable, Sequence
 
 from mxref.verification.mutation.catalogue import KERNEL_BUGS
+from mxref.verification.mutation.catalogue_hopper import HOPPER_BUGS
 from mxref.verification.mutation.catalogue_host import HOST_BUGS
 from mxref.verification.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate, read_sources
 from mxref.verification.mutation.sweep import sweep
 
 __all__ = ["BUGS", "Mutant", "StaleMutantError", "catalogue", "read_sources", "stratified"]
 
-BUGS: tuple[Bug, ...] = (*KERNEL_BUGS, *HOST_BUGS)
+BUGS: tuple[Bug, ...] = (*KERNEL_BUGS, *HOPPER_BUGS, *HOST_BUGS)
 """By hand."""
 
 

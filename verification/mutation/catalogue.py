@@ -218,12 +218,12 @@ _DEQUANT = [
         "sentinels", "the marker E is read behind the stack"),
     Bug("last expert never decoded", "dequant.py", "(expert < 0) | (expert >= E)", "(expert < 0) | (expert >= E - 1)",
         "expert indexing", "its slot stays uninitialised"),
-    Bug("decoded into the expert's place", "dequant.py", "out + (slot * N + n[:, None])",
-        "out + (expert * N + n[:, None])", "expert indexing", "a list in any order needs its own slots"),
-    Bug("last decoded row not stored", "dequant.py", "mask=(n < N)[:, None] & (k < K)[None, :],",
-        "mask=(n < N - 1)[:, None] & (k < K)[None, :],", "tails", "N tail off by one"),
-    Bug("decoded columns not masked", "dequant.py", "mask=(n < N)[:, None] & (k < K)[None, :],",
-        "mask=(n < N)[:, None] & (k < K + 32)[None, :],", "masks", "the next row's first block is overwritten"),
+    Bug("decoded into the expert's place", "dequant.py", "out + slot * size + element",
+        "out + expert * size + element", "expert indexing", "a list in any order needs its own slots"),
+    Bug("last decoded word not stored", "dequant.py", "element, w, mask=inside[:, None])",
+        "element, w, mask=(word < size // 8 - 1)[:, None])", "tails", "tail off by one"),
+    Bug("decoded weights not masked", "dequant.py", "element, w, mask=inside[:, None])", "element, w)", "masks",
+        "the next slot's first weights are overwritten"),
 ]  # fmt: skip
 
 KERNEL_BUGS: tuple[Bug, ...] = (*_DECODE, *_TILE, *_MATMUL, *_OUTER, *_SLOTS, *_SCHEDULE, *_DEQUANT)

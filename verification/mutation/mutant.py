@@ -127,12 +127,13 @@ class Source:
 
     @cached_property
     def gpu_only(self) -> set[str]:
-        """Jit functions that the interpreter never runs: inline assembly, and what only GPU branches call."""
+        """Jit functions that the interpreter never runs: Gluon, inline assembly, and what only GPU branches call."""
+        gluon = {f.name for f in self.functions if any(_is_jit(d, "gluon") for d in f.node.decorator_list)}
         jitted = {f.name for f in self.functions if f.jit}
         assembly = {f.name for f in self.functions if f.jit and "inline_asm" in self.of(f.node)}
         fast = set().union(*(_called(part) for f in self.functions for part in _fast_parts(f.node)), set())
         slow = set().union(*(_called(f.node, skip_fast=True) for f in self.functions if f.name not in assembly), set())
-        return assembly | ((fast - slow) & jitted)
+        return gluon | assembly | ((fast - slow) & jitted)
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -229,12 +230,20 @@ def _called(node: ast.AST, skip_fast: bool = False) -> set[str]:
     return names.union(*(_called(child, skip_fast) for child in children), set())
 
 
+def _is_jit(decorator: ast.expr, module: str | None = None) -> bool:
+    """Whether a decorator is `module.jit`, called or not; None for any module."""
+    target = decorator.func if isinstance(decorator, ast.Call) else decorator
+    if not isinstance(target, ast.Attribute) or target.attr != "jit" or not isinstance(target.value, ast.Name):
+        return False
+    return module is None or target.value.id == module
+
+
 def _functions(body: list[ast.stmt], prefix: str) -> Iterator[Function]:
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield from _functions(node.body, f"{prefix}{node.name}.")
         elif isinstance(node, ast.FunctionDef):
-            jit = any(isinstance(d, ast.Attribute) and d.attr == "jit" for d in node.decorator_list)
+            jit = any(_is_jit(decorator) for decorator in node.decorator_list)
             calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
             launches = any(isinstance(called, ast.Name) and called.id == "launch" for called in calls)
             yield Function(prefix + node.name, node, jit, launches)

@@ -1,0 +1,33 @@
+"""The reader of machine code, on the Hopper kernel: its loops are clean, and it sees a wait that is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import triton
+from mxref.kernels import aot, machine_code
+unit = next(u for u in aot.units("sm_90") if u.kernel == "packed_matmul_kernel" and ("HEIGHTS", (16,)) in u.constants)
+assert not aot.compile_unit(unit).violations
+cubins = []
+compile_ = triton.compile
+triton.compile = lambda *a, **k: cubins.append(compile_(*a, **k)) or cubins[-1]
+aot.compile_unit(unit)
+sass = machine_code.disassemble(cubins[0].asm["cubin"])
+assert "HGMMA" in sass and not machine_code.overwritten_operands(sass)
+lines = sass.splitlines()
+waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line]
+assert len(waits) == 2
+for wait in waits:
+    found = machine_code.overwritten_operands("\\n".join(lines[:wait] + lines[wait + 1 :]))
+    assert found, lines[wait]
+print("seen")
+"""
+
+
+def test_a_missing_wait_is_seen() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "seen", done.stdout + done.stderr
