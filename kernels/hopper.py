@@ -400,6 +400,7 @@ def packed_tile(
         stage = (i // 2) % STAGES
         async_copy.wait_group(STAGES - 2)
         a0 = decode_step(w0.index(stage), first_scales(s_smem, TRANSPOSED), operand, TRANSPOSED)
+        hopper.fence_async_shared()  # here, where the loads that it waits for have long arrived
         acc = hopper.warpgroup_mma(a0, x0.index(stage).permute([1, 0]), acc, is_async=True)
         acc, a1 = hopper.warpgroup_mma_wait(1, [acc, a1])
         a1 = decode_step(w1.index(stage), second_scales(s_smem, TRANSPOSED), operand, TRANSPOSED)

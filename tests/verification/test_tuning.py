@@ -1,0 +1,68 @@
+"""Tuning: every candidate fits, the committed tiling is among them, and the fastest comes first."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+import torch
+from rich.console import Console
+
+from mxref.kernels import Config
+from mxref.kernels.configs import config_for
+from mxref.verification import tuning
+from mxref.verification.cli import main
+from mxref.verification.cli_tune import table
+from mxref.verification.timing import WallClock
+from mxref.verification.workloads import Shape
+
+SHAPE = Shape("small", 2, 64, 64, 8, 2, rank=4)
+CPU = torch.device("cpu")
+
+
+def clock(*seconds: float) -> WallClock:
+    """A clock on which the calls take these seconds, one after another."""
+    times = itertools.chain.from_iterable((0.0, second) for second in seconds)
+    return WallClock(lambda: next(times))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times the interpreter")
+def test_the_fastest_comes_first_and_the_committed_one_is_there() -> None:
+    slow, fast = Config(16, 32, 32, num_stages=1), Config(32, 64, 64, num_stages=1)
+    timings = tuning.tune_shape(SHAPE, CPU, clock(2.0, 3.0, 1.0), [slow, fast], samples=1)
+    assert [timing.seconds for timing in timings] == [1.0, 2.0, 3.0]
+    committed = config_for("interpreter", SHAPE.rows, SHAPE.experts, torch.float32)
+    assert [timing.config for timing in timings] == [fast, committed, slow]
+    assert [timing.committed for timing in timings] == [False, True, False]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(timings))
+    assert "0.50" in console.export_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times the interpreter")
+def test_a_tiling_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Config(16, 32, 32, num_stages=1)
+    right = tuning.parallel_linear_lora
+    monkeypatch.setattr(
+        tuning,
+        "parallel_linear_lora",
+        lambda config, **operands: right(config=config, **operands) * (1.5 if config == wrong else 1.0),
+    )
+    with pytest.raises(ArithmeticError, match="disagrees with the table's"):
+        tuning.tune_shape(SHAPE, CPU, clock(*[1.0] * 9), [wrong], samples=1)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_every_candidate_fits(architecture: str) -> None:
+    found = tuning.candidates(architecture, torch.bfloat16)
+    for config in found:
+        config.check_fits(architecture, torch.bfloat16)
+    assert any(config.hopper for config in found) == (architecture == "sm_90")
+    assert len(set(found)) == len(found) > 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_tune_without_a_gpu_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 2
+    assert "torch sees no CUDA GPU" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""`mxref tune`: time every tiling offline, beside the one that the committed table chooses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mxref.verification.options import choose_device
+from mxref.verification.usage import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mxref.verification.tuning import Timing
+
+__all__ = ["add_to"]
+
+_SHOWN = 5
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "tune",
+        help="time every tiling beside the table's choice (needs a GPU)",
+        description="Time a whole training step under every tiling that fits this GPU, shape by shape, and print the "
+        f"{_SHOWN} fastest beside the one that kernels/configs.py chooses. Nothing is written: the table is source, "
+        "and a change to it goes through the gate like any other.",
+    )
+    parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The subcommand; its exit code.
+
+    Raises:
+        UsageError: there is no GPU, or no such shape.
+    """
+    device = choose_device("cuda", require_gpu=True)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mxref.verification.timing import clock_for
+    from mxref.verification.tuning import tune_shape
+    from mxref.verification.workloads import CASES
+
+    wanted = arguments.shape or [""]
+    shapes = [shape for shape in CASES if any(text in shape.name for text in wanted)]
+    if not shapes:
+        raise UsageError(f"--shape {' '.join(wanted)} matches none of: {', '.join(shape.name for shape in CASES)}")
+    console, clock = Console(width=None if sys.stdout.isatty() else 120), clock_for(device)
+    for shape in shapes:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(shape.name, total=None)
+            timings = tune_shape(shape, device, clock, on_config=lambda config: progress.advance(task))
+        console.print(table(timings))
+    return 0
+
+
+def table(timings: list[Timing]) -> Table:
+    """The fastest tilings of one shape, and the committed one with its rank."""
+    from rich.table import Table
+
+    committed = next(timing for timing in timings if timing.committed)
+    shown = Table(title=f"{committed.shape} ({committed.shape_class})", title_justify="left", box=None)
+    for name in ("rank", "tiling", "ms", "÷ committed"):
+        shown.add_column(name, justify="left" if name == "tiling" else "right")
+    for rank, timing in enumerate(timings, 1):
+        if rank <= _SHOWN or timing.committed:
+            cells = (str(rank), str(timing.config), f"{timing.seconds * 1e3:.3f}")
+            shown.add_row(*cells, f"{timing.seconds / committed.seconds:.2f}", style="bold" if timing.committed else "")
+    return shown

@@ -1,0 +1,113 @@
+"""What the table of tilings is chosen from: a whole training step under every tiling that fits, timed in turns.
+
+Offline by design: dispatch reads a committed table and never a clock. A tiling is timed only if its results agree with
+those of the table's own choice.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxref.kernels import Config, parallel_linear_lora
+from mxref.kernels.configs import HOPPER_HEIGHTS, config_for, shape_class
+from mxref.kernels.launch import architecture, compute_dtype
+from mxref.verification.racing import AGREEMENT
+from mxref.verification.timing import Clock
+from mxref.verification.workloads import MEASURES, Shape, Workload
+
+__all__ = ["Timing", "candidates", "tune_shape"]
+
+_STEP = MEASURES[0]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A tiling's median time for one step of a shape, in seconds; `committed`: the table's own choice."""
+
+    shape: str
+    shape_class: str
+    config: Config
+    seconds: float
+    committed: bool
+
+
+def candidates(arch: str, dtype: torch.dtype) -> list[Config]:
+    """Every tiling worth a trial on `arch` with activations of `dtype` that fits its shared memory."""
+    tried = [
+        Config(m, n, k, warps, stages)
+        for m, warps in ((16, 4), (32, 4), (64, 4), (128, 8))
+        for n in (64, 128)
+        for k in (32, 64)
+        for stages in (1, 3, 4)
+    ]
+    if (arch, dtype) == ("sm_90", torch.bfloat16):
+        tried += [Config(m, 128, 128, 8, stages, hopper=True) for m in HOPPER_HEIGHTS for stages in (2, 3, 4)]
+    return [config for config in tried if _fits(config, arch, dtype)]
+
+
+def tune_shape(
+    shape: Shape,
+    device: torch.device,
+    clock: Clock,
+    configs: Sequence[Config] | None = None,
+    samples: int = 10,
+    on_config: Callable[[Config], None] = lambda config: None,
+) -> list[Timing]:
+    """Time every tiling on one shape, fastest first; the table's choice is always among them.
+
+    Args:
+        shape: what to draw.
+        device: where; bf16 on a GPU, fp32 under the interpreter.
+        clock: the device's.
+        configs: what to try; all of `candidates` by default.
+        samples: a tiling.
+        on_config: called before each.
+
+    Raises:
+        ArithmeticError: a tiling's results do not agree with the committed one's.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    arch, workload = architecture(device), Workload.draw(shape, device, dtype)
+    committed = config_for(arch, shape.rows, shape.experts, dtype)
+    tried = candidates(arch, compute_dtype(dtype)) if configs is None else list(configs)
+    expected = _step(workload, committed)()
+    timings = []
+    for config in dict.fromkeys([committed, *tried]):
+        on_config(config)
+        run = _step(workload, config)
+        for got, wanted in zip(run(), expected, strict=True):
+            distance = float(
+                torch.linalg.vector_norm((got - wanted).float()) / torch.linalg.vector_norm(wanted.float())
+            )
+            if not distance <= AGREEMENT:
+                raise ArithmeticError(f"{config} disagrees with the table's {committed} by {distance:.2g}")
+        captured = clock.capture(run)
+        seconds = statistics.median(clock.sample(captured.replay if captured else run, samples))
+        kind = shape_class(shape.rows, shape.experts, dtype)
+        timings.append(Timing(shape.name, kind, config, seconds, config == committed))
+    return sorted(timings, key=lambda timing: timing.seconds)
+
+
+def _step(workload: Workload, config: Config) -> Callable[[], Sequence[Tensor]]:
+    """Forward and backward under one tiling."""
+    operands = workload.operands(_STEP)
+    leaves = workload.gradients_of(operands)
+
+    def run() -> Sequence[Tensor]:
+        y = parallel_linear_lora(**operands, use_fused_dX=True, use_fused_gather=True, config=config)
+        return y.detach(), *torch.autograd.grad(y, leaves, workload.grad_out.to(y.dtype))
+
+    return run
+
+
+def _fits(config: Config, arch: str, dtype: torch.dtype) -> bool:
+    try:
+        config.check_fits(arch, dtype)
+    except ValueError:
+        return False
+    return True
