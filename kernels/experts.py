@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,41 @@ class LoRA:
     A: Tensor
     B: Tensor
     scaling: float
+
+    @classmethod
+    def joined(cls, adapters: Sequence[LoRA], num_experts: int) -> LoRA:
+        """One adapter whose product is the sum of the given ones', their ranks side by side; differentiable.
+
+        The layer has one scaling, which it applies to the sum in the accumulator. Scalings that differ by powers of
+        two are evened out in B, where such a factor is exact; others would need a rounding that nobody declared.
+
+        Args:
+            adapters: at least one, of any ranks.
+            num_experts: E.
+
+        Raises:
+            ValueError: the scalings' ratios are not powers of two.
+        """
+        scaling = min((adapter.scaling for adapter in adapters), key=abs)
+        if any(
+            adapter.scaling != scaling and not _power_of_two_ratio(adapter.scaling, scaling) for adapter in adapters
+        ):
+            raise ValueError(
+                f"the active adapters have scalings {[adapter.scaling for adapter in adapters]}, whose ratios are not "
+                "powers of two; activate one at a time with set_adapter, or choose r and lora_alpha so that they agree"
+            )
+        A = [adapter.A.unflatten(0, (num_experts, -1)) for adapter in adapters]
+        B = [
+            (adapter.B if adapter.scaling == scaling else adapter.B * (adapter.scaling / scaling)).unflatten(
+                1, (num_experts, -1)
+            )
+            for adapter in adapters
+        ]
+        return cls(torch.cat(A, 1).flatten(0, 1), torch.cat(B, 2).flatten(1), scaling)
+
+
+def _power_of_two_ratio(a: float, b: float) -> bool:
+    return a != 0 and b != 0 and abs(math.frexp(a / b)[0]) == 0.5
 
 
 @dataclass(frozen=True)
@@ -142,6 +177,20 @@ class PackedExperts(nn.Module):
             B = torch.zeros(N, E * rank, dtype=dtype, device=device)
             self.register_parameter(f"{name}_lora_B", nn.Parameter(B))
 
+    def remove_lora(self) -> None:
+        """Drop the module's own adapters, if any."""
+        for name in PROJECTIONS if self.rank else ():
+            delattr(self, f"{name}_lora_A")
+            delattr(self, f"{name}_lora_B")
+        self.rank, self._scaling = 0, 1.0
+
+    def own_adapters(self) -> dict[str, LoRA]:
+        """The module's own adapters by projection; empty without."""
+        if not self.rank:
+            return {}
+        pairs = {n: (getattr(self, f"{n}_lora_A"), getattr(self, f"{n}_lora_B")) for n in PROJECTIONS}
+        return {name: LoRA(A, B, self._scaling) for name, (A, B) in pairs.items()}
+
     def shape(self, name: str) -> tuple[int, int, int]:
         """(E, K, N) of a projection."""
         E, N, blocks, half = self.get_buffer(f"{name}_blocks").shape
@@ -165,7 +214,7 @@ class PackedExperts(nn.Module):
         adapters: Mapping[str, LoRA] | None = None,
     ) -> Tensor:
         """[M, H], experts [M, k], gates [M, k] -> [M, H]; `adapters` by projection replace the module's own."""
-        lora = self._own_adapters() if adapters is None else adapters
+        lora = self.own_adapters() if adapters is None else adapters
         gate_up, down = (self._projection(name, lora.get(name)) for name in PROJECTIONS)
         return routed_experts(hidden_states, top_k_index, top_k_weights, gate_up, down, self._activation)
 
@@ -173,12 +222,6 @@ class PackedExperts(nn.Module):
         """Sizes, for `print(model)`."""
         shapes = ", ".join(f"{name} {self.shape(name)}" for name in PROJECTIONS)
         return f"MXFP4 [E, K, N]: {shapes}, rank={self.rank}"
-
-    def _own_adapters(self) -> dict[str, LoRA]:
-        if not self.rank:
-            return {}
-        pairs = {n: (getattr(self, f"{n}_lora_A"), getattr(self, f"{n}_lora_B")) for n in PROJECTIONS}
-        return {name: LoRA(A, B, self._scaling) for name, (A, B) in pairs.items()}
 
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
         blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")

@@ -100,8 +100,10 @@ def sigmoid_topk(
 def unwrap_adapters(experts: nn.Module) -> tuple[Any, dict[str, LoRA]]:
     """Through PEFT's nested ParamWrappers to the experts module, with the active adapters by parameter name.
 
+    Several active adapters act as their sum, see `LoRA.joined`.
+
     Raises:
-        ValueError: an adapter is merged, or more than one is active.
+        ValueError: an adapter is merged, or the active adapters' scalings cannot be joined.
     """
     found: dict[str, LoRA] = {}
     module: Any = experts
@@ -109,13 +111,27 @@ def unwrap_adapters(experts: nn.Module) -> tuple[Any, dict[str, LoRA]]:
         if module.merged:
             raise ValueError(f"an adapter is merged into {module.parameter_name}; call unmerge_adapter first")
         active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
-        if len(active) > 1:
-            raise ValueError(f"{len(active)} adapters are active on {module.parameter_name}; expected one: set_adapter")
-        for name in active:
-            A, B = module.lora_A[name].weight, module.lora_B[name].weight
-            found[module.parameter_name] = LoRA(A, expert_major(B, module.num_experts), float(module.scaling[name]))
+        adapters = [
+            LoRA(
+                module.lora_A[name].weight,
+                expert_major(module.lora_B[name].weight, module.num_experts),
+                float(module.scaling[name]),
+            )
+            for name in active
+        ]
+        if adapters:
+            found[module.parameter_name] = _joined(adapters, module, active)
         module = module.base_layer
     return module, found
+
+
+def _joined(adapters: list[LoRA], module: Any, names: list[str]) -> LoRA:
+    if len(adapters) == 1:
+        return adapters[0]
+    try:
+        return LoRA.joined(adapters, module.num_experts)
+    except ValueError as error:
+        raise ValueError(f"{module.parameter_name} with {', '.join(names)}: {error}") from None
 
 
 def expert_major(B: Tensor, num_experts: int) -> Tensor:

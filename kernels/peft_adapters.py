@@ -4,10 +4,12 @@
     model = get_peft_model(pack_experts(model, rank=0), LoraConfig(
         target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
 
-The result is an ordinary `PeftModel`: `save_pretrained`, `disable_adapter`, `set_adapter` and the rest are PEFT's, and
-the adapter's names and layouts are those of the same model with dense weights (A [r·E, in] expert-major, B
-[out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a dequantised model, and the reverse;
-`load_peft_model` reads it back. Merging is refused: packed weights cannot take a low-rank sum.
+The result is an ordinary `PeftModel`: `save_pretrained`, `add_adapter`, `load_adapter`, `set_adapter`,
+`disable_adapter` and the rest are PEFT's, and an adapter's names and layouts are those of the same model with dense
+weights (A [r·E, in] expert-major, B [out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a
+dequantised model, and the reverse; `load_peft_model` reads it back. Rank and alpha are each adapter's own; active at
+once, adapters add up if their scalings differ by powers of two (see `LoRA.joined`). Merging is refused: packed weights
+cannot take a low-rank sum; `mxref.kernels.merging.merge_adapters` quantises it again, on request, and reports the loss.
 """
 
 from __future__ import annotations
@@ -20,12 +22,20 @@ from typing import Any, NoReturn
 import peft
 import torch
 from peft.tuners.lora import layer as lora_layer
+from peft.tuners.lora import model as lora_model
 from torch import Tensor, nn
 
 from mxref.kernels.experts import PROJECTIONS, PackedExperts
 from mxref.kernels.layers import unwrap_adapters
 
-__all__ = ["ParamWrapper", "get_peft_model", "load_peft_model"]
+__all__ = ["LoraModel", "ParamWrapper", "get_peft_model", "load_peft_model"]
+
+
+_NO_MERGE = (
+    "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, or load "
+    "it with plain PEFT on a dequantised model and merge there; mxref.kernels.merging.merge_adapters(model) quantises the "
+    "sum again and reports what that loses"
+)
 
 
 def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) -> peft.PeftModel:
@@ -42,8 +52,7 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) ->
     """
     _check_targets(model, config)
     with _visible_to_peft(model):
-        adapted: peft.PeftModel = peft.get_peft_model(model, _registered(config), **options)
-        return adapted
+        return _aware(peft.get_peft_model(model, _registered(config), **options))
 
 
 def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> peft.PeftModel:
@@ -61,10 +70,28 @@ def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> 
     config.inference_mode = not options.get("is_trainable", False)
     _check_targets(model, config)
     with _visible_to_peft(model):
-        adapted: peft.PeftModel = peft.PeftModel.from_pretrained(
-            model, str(directory), config=_registered(config), **options
-        )
-        return adapted
+        return _aware(peft.PeftModel.from_pretrained(model, str(directory), config=_registered(config), **options))
+
+
+class LoraModel(lora_model.LoraModel):
+    """PEFT's tuner, which adds further adapters to packed experts and refuses to merge before it starts."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
+        """One more adapter, under the conditions of the first one.
+
+        Raises:
+            ValueError: as `get_peft_model`.
+        """
+        config = self.peft_config[adapter_name]
+        _check_targets(model, config)
+        _registered(config)
+        with _visible_to_peft(model):
+            super().inject_adapter(model, adapter_name, *args, **options)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(isinstance(module, ParamWrapper) for module in self.model.modules()):
+            raise ValueError(_NO_MERGE)
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -102,10 +129,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused."""
-        raise ValueError(
-            "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, "
-            "or load it with plain PEFT on a dequantised model and merge there"
-        )
+        raise ValueError(_NO_MERGE)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device of the packed buffers, in the dtype that PEFT made."""
@@ -115,13 +139,21 @@ class ParamWrapper(lora_layer.ParamWrapper):
                 part[adapter_name].to(home)
 
 
+def _aware(adapted: peft.PeftModel) -> peft.PeftModel:
+    """The same model with a tuner that knows packed experts; PEFT chooses the class itself, by the adapter's type."""
+    adapted.base_model.__class__ = LoraModel
+    return adapted
+
+
 def _registered(config: peft.LoraConfig) -> peft.LoraConfig:
     config._register_custom_module({PackedExperts: ParamWrapper})
     return config
 
 
 def _packed(model: nn.Module) -> dict[str, PackedExperts]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    """Packed experts by the name that they had before PEFT wrapped them."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
+    return {name.replace(".base_layer", ""): module for name, module in found}
 
 
 def _check_targets(model: nn.Module, config: Any) -> None:
