@@ -33,8 +33,8 @@ __all__ = ["LoraModel", "ParamWrapper", "get_peft_model", "load_peft_model"]
 
 _NO_MERGE = (
     "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, or load "
-    "it with plain PEFT on a dequantised model and merge there; mxref.kernels.merging.merge_adapters(model) quantises the "
-    "sum again and reports what that loses"
+    "it with plain PEFT on a dequantised model and merge there; or quantise the sum again, and see what that loses, "
+    "with mxref.kernels.merging.merge_adapters(model)"
 )
 
 
