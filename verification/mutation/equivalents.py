@@ -40,6 +40,7 @@ _NO_ROWS = (
     "A tile with begin >= end has no row below `end`: every mask is false, nothing is stored, and the weights that are "
     "read are those of expert 0, which there always is."
 )
+_ONE_HEIGHT = "A routing belongs to one call, and all products of a call have its configuration's BLOCK_M: one entry."
 _CACHE = "The table is a function of the routing and the height alone: made anew it is the same."
 
 EQUIVALENTS: tuple[Equivalent, ...] = (
@@ -51,6 +52,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     ),
     Equivalent("grouped_matmul_kernel", "return", "pass", _NO_ROWS),
     Equivalent("Routing.tiles", "if block_m not in self._tiles:", "if True:", _CACHE),
+    Equivalent("Routing.tiles", "if block_m not in self._tiles:", "if not self._tiles:", _ONE_HEIGHT),
     Equivalent(
         "expert_rows",
         "end = tl.load(offsets + expert).to(tl.int64)",
