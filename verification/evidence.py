@@ -37,6 +37,7 @@ COMMANDS = {
     "scoreboard": "mxref scoreboard --device cuda --record",
     "pytest": "pytest -m gpu --require-gpu --record-evidence",
     "bench": "mxref bench --record",
+    "finetune": "python notebooks/04_finetune_gpt_oss.py --record",
 }
 """The command that writes each kind of record."""
 
