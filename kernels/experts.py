@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mxref.kernels.library import expert_linear
+from mxref.kernels.operands import MAX_RANK
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights
 
-__all__ = ["PROJECTIONS", "LoRA", "PackedExperts", "Projection", "routed_experts"]
+__all__ = ["PROJECTIONS", "LoRA", "PackedExperts", "Projection", "check_adapter", "routed_experts"]
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -116,6 +117,25 @@ def routed_experts(
     return out.to(x.dtype)
 
 
+def check_adapter(rank: Any, alpha: Any = None, dtype: torch.dtype = torch.float32) -> None:
+    """Whether the kernels can have an adapter like this.
+
+    Raises:
+        TypeError: `rank` is no integer, `alpha` no number, or `dtype` no floating-point type of 16 bits or more.
+        ValueError: `rank` is not in 1..128, or `alpha` is not finite.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank is {rank!r}; expected an integer")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank is {rank}; the kernels take ranks 1 to {MAX_RANK}")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
+        raise TypeError(f"alpha is {alpha!r}; expected a number, or None for alpha = rank")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; expected a finite number")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"the adapters' dtype is {dtype}; expected bf16, fp16 or fp32")
+
+
 class PackedExperts(nn.Module):
     """All experts of one MoE layer, packed in MXFP4; a drop-in for a transformers experts module.
 
@@ -139,8 +159,19 @@ class PackedExperts(nn.Module):
         biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        for name, weights in (("gate_up", gate_up), ("down", down)):
+            if not isinstance(weights, MXWeights):
+                raise TypeError(f"{name} is {type(weights).__name__}; expected MXWeights")
         if gate_up.E != down.E:
             raise ValueError(f"gate_up holds {gate_up.E} experts and down {down.E}; expected the same number")
+        if gate_up.K != down.N:
+            raise ValueError(
+                f"gate_up reads {gate_up.K} columns and down gives {down.N}; expected the hidden size in both"
+            )
+        if not callable(activation):
+            raise TypeError(f"activation is {type(activation).__name__}; expected a function [P, 2I] -> [P, I]")
+        if unknown := set(biases or {}) - set(PROJECTIONS):
+            raise ValueError(f"biases holds {sorted(unknown)}; expected some of {', '.join(PROJECTIONS)}")
         self.num_experts = gate_up.E
         self.rank = 0
         self._activation = activation
@@ -163,10 +194,11 @@ class PackedExperts(nn.Module):
             dtype: of the parameters and of their gradients.
 
         Raises:
-            ValueError: `rank` is below 1, or there are adapters already.
+            TypeError, ValueError: as `check_adapter`; also if there are adapters already.
         """
-        if self.rank or rank < 1:
-            raise ValueError(f"rank is {rank}, adapters present: rank {self.rank}; expected rank >= 1 and none present")
+        check_adapter(rank, alpha, dtype)
+        if self.rank:
+            raise ValueError(f"there are adapters of rank {self.rank} already; call remove_lora() first")
         self.rank, self._scaling = rank, (rank if alpha is None else alpha) / rank
         for name in PROJECTIONS:
             E, K, N = self.shape(name)
@@ -192,7 +224,12 @@ class PackedExperts(nn.Module):
         return {name: LoRA(A, B, self._scaling) for name, (A, B) in pairs.items()}
 
     def shape(self, name: str) -> tuple[int, int, int]:
-        """(E, K, N) of a projection."""
+        """(E, K, N) of a projection.
+
+        Raises:
+            ValueError: `name` is no projection.
+        """
+        _check_projection(name)
         E, N, blocks, half = self.get_buffer(f"{name}_blocks").shape
         return E, 2 * blocks * half, N
 
@@ -202,8 +239,7 @@ class PackedExperts(nn.Module):
         Raises:
             ValueError: `name` is no projection.
         """
-        if name not in PROJECTIONS:
-            raise ValueError(f"name is {name!r}; expected one of {', '.join(PROJECTIONS)}")
+        _check_projection(name)
         return MXWeights.from_gpt_oss(self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
 
     def forward(
@@ -213,7 +249,15 @@ class PackedExperts(nn.Module):
         top_k_weights: Tensor,
         adapters: Mapping[str, LoRA] | None = None,
     ) -> Tensor:
-        """[M, H], experts [M, k], gates [M, k] -> [M, H]; `adapters` by projection replace the module's own."""
+        """[M, H], experts [M, k], gates [M, k] -> [M, H]; `adapters` by projection replace the module's own.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the weights, see `parallel_linear_lora`.
+        """
+        for name, adapter in (adapters or {}).items():
+            _check_projection(name)
+            if not isinstance(adapter, LoRA):
+                raise TypeError(f"adapters[{name!r}] is {type(adapter).__name__}; expected LoRA")
         lora = self.own_adapters() if adapters is None else adapters
         gate_up, down = (self._projection(name, lora.get(name)) for name in PROJECTIONS)
         return routed_experts(hidden_states, top_k_index, top_k_weights, gate_up, down, self._activation)
@@ -226,3 +270,8 @@ class PackedExperts(nn.Module):
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
         blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
         return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora)
+
+
+def _check_projection(name: str) -> None:
+    if name not in PROJECTIONS:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(PROJECTIONS)}")

@@ -18,7 +18,8 @@ from mxref.deepseek_checkpoint import (
     list_deepseek_expert_tensors,
     read_deepseek_expert_weights,
 )
-from mxref.kernels.experts import PROJECTIONS, PackedExperts
+from mxref.formats import SCALE_MODES
+from mxref.kernels.experts import PROJECTIONS, PackedExperts, check_adapter
 from mxref.kernels.interop import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
@@ -32,9 +33,13 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     either orientation, gate and up halves or interleaved, with or without biases.
 
     Raises:
-        TypeError: an experts module is of another kind; the message says which and why.
-        ValueError: the model has no experts module.
+        TypeError: `model` is no module, or an experts module is of another kind; the message says which and why.
+        ValueError: the model has no experts module, or its experts are packed already.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a transformers model")
+    if packed := next((name for name, m in model.named_modules() if isinstance(m, PackedExperts)), None):
+        raise ValueError(f"{packed} is packed already")
     found = {name: m for name, m in model.named_modules() if hasattr(m, "down_proj") and _is_stack(m.down_proj)}
     for name, module in found.items():
         if "base_layer" in name.split("."):
@@ -77,10 +82,15 @@ def pack_experts(
             is the meta device.
 
     Raises:
-        TypeError, ValueError: as `experts_modules`; also for a checkpoint that does not fit the model.
+        TypeError, ValueError: as `experts_modules` and `check_adapter`; also for an unknown `scale_mode`, and a
+            checkpoint that does not fit the model.
         FileNotFoundError: `checkpoint` does not exist.
     """
     modules = experts_modules(model)
+    if rank != 0:
+        check_adapter(rank, alpha, lora_dtype)
+    if scale_mode not in SCALE_MODES:
+        raise ValueError(f"scale_mode is {scale_mode!r}; expected one of {', '.join(SCALE_MODES)}")
     read = read_expert_weights
     if checkpoint is not None:
         deepseek = is_deepseek_checkpoint(checkpoint)

@@ -25,7 +25,7 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora import model as lora_model
 from torch import Tensor, nn
 
-from mxref.kernels.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.experts import PROJECTIONS, PackedExperts, check_adapter
 from mxref.kernels.layers import unwrap_adapters
 
 __all__ = ["LoraModel", "ParamWrapper", "get_peft_model", "load_peft_model"]
@@ -47,8 +47,9 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) ->
         options: keyword arguments of `peft.get_peft_model`.
 
     Raises:
+        TypeError: `config` is of another method than LoRA.
         ValueError: the model has no packed experts, they own adapters already, `target_parameters` reaches none of
-            them, or the configuration asks for what packed weights cannot give.
+            them or holds a name that nothing has, or the configuration asks for what packed weights cannot give.
     """
     _check_targets(model, config)
     with _visible_to_peft(model):
@@ -108,12 +109,17 @@ class ParamWrapper(lora_layer.ParamWrapper):
                 f"an adapter is asked for {parameter_name or 'the whole module'} of PackedExperts; expected "
                 f"target_parameters that end in one of {', '.join(PROJECTIONS)}"
             )
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **options)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **options: Any) -> None:
+        """One more adapter, if the kernels can have it."""
+        check_adapter(r, lora_alpha)
         if config.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights is {config.init_lora_weights!r}, which reads or changes the base weights; with "
                 "packed weights use True, False or 'gaussian'"
             )
-        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **options)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
 
     def get_param(self) -> Tensor:
         """A stand-in of the projection's dense shape [E, in, out], without memory."""
@@ -157,6 +163,8 @@ def _packed(model: nn.Module) -> dict[str, PackedExperts]:
 
 
 def _check_targets(model: nn.Module, config: Any) -> None:
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config is {type(config).__name__}; packed experts take peft.LoraConfig")
     packed = _packed(model)
     if not packed:
         raise ValueError("model has no PackedExperts; call pack_experts(model, rank=0) first")
@@ -166,11 +174,18 @@ def _check_targets(model: nn.Module, config: Any) -> None:
         )
     names = [f"{name}.{projection}" for name in packed for projection in PROJECTIONS]
     targets = config.target_parameters or []
-    if not any(name == target or name.endswith(f".{target}") for name in names for target in targets):
+    if not any(_reaches(target, names) for target in targets):
         raise ValueError(
             f"target_parameters is {config.target_parameters}, which reaches no packed experts; expected names such "
             f"as {names[:2]}"
         )
+    names += [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+    if lost := [target for target in targets if not _reaches(target, names)]:
+        raise ValueError(f"target_parameters holds {lost}, which no parameter of the model is called")
+
+
+def _reaches(target: str, names: list[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 @contextmanager
