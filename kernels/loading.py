@@ -79,6 +79,7 @@ def save_packed_model(model: Any, directory: str | Path, max_shard_size: int | s
     """Save a packed model as a checkpoint that transformers and `load_packed_model` read; adapters are left out.
 
     Bytes are written as they lie in the model, so a checkpoint that was loaded in its own dtype is saved unchanged.
+    What is no part of the model (tokenizer, generation settings) stays where it was.
 
     Args:
         model: a transformers model with packed experts; with PEFT adapters on it, give `model.unload()`, and save those

@@ -22,17 +22,18 @@ from mxref.kernels.packing import pack_experts
 from mxref.kernels.peft_adapters import get_peft_model
 
 E, K, N, M, R = 3, 64, 32, 5, 2
+CPU = torch.device("cpu")
 
 
-def operands(case: str) -> tuple[Any, ...]:
+def operands(case: str, device: torch.device = CPU) -> tuple[Any, ...]:
     """Arguments of the operator: "plain", "all" (every optional operand), "dense" or "grouped"."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).requires_grad_()
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
 
-    w = encode_mxfp4(torch.randn(E, N, K, generator=generator))
-    order = flatten_sort_count(torch.randint(E, (M, TOP_K), generator=generator), E)
+    w = encode_mxfp4(torch.randn(E, N, K, generator=generator)).to(device)
+    order = flatten_sort_count(torch.randint(E, (M, TOP_K), generator=generator).to(device), E)
     if case == "plain":
         return leaf(M, K), w.packed, w.scales, TOP_K, *order, *(None, None, 1.0, None, None), *(False,) * 4
     lora = leaf(E * R, K), leaf(N, E * R), 0.5
@@ -60,8 +61,8 @@ def test_opcheck_backward(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["plain", "all", "dense", "grouped"])
-def test_operator_has_the_eager_bits(case: str) -> None:
-    arguments = operands(case)
+def test_operator_has_the_eager_bits(case: str, device: torch.device) -> None:
+    arguments = operands(case, device)
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     results = []
     for layer in (lambda *args: scattermoe_lora(*args)[0], expert_linear):
@@ -100,10 +101,11 @@ def test_operator_does_the_eager_work(case: str, monkeypatch: pytest.MonkeyPatch
     assert work[0] == work[1]
 
 
-def packed_experts(family: str = "gpt_oss") -> PackedExperts:
+def packed_experts(family: str = "gpt_oss", device: torch.device = CPU) -> PackedExperts:
     holder = nn.ModuleDict({"experts": make(family)})
     torch.manual_seed(1)
     pack_experts(holder, rank=R)
+    holder.to(device)
     experts = holder["experts"]
     assert isinstance(experts, PackedExperts)
     for name, parameter in experts.named_parameters():
@@ -112,10 +114,11 @@ def packed_experts(family: str = "gpt_oss") -> PackedExperts:
     return experts
 
 
-def routed(seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def routed(seed: int = 2, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(M, HIDDEN, generator=generator, requires_grad=True)
-    return x, torch.randint(EXPERTS, (M, TOP_K), generator=generator), torch.rand(M, TOP_K, generator=generator)
+    x = torch.randn(M, HIDDEN, generator=generator)
+    index, gates = torch.randint(EXPERTS, (M, TOP_K), generator=generator), torch.rand(M, TOP_K, generator=generator)
+    return x.to(device).requires_grad_(), index.to(device), gates.to(device)
 
 
 def outcome(experts: PackedExperts, call: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> list[Tensor]:
@@ -125,12 +128,12 @@ def outcome(experts: PackedExperts, call: Callable[..., Tensor], x: Tensor, *res
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
-def test_compiles_without_a_graph_break(family: str) -> None:
-    experts = packed_experts(family)
-    expected = outcome(experts, experts, *routed())
+def test_compiles_without_a_graph_break(family: str, device: torch.device) -> None:
+    experts = packed_experts(family, device)
+    expected = outcome(experts, experts, *routed(device=device))
     torch._dynamo.reset()
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
-    got = outcome(experts, compiled, *routed())
+    got = outcome(experts, compiled, *routed(device=device))
     assert len(got) == 6
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -162,10 +165,10 @@ def test_a_whole_model_with_peft_compiles() -> None:
     assert torch.equal(compiled(ids, use_cache=False).logits, expected)
 
 
-def test_activation_checkpointing() -> None:
-    experts = packed_experts()
-    expected = outcome(experts, experts, *routed())
-    got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed())
+def test_activation_checkpointing(device: torch.device) -> None:
+    experts = packed_experts(device=device)
+    expected = outcome(experts, experts, *routed(device=device))
+    got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed(device=device))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -182,10 +185,10 @@ def test_gradient_accumulation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype) -> None:
-    experts = packed_experts()
-    x, index, gates = routed()
-    with torch.autocast("cpu", dtype=dtype):
+def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype, device: torch.device) -> None:
+    experts = packed_experts(device=device)
+    x, index, gates = routed(device=device)
+    with torch.autocast(device.type, dtype=dtype):
         y = experts(x, index, gates)
     assert y.dtype == torch.float32
     assert torch.equal(y.to(dtype), experts(x.to(dtype), index, gates))
