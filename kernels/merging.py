@@ -3,8 +3,11 @@
     from mxref.kernels.merging import merge_adapters
     model, losses = merge_adapters(model)
 
-MXFP4 has two or three significant bits, an adapter is small beside its weights: most of it usually falls below the
-grid. So nothing merges by itself, and `MergeLoss` says what is left.
+MXFP4 has two significant bits, and an adapter is small beside its weights: much of it falls between the grid's points.
+So nothing merges by itself, and `MergeLoss` says what is left. A block's scale must not follow its largest element
+either: a weight of 6 that grows a little would double it, and so move all 32. Each block takes the scale, of those
+that the four modes of `encode_mxfp4` choose, that loses least, or keeps its bytes: no block ends further from W + Δ
+than it was without the adapter.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class MergeLoss:
     Attributes:
         name: of the projection.
         weights: ‖Ŵ − (W + Δ)‖ / ‖W + Δ‖.
-        adapter: ‖Ŵ − (W + Δ)‖ / ‖Δ‖; from 1 on the merge did more harm than leaving the adapter out.
+        adapter: ‖Ŵ − (W + Δ)‖ / ‖Δ‖, at most 1: leaving the adapter out.
         kept: ⟨Ŵ − W, Δ⟩ / ‖Δ‖², the share of the adapter that is in the new weights; 1 is all of it.
     """
 
@@ -41,27 +44,23 @@ class MergeLoss:
     kept: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: kept {self.kept:.1%} of the adapter, error {self.adapter:.3g} ‖Δ‖ = {self.weights:.3g} ‖W‖"
-        )
+        errors = f"{self.adapter:.3g} ‖Δ‖ = {self.weights:.3g} ‖W + Δ‖"
+        return f"{self.name}: kept {self.kept:.1%} of the adapter, error {errors}"
 
 
-def merge_adapters(model: nn.Module, scale_mode: str = "floor") -> tuple[nn.Module, list[MergeLoss]]:
+def merge_adapters(model: nn.Module) -> tuple[nn.Module, list[MergeLoss]]:
     """Merge the active adapters into the packed weights, in place, by quantising the sums again.
 
     Args:
         model: a `PeftModel` with packed experts, whose other adapters PEFT merges as always; or a model whose packed
             experts own their adapters.
-        scale_mode: of the quantisation, see `encode_mxfp4`; blocks that an adapter leaves alone keep their bytes.
 
     Returns:
         The model without adapters, and the loss of every projection that had one.
 
     Raises:
-        ValueError: `scale_mode` is unknown, or no packed experts have an active adapter.
+        ValueError: no packed experts have an active adapter.
     """
-    if scale_mode not in SCALE_MODES:
-        raise ValueError(f"scale_mode is {scale_mode!r}; expected one of {', '.join(SCALE_MODES)}")
     found = {name: unwrap_adapters(module) for name, module in model.named_modules() if _is_outermost(name, module)}
     found |= {
         name: (module, module.own_adapters())
@@ -73,7 +72,7 @@ def merge_adapters(model: nn.Module, scale_mode: str = "floor") -> tuple[nn.Modu
     losses = []
     for name, (experts, adapters) in found.items():
         for projection in (p for p in PROJECTIONS if p in adapters):
-            losses.append(_merge(f"{name}.{projection}", experts, projection, adapters[projection], scale_mode))
+            losses.append(_merge(f"{name}.{projection}", experts, projection, adapters[projection]))
         if experts.rank:
             experts.remove_lora()
         else:
@@ -90,7 +89,7 @@ def _is_outermost(name: str, module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _merge(name: str, experts: PackedExperts, projection: str, lora: LoRA, scale_mode: str) -> MergeLoss:
+def _merge(name: str, experts: PackedExperts, projection: str, lora: LoRA) -> MergeLoss:
     """One projection, expert by expert, in fp64."""
     stack = experts.packed_weights(projection)
     A, B = (part.detach().double() for part in (lora.A, lora.B))
@@ -99,7 +98,7 @@ def _merge(name: str, experts: PackedExperts, projection: str, lora: LoRA, scale
     for e in range(stack.E):
         before = stack.select(torch.tensor([e], device=stack.device))
         W, delta = decode_mxfp4(before, torch.float64), (lora.scaling * B[:, e] @ A[e])[None]
-        after = _encode_changed(before, W, delta, scale_mode)
+        after = _nearest(before, W, W + delta)
         stack.packed[e], stack.scales[e] = after.packed[0], after.scales[0]
         gained = decode_mxfp4(after, torch.float64) - W
         error += float((gained - delta).square().sum())
@@ -111,9 +110,19 @@ def _merge(name: str, experts: PackedExperts, projection: str, lora: LoRA, scale
     return MergeLoss(name, math.sqrt(error / total), math.sqrt(error / delta_norm), kept / delta_norm)
 
 
-def _encode_changed(before: MXWeights, W: Tensor, delta: Tensor, scale_mode: str) -> MXWeights:
-    """W + Δ in MXFP4; blocks without a change keep their bytes."""
-    after = encode_mxfp4(W + delta, scale_mode)
-    same = (delta == 0).unflatten(-1, (-1, MX_BLOCK_SIZE)).all(-1)
-    packed = torch.where(same.repeat_interleave(MX_BLOCK_SIZE // 2, -1), before.packed, after.packed)
-    return MXWeights(packed, torch.where(same, before.scales, after.scales), before.K, before.N)
+def _nearest(before: MXWeights, W: Tensor, wanted: Tensor) -> MXWeights:
+    """The MXFP4 weights nearest to `wanted`, block by block, among what the scale modes give and the bytes before."""
+    packed, scales, least = before.packed, before.scales, _block_errors(W, wanted)
+    for mode in SCALE_MODES:
+        after = encode_mxfp4(wanted, mode)
+        error = _block_errors(decode_mxfp4(after, torch.float64), wanted)
+        better = error < least
+        packed = torch.where(better.repeat_interleave(MX_BLOCK_SIZE // 2, -1), after.packed, packed)
+        scales, least = torch.where(better, after.scales, scales), torch.where(better, error, least)
+    return MXWeights(packed, scales, before.K, before.N)
+
+
+def _block_errors(got: Tensor, wanted: Tensor) -> Tensor:
+    """Squared distance of every block, [E, N, K/32]."""
+    squares: Tensor = (got - wanted).square().unflatten(-1, (-1, MX_BLOCK_SIZE))
+    return squares.sum(-1)
