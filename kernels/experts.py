@@ -141,7 +141,8 @@ class PackedExperts(nn.Module):
 
     The codes and scales are buffers under their gpt-oss checkpoint names (`gate_up_proj_blocks`, …), so no optimiser,
     no cast and no gradient reaches them, and `state_dict` holds what a gpt-oss checkpoint holds. Only the adapters,
-    if any, and the biases are parameters.
+    if any, and the biases are parameters. (Under DistributedDataParallel give `broadcast_buffers=False`: the packed
+    weights never change, and would be sent anew in every step.)
 
     Attributes:
         num_experts: E.

@@ -14,9 +14,10 @@ PROCESSES = 2
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch has no gloo")
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broadcast", [True, False], ids=["buffers broadcast", "buffers left alone"])
+def test_two_processes_train_as_one(tmp_path: Path, broadcast: bool) -> None:
     """Every step's gradient is the mean of the processes' own; half of the experts sees one process's tokens only."""
-    multiprocessing.spawn(ddp_training.train, (PROCESSES, str(tmp_path)), nprocs=PROCESSES)
+    multiprocessing.spawn(ddp_training.train, (PROCESSES, str(tmp_path), broadcast), nprocs=PROCESSES)
     runs: list[dict[str, Any]] = [torch.load(tmp_path / f"{process}.pt") for process in range(PROCESSES)]
     model = ddp_training.packed_model()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -45,13 +45,13 @@ def loss_of(model: nn.Module, process: int, step: int) -> Tensor:
     return out.square().mean()
 
 
-def train(process: int, processes: int, directory: str) -> None:
+def train(process: int, processes: int, directory: str, broadcast_buffers: bool) -> None:
     """One process of the run: gradients of every step, then parameters and buffers, in `directory`/{process}.pt."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{directory}/meeting", rank=process, world_size=processes)
     try:
         model = packed_model()
-        parallel = DistributedDataParallel(model)
+        parallel = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         gradients: list[dict[str, Tensor]] = []
         for step in range(STEPS):
