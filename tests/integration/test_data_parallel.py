@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,23 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 PROCESSES = 2
+TIMEOUT = 240
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("broadcast", [True, False], ids=["buffers broadcast", "buffers left alone"])
 def test_two_processes_train_as_one(tmp_path: Path, broadcast: bool) -> None:
     """Every step's gradient is the mean of the processes' own; half of the experts sees one process's tokens only."""
-    multiprocessing.spawn(ddp_training.train, (PROCESSES, str(tmp_path), broadcast), nprocs=PROCESSES)
+    context = multiprocessing.spawn(
+        ddp_training.train, (PROCESSES, str(tmp_path), broadcast), nprocs=PROCESSES, join=False
+    )
+    assert context is not None
+    deadline = time.monotonic() + TIMEOUT
+    while not context.join(timeout=1):  # re-raises what a process raised; true once all have ended
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"the processes did not end within {TIMEOUT} s")
     runs: list[dict[str, Any]] = [torch.load(tmp_path / f"{process}.pt") for process in range(PROCESSES)]
     model = ddp_training.packed_model()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

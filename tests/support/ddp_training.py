@@ -61,5 +61,7 @@ def train(process: int, processes: int, directory: str, broadcast_buffers: bool)
             optimiser.step()
         found: dict[str, Any] = {"gradients": gradients, "state": model.state_dict()}
         torch.save(found, Path(directory) / f"{process}.pt")
+        del parallel  # its hooks hold the group
+        distributed.barrier()  # neither closes connections that the other still reads
     finally:
         distributed.destroy_process_group()
