@@ -31,7 +31,7 @@ from mxref.kernels.slots import combine, spread
 from mxref.problem import Problem
 from mxref.weights import MXWeights
 
-__all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
+__all__ = ["Prepared", "ScatterMoELoRA", "parallel_linear_lora"]
 
 
 def parallel_linear_lora(
@@ -142,6 +142,80 @@ class _Call:
         return torch.empty(shape, dtype=compute_dtype(dtype), device=self.routing.offsets.device)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """One validated call with its operands as the kernels take them; both passes start from it.
+
+    Attributes:
+        problem: the caller's operands.
+        call: what the backward pass needs.
+        rows: x.
+        adapter: A and B beside the forward's product.
+        bias, gate: as kernel operands.
+    """
+
+    problem: Problem
+    call: _Call
+    rows: Tensor
+    adapter: Adapter | None
+    bias: Tensor | None
+    gate: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        use_fused_dX: bool,
+        use_fused_gather: bool,
+        validate: bool = False,
+        config: Config | None = None,
+    ) -> Prepared:
+        """Validate a call; see `parallel_linear_lora` for what it raises."""
+        config = check_problem(problem, validate, config)
+        x, weights, gates = problem.inputs, problem.expert_weights, problem.gates
+        k, grouped_in = problem.k, problem.grouped_in
+        rows, fan_in = operand(x), None if grouped_in else k
+        weight = weights if isinstance(weights, MXWeights) else _dense(weights)
+        routing = routing_of(problem.sorted_scattered_idxs, problem.expert_offsets)
+        named = {name: getattr(problem, name) for name in ("lora_A", "lora_B", "expert_biases", "gates")}
+        call = _Call(
+            routing,
+            config,
+            weight,
+            x.dtype,
+            problem.scaling,
+            fan_in,
+            problem.grouped_out,
+            use_fused_dX or config.hopper,
+            use_fused_gather or config.hopper,
+            {name: (p.shape, p.dtype) for name, p in named.items() if p is not None},
+        )
+        adapter = Adapter.of(problem.lora_A, problem.lora_B, problem.scaling, routing.E, x.dtype)
+        bias = None if problem.expert_biases is None else operand(problem.expert_biases)
+        gate = None if gates is None else operand(gates.to(x.dtype))
+        return cls(problem, call, rows, adapter, bias, gate)
+
+    def forward(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The layer's output; Z; and Y [P, N], which is the output where there are no gates."""
+        problem, call = self.problem, self.call
+        rows, adapter, bias, gate = self.rows, self.adapter, self.bias, self.gate
+        routing, config, weight = call.routing, call.config, call.weight
+        fan_in, grouped_out = call.fan_in, call.in_order
+        z = adapter.project(rows, routing, config, fan_in) if adapter else None
+        lora = adapter.share(z) if adapter and z is not None else None
+        y = rows.new_empty(problem.P, problem.N)
+        fan_out = None if grouped_out or gate is not None else 1
+        matrix = PackedMatrix(weight, call.dtype) if isinstance(weight, MXWeights) else weight
+        grouped_matmul(rows, matrix, routing, config, y, fan_in, fan_out, lora, bias)
+        out = y if gate is None else combine(y, routing, y.new_empty(gate.shape[0], problem.N), gate)
+        return out, z, y
+
+    def saved(self, z: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The tensors that `ScatterMoELoRA.backward` reads; `y` only if the gates need their gradient."""
+        down, up = (self.adapter.down, self.adapter.up) if self.adapter else (None, None)
+        return self.rows, down, up, self.gate, z, y
+
+
 class ScatterMoELoRA(torch.autograd.Function):
     """The layer as an autograd function: gradients for x, A, B, biases and gates, each only if asked for."""
 
@@ -182,38 +256,10 @@ class ScatterMoELoRA(torch.autograd.Function):
             grouped_in,
             grouped_out,
         )
-        config = check_problem(problem, validate, config)
-        routing = routing_of(sorted_scattered_idxs, expert_offsets)
-        rows, fan_in = operand(x), None if grouped_in else k
-        weight = expert_weights if isinstance(expert_weights, MXWeights) else _dense(expert_weights)
-        bias = None if expert_biases is None else operand(expert_biases)
-        gate = None if gates is None else operand(gates.to(x.dtype))
-
-        adapter = Adapter.of(lora_A, lora_B, scaling, routing.E, x.dtype)
-        z = adapter.project(rows, routing, config, fan_in) if adapter else None
-        lora = adapter.share(z) if adapter and z is not None else None
-        y = rows.new_empty(problem.P, problem.N)
-        fan_out = None if grouped_out or gate is not None else 1
-        matrix = PackedMatrix(weight, x.dtype) if isinstance(weight, MXWeights) else weight
-        grouped_matmul(rows, matrix, routing, config, y, fan_in, fan_out, lora, bias)
-        out = y if gate is None else combine(y, routing, y.new_empty(gate.shape[0], problem.N), gate)
-
-        down, up = (adapter.down, adapter.up) if adapter else (None, None)
-        ctx.save_for_backward(rows, down, up, gate, z, y if ctx.needs_input_grad[10] else None)
-        named = {"lora_A": lora_A, "lora_B": lora_B, "expert_biases": expert_biases, "gates": gates}
-        parameters = {name: (p.shape, p.dtype) for name, p in named.items() if p is not None}
-        ctx.call = _Call(
-            routing,
-            config,
-            weight,
-            x.dtype,
-            scaling,
-            fan_in,
-            grouped_out,
-            use_fused_dX or config.hopper,
-            use_fused_gather or config.hopper,
-            parameters,
-        )
+        prepared = Prepared.of(problem, use_fused_dX, use_fused_gather, validate, config)
+        out, z, y = prepared.forward()
+        ctx.save_for_backward(*prepared.saved(z, y if ctx.needs_input_grad[10] else None))
+        ctx.call = prepared.call
         return out
 
     @staticmethod

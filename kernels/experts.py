@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mxref.kernels.library import expert_linear
+from mxref.kernels.operands import MAX_RANK
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights
 
-__all__ = ["PROJECTIONS", "LoRA", "PackedExperts", "Projection", "routed_experts"]
+__all__ = ["PROJECTIONS", "LoRA", "PackedExperts", "Projection", "check_adapter", "routed_experts"]
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -29,6 +30,41 @@ class LoRA:
     A: Tensor
     B: Tensor
     scaling: float
+
+    @classmethod
+    def joined(cls, adapters: Sequence[LoRA], num_experts: int) -> LoRA:
+        """One adapter whose product is the sum of the given ones', their ranks side by side; differentiable.
+
+        The layer has one scaling, which it applies to the sum in the accumulator. Scalings that differ by powers of
+        two are evened out in B, where such a factor is exact; others would need a rounding that nobody declared.
+
+        Args:
+            adapters: at least one, of any ranks.
+            num_experts: E.
+
+        Raises:
+            ValueError: the scalings' ratios are not powers of two.
+        """
+        scaling = min((adapter.scaling for adapter in adapters), key=abs)
+        if any(
+            adapter.scaling != scaling and not _power_of_two_ratio(adapter.scaling, scaling) for adapter in adapters
+        ):
+            raise ValueError(
+                f"the active adapters have scalings {[adapter.scaling for adapter in adapters]}, whose ratios are not "
+                "powers of two; activate one at a time with set_adapter, or choose r and lora_alpha so that they agree"
+            )
+        A = [adapter.A.unflatten(0, (num_experts, -1)) for adapter in adapters]
+        B = [
+            (adapter.B if adapter.scaling == scaling else adapter.B * (adapter.scaling / scaling)).unflatten(
+                1, (num_experts, -1)
+            )
+            for adapter in adapters
+        ]
+        return cls(torch.cat(A, 1).flatten(0, 1), torch.cat(B, 2).flatten(1), scaling)
+
+
+def _power_of_two_ratio(a: float, b: float) -> bool:
+    return a != 0 and b != 0 and abs(math.frexp(a / b)[0]) == 0.5
 
 
 @dataclass(frozen=True)
@@ -81,12 +117,32 @@ def routed_experts(
     return out.to(x.dtype)
 
 
+def check_adapter(rank: Any, alpha: Any = None, dtype: torch.dtype = torch.float32) -> None:
+    """Whether the kernels can have an adapter like this.
+
+    Raises:
+        TypeError: `rank` is no integer, `alpha` no number, or `dtype` no floating-point type of 16 bits or more.
+        ValueError: `rank` is not in 1..128, or `alpha` is not finite.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank is {rank!r}; expected an integer")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank is {rank}; the kernels take ranks 1 to {MAX_RANK}")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
+        raise TypeError(f"alpha is {alpha!r}; expected a number, or None for alpha = rank")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; expected a finite number")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"the adapters' dtype is {dtype}; expected bf16, fp16 or fp32")
+
+
 class PackedExperts(nn.Module):
     """All experts of one MoE layer, packed in MXFP4; a drop-in for a transformers experts module.
 
     The codes and scales are buffers under their gpt-oss checkpoint names (`gate_up_proj_blocks`, …), so no optimiser,
     no cast and no gradient reaches them, and `state_dict` holds what a gpt-oss checkpoint holds. Only the adapters,
-    if any, and the biases are parameters.
+    if any, and the biases are parameters. (Under DistributedDataParallel give `broadcast_buffers=False`: the packed
+    weights never change, and would be sent anew in every step.)
 
     Attributes:
         num_experts: E.
@@ -104,8 +160,19 @@ class PackedExperts(nn.Module):
         biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        for name, weights in (("gate_up", gate_up), ("down", down)):
+            if not isinstance(weights, MXWeights):
+                raise TypeError(f"{name} is {type(weights).__name__}; expected MXWeights")
         if gate_up.E != down.E:
             raise ValueError(f"gate_up holds {gate_up.E} experts and down {down.E}; expected the same number")
+        if gate_up.K != down.N:
+            raise ValueError(
+                f"gate_up reads {gate_up.K} columns and down gives {down.N}; expected the hidden size in both"
+            )
+        if not callable(activation):
+            raise TypeError(f"activation is {type(activation).__name__}; expected a function [P, 2I] -> [P, I]")
+        if unknown := set(biases or {}) - set(PROJECTIONS):
+            raise ValueError(f"biases holds {sorted(unknown)}; expected some of {', '.join(PROJECTIONS)}")
         self.num_experts = gate_up.E
         self.rank = 0
         self._activation = activation
@@ -128,10 +195,11 @@ class PackedExperts(nn.Module):
             dtype: of the parameters and of their gradients.
 
         Raises:
-            ValueError: `rank` is below 1, or there are adapters already.
+            TypeError, ValueError: as `check_adapter`; also if there are adapters already.
         """
-        if self.rank or rank < 1:
-            raise ValueError(f"rank is {rank}, adapters present: rank {self.rank}; expected rank >= 1 and none present")
+        check_adapter(rank, alpha, dtype)
+        if self.rank:
+            raise ValueError(f"there are adapters of rank {self.rank} already; call remove_lora() first")
         self.rank, self._scaling = rank, (rank if alpha is None else alpha) / rank
         for name in PROJECTIONS:
             E, K, N = self.shape(name)
@@ -142,8 +210,27 @@ class PackedExperts(nn.Module):
             B = torch.zeros(N, E * rank, dtype=dtype, device=device)
             self.register_parameter(f"{name}_lora_B", nn.Parameter(B))
 
+    def remove_lora(self) -> None:
+        """Drop the module's own adapters, if any."""
+        for name in PROJECTIONS if self.rank else ():
+            delattr(self, f"{name}_lora_A")
+            delattr(self, f"{name}_lora_B")
+        self.rank, self._scaling = 0, 1.0
+
+    def own_adapters(self) -> dict[str, LoRA]:
+        """The module's own adapters by projection; empty without."""
+        if not self.rank:
+            return {}
+        pairs = {n: (getattr(self, f"{n}_lora_A"), getattr(self, f"{n}_lora_B")) for n in PROJECTIONS}
+        return {name: LoRA(A, B, self._scaling) for name, (A, B) in pairs.items()}
+
     def shape(self, name: str) -> tuple[int, int, int]:
-        """(E, K, N) of a projection."""
+        """(E, K, N) of a projection.
+
+        Raises:
+            ValueError: `name` is no projection.
+        """
+        _check_projection(name)
         E, N, blocks, half = self.get_buffer(f"{name}_blocks").shape
         return E, 2 * blocks * half, N
 
@@ -153,8 +240,7 @@ class PackedExperts(nn.Module):
         Raises:
             ValueError: `name` is no projection.
         """
-        if name not in PROJECTIONS:
-            raise ValueError(f"name is {name!r}; expected one of {', '.join(PROJECTIONS)}")
+        _check_projection(name)
         return MXWeights.from_gpt_oss(self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
 
     def forward(
@@ -164,8 +250,16 @@ class PackedExperts(nn.Module):
         top_k_weights: Tensor,
         adapters: Mapping[str, LoRA] | None = None,
     ) -> Tensor:
-        """[M, H], experts [M, k], gates [M, k] -> [M, H]; `adapters` by projection replace the module's own."""
-        lora = self._own_adapters() if adapters is None else adapters
+        """[M, H], experts [M, k], gates [M, k] -> [M, H]; `adapters` by projection replace the module's own.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the weights, see `parallel_linear_lora`.
+        """
+        for name, adapter in (adapters or {}).items():
+            _check_projection(name)
+            if not isinstance(adapter, LoRA):
+                raise TypeError(f"adapters[{name!r}] is {type(adapter).__name__}; expected LoRA")
+        lora = self.own_adapters() if adapters is None else adapters
         gate_up, down = (self._projection(name, lora.get(name)) for name in PROJECTIONS)
         return routed_experts(hidden_states, top_k_index, top_k_weights, gate_up, down, self._activation)
 
@@ -174,12 +268,11 @@ class PackedExperts(nn.Module):
         shapes = ", ".join(f"{name} {self.shape(name)}" for name in PROJECTIONS)
         return f"MXFP4 [E, K, N]: {shapes}, rank={self.rank}"
 
-    def _own_adapters(self) -> dict[str, LoRA]:
-        if not self.rank:
-            return {}
-        pairs = {n: (getattr(self, f"{n}_lora_A"), getattr(self, f"{n}_lora_B")) for n in PROJECTIONS}
-        return {name: LoRA(A, B, self._scaling) for name, (A, B) in pairs.items()}
-
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
         blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
         return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora)
+
+
+def _check_projection(name: str) -> None:
+    if name not in PROJECTIONS:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(PROJECTIONS)}")

@@ -56,8 +56,8 @@ def selective_expert_weights(module: nn.Module, name: str, active: Tensor) -> Te
         [a, N, K]: of the dtype that the weights were quantised from, or of the dense parameter, differentiable.
 
     Raises:
-        TypeError: the parameter holds elements that are neither floating point nor MXFP4.
-        ValueError: `module` has no weights of that name, or they are not a stack of matrices.
+        TypeError: the parameter holds elements that are neither floating point nor MXFP4, or `active` no integers.
+        ValueError: `module` has no weights of that name, they are not a stack of matrices, or `active` does not fit.
     """
     packed = getattr(module, "packed_weights", None)
     if packed is not None:
@@ -71,7 +71,8 @@ def selective_expert_weights(module: nn.Module, name: str, active: Tensor) -> Te
         raise TypeError(f"{name} is {parameter.dtype}; expected bf16, fp16 or fp32 weights, or a torchao MXTensor")
     if parameter.ndim != 3:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}; expected a stack of matrices, one an expert")
-    chosen = parameter[active]
+    _check_active(active, parameter.shape[0])
+    chosen = parameter[active.to(parameter.device)]
     return chosen.mT if getattr(module, "is_transposed", False) else chosen
 
 
@@ -80,7 +81,10 @@ def mxfp4_param(weights: MXWeights) -> nn.Parameter:
 
     Raises:
         ImportError: torchao is missing or too old.
+        TypeError: `weights` is no MXWeights.
     """
+    if not isinstance(weights, MXWeights):
+        raise TypeError(f"weights is {type(weights).__name__}; expected MXWeights")
     require_torchao()
     return nn.Parameter(weights.to_torchao(), requires_grad=False)
 
@@ -105,6 +109,15 @@ def _held(p: Any) -> Any:
     if not _is_mx_tensor(p):
         raise TypeError(f"mx_param is {type(p).__name__}; expected a torchao MXTensor or a parameter that holds one")
     return p
+
+
+def _check_active(active: Tensor, experts: int) -> None:
+    if active.is_floating_point() or active.dtype == torch.bool:
+        raise TypeError(f"active is {active.dtype}; expected integer expert ids")
+    if active.ndim != 1:
+        raise ValueError(f"active has shape {tuple(active.shape)}; expected [a], a list of expert ids")
+    if active.device.type == "cpu" and active.numel() and not 0 <= int(active.min()) <= int(active.max()) < experts:
+        raise ValueError(f"active holds ids {int(active.min())}..{int(active.max())}; expected 0..{experts - 1}")
 
 
 def _decode(weights: MXWeights) -> Tensor:

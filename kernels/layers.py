@@ -58,7 +58,12 @@ class HFScatterMoEGatedMLP(nn.Module):
 
 
 def softmax_topk(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-    """Gates and experts [M, k]: the k largest of softmax(logits) in fp32, summing to 1 if `normalise`."""
+    """Gates and experts [M, k]: the k largest of softmax(logits) in fp32, summing to 1 if `normalise`.
+
+    Raises:
+        ValueError: `logits` is not [M, E], or `top_k` is not in 1..E.
+    """
+    _check_choice(logits, top_k)
     gates, experts = torch.topk(F.softmax(logits, dim=-1, dtype=torch.float32), top_k, dim=-1)
     return gates / gates.sum(dim=-1, keepdim=True) if normalise else gates, experts
 
@@ -82,7 +87,18 @@ def sigmoid_topk(
         routed_scaling: factor of the gates.
         groups: the experts fall in so many groups; a group counts with its two best.
         top_groups: groups that a token may choose from.
+
+    Raises:
+        ValueError: a shape or a number does not fit the others.
     """
+    _check_choice(logits, top_k)
+    E = logits.shape[1]
+    if tuple(bias.shape) != (E,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; logits of shape {tuple(logits.shape)} need {(E,)}")
+    if groups < 1 or E % groups or not 1 <= top_groups <= groups:
+        raise ValueError(f"groups is {groups} and top_groups {top_groups}; expected a divisor of {E}, and 1 to as many")
+    if top_k > top_groups * (E // groups):
+        raise ValueError(f"top_k is {top_k}; {top_groups} of {groups} groups hold {top_groups * (E // groups)} experts")
     scores = logits.float().sigmoid()
     choice = scores.detach() + bias.float()
     if groups > 1:
@@ -97,11 +113,20 @@ def sigmoid_topk(
     return gates * routed_scaling, experts
 
 
+def _check_choice(logits: Tensor, top_k: int) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [M, E]")
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k is {top_k}; expected 1 to {logits.shape[1]}, the number of experts")
+
+
 def unwrap_adapters(experts: nn.Module) -> tuple[Any, dict[str, LoRA]]:
     """Through PEFT's nested ParamWrappers to the experts module, with the active adapters by parameter name.
 
+    Several active adapters act as their sum, see `LoRA.joined`.
+
     Raises:
-        ValueError: an adapter is merged, or more than one is active.
+        ValueError: an adapter is merged, or the active adapters' scalings cannot be joined.
     """
     found: dict[str, LoRA] = {}
     module: Any = experts
@@ -109,17 +134,37 @@ def unwrap_adapters(experts: nn.Module) -> tuple[Any, dict[str, LoRA]]:
         if module.merged:
             raise ValueError(f"an adapter is merged into {module.parameter_name}; call unmerge_adapter first")
         active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
-        if len(active) > 1:
-            raise ValueError(f"{len(active)} adapters are active on {module.parameter_name}; expected one: set_adapter")
-        for name in active:
-            A, B = module.lora_A[name].weight, module.lora_B[name].weight
-            found[module.parameter_name] = LoRA(A, expert_major(B, module.num_experts), float(module.scaling[name]))
+        adapters = [
+            LoRA(
+                module.lora_A[name].weight,
+                expert_major(module.lora_B[name].weight, module.num_experts),
+                float(module.scaling[name]),
+            )
+            for name in active
+        ]
+        if adapters:
+            found[module.parameter_name] = _joined(adapters, module, active)
         module = module.base_layer
     return module, found
 
 
+def _joined(adapters: list[LoRA], module: Any, names: list[str]) -> LoRA:
+    if len(adapters) == 1:
+        return adapters[0]
+    try:
+        return LoRA.joined(adapters, module.num_experts)
+    except ValueError as error:
+        raise ValueError(f"{module.parameter_name} with {', '.join(names)}: {error}") from None
+
+
 def expert_major(B: Tensor, num_experts: int) -> Tensor:
-    """PEFT's rank-major B [N, r·E] with its columns by expert, [N, E·r]; differentiable."""
+    """PEFT's rank-major B [N, r·E] with its columns by expert, [N, E·r]; differentiable.
+
+    Raises:
+        ValueError: `B` is no matrix whose columns are a multiple of `num_experts`.
+    """
+    if B.ndim != 2 or B.shape[1] % num_experts:
+        raise ValueError(f"B has shape {tuple(B.shape)}; expected [N, r·E] with E = {num_experts}")
     return B.reshape(B.shape[0], -1, num_experts).mT.reshape(B.shape)
 
 

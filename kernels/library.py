@@ -3,9 +3,8 @@
     mxref::scattermoe_lora            forward; opaque to the compiler, with a fake and an autograd registration
     mxref::scattermoe_lora_backward   its gradients
 
-Compiled graphs carry tensors only, and the operator's one result is its output. So the backward operator runs the
-forward again before it differentiates: the bits are those of the eager layer, the price is one more forward. Eager
-calls do not come here.
+The bits are those of the eager layer, and so is the work: compiled graphs carry tensors, so the forward operator also
+returns what its backward reads, Z and (with gates) Y. Eager calls do not come here.
 """
 
 from __future__ import annotations
@@ -15,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxref.kernels.autograd import ScatterMoELoRA, parallel_linear_lora
+from mxref.kernels.autograd import Prepared, ScatterMoELoRA, parallel_linear_lora
 from mxref.kernels.launch import compute_dtype
+from mxref.problem import Problem
 from mxref.weights import MXWeights
 
 __all__ = ["expert_linear"]
 
 _INPUTS, _LORA_A, _LORA_B, _BIASES, _GATES = 0, 6, 7, 9, 10
 """Places of the differentiable operands among the arguments of `ScatterMoELoRA`."""
+
+_OPERANDS = (0, 7, 8, 10, 11)
+"""The same among the operators' arguments: x, A, B, biases and gates."""
 
 
 def expert_linear(
@@ -66,7 +69,7 @@ def expert_linear(
         use_fused_gather,
     )
     if torch.compiler.is_compiling():
-        out: Tensor = scattermoe_lora(x, weight, scales, k, *order, *extras)
+        out: Tensor = scattermoe_lora(x, weight, scales, k, *order, *extras)[0]
         return out
     return parallel_linear_lora(x, _weights(weight, scales), k, *order, *extras)
 
@@ -89,10 +92,9 @@ def scattermoe_lora(
     grouped_out: bool,
     use_fused_dX: bool,
     use_fused_gather: bool,
-) -> Tensor:
-    """See `expert_linear`."""
-    out: Tensor = ScatterMoELoRA.forward(
-        _Tape(),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's output, see `expert_linear`; Z [P, r]; and with gates Y [P, N]. [0] in the place of what is not."""
+    problem = Problem(
         x,
         _weights(weight, scales),
         k,
@@ -106,22 +108,25 @@ def scattermoe_lora(
         gates,
         grouped_in,
         grouped_out,
-        use_fused_dX,
-        use_fused_gather,
     )
-    return out
+    out, z, y = Prepared.of(problem, use_fused_dX, use_fused_gather).forward()
+    return out, out.new_empty(0) if z is None else z, out.new_empty(0) if gates is None else y
 
 
 @scattermoe_lora.register_fake
 def _(x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):
-    rows = experts.shape[0] if gates is None else gates.shape[0]
-    columns = weight.shape[2] if scales is None else weight.shape[1]
-    return x.new_empty(rows, columns, dtype=compute_dtype(x.dtype))
+    P, N = experts.shape[0], weight.shape[2] if scales is None else weight.shape[1]
+    dtype = compute_dtype(x.dtype)
+    out = x.new_empty(P if gates is None else gates.shape[0], N, dtype=dtype)
+    z = out.new_empty(0) if A is None else out.new_empty(P, A.shape[0] // offsets.shape[0])
+    return out, z, out.new_empty(0) if gates is None else out.new_empty(P, N)
 
 
 @torch.library.custom_op("mxref::scattermoe_lora_backward", mutates_args=())
 def scattermoe_lora_backward(
     grad_out: Tensor,
+    z: Tensor,
+    y: Tensor,
     needs: list[bool],
     x: Tensor,
     weight: Tensor,
@@ -140,11 +145,13 @@ def scattermoe_lora_backward(
     use_fused_dX: bool,
     use_fused_gather: bool,
 ) -> list[Tensor]:
-    """Gradients of x, A, B, biases and gates, in the operands' own dtypes; [0] in the place of one not needed."""
+    """Gradients of x, A, B, biases and gates, in the operands' own dtypes; [0] in the place of one not needed.
+
+    z and y are the forward operator's; y may be [0] if the gates' gradient is not needed.
+    """
     operands = {_INPUTS: x, _LORA_A: lora_A, _LORA_B: lora_B, _BIASES: expert_biases, _GATES: gates}
-    tape = _Tape([needed and operand is not None for needed, operand in zip(needs, operands.values(), strict=True)])
-    ScatterMoELoRA.forward(
-        tape,
+    needed = [need and operand is not None for need, operand in zip(needs, operands.values(), strict=True)]
+    problem = Problem(
         x,
         _weights(weight, scales),
         k,
@@ -158,9 +165,9 @@ def scattermoe_lora_backward(
         gates,
         grouped_in,
         grouped_out,
-        use_fused_dX,
-        use_fused_gather,
     )
+    prepared = Prepared.of(problem, use_fused_dX, use_fused_gather)
+    tape = _Tape(needed, prepared.call, prepared.saved(z, y))
     found = ScatterMoELoRA.backward(tape, grad_out)
     gradients = []
     for place, operand in operands.items():
@@ -173,7 +180,7 @@ def scattermoe_lora_backward(
 
 
 @scattermoe_lora_backward.register_fake
-def _(grad, needs, x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):
+def _(grad, z, y, needs, x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):
     operands = zip((x, A, B, bias, gates), needs, strict=True)
     return [
         x.new_empty(0) if operand is None or not needed else operand.new_empty(operand.shape)
@@ -182,16 +189,12 @@ def _(grad, needs, x, weight, scales, k, experts, positions, offsets, A, B, scal
 
 
 class _Tape:
-    """What `ScatterMoELoRA`'s two halves need of an autograd context."""
+    """What `ScatterMoELoRA.backward` needs of an autograd context."""
 
-    def __init__(self, needs: list[bool] | None = None):
-        wanted = dict(zip((_INPUTS, _LORA_A, _LORA_B, _BIASES, _GATES), needs or [False] * 5, strict=True))
+    def __init__(self, needs: list[bool], call: Any, saved: tuple[Tensor | None, ...]):
+        wanted = dict(zip((_INPUTS, _LORA_A, _LORA_B, _BIASES, _GATES), needs, strict=True))
         self.needs_input_grad = tuple(wanted.get(place, False) for place in range(17))
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keep what the backward half asks for."""
-        self.saved_tensors = tensors
+        self.saved_tensors, self.call = saved, call
 
 
 def _weights(weight: Tensor, scales: Tensor | None) -> Tensor | MXWeights:
@@ -200,22 +203,25 @@ def _weights(weight: Tensor, scales: Tensor | None) -> Tensor | MXWeights:
     return MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, z, y = output
+    ctx.mark_non_differentiable(z, y)
+    kept = y if ctx.needs_input_grad[_OPERANDS[-1]] else y.new_empty(0)
     tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, Tensor)}
     ctx.places = tuple(tensors)
-    ctx.save_for_backward(*tensors.values())
+    ctx.save_for_backward(z, kept, *tensors.values())
     ctx.others = {i: value for i, value in enumerate(inputs) if i not in tensors}
     ctx.count = len(inputs)
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    by_place = {**dict(zip(ctx.places, ctx.saved_tensors, strict=True)), **ctx.others}
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    z, y, *tensors = ctx.saved_tensors
+    by_place = {**dict(zip(ctx.places, tensors, strict=True)), **ctx.others}
     inputs = [by_place[i] for i in range(ctx.count)]
-    differentiable = (0, 7, 8, 10, 11)  # x, A, B, biases and gates among the operator's arguments
-    needs = [bool(ctx.needs_input_grad[i]) for i in differentiable]
-    found = scattermoe_lora_backward(grad_out, needs, *inputs)
+    needs = [bool(ctx.needs_input_grad[i]) for i in _OPERANDS]
+    found = scattermoe_lora_backward(grad_out, z, y, needs, *inputs)
     gradients: list[Tensor | None] = [None] * ctx.count
-    for i, needed, gradient in zip(differentiable, needs, found, strict=True):
+    for i, needed, gradient in zip(_OPERANDS, needs, found, strict=True):
         gradients[i] = gradient if needed else None
     return tuple(gradients)
 

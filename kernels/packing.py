@@ -18,7 +18,8 @@ from mxref.deepseek_checkpoint import (
     list_deepseek_expert_tensors,
     read_deepseek_expert_weights,
 )
-from mxref.kernels.experts import PROJECTIONS, PackedExperts
+from mxref.formats import SCALE_MODES
+from mxref.kernels.experts import PROJECTIONS, PackedExperts, check_adapter
 from mxref.kernels.interop import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
@@ -32,9 +33,13 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     either orientation, gate and up halves or interleaved, with or without biases.
 
     Raises:
-        TypeError: an experts module is of another kind; the message says which and why.
-        ValueError: the model has no experts module.
+        TypeError: `model` is no module, or an experts module is of another kind; the message says which and why.
+        ValueError: the model has no experts module, or its experts are packed already.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a transformers model")
+    if packed := next((name for name, m in model.named_modules() if isinstance(m, PackedExperts)), None):
+        raise ValueError(f"{packed} is packed already")
     found = {name: m for name, m in model.named_modules() if hasattr(m, "down_proj") and _is_stack(m.down_proj)}
     for name, module in found.items():
         if "base_layer" in name.split("."):
@@ -57,6 +62,7 @@ def pack_experts(
     *,
     lora_dtype: torch.dtype = torch.float32,
     scale_mode: str = "floor",
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Replace every experts module of a transformers model by `PackedExperts`; returns the same model.
 
@@ -72,12 +78,19 @@ def pack_experts(
         alpha: scaling is alpha / rank; alpha = rank by default.
         lora_dtype: of the adapters.
         scale_mode: of the quantisation, see `encode_mxfp4`.
+        device: where packed weights and adapters go; by default where a module's dense weights lie, or the CPU if that
+            is the meta device.
 
     Raises:
-        TypeError, ValueError: as `experts_modules`; also for a checkpoint that does not fit the model.
+        TypeError, ValueError: as `experts_modules` and `check_adapter`; also for an unknown `scale_mode`, and a
+            checkpoint that does not fit the model.
         FileNotFoundError: `checkpoint` does not exist.
     """
     modules = experts_modules(model)
+    if rank != 0:
+        check_adapter(rank, alpha, lora_dtype)
+    if scale_mode not in SCALE_MODES:
+        raise ValueError(f"scale_mode is {scale_mode!r}; expected one of {', '.join(SCALE_MODES)}")
     read = read_expert_weights
     if checkpoint is not None:
         deepseek = is_deepseek_checkpoint(checkpoint)
@@ -89,12 +102,12 @@ def pack_experts(
             _check_encodable(name, module)
     for name, module in modules.items():
         source = {f"{name}.{p}": p for p in PROJECTIONS}
-        device = _home(module)
+        home = _home(module) if device is None else torch.device(device)
         if checkpoint is not None:
-            packed = {source[key]: w.to(device) for key, w in read(checkpoint, source)}
+            packed = {source[key]: _own_copy(w, home) for key, w in read(checkpoint, source)}
         else:
-            packed = {p: _encode(module, p, scale_mode) for p in PROJECTIONS}
-        biases = _biases(module, name, checkpoint, device)
+            packed = {p: _encode(module, p, scale_mode).to(home) for p in PROJECTIONS}
+        biases = _biases(module, name, checkpoint, home)
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
             delattr(module, parameter)  # the module lives on behind its activation, without weights
         experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], module._apply_gate, biases)
@@ -163,12 +176,17 @@ def _encode(module: nn.Module, name: str, scale_mode: str) -> MXWeights:
 
 def _biases(module: nn.Module, name: str, checkpoint: str | Path | None, device: torch.device) -> dict[str, Tensor]:
     """The biases that the module has; a checkpoint stands in for those on the meta device."""
-    own = {p: getattr(module, f"{p}_bias", None) for p in PROJECTIONS}
-    found = {p: bias.detach() for p, bias in own.items() if bias is not None}
-    meta = {f"{name}.{p}": p for p, bias in found.items() if bias.is_meta}
-    if meta and checkpoint is not None:
-        found |= {meta[key]: bias.to(device) for key, bias in read_expert_biases(checkpoint, meta)}
-    return found
+    own = {p: bias.detach() for p in PROJECTIONS if (bias := getattr(module, f"{p}_bias", None)) is not None}
+    meta = {f"{name}.{p}": p for p, bias in own.items() if bias.is_meta}
+    stored = read_expert_biases(checkpoint, meta) if meta and checkpoint is not None else ()
+    read = {meta[key]: bias.to(device, own[meta[key]].dtype, copy=True) for key, bias in stored}
+    return {p: read[p] if p in read else bias.to(device) for p, bias in own.items()}
+
+
+def _own_copy(weights: MXWeights, device: torch.device) -> MXWeights:
+    """The weights in memory of their own: what safetensors reads is a window on the file, which may change."""
+    packed, scales = (buffer.to(device, copy=True) for buffer in (weights.packed, weights.scales))
+    return MXWeights(packed, scales, weights.K, weights.N, orig_dtype=weights.orig_dtype)
 
 
 def _home(module: Any) -> torch.device:

@@ -4,10 +4,12 @@
     model = get_peft_model(pack_experts(model, rank=0), LoraConfig(
         target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
 
-The result is an ordinary `PeftModel`: `save_pretrained`, `disable_adapter`, `set_adapter` and the rest are PEFT's, and
-the adapter's names and layouts are those of the same model with dense weights (A [r·E, in] expert-major, B
-[out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a dequantised model, and the reverse;
-`load_peft_model` reads it back. Merging is refused: packed weights cannot take a low-rank sum.
+The result is an ordinary `PeftModel`: `save_pretrained`, `add_adapter`, `load_adapter`, `set_adapter`,
+`disable_adapter` and the rest are PEFT's, and an adapter's names and layouts are those of the same model with dense
+weights (A [r·E, in] expert-major, B [out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a
+dequantised model, and the reverse; `load_peft_model` reads it back. Rank and alpha are each adapter's own; active at
+once, adapters add up if their scalings differ by powers of two (see `LoRA.joined`). Merging is refused: packed weights
+cannot take a low-rank sum; `mxref.kernels.merging.merge_adapters` quantises it again, on request, and reports the loss.
 """
 
 from __future__ import annotations
@@ -20,12 +22,20 @@ from typing import Any, NoReturn
 import peft
 import torch
 from peft.tuners.lora import layer as lora_layer
+from peft.tuners.lora import model as lora_model
 from torch import Tensor, nn
 
-from mxref.kernels.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.experts import PROJECTIONS, PackedExperts, check_adapter
 from mxref.kernels.layers import unwrap_adapters
 
-__all__ = ["ParamWrapper", "get_peft_model", "load_peft_model"]
+__all__ = ["LoraModel", "ParamWrapper", "get_peft_model", "load_peft_model"]
+
+
+_NO_MERGE = (
+    "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, or load "
+    "it with plain PEFT on a dequantised model and merge there; or quantise the sum again, and see what that loses, "
+    "with mxref.kernels.merging.merge_adapters(model)"
+)
 
 
 def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) -> peft.PeftModel:
@@ -37,13 +47,13 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) ->
         options: keyword arguments of `peft.get_peft_model`.
 
     Raises:
+        TypeError: `config` is of another method than LoRA.
         ValueError: the model has no packed experts, they own adapters already, `target_parameters` reaches none of
-            them, or the configuration asks for what packed weights cannot give.
+            them or holds a name that nothing has, or the configuration asks for what packed weights cannot give.
     """
     _check_targets(model, config)
     with _visible_to_peft(model):
-        adapted: peft.PeftModel = peft.get_peft_model(model, _registered(config), **options)
-        return adapted
+        return _aware(peft.get_peft_model(model, _registered(config), **options))
 
 
 def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> peft.PeftModel:
@@ -61,10 +71,28 @@ def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> 
     config.inference_mode = not options.get("is_trainable", False)
     _check_targets(model, config)
     with _visible_to_peft(model):
-        adapted: peft.PeftModel = peft.PeftModel.from_pretrained(
-            model, str(directory), config=_registered(config), **options
-        )
-        return adapted
+        return _aware(peft.PeftModel.from_pretrained(model, str(directory), config=_registered(config), **options))
+
+
+class LoraModel(lora_model.LoraModel):
+    """PEFT's tuner, which adds further adapters to packed experts and refuses to merge before it starts."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
+        """One more adapter, under the conditions of the first one.
+
+        Raises:
+            ValueError: as `get_peft_model`.
+        """
+        config = self.peft_config[adapter_name]
+        _check_targets(model, config)
+        _registered(config)
+        with _visible_to_peft(model):
+            super().inject_adapter(model, adapter_name, *args, **options)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(isinstance(module, ParamWrapper) for module in self.model.modules()):
+            raise ValueError(_NO_MERGE)
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -81,12 +109,17 @@ class ParamWrapper(lora_layer.ParamWrapper):
                 f"an adapter is asked for {parameter_name or 'the whole module'} of PackedExperts; expected "
                 f"target_parameters that end in one of {', '.join(PROJECTIONS)}"
             )
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **options)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **options: Any) -> None:
+        """One more adapter, if the kernels can have it."""
+        check_adapter(r, lora_alpha)
         if config.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights is {config.init_lora_weights!r}, which reads or changes the base weights; with "
                 "packed weights use True, False or 'gaussian'"
             )
-        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **options)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
 
     def get_param(self) -> Tensor:
         """A stand-in of the projection's dense shape [E, in, out], without memory."""
@@ -102,10 +135,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused."""
-        raise ValueError(
-            "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, "
-            "or load it with plain PEFT on a dequantised model and merge there"
-        )
+        raise ValueError(_NO_MERGE)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device of the packed buffers, in the dtype that PEFT made."""
@@ -115,16 +145,26 @@ class ParamWrapper(lora_layer.ParamWrapper):
                 part[adapter_name].to(home)
 
 
+def _aware(adapted: peft.PeftModel) -> peft.PeftModel:
+    """The same model with a tuner that knows packed experts; PEFT chooses the class itself, by the adapter's type."""
+    adapted.base_model.__class__ = LoraModel
+    return adapted
+
+
 def _registered(config: peft.LoraConfig) -> peft.LoraConfig:
     config._register_custom_module({PackedExperts: ParamWrapper})
     return config
 
 
 def _packed(model: nn.Module) -> dict[str, PackedExperts]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    """Packed experts by the name that they had before PEFT wrapped them."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
+    return {name.replace(".base_layer", ""): module for name, module in found}
 
 
 def _check_targets(model: nn.Module, config: Any) -> None:
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config is {type(config).__name__}; packed experts take peft.LoraConfig")
     packed = _packed(model)
     if not packed:
         raise ValueError("model has no PackedExperts; call pack_experts(model, rank=0) first")
@@ -134,11 +174,18 @@ def _check_targets(model: nn.Module, config: Any) -> None:
         )
     names = [f"{name}.{projection}" for name in packed for projection in PROJECTIONS]
     targets = config.target_parameters or []
-    if not any(name == target or name.endswith(f".{target}") for name in names for target in targets):
+    if not any(_reaches(target, names) for target in targets):
         raise ValueError(
             f"target_parameters is {config.target_parameters}, which reaches no packed experts; expected names such "
             f"as {names[:2]}"
         )
+    names += [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+    if lost := [target for target in targets if not _reaches(target, names)]:
+        raise ValueError(f"target_parameters holds {lost}, which no parameter of the model is called")
+
+
+def _reaches(target: str, names: list[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 @contextmanager

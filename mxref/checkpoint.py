@@ -29,8 +29,10 @@ from mxref.weights import MXWeights
 __all__ = [
     "ExpertTensor",
     "list_expert_tensors",
+    "list_other_tensors",
     "read_expert_biases",
     "read_expert_weights",
+    "read_other_tensors",
     "write_expert_weights",
 ]
 
@@ -93,6 +95,28 @@ def read_expert_biases(path: str | Path, names: Iterable[str] | None = None) -> 
             raise ValueError(f"{files.where(name + _BIAS)} has shape {shape}; expected [E, N] = {expected}")
     wanted = _wanted(names, present, files)
     return ((name, files.read(name + _BIAS)) for name in wanted)
+
+
+def list_other_tensors(path: str | Path) -> list[str]:
+    """Names of the tensors that belong to no expert projection: attention, router, norms, embeddings.
+
+    Raises:
+        FileNotFoundError, ValueError: as `list_expert_tensors`.
+    """
+    files = _Files.of(Path(path))
+    owned = {entry.name + suffix for entry in _list(files) for suffix in (_BLOCKS, _SCALES, _BIAS)}
+    return sorted((name for name in files.of_tensor if name not in owned), key=_natural)
+
+
+def read_other_tensors(path: str | Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `list_other_tensors` names, by name, one in memory at a time; as stored.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_expert_weights`.
+    """
+    files = _Files.of(Path(path))
+    wanted = _wanted(names, list_other_tensors(path), files)
+    return ((name, files.read(name)) for name in wanted)
 
 
 def write_expert_weights(

@@ -96,8 +96,12 @@ class MXWeights:
             experts: integer [a], ids in 0..E−1.
 
         Raises:
+            TypeError: `experts` is no integer tensor.
             ValueError: `experts` is not one-dimensional or, on CPU, an id is out of range.
         """
+        if not isinstance(experts, Tensor) or experts.is_floating_point() or experts.dtype == torch.bool:
+            kind = experts.dtype if isinstance(experts, Tensor) else type(experts).__name__
+            raise TypeError(f"experts is {kind}; expected an integer tensor of expert ids")
         if experts.ndim != 1:
             raise ValueError(f"experts has shape {tuple(experts.shape)}; expected [a], a list of expert ids")
         ids = experts.to(self.device, torch.int64)

@@ -51,11 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not shapes:
         raise UsageError(f"--shape {' '.join(wanted)} matches none of: {', '.join(shape.name for shape in CASES)}")
     console, clock = Console(width=None if sys.stdout.isatty() else 120), clock_for(device)
-    for shape in shapes:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(shape.name, total=None)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("tilings", total=None)
+        for shape in shapes:
+            progress.update(task, description=shape.name)
             timings = tune_shape(shape, device, clock, on_config=lambda config: progress.advance(task))
-        console.print(table(timings))
+            console.print(table(timings))
     return 0
 
 

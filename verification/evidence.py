@@ -37,8 +37,12 @@ COMMANDS = {
     "scoreboard": "mxref scoreboard --device cuda --record",
     "pytest": "pytest -m gpu --require-gpu --record-evidence",
     "bench": "mxref bench --record",
+    "finetune": "python notebooks/04_finetune_gpt_oss.py --record",
 }
 """The command that writes each kind of record."""
+
+REQUIRED = ("gate", "scoreboard", "pytest", "bench")
+"""What one GPU must have all of: the kinds that judge kernels. The others must be current where they are there."""
 
 _ROOTS = ("kernels.autograd", "kernels.dequant", "kernels.scatter2scatter", "routing")
 """What the judged operations are defined in, and the caller's way to their index tensors."""
@@ -110,8 +114,8 @@ def load(path: Path) -> dict[str, Any]:
 def check(root: Path = EVIDENCE, texts: Mapping[str, str] | None = None) -> list[str]:
     """What is wrong with the records: one line each, naming the command that puts it right; empty when all is well.
 
-    At least one GPU must have every kind of record, every record that is there must belong to these sources, and the
-    gate and the tests must have passed.
+    At least one GPU must have every required kind of record, every record that is there must belong to these sources,
+    and the gate and the tests must have passed.
 
     Args:
         root: folder with one folder a GPU.
@@ -120,8 +124,9 @@ def check(root: Path = EVIDENCE, texts: Mapping[str, str] | None = None) -> list
     current = digests(sources() if texts is None else texts)
     folders = [folder for folder in sorted(root.glob("*")) if folder.is_dir()]
     problems = []
-    if not any(all((folder / f"{kind}.json").is_file() for kind in COMMANDS) for folder in folders):
-        problems.append(f"no GPU has every record below {root}; run on one: {'; '.join(COMMANDS.values())}")
+    if not any(all((folder / f"{kind}.json").is_file() for kind in REQUIRED) for folder in folders):
+        commands = "; ".join(COMMANDS[kind] for kind in REQUIRED)
+        problems.append(f"no GPU has every record below {root}; run on one: {commands}")
     for path in (folder / f"{kind}.json" for folder in folders for kind in COMMANDS):
         if path.is_file():
             problems += _wrong_with(path, current)

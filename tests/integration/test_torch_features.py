@@ -14,23 +14,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mxref import encode_mxfp4, flatten_sort_count
+from mxref.kernels import autograd
+from mxref.kernels import operands as kernel_operands
 from mxref.kernels.experts import PackedExperts
 from mxref.kernels.library import expert_linear, scattermoe_lora, scattermoe_lora_backward
 from mxref.kernels.packing import pack_experts
 from mxref.kernels.peft_adapters import get_peft_model
 
 E, K, N, M, R = 3, 64, 32, 5, 2
+CPU = torch.device("cpu")
 
 
-def operands(case: str) -> tuple[Any, ...]:
+def operands(case: str, device: torch.device = CPU) -> tuple[Any, ...]:
     """Arguments of the operator: "plain", "all" (every optional operand), "dense" or "grouped"."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).requires_grad_()
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
 
-    w = encode_mxfp4(torch.randn(E, N, K, generator=generator))
-    order = flatten_sort_count(torch.randint(E, (M, TOP_K), generator=generator), E)
+    w = encode_mxfp4(torch.randn(E, N, K, generator=generator)).to(device)
+    order = flatten_sort_count(torch.randint(E, (M, TOP_K), generator=generator).to(device), E)
     if case == "plain":
         return leaf(M, K), w.packed, w.scales, TOP_K, *order, *(None, None, 1.0, None, None), *(False,) * 4
     lora = leaf(E * R, K), leaf(N, E * R), 0.5
@@ -52,25 +55,57 @@ def test_opcheck_forward(case: str) -> None:
 def test_opcheck_backward(case: str) -> None:
     arguments = [a.detach() if isinstance(a, Tensor) else a for a in operands(case)]
     grad = torch.ones(M if case == "all" else M * TOP_K, N)
-    results = torch.library.opcheck(scattermoe_lora_backward, (grad, [True, True, True, False, True], *arguments))
+    _, z, y = scattermoe_lora(*arguments)
+    results = torch.library.opcheck(scattermoe_lora_backward, (grad, z, y, [True, True, True, False, True], *arguments))
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("case", ["plain", "all", "dense", "grouped"])
-def test_operator_has_the_eager_bits(case: str) -> None:
-    arguments = operands(case)
+def test_operator_has_the_eager_bits(case: str, device: torch.device) -> None:
+    arguments = operands(case, device)
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     results = []
-    for layer in (scattermoe_lora, expert_linear):
+    for layer in (lambda *args: scattermoe_lora(*args)[0], expert_linear):
         y = layer(*arguments)
         results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def packed_experts(family: str = "gpt_oss") -> PackedExperts:
+@pytest.mark.parametrize("case", ["plain", "all", "dense", "grouped"])
+def test_operator_does_the_eager_work(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same products in the same order, forward and backward: nothing is computed twice."""
+    launched: list[str] = []
+
+    def counted(name: str) -> None:
+        product = getattr(autograd, name)
+
+        def call(*args: Any) -> Any:
+            launched.append(name)
+            return product(*args)
+
+        for module in (autograd, kernel_operands):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, call)
+
+    for name in ("grouped_matmul", "grouped_outer", "grouped_sum", "combine", "spread"):
+        counted(name)
+    arguments = operands(case)
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    work = []
+    for layer in (expert_linear, lambda *args: scattermoe_lora(*args)[0]):
+        launched.clear()
+        y = layer(*arguments)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+        work.append(list(launched))
+    assert len(work[0]) >= 2
+    assert work[0] == work[1]
+
+
+def packed_experts(family: str = "gpt_oss", device: torch.device = CPU) -> PackedExperts:
     holder = nn.ModuleDict({"experts": make(family)})
     torch.manual_seed(1)
     pack_experts(holder, rank=R)
+    holder.to(device)
     experts = holder["experts"]
     assert isinstance(experts, PackedExperts)
     for name, parameter in experts.named_parameters():
@@ -79,10 +114,11 @@ def packed_experts(family: str = "gpt_oss") -> PackedExperts:
     return experts
 
 
-def routed(seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def routed(seed: int = 2, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(M, HIDDEN, generator=generator, requires_grad=True)
-    return x, torch.randint(EXPERTS, (M, TOP_K), generator=generator), torch.rand(M, TOP_K, generator=generator)
+    x = torch.randn(M, HIDDEN, generator=generator)
+    index, gates = torch.randint(EXPERTS, (M, TOP_K), generator=generator), torch.rand(M, TOP_K, generator=generator)
+    return x.to(device).requires_grad_(), index.to(device), gates.to(device)
 
 
 def outcome(experts: PackedExperts, call: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> list[Tensor]:
@@ -92,13 +128,27 @@ def outcome(experts: PackedExperts, call: Callable[..., Tensor], x: Tensor, *res
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
-def test_compiles_without_a_graph_break(family: str) -> None:
-    experts = packed_experts(family)
-    expected = outcome(experts, experts, *routed())
+def test_compiles_without_a_graph_break(family: str, device: torch.device) -> None:
+    experts = packed_experts(family, device)
+    expected = outcome(experts, experts, *routed(device=device))
     torch._dynamo.reset()
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
-    got = outcome(experts, compiled, *routed())
+    got = outcome(experts, compiled, *routed(device=device))
     assert len(got) == 6
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_compiles_under_checkpointing_and_autocast() -> None:
+    experts = packed_experts()
+
+    def block(*args: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y: Tensor = checkpoint(experts, *args, use_reentrant=False)
+        return y
+
+    expected = outcome(experts, block, *routed())
+    torch._dynamo.reset()
+    got = outcome(experts, torch.compile(block, fullgraph=True, backend="aot_eager"), *routed())
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -115,10 +165,10 @@ def test_a_whole_model_with_peft_compiles() -> None:
     assert torch.equal(compiled(ids, use_cache=False).logits, expected)
 
 
-def test_activation_checkpointing() -> None:
-    experts = packed_experts()
-    expected = outcome(experts, experts, *routed())
-    got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed())
+def test_activation_checkpointing(device: torch.device) -> None:
+    experts = packed_experts(device=device)
+    expected = outcome(experts, experts, *routed(device=device))
+    got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed(device=device))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -135,10 +185,10 @@ def test_gradient_accumulation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype) -> None:
-    experts = packed_experts()
-    x, index, gates = routed()
-    with torch.autocast("cpu", dtype=dtype):
+def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype, device: torch.device) -> None:
+    experts = packed_experts(device=device)
+    x, index, gates = routed(device=device)
+    with torch.autocast(device.type, dtype=dtype):
         y = experts(x, index, gates)
     assert y.dtype == torch.float32
     assert torch.equal(y.to(dtype), experts(x.to(dtype), index, gates))
@@ -147,12 +197,49 @@ def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype) -> None:
 
 
 def test_operands_that_are_not_contiguous() -> None:
+    """Strided inputs, gates, and output gradients, one of them broadcast from a scalar."""
     experts = packed_experts()
     x, index, gates = routed()
-    expected = experts(x, index, gates)
     strided = [t.detach().repeat_interleave(2, dim=1)[:, ::2] for t in (x, index, gates)]
     assert not any(t.is_contiguous() for t in strided)
-    assert torch.equal(experts(*strided), expected)
+    strided[0].requires_grad_()
+    trained = [p for p in experts.parameters() if p.requires_grad]
+    weights = torch.randn(HIDDEN, M, generator=torch.Generator().manual_seed(4)).mT
+    for grad in (weights, torch.ones(()).expand(M, HIDDEN)):
+        assert not grad.is_contiguous()
+        expected = experts(x, index, gates)
+        results = [expected, *torch.autograd.grad(expected, (x, *trained), grad.contiguous())]
+        y = experts(*strided)
+        got = [y, *torch.autograd.grad(y, (strided[0], *trained), grad)]
+        assert all(torch.equal(a, b) for a, b in zip(got, results, strict=True))
+
+
+def test_adapters_that_are_not_contiguous() -> None:
+    arguments = list(operands("all"))
+    expected = expert_linear(*arguments)
+    grads = torch.autograd.grad(expected, arguments[7:9], torch.ones_like(expected))
+    for place in (7, 8):
+        arguments[place] = arguments[place].detach().mT.contiguous().mT.requires_grad_()
+        assert not arguments[place].is_contiguous()
+    y = expert_linear(*arguments)
+    got = torch.autograd.grad(y, arguments[7:9], torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip((y, *got), (expected, *grads), strict=True))
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_fp32_inputs_whatever_the_parameters_are(parameters: torch.dtype) -> None:
+    """Products in fp32; each parameter's gradient in its own dtype."""
+    experts = packed_experts().to(parameters)
+    x, index, gates = routed()
+    y = experts(x, index, gates)
+    y.sum().backward()
+    assert y.dtype == torch.float32
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    trained = [p for p in experts.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.dtype == parameters for p in trained)
+    reference = packed_experts().to(parameters).float()
+    assert torch.equal(reference(x, index, gates), y)
 
 
 def test_no_tokens() -> None:

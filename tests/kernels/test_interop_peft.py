@@ -13,7 +13,7 @@ from moe_models import assert_near, tiny_gpt_oss
 from peft.utils import get_peft_model_state_dict
 
 from mxref import decode_mxfp4
-from mxref.kernels.experts import PROJECTIONS
+from mxref.kernels.experts import PROJECTIONS, LoRA
 from mxref.kernels.packing import experts_modules, pack_experts
 from mxref.kernels.peft_adapters import get_peft_model, load_peft_model
 
@@ -110,11 +110,89 @@ def test_attention_adapters_beside() -> None:
     assert_near(ours(IDS).logits, theirs(IDS).logits)
 
 
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-def test_merging_is_refused(merge: str) -> None:
+SECOND = {
+    "r": 2,
+    "lora_alpha": 8,
+    "rank_pattern": {"mlp.experts.down_proj": 4},
+    "alpha_pattern": {"mlp.experts.down_proj": 4},
+}
+"""Scalings 4 and 1 beside the first adapter's 2."""
+
+
+def with_two_adapters() -> tuple[Any, Any]:
+    ours, theirs = packed_and_dense()
+    models = []
+    for model, wrap in ((ours, get_peft_model), (theirs, peft.get_peft_model)):
+        torch.manual_seed(5)
+        adapted: Any = wrap(model, lora(init_lora_weights=False))
+        with pytest.warns(RuntimeWarning, match="did not match any targeted module"):  # PEFT's, and untrue
+            adapted.add_adapter("second", lora(init_lora_weights=False, **SECOND))
+        models.append(adapted)
+    return models[0], models[1]
+
+
+def test_several_adapters_with_their_own_rank_and_alpha() -> None:
+    ours, theirs = with_two_adapters()
+    shapes = {name: tuple(p.shape) for name, p in ours.named_parameters() if "lora_A.second" in name}
+    assert sorted(shapes.values()) == [(3 * 2, 64), (3 * 4, 32)]
+    outcomes = []
+    for active in ("default", "second", ["default", "second"]):
+        for model in (ours, theirs):
+            model.base_model.set_adapter(active)
+        outcomes.append(ours(IDS).logits)
+        assert_near(outcomes[-1], theirs(IDS).logits)
+        torch.testing.assert_close(losses(ours, 2), losses(theirs, 2), rtol=1e-4, atol=0)
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert float((outcomes[one] - outcomes[other]).detach().abs().max()) > 1e-2
+
+
+def test_several_adapters_saved_and_loaded(tmp_path: Path) -> None:
+    ours, theirs = with_two_adapters()
+    ours.save_pretrained(tmp_path)
+    for loaded, load in ((packed_and_dense()[0], load_peft_model), (packed_and_dense()[1], peft.PeftModel)):
+        again: Any = load(loaded, tmp_path) if load is load_peft_model else load.from_pretrained(loaded, tmp_path)
+        with pytest.warns(RuntimeWarning, match="did not match any targeted module"):
+            again.load_adapter(tmp_path / "second", "second")
+        for active in ("default", "second"):
+            again.set_adapter(active)
+            theirs.set_adapter(active)
+            assert_near(again(IDS).logits, theirs(IDS).logits)
+
+
+def test_only_scalings_in_powers_of_two_add_up() -> None:
     model = get_peft_model(packed_and_dense()[0], lora())
+    model.add_adapter("second", lora(lora_alpha=3.6))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"down_proj with default, second: .*scalings \[2.0, 1.2\]"):
+        model(IDS)
+
+
+def test_joined_adapters_are_their_sum() -> None:
+    """In integers: the product of the joined pair is the exact sum, whatever the ranks and the signs."""
+    E, K, N = 3, 4, 5
+    generator = torch.Generator().manual_seed(6)
+    adapters = [
+        LoRA(*(torch.randint(-4, 5, shape, generator=generator).double() for shape in ((E * r, K), (N, E * r))), s)
+        for r, s in ((1, 1.5), (3, -6.0), (2, 0.75))
+    ]
+
+    def product(lora: LoRA, e: int) -> torch.Tensor:
+        return lora.scaling * lora.B.unflatten(1, (E, -1))[:, e] @ lora.A.unflatten(0, (E, -1))[e]
+
+    joined = LoRA.joined(adapters, E)
+    assert joined.scaling == 0.75
+    for e in range(E):
+        assert torch.equal(product(joined, e), sum(product(lora, e) for lora in adapters))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused_before_it_starts(merge: str) -> None:
+    model = get_peft_model(packed_and_dense()[0], lora(target_modules=["q_proj"], init_lora_weights=False))
+    expected, before = model(IDS).logits, {name: p.clone() for name, p in model.state_dict().items()}
     with pytest.raises(ValueError, match="cannot be merged into packed MXFP4"):
         getattr(model, merge)()
+    assert torch.equal(model(IDS).logits, expected)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
 def test_what_is_refused() -> None:

@@ -15,8 +15,10 @@ from mxref.checkpoint import (
     INDEX_NAME,
     ExpertTensor,
     list_expert_tensors,
+    list_other_tensors,
     read_expert_biases,
     read_expert_weights,
+    read_other_tensors,
     write_expert_weights,
 )
 from mxref.weights import decode_mxfp4
@@ -90,6 +92,21 @@ class TestRead:
         for name, bias in biases.items():
             assert bias.any()
             assert torch.equal(bias, tensors[f"{name}_bias"])
+
+    def test_every_tensor_is_an_experts_or_another(self, checkpoint):
+        directory, tensors = checkpoint
+        others = list_other_tensors(directory)
+        owned = {
+            entry.name + end for entry in list_expert_tensors(directory) for end in ("_blocks", "_scales", "_bias")
+        }
+        assert sorted([*others, *owned]) == sorted(tensors)
+        router = "model.layers.{}.mlp.router.weight"
+        assert others.index(router.format(0)) < others.index(router.format(1))
+        read = dict(read_other_tensors(directory))
+        assert list(read) == others
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in read.items())
+        with pytest.raises(ValueError, match="down_proj_scales"):
+            read_other_tensors(directory, ["model.layers.0.mlp.experts.down_proj_scales"])
 
     def test_transformers_dequantises_to_the_same_bf16(self, checkpoint):
         """The other reader of this format, transformers' own loader, gets our decode bit for bit."""

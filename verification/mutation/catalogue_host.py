@@ -89,7 +89,7 @@ _LAUNCH = [
     Bug("inverse filled with 0", "schedule.py", "torch.full((self.P,), -1,", "torch.full((self.P,), 0,", "sentinels",
         "sentinel slots point at row 0"),
     Bug("tiles cached for any height", "schedule.py", "if block_m not in self._tiles:", "if not self._tiles:",
-        "scheduling", "harmless while one call has one height: a second height finds no entry"),
+        "scheduling", "under the interpreter one call has one height; on Hopper a second one finds no entry", True),
     Bug("inactive experts kept", "dequant.py", "torch.where(counts > 0, ids, routing.E)",
         "torch.where(counts > 1, ids, routing.E)", "expert indexing", "experts with one row are not decoded"),
     Bug("counts from the wrong end", "dequant.py", "prepend=routing.offsets.new_zeros(1)",

@@ -1,0 +1,68 @@
+"""What one process of a data-parallel run does: train packed experts on its share of a batch, and save what it saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_models import EXPERTS, HIDDEN, TOP_K, make
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mxref.kernels.experts import PackedExperts
+from mxref.kernels.packing import pack_experts
+
+RANK, STEPS, TOKENS = 2, 3, 6
+
+
+def packed_model() -> PackedExperts:
+    """The same packed experts in every process, their adapters' B drawn so that A has a gradient from the start."""
+    holder = nn.ModuleDict({"experts": make("gpt_oss")})
+    torch.manual_seed(1)
+    pack_experts(holder, rank=RANK)
+    experts = holder["experts"]
+    assert isinstance(experts, PackedExperts)
+    for name, parameter in experts.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    return experts
+
+
+def share(process: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One process's tokens of one step; each process's tokens all go to experts of its own in the first step."""
+    generator = torch.Generator().manual_seed(10 * step + process)
+    x = torch.randn(TOKENS, HIDDEN, generator=generator)
+    half = EXPERTS // 2
+    index = torch.randint(half, (TOKENS, TOP_K), generator=generator) + half * process
+    if step:
+        index = torch.randint(EXPERTS, (TOKENS, TOP_K), generator=generator)
+    return x, index, torch.rand(TOKENS, TOP_K, generator=generator)
+
+
+def loss_of(model: nn.Module, process: int, step: int) -> Tensor:
+    out: Tensor = model(*share(process, step))
+    return out.square().mean()
+
+
+def train(process: int, processes: int, directory: str, broadcast_buffers: bool) -> None:
+    """One process of the run: gradients of every step, then parameters and buffers, in `directory`/{process}.pt."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{directory}/meeting", rank=process, world_size=processes)
+    try:
+        model = packed_model()
+        parallel = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        gradients: list[dict[str, Tensor]] = []
+        for step in range(STEPS):
+            optimiser.zero_grad()
+            loss_of(parallel, process, step).backward()
+            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            optimiser.step()
+        found: dict[str, Any] = {"gradients": gradients, "state": model.state_dict()}
+        torch.save(found, Path(directory) / f"{process}.part")
+        (Path(directory) / f"{process}.part").rename(Path(directory) / f"{process}.pt")  # whole, or not there
+        del parallel  # its hooks hold the group
+        distributed.barrier()  # neither closes connections that the other still reads
+    finally:
+        distributed.destroy_process_group()
