@@ -76,7 +76,8 @@ def wild_positions_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
         sample: an integer fixture, ungrouped and without gates, of at least six routed rows.
     """
     problem = sample.problem
-    positions, kept = problem.sorted_scattered_idxs.clone(), torch.ones(problem.P, dtype=torch.bool)
+    positions = problem.sorted_scattered_idxs.clone()
+    kept = torch.ones(problem.P, dtype=torch.bool, device=problem.device)
     for row, position in {0: -3, 3: problem.P + 5, 5: 2**40}.items():
         kept[positions[row]] = False
         positions[row] = position

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Case:
         tokens, top_k: the router's choice, [tokens, top_k]; P = tokens · top_k routed rows.
         rank: LoRA rank, 0 for no LoRA.
         dtype: activation dtype.
-        parameter_dtype: dtype of lora_A, lora_B, biases and gates; None for the activation dtype.
+        parameter_dtype: dtype of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
             a quarter of the rows sentinels; or at most ten experts active.
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `wide`,
@@ -120,6 +120,14 @@ class Sample:
     case: Case
     problem: Problem
     grad_out: Tensor
+
+    def to(self, device: torch.device | str) -> Sample:
+        """The same numbers on another device; what is there already is not copied."""
+        operands: dict[str, Any] = {
+            name: operand.to(device) if isinstance(operand, Tensor | MXWeights) else operand
+            for name, operand in self.problem.arguments().items()
+        }
+        return Sample(self.case, Problem(**operands), self.grad_out.to(device))
 
 
 @dataclass(frozen=True)
@@ -237,11 +245,13 @@ def _cycle(values: list[int], length: int) -> Tensor:
 def _sample(case: Case, weights: MXWeights, gauge: Gauge, device: torch.device | str, draw: torch.Generator) -> Sample:
     E, K, N, r = case.experts, case.K, case.N, case.rank
 
+    own = case.parameter_dtype
+    grid = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
+
     def normal(rows: int, columns: int, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.randn(rows, columns, generator=draw) * factor.float()
-        return x.to(torch.bfloat16 if case.dtype == torch.float32 else case.dtype).to(dtype or case.dtype).to(device)
+        return x.to(dtype or grid).to(dtype or case.dtype).to(device)
 
-    own = case.parameter_dtype
     loose = 2.0**-4 if case.data == "boundary" else 1.0  # codes up to 6 without the usual 2^-6 scale
     sizes = {"plain": 0.02, "balanced": 0.2}
     lora_A = lora_B = bias = gates = None
@@ -252,8 +262,7 @@ def _sample(case: Case, weights: MXWeights, gauge: Gauge, device: torch.device |
         bias = normal(E, N, gauge.t * 0.5, own)
     if case.gate_slots:
         shape = (case.rows // case.gate_slots, case.gate_slots)
-        gates = torch.softmax(torch.randn(shape, generator=draw), 1)
-        gates = gates.to(torch.bfloat16 if case.dtype == torch.float32 else case.dtype).to(own or case.dtype).to(device)
+        gates = torch.softmax(torch.randn(shape, generator=draw), 1).to(own or grid).to(own or case.dtype).to(device)
     experts, positions, offsets = flatten_sort_count(draw_routing(case, draw), E)
     problem = Problem(
         normal(case.input_rows, K, loose / gauge.u),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,6 +218,33 @@ def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
     assert [judged.mutant.name for judged in result.judged if judged.fate is Fate.SURVIVED] == []
     assert result.counts()[Fate.KILLED] == 8
     assert result.exit_code == 0
+
+
+def test_who_forks_for_a_gpu_never_touches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that has initialised CUDA cannot hand it to its forks, so that every mutant would seem killed."""
+    touched, cuda = tmp_path / "touched", torch.device("cuda")
+
+    def initialise() -> None:
+        with touched.open("a") as file:
+            print(os.getpid(), file=file)
+        raise RuntimeError("CUDA was initialised")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", initialise)
+    with pytest.raises(FalseKillError, match="CUDA was initialised"):  # by the child that judges the sources
+        judge([_named("tf32")], SOURCES, layers(cuda), fixtures(cuda), cuda)
+    assert str(os.getpid()) not in touched.read_text().split()
+
+
+def test_a_gpu_is_judged_where_only_it_rounds() -> None:
+    """TF32, and parameters wider than the activations: values off the narrower grid are needed to see either."""
+    wide = {sample.case.name: sample.problem for sample in fixtures(torch.device("cuda"))}
+    parameters = wide["fp32 parameters"]
+    for x in (parameters.lora_A, parameters.lora_B, parameters.gates, parameters.expert_biases):
+        assert x is not None
+        assert x.dtype == torch.float32
+        assert (x != x.to(torch.bfloat16)).any()
+    assert wide["fp32"].dtype == torch.float32
+    assert wide["fp32"].gates is not None
 
 
 @pytest.mark.gpu

@@ -1,5 +1,8 @@
 """The gate's guards on a few small cases: what every mutant is judged by, in seconds.
 
+All samples are drawn on the CPU, once, and each trial moves its own to the device that it judges on. The process that
+makes the layers forks one for each mutant, and a process that has touched a GPU cannot hand it to those that it forks.
+
 Each layer is one guard with its own cases, so that a table can say what only that guard sees. The cases are the gate's
 in kind, but smaller: two blocks of columns with a tail, two steps of the contraction with a tail, sentinels, empty
 experts, every flag.
@@ -16,9 +19,9 @@ import torch
 from mxref.formats import MX_BLOCK_SIZE, pack_codes
 from mxref.problem import Problem
 from mxref.routing import flatten_sort_count
-from mxref.verification.accumulation import ACCUMULATIONS
+from mxref.verification.accumulation import Accumulation
 from mxref.verification.behaviour import determinism_guard, poison_guard, row_guard, second_backward_guard
-from mxref.verification.candidates import Candidate, default_accumulation
+from mxref.verification.candidates import Candidate
 from mxref.verification.cases import Case, Sample
 from mxref.verification.drift import drift_guard
 from mxref.verification.exhaustive import all_elements, finite_bytes
@@ -34,6 +37,7 @@ __all__ = ["Layer", "Trial", "fixtures", "layers"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Judge = Callable[[Candidate], list[Finding]]
+Guard = Callable[[Candidate, Sample], list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -56,37 +60,33 @@ class Layer:
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     """Every layer that judges mutants on `device`, in the order in which they run."""
     dtype = _dtype(device)
-    integer = [case.build(device, seed) for case in _integer_cases(dtype)]
+    integer = [case.build(seed=seed) for case in _integer_cases(dtype)]
     integer += [_dense(integer[1])]
     interval = fixtures(device, seed)
-    operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(device, seed)
-    how = ACCUMULATIONS[default_accumulation(device)]
+    operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(seed=seed)
+    foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(seed=seed)
 
-    def intervals(candidate: Candidate, sample: Sample) -> list[Finding]:
-        return interval_guard(candidate, sample, candidate.points(dtype), how)[0]
+    def layer(name: str, samples: Sequence[Sample], guard: Guard, slow: bool = False) -> Layer:
+        return Layer(name, tuple(_trial(sample.case.name, sample, guard, device) for sample in samples), slow)
 
-    def drift(candidate: Candidate, sample: Sample) -> list[Finding]:
-        return drift_guard(candidate, sample, candidate.points(dtype), how)[0]
-
-    decode = _layer("decode", [_one_hot(each, device) for each in _DTYPES], integer_guard)
-    margins = _layer("margins", integer, margins_guard)
-    wild = Trial("wild positions", lambda candidate: wild_positions_guard(candidate, integer[0]))
-    foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(device, seed)
-    spread = Trial("foreign rows", lambda candidate: foreign_rows_guard(candidate, foreign))
+    decode = layer("decode", [_one_hot(each) for each in _DTYPES], integer_guard)
+    margins = layer("margins", integer, margins_guard)
+    wild = _trial("wild positions", integer[0], wild_positions_guard, device)
+    spread = _trial("foreign rows", foreign, foreign_rows_guard, device)
     memory, indices = _interpreted(integer, dtype, seed) if device.type == "cpu" else ([], [])
     return [
-        _layer("integer", integer, integer_guard),
+        layer("integer", integer, integer_guard),
         replace(decode, trials=(Trial("every element", lambda candidate: _decode(candidate, device)), *decode.trials)),
         *memory,
-        _layer("interval", interval, intervals),
-        _layer("drift", interval[:1], drift),
-        _layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
-        _layer("poison", interval[:2], poison_guard, slow=True),
+        layer("interval", interval, _intervals),
+        layer("drift", interval[:1], _drift),
+        layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
+        layer("poison", interval[:2], poison_guard, slow=True),
         replace(margins, trials=(spread, wild, *margins.trials)),
         *indices,
-        _layer("rows", interval[:1], row_guard, slow=True),
-        _layer("second backward", interval[:1], second_backward_guard, slow=True),
-        _layer(
+        layer("rows", interval[:1], row_guard, slow=True),
+        layer("second backward", interval[:1], second_backward_guard, slow=True),
+        layer(
             "determinism",
             interval[:1],
             lambda candidate, sample: determinism_guard(candidate, sample, runs=2),
@@ -95,20 +95,28 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     ]
 
 
-def _layer(
-    name: str, samples: Sequence[Sample], guard: Callable[[Candidate, Sample], list[Finding]], slow: bool = False
-) -> Layer:
-    """A guard that takes one sample, over several."""
+def _trial(name: str, sample: Sample, guard: Guard, device: torch.device) -> Trial:
+    """A guard that takes one sample, on that sample."""
+    return Trial(name, lambda candidate: guard(candidate, sample.to(device)))
 
-    def trial(sample: Sample) -> Trial:
-        return Trial(sample.case.name, lambda candidate: guard(candidate, sample))
 
-    return Layer(name, tuple(map(trial, samples)), slow)
+def _intervals(candidate: Candidate, sample: Sample) -> list[Finding]:
+    return interval_guard(candidate, sample, candidate.points(sample.problem.dtype), _declared(candidate))[0]
+
+
+def _drift(candidate: Candidate, sample: Sample) -> list[Finding]:
+    return drift_guard(candidate, sample, candidate.points(sample.problem.dtype), _declared(candidate))[0]
+
+
+def _declared(candidate: Candidate) -> Accumulation:
+    """The accumulation of the shipped kernels, which always declare one."""
+    assert candidate.accumulation is not None
+    return candidate.accumulation
 
 
 def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
-    """Ordinary data: what an equivalent mutant must compute to the last bit."""
-    return [case.build(device, seed) for case in _interval_cases(_dtype(device))]
+    """Ordinary data for `device`, on the CPU: what an equivalent mutant must compute to the last bit."""
+    return [case.build(seed=seed) for case in _interval_cases(_dtype(device))]
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -136,12 +144,22 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
 
 
 def _interval_cases(dtype: torch.dtype) -> list[Case]:
+    """On a GPU also what only it rounds: parameters that are wider than the activations, and fp32 without TF32."""
     base = Case("plain", 3, 96, 160, 9, 2, 3, dtype, data="balanced", scaling=1 / 3, bias=True, routing="sentinels")
+    wider = replace(base, gate_slots=2, use_fused_dX=True)
     return [
         replace(base, gate_slots=2),
         replace(base, name="fused", use_fused_dX=True, use_fused_gather=True),
         replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
         replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
+        *(
+            [
+                replace(wider, name="fp32 parameters", parameter_dtype=torch.float32),
+                replace(wider, name="fp32", dtype=torch.float32),
+            ]
+            if dtype != torch.float32
+            else []
+        ),
     ]
 
 
@@ -154,10 +172,10 @@ def _interpreted(integer: Sequence[Sample], dtype: torch.dtype, seed: int) -> tu
         replace(sizes, name="sizes, LoRA", K=32, N=32, tokens=260, rank=32),
     ]
     stack = encode_mxfp4(torch.ones(50, 64, 128))
-    indices = _layer("indices", [case.build("cpu", seed) for case in cases], index_guard, slow=True)
+    trials = [_trial(case.name, case.build(seed=seed), index_guard, torch.device("cpu")) for case in cases]
     decode = Trial("a stack", lambda candidate: decode_index_guard(candidate, stack))
-    indices = replace(indices, trials=(decode, *indices.trials))
-    return [_layer("memory", integer, memory_guard)], [indices]
+    memory = [_trial(sample.case.name, sample, memory_guard, torch.device("cpu")) for sample in integer]
+    return [Layer("memory", tuple(memory))], [Layer("indices", (decode, *trials), slow=True)]
 
 
 def _dense(sample: Sample) -> Sample:
@@ -190,16 +208,16 @@ def _decode(candidate: Candidate, device: torch.device) -> list[Finding]:
     return findings
 
 
-def _one_hot(dtype: torch.dtype, device: torch.device) -> Sample:
+def _one_hot(dtype: torch.dtype) -> Sample:
     """One block of each finite scale byte through both products, picked out by one-hot rows of x and dOut."""
     bytes_ = torch.tensor(finite_bytes(dtype), dtype=torch.uint8)
     place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
     codes = ((place + torch.arange(bytes_.numel(), dtype=torch.uint8)[:, None]) % 16)[None]
     N = bytes_.numel()
     weights = MXWeights(pack_codes(codes), bytes_[None, :, None].clone(), MX_BLOCK_SIZE, N)
-    idxs, positions, offsets = (t.to(device) for t in flatten_sort_count(torch.zeros(N, 1, dtype=torch.int64), 1))
+    routing = flatten_sort_count(torch.zeros(N, 1, dtype=torch.int64), 1)
     x = torch.eye(MX_BLOCK_SIZE, dtype=dtype).repeat(-(-N // MX_BLOCK_SIZE), 1)[:N]
-    problem = Problem(x.to(device), weights.to(device), 1, idxs, positions, offsets)
+    problem = Problem(x, weights, 1, *routing)
     name = f"one-hot, {str(dtype).removeprefix('torch.')}"
     case = Case(name, 1, MX_BLOCK_SIZE, N, N, 1, 0, dtype, use_fused_dX=True, use_fused_gather=True)
-    return Sample(case, problem, torch.eye(N, dtype=dtype, device=device))
+    return Sample(case, problem, torch.eye(N, dtype=dtype))

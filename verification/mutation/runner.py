@@ -7,6 +7,7 @@ and its trials. Whatever a mutant does to its process, a crash or a loop without
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import importlib.util
 import os
 import resource
@@ -18,16 +19,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 import mxref
@@ -100,6 +102,8 @@ def run(
         trial_seconds: a trial that takes more processor time counts as hung.
         on_outcome: called as each mutant is done.
     """
+    if device.type == "cpu":
+        _import_what_children_need()
     context = get_context("fork")
     outcomes = [Outcome(mutant) for mutant in mutants]
     parts = [[layer] for layer in layers] if matrix else [_in_rounds(layers)]
@@ -132,6 +136,15 @@ def run(
                 job.process.kill()
                 job.process.join()
     return outcomes
+
+
+def _import_what_children_need() -> None:
+    """Modules that torch imports when autograd and deterministic algorithms are first used; a second for every child.
+
+    On a CPU only: a parent whose imports might look at a GPU must not have them.
+    """
+    for name in ("torch.fx.experimental.symbolic_shapes", "torch._inductor"):
+        importlib.import_module(name)
 
 
 def _in_rounds(layers: Sequence[Layer]) -> list[Layer]:
@@ -207,25 +220,31 @@ def _quiet() -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    torch.set_num_threads(1)
-    interpreter.InterpretedFunction.__call__ = _call_without_patching
+        interpret_only()
 
 
-_call = interpreter.InterpretedFunction.__call__
+def interpret_only() -> None:
+    """Prepare this process for nothing but Triton's interpreter, in half the time.
 
-
-def _call_without_patching(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A jit function of ours called from another one. Triton replaces its whole language anew at every such call,
-    although the launch has done so already; that is a third of the interpreter's time.
+    The interpreter replaces all of Triton's language at every launch and every call of a jit function, to put it back
+    after a launch, and builds its table of dtypes at every operation: once is enough where nothing compiles. It also
+    computes every 32-bit operation a second time in 64 bits, to report an overflow; a GPU wraps around, and so does it.
     """
-    if not self.fn.__module__.startswith("mxref."):
-        return _call(self, *args, **kwargs)
-    try:
-        return self.rewrite()(*args, **kwargs)
-    except Exception as error:
-        raise interpreter.InterpreterError(repr(error)) from error
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    numpy_dtype, known = interpreter._get_np_dtype, dict[str, Any]()
+
+    def remembered(dtype: Any) -> Any:
+        if dtype.name not in known:
+            known[dtype.name] = numpy_dtype(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = remembered
 
 
 def write_sources(mutant: Mutant | None, sources: Mapping[str, Source], folder: Path) -> None:

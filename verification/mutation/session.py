@@ -169,7 +169,7 @@ def _explain(
     reasons: dict[str, str] = {}
     if declared:
         on_start("bits of the equivalent mutants")
-        told = run([None, *declared], sources, [_bits(fixtures)], device=device, trial_seconds=60 + 20 * limit)
+        told = run([None, *declared], sources, [_bits(fixtures, device)], device=device, trial_seconds=60 + 20 * limit)
         expected = told[0].kills["bits"]
         for outcome in told[1:]:
             assert outcome.mutant is not None
@@ -182,13 +182,13 @@ def _explain(
     return reasons
 
 
-def _bits(fixtures: Sequence[Sample]) -> Layer:
+def _bits(fixtures: Sequence[Sample], device: torch.device) -> Layer:
     """A layer that accepts nothing: what it says is a digest of all results, to be compared."""
 
     def digest(candidate: Candidate) -> list[Finding]:
         told = sha256()
         for sample in fixtures:
-            for name, tensor in candidate.run(sample).items():
+            for name, tensor in candidate.run(sample.to(device)).items():
                 told.update(name.encode())
                 if tensor is not None:
                     told.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
