@@ -78,6 +78,13 @@ class _Job:
     started: float
     done: bool = False
 
+    @property
+    def left(self) -> list[Layer]:
+        """What a child that died while it asked every layer has not come to: all layers that did not kill."""
+        kills = self.outcome.kills
+        died = self.process.exitcode and "import" not in kills
+        return [layer for layer in self.layers if layer.name not in kills] if died else []
+
 
 def run(
     mutants: Sequence[Mutant | None],
@@ -106,10 +113,8 @@ def run(
         _import_what_children_need()
     context = get_context("fork")
     outcomes = [Outcome(mutant) for mutant in mutants]
-    parts = [[layer] for layer in layers] if matrix else [_in_rounds(layers)]
-    split = [(outcome, part) for outcome in outcomes for part in parts]
-    left = {id(outcome): len(parts) for outcome in outcomes}
-    pending, running = list(reversed(split)), list[_Job]()
+    rounds = _in_rounds(layers)
+    pending, running = [(outcome, rounds) for outcome in reversed(outcomes)], list[_Job]()
     with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root:
         try:
             while pending or running:
@@ -117,7 +122,7 @@ def run(
                     outcome, part = pending.pop()
                     folder = Path(tempfile.mkdtemp(dir=root))
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (outcome.mutant, sources, part, device, folder, trial_seconds, sender)
+                    arguments = (outcome.mutant, sources, part, device, folder, trial_seconds, matrix, sender)
                     process = context.Process(target=_child, args=arguments)
                     process.start()
                     sender.close()
@@ -128,8 +133,9 @@ def run(
                 for job in [job for job in running if job.done]:
                     running.remove(job)
                     job.outcome.seconds += time.monotonic() - job.started
-                    left[id(job.outcome)] -= 1
-                    if not left[id(job.outcome)]:
+                    if matrix and job.left:
+                        pending.append((job.outcome, job.left))
+                    else:
                         on_outcome(job.outcome)
         finally:
             for job in running:
@@ -194,9 +200,13 @@ def _child(
     device: torch.device,
     folder: Path,
     trial_seconds: float,
+    matrix: bool,
     messages: Connection,
 ) -> None:
-    """Build, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant."""
+    """Build, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant.
+
+    The first rejection ends it; with `matrix` it ends the questions to that layer.
+    """
     _quiet()
     try:
         write_sources(mutant, sources, folder)
@@ -205,12 +215,17 @@ def _child(
     except Exception:
         messages.send(("import", traceback.format_exc(limit=1).strip().splitlines()[-1]))
         return
+    killed = set[str]()
     for layer in layers:
+        if layer.name in killed:
+            continue
         messages.send((layer.name, None))
         reason = next((reason for trial in layer.trials if (reason := _reject(trial, candidate, trial_seconds))), None)
         if reason is not None:
             messages.send((layer.name, reason))
-            return
+            killed.add(layer.name)
+            if not matrix:
+                return
 
 
 def _quiet() -> None:

@@ -139,7 +139,7 @@ def judge(
         layer, reason = next(iter(honest.kills.items()))
         raise FalseKillError(f"layer {layer!r} rejects the unmutated sources, so no kill would count: {reason}")
     session.baseline_seconds = honest.seconds
-    limit = max(20.0, honest.seconds / 4)
+    limit = max(10.0, honest.seconds / 4)
     on_start("mutants")
     outcomes = run(
         mutants, sources, layers, device=device, matrix=matrix, jobs=jobs, trial_seconds=limit, on_outcome=on_judged
