@@ -186,6 +186,20 @@ def test_a_crash_and_a_loop_are_kills() -> None:
     assert "hung" in hung.kills["toy"]
 
 
+def test_a_child_that_no_signal_reaches_is_a_kill() -> None:
+    def spin(candidate: object) -> list[Finding]:
+        import signal
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+        while True:
+            pass
+
+    toys = [_layer("toy", spin), _layer("next", lambda _: [_finding(True)])]
+    outcome = run([None], SOURCES, toys, device=CPU, trial_seconds=0.5, matrix=True)[0]
+    assert outcome.kills == {"toy": "crashed: SIGKILL"}
+    assert outcome.judged[-1] == "next"
+
+
 def test_the_matrix_asks_every_layer() -> None:
     toys = [_layer("first", lambda _: [_finding(False)]), _layer("second", lambda _: [_finding(True)])]
     toys.append(_layer("third", lambda _: [_finding(False)]))

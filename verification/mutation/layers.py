@@ -26,9 +26,10 @@ from mxref.verification.cases import Case, Sample
 from mxref.verification.drift import drift_guard
 from mxref.verification.exhaustive import all_elements, finite_bytes
 from mxref.verification.guards import integer_guard, interval_guard
-from mxref.verification.margins import foreign_rows_guard, margins_guard, wild_positions_guard
+from mxref.verification.margins import foreign_rows_guard, margins_guard, wild_offsets_guard, wild_positions_guard
 from mxref.verification.memory import decode_index_guard, index_guard, memory_guard
 from mxref.verification.operators import operators_guard
+from mxref.verification.scheduling import schedule_guard
 from mxref.verification.verdicts import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
@@ -72,17 +73,20 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     decode = layer("decode", [_one_hot(each) for each in _DTYPES], integer_guard)
     margins = layer("margins", integer, margins_guard)
     wild = _trial("wild positions", integer[0], wild_positions_guard, device)
+    empty = replace(integer[1].case, name="wild offsets", experts=5, routing="empty_experts").build(seed=seed)
+    offsets = _trial("wild offsets", empty, wild_offsets_guard, device)
     spread = _trial("foreign rows", foreign, foreign_rows_guard, device)
     memory, indices = _interpreted(integer, dtype, seed) if device.type == "cpu" else ([], [])
     return [
         layer("integer", integer, integer_guard),
         replace(decode, trials=(Trial("every element", lambda candidate: _decode(candidate, device)), *decode.trials)),
+        Layer("schedule", (Trial("tables", lambda candidate: schedule_guard(_kernels(), device)),)),
         *memory,
         layer("interval", interval, _intervals),
         layer("drift", interval[:1], _drift),
         layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
         layer("poison", interval[:2], poison_guard, slow=True),
-        replace(margins, trials=(spread, wild, *margins.trials)),
+        replace(margins, trials=(spread, wild, offsets, *margins.trials)),
         *indices,
         layer("rows", interval[:1], row_guard, slow=True),
         layer("second backward", interval[:1], second_backward_guard, slow=True),

@@ -40,7 +40,9 @@ from mxref.verification.mutation.mutant import Mutant, Source
 __all__ = ["Outcome", "import_kernels", "run", "write_sources"]
 
 _PATIENCE = 4
-"""A child may take so many times its trials' processor time by the clock; then it does not compute, it waits."""
+"""A child may be silent for so many times a trial's processor time by the clock; then it waits for something, or
+spins where no signal reaches it, in an allocator whose memory it has overwritten.
+"""
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
@@ -76,6 +78,7 @@ class _Job:
     process: ForkProcess
     messages: Connection
     started: float
+    heard: float
     done: bool = False
 
     @property
@@ -126,7 +129,8 @@ def run(
                     process = context.Process(target=_child, args=arguments)
                     process.start()
                     sender.close()
-                    running.append(_Job(outcome, part, folder, process, receiver, time.monotonic()))
+                    now = time.monotonic()
+                    running.append(_Job(outcome, part, folder, process, receiver, now, now))
                 wait([job.messages for job in running], timeout=0.5)
                 for job in running:
                     _listen(job, trial_seconds)
@@ -167,6 +171,7 @@ def _listen(job: _Job, trial_seconds: float) -> None:
     try:
         while job.messages.poll():
             layer, reason = job.messages.recv()
+            job.heard = time.monotonic()
             if reason is not None:
                 outcome.kills[layer] = reason
             else:
@@ -174,8 +179,7 @@ def _listen(job: _Job, trial_seconds: float) -> None:
     except EOFError:
         job.process.join()
         job.done = True
-    trials = sum(len(layer.trials) for layer in job.layers)
-    if not job.done and time.monotonic() - job.started > _PATIENCE * trial_seconds * trials:
+    if not job.done and time.monotonic() - job.heard > _PATIENCE * trial_seconds:
         job.process.kill()
         job.process.join()
         job.done = True
