@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
     which.add_argument("--list", action="store_true", help="print the mutants and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
-    how.add_argument("--compile", action="store_true", help="compare the survivors' compiled code with the sources'")
+    how.add_argument("--compile", action="store_true", help="compile the survivors: the sources' code, or none?")
     how.add_argument("--jobs", metavar="N", type=_positive, default=os.cpu_count() or 1, help="processes at once")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     how.add_argument("--out", metavar="DIR", type=Path, help="write mutants.json there")

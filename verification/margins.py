@@ -100,14 +100,18 @@ def wild_offsets_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
         candidate: what to judge.
         sample: an integer fixture whose first and last experts have no rows, without sentinels.
     """
-    problem, offsets = sample.problem, sample.problem.expert_offsets.clone()
-    offsets[offsets == 0] = -3
-    offsets[offsets == problem.P] = problem.P + 5
-    inside, _ = fenced(replace(sample, problem=replace(problem, expert_offsets=offsets)))
-    with _unchecked(), Margins() as margins:
-        outputs = candidate.run(inside)
-    name = "wild offsets"
-    return [*_equal(name, outputs, sample, "elements follow offsets out of range"), _intact(margins, name)]
+    problem, findings = sample.problem, []
+    for name, below, above in (("near", -3, problem.P + 5), ("far", 5 - 2**40, 2**40)):
+        offsets = problem.expert_offsets.clone()
+        offsets[offsets == 0] = below
+        offsets[offsets == problem.P] = above
+        inside, _ = fenced(replace(sample, problem=replace(problem, expert_offsets=offsets)))
+        with _unchecked(), Margins() as margins:
+            outputs = candidate.run(inside)
+        name = f"wild offsets, {name}"
+        findings += _equal(name, outputs, sample, "elements follow offsets out of range")
+        findings.append(_intact(margins, name))
+    return findings
 
 
 def foreign_rows_guard(candidate: Candidate, sample: Sample) -> list[Finding]:

@@ -21,7 +21,7 @@ from mxref.verification.syntax import digests
 __all__ = ["COMMAND", "RECORD", "stale", "write"]
 
 RECORD = EVIDENCE / "interpreter-cpu" / "mutants.json"
-COMMAND = "mxref mutants --all --device cpu --record"
+COMMAND = "mxref mutants --all --compile --device cpu --record"
 
 _SCHEMA = "mxref.mutants/2"
 

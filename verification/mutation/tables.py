@@ -41,7 +41,11 @@ def print_list(mutants: Sequence[Mutant], console: Console) -> None:
 
 def kill_table(session: Session) -> tuple[list[str], list[list[str]]]:
     """Kills by kind of mistake and layer: the header, a row a kind, then all together and what only a layer kills."""
-    layers = [name for name in ("import", *session.layers) if any(name in judged.kills for judged in session.judged)]
+    layers = [
+        name
+        for name in ("import", *session.layers, "compile")
+        if any(name in judged.kills for judged in session.judged)
+    ]
     rows = []
     for by_hand in (True, False):
         for kind in sorted({judged.mutant.category for judged in session.judged if judged.mutant.by_hand is by_hand}):
