@@ -279,12 +279,6 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     ),
     Equivalent("Routing.inverse", "triton.cdiv(self.P, 1024),", "triton.cdiv(self.P, (1024 - 1)),", _IDLE_PROGRAMS),
     Equivalent(
-        "combine_kernel",
-        "row = tl.load(inverse + t * slots + slot, mask=t < tokens, other=-1).to(tl.int64)",
-        "row = tl.load(inverse + t * slots + slot, mask=t < tokens, other=0).to(tl.int64)",
-        "Row 0 is there to be read, and what a token beyond the last sums up is not stored.",
-    ),
-    Equivalent(
         "spread_kernel",
         "value = tl.load(gates + position, mask=live, other=0).to(tl.float32)[:, None] * value",
         'value = tl.load(gates + position, mask=live, other=float("nan")).to(tl.float32)[:, None] * value',

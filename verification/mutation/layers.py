@@ -33,7 +33,7 @@ from mxref.verification.margins import (
     wild_offsets_guard,
     wild_positions_guard,
 )
-from mxref.verification.memory import decode_index_guard, index_guard, memory_guard
+from mxref.verification.memory import checked_memory, decode_index_guard, index_guard, memory_guard
 from mxref.verification.operators import operators_guard
 from mxref.verification.scheduling import schedule_guard
 from mxref.verification.verdicts import Finding, Status
@@ -65,11 +65,16 @@ class Layer:
 
 
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:
-    """Every layer that judges mutants on `device`, in the order in which they run."""
-    dtype = _dtype(device)
-    integer = [case.build(seed=seed) for case in _integer_cases(dtype)]
+    """Every layer that judges mutants on `device`, in the order in which they run.
+
+    A GPU compiles for every case anew. There only the first integer fixtures are asked, and intervals first of all:
+    they show what nothing but a GPU rounds.
+    """
+    dtype, gpu = _dtype(device), device.type == "cuda"
+    integer = [case.build(seed=seed) for case in _integer_cases(dtype)[: 4 if gpu else None]]
     integer += [_dense(integer[1]), _large_gates(integer[1])]
     interval = fixtures(device, seed)
+    plain, fused = ([sample for sample in interval if sample.case.name == name] for name in ("plain", "fused"))
     operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(seed=seed)
     foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(seed=seed)
 
@@ -82,23 +87,25 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     empty = replace(integer[1].case, name="wild offsets", experts=5, routing="empty_experts").build(seed=seed)
     offsets = _trial("wild offsets", empty, wild_offsets_guard, device)
     spread = _trial("foreign rows", foreign, foreign_rows_guard, device)
-    memory, indices = _interpreted(integer, dtype, seed) if device.type == "cpu" else ([], [])
+    memory, indices = ([], []) if gpu else _interpreted(integer, empty, dtype, seed)
+    intervals = layer("interval", interval, _intervals)
     return [
+        *([intervals] if gpu else []),
         layer("integer", integer, integer_guard),
         replace(decode, trials=(*_decodes(device), *decode.trials)),
         Layer("schedule", (Trial("tables", lambda candidate: schedule_guard(_kernels(), device)),)),
         *memory,
-        layer("interval", interval, _intervals),
-        layer("drift", interval[:1], _drift),
+        *([] if gpu else [intervals]),
+        layer("drift", plain, _drift),
         layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
-        layer("poison", interval[:2], poison_guard, slow=True),
+        layer("poison", plain + fused, poison_guard, slow=True),
         replace(margins, trials=(spread, wild, offsets, *margins.trials)),
         *indices,
-        layer("rows", interval[:1], row_guard, slow=True),
-        layer("second backward", interval[:1], second_backward_guard, slow=True),
+        layer("rows", plain, row_guard, slow=True),
+        layer("second backward", plain, second_backward_guard, slow=True),
         layer(
             "determinism",
-            interval[:1],
+            plain,
             lambda candidate, sample: determinism_guard(candidate, sample, runs=2),
             slow=True,
         ),
@@ -159,24 +166,24 @@ def _interval_cases(dtype: torch.dtype) -> list[Case]:
     """On a GPU also what only it rounds: parameters that are wider than the activations, and fp32 without TF32."""
     base = Case("plain", 3, 96, 160, 9, 2, 3, dtype, data="balanced", scaling=1 / 3, bias=True, routing="sentinels")
     wider = replace(base, gate_slots=2, use_fused_dX=True)
-    return [
+    everywhere = [
         replace(base, gate_slots=2),
         replace(base, name="fused", use_fused_dX=True, use_fused_gather=True),
         replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
         replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
-        *(
-            [
-                replace(wider, name="fp32 parameters", parameter_dtype=torch.float32),
-                replace(wider, name="fp32", dtype=torch.float32),
-            ]
-            if dtype != torch.float32
-            else []
-        ),
     ]
+    rounded = [
+        replace(wider, name="fp32 parameters", parameter_dtype=torch.float32),
+        replace(wider, name="fp32", dtype=torch.float32),
+    ]
+    return everywhere if dtype == torch.float32 else [*rounded, *everywhere]
 
 
-def _interpreted(integer: Sequence[Sample], dtype: torch.dtype, seed: int) -> tuple[list[Layer], list[Layer]]:
+def _interpreted(
+    integer: Sequence[Sample], empty: Sample, dtype: torch.dtype, seed: int
+) -> tuple[list[Layer], list[Layer]]:
     """Layers that look into the interpreter."""
+    cpu = torch.device("cpu")
     sizes = Case("sizes", 48, 96, 352, 90, 2, 0, dtype, routing="ten_active", use_fused_dX=True, use_fused_gather=True)
     cases = [
         replace(sizes, bias=True),
@@ -185,10 +192,22 @@ def _interpreted(integer: Sequence[Sample], dtype: torch.dtype, seed: int) -> tu
         replace(sizes, name="sizes, gradients of LoRA", tokens=45, rank=16),
     ]
     stack = encode_mxfp4(torch.ones(50, 64, 128))
-    trials = [_trial(case.name, case.build(seed=seed), index_guard, torch.device("cpu")) for case in cases]
+    trials = [_trial(case.name, case.build(seed=seed), index_guard, cpu) for case in cases]
     decode = Trial("a stack", lambda candidate: decode_index_guard(candidate, stack))
-    memory = [_trial(sample.case.name, sample, memory_guard, torch.device("cpu")) for sample in integer]
+    memory = [_trial(sample.case.name, sample, memory_guard, cpu) for sample in integer]
+    memory.append(_trial("wild positions", integer[0], _watched(wild_positions_guard), cpu))
+    memory.append(_trial("wild offsets", empty, _watched(wild_offsets_guard), cpu))
     return [Layer("memory", tuple(memory))], [Layer("indices", (decode, *trials), slow=True)]
+
+
+def _watched(guard: Guard) -> Guard:
+    """The guard, and besides an IndexError for every load and store outside a tensor."""
+
+    def judge(candidate: Candidate, sample: Sample) -> list[Finding]:
+        with checked_memory():
+            return guard(candidate, sample)
+
+    return judge
 
 
 def _dense(sample: Sample) -> Sample:
