@@ -163,8 +163,9 @@ def _print(judged: Sequence[Judgement], seconds: float, console: Any) -> None:
     kinds = list(dict.fromkeys(judgement.data for judgement in judged))
     title = "failures / judgements of honest implementations"
     table = Table(title=title, box=SIMPLE_HEAD, header_style="bright_black", title_style="", pad_edge=False)
-    for column in ("implementation", *kinds):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
+    table.add_column("implementation", no_wrap=True)
+    for kind in kinds:
+        table.add_column(kind, justify="right")
     for name in sorted({judgement.implementation for judgement in judged}):
         cells = [f"{failed[name, kind]}/{made[name, kind]}" if made[name, kind] else "–" for kind in kinds]
         table.add_row(escape(name), *cells)

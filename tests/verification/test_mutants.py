@@ -225,6 +225,28 @@ def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.Monke
     assert result.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("function", "after", "layer"),
+    [
+        ("Routing.tiles", "if not self._tiles:", "schedule"),
+        ("tiles_kernel", "t = (tl.arange(0, CHUNK))", "schedule"),
+        ("dequantize_kernel", "mask=((k < K)[None, :]),", "decode"),
+        ("dequantize_experts", "elif (out.shape != shape):", "operators"),
+        ("source_rows", "return position // fan, (position >= 0) & (((position) <= (P)))", "memory"),
+        ("expert_rows", "end = tl.load(offsets + expert).to(tl.int32)", "margins"),
+        ("grouped_outer_kernel", "expert = (tl.program_id(0) // blocks).to(tl.int32)", "indices"),
+        ("combine_kernel", "gate = tl.load(gates + t * slots + slot, mask=live, other=0).to(tl.float16)", "integer"),
+    ],
+)
+def test_a_guard_sees_what_it_was_made_for(function: str, after: str, layer: str) -> None:
+    """One mutant for each guard that came late: the cases before it let this one live."""
+    [mutant] = [m for m in everything() if m.function == function and m.edit(SOURCES[m.file].text)[1] == after]
+    [asked] = [each for each in layers(CPU) if each.name == layer]
+    healthy, mutated = run([None, mutant], SOURCES, [asked], device=CPU)
+    assert healthy.kills == {}
+    assert set(mutated.kills) == {layer}
+
+
 def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
     """A small sample by the quick layers: `mxref mutants` runs larger ones, and all of it on request."""
     mutants = stratified([mutant for mutant in everything() if mutant.by_hand and not mutant.gpu_only], 8, seed=0)
