@@ -51,7 +51,10 @@ class Honest:
 
 
 def data_cases(dtype: torch.dtype) -> list[Case]:
-    """Ten shapes and kinds of data, each with options of its own, small enough for an emulation."""
+    """Ten shapes and kinds of data, each with options of its own, small enough for an emulation.
+
+    Every second one asks for the fused kernels, where there are any.
+    """
     base = Case("plain", 3, 96, 80, 14, 2, 5, dtype, scaling=1 / 3, bias=True, gate_slots=2, routing="sentinels")
     square = replace(base, K=128, N=128, routing="uniform", gate_slots=0)
     cases = [
@@ -67,7 +70,8 @@ def data_cases(dtype: torch.dtype) -> list[Case]:
                 data="balanced", routing="one_expert"),
         replace(base, name="integers", data="integer", scaling=0.5, rank=4),
     ]  # fmt: skip
-    return [replace(case, dtype=dtype) for case in cases]
+    fused = {case.name for case in cases[1::2]}
+    return [replace(c, use_fused_dX=c.name in fused, use_fused_gather=c.name in fused) for c in cases]
 
 
 def emulated() -> list[Honest]:
