@@ -8,7 +8,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mxref.verification import cli_bench, cli_gate, cli_history, cli_inspect, cli_mutants, cli_scoreboard, cli_tune
+from mxref.verification import (
+    cli_bench,
+    cli_gate,
+    cli_history,
+    cli_honest,
+    cli_inspect,
+    cli_mutants,
+    cli_scoreboard,
+    cli_tune,
+)
 from mxref.verification.usage import UsageError
 
 __all__ = ["main"]
@@ -28,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_gate.add_to(commands)
     cli_scoreboard.add_to(commands)
     cli_mutants.add_to(commands)
+    cli_honest.add_to(commands)
     cli_inspect.add_to(commands)
     cli_bench.add_to(commands)
     cli_tune.add_to(commands)

@@ -54,10 +54,11 @@ def add_to(commands: Any) -> None:
     which.add_argument("--list", action="store_true", help="print the mutants and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
-    how.add_argument("--compile", action="store_true", help="compare the survivors' compiled code with the sources'")
+    how.add_argument("--compile", action="store_true", help="compile the survivors: the sources' code, or none?")
     how.add_argument("--jobs", metavar="N", type=_positive, default=os.cpu_count() or 1, help="processes at once")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     how.add_argument("--out", metavar="DIR", type=Path, help="write mutants.json there")
+    how.add_argument("--record", action="store_true", help="keep the result of the whole catalogue as evidence")
     parser.set_defaults(run=run)
 
 
@@ -72,9 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if arguments.gpu_only and device.type == "cpu" and not arguments.list:
         raise UsageError("--gpu-only: torch sees no CUDA GPU on this machine")
+    if arguments.record and (device.type != "cpu" or not _is_whole(arguments)):
+        raise UsageError("--record keeps --all of the catalogue, in the interpreter; leave out what narrows it")
     from rich.console import Console
 
     from mxref.verification.mutants import read_sources
+    from mxref.verification.mutation import record
     from mxref.verification.mutation.tables import print_list, print_session
 
     sources = read_sources()
@@ -94,7 +98,15 @@ def run(arguments: argparse.Namespace) -> int:
         path = arguments.out / "mutants.json"
         path.write_text(json.dumps(session.as_json(sources), indent=1), encoding="utf-8")
         console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
+    if arguments.record:
+        record.write(session, sources)
+        console.print(f"record: {record.RECORD}", style="bright_black", soft_wrap=True, highlight=False)
     return session.exit_code
+
+
+def _is_whole(arguments: argparse.Namespace) -> bool:
+    narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.gpu_only, arguments.list)
+    return arguments.all and not any(narrowed)
 
 
 def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:

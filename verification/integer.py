@@ -7,7 +7,7 @@ small multiples of 1/4. A gauge (see `sampling.Gauge`) spreads the scale bytes o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def integer_sample(case: Case, device: torch.device | str, seed: int) -> Sample:
     for _ in range(_ATTEMPTS):
         problem, grad_out = _draw(case, draw)
         if is_exact_everywhere(problem, grad_out, RoundingPoints.contract(strictest)):
-            return Sample(case, _moved(problem, device), grad_out.to(device))
+            return Sample(case, problem, grad_out).to(device)
     raise ValueError(
         f"{case.name}: no draw of {_ATTEMPTS} is exact in {strictest}; use fewer tokens, a smaller rank, more columns, "
         "or a scaling that is a power of two"
@@ -114,11 +114,3 @@ def _at_most(count: int, experts: int, rank: int, columns: int, draw: torch.Gene
 
 def _signs(rows: int, columns: int, draw: torch.Generator) -> Tensor:
     return torch.randint(0, 2, (rows, columns), generator=draw).double() * 2 - 1
-
-
-def _moved(problem: Problem, device: torch.device | str) -> Problem:
-    operands: dict[str, Any] = {
-        name: operand.to(device) if isinstance(operand, Tensor | MXWeights) else operand
-        for name, operand in problem.arguments().items()
-    }
-    return Problem(**operands)

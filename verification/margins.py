@@ -7,6 +7,7 @@ allocates: outputs, intermediate results, tables.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +24,7 @@ from mxref.verification.guards import integer_guard, reference
 from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding, Status
 
-__all__ = ["Margins", "foreign_rows_guard", "margins_guard", "wild_positions_guard"]
+__all__ = ["Margins", "foreign_rows_guard", "margins_guard", "wild_offsets_guard", "wild_positions_guard"]
 
 _WIDTH = 1 << 14
 """Elements on either side: more than one tile's rows of any case here."""
@@ -76,19 +77,41 @@ def wild_positions_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
         sample: an integer fixture, ungrouped and without gates, of at least six routed rows.
     """
     problem = sample.problem
-    positions, kept = problem.sorted_scattered_idxs.clone(), torch.ones(problem.P, dtype=torch.bool)
-    for row, position in {0: -3, 3: problem.P + 5, 5: 2**40}.items():
+    positions = problem.sorted_scattered_idxs.clone()
+    kept = torch.ones(problem.P, dtype=torch.bool, device=problem.device)
+    for row, position in {0: -1, 1: -3, 3: problem.P, 4: problem.P + 5, 5: 2**40}.items():
         kept[positions[row]] = False
         positions[row] = position
     expected = reference(sample, RoundingPoints.contract(problem.dtype))["Y"][kept]
     inside, _ = fenced(replace(sample, problem=replace(problem, sorted_scattered_idxs=positions)))
-    with patch.object(Problem, "validate", lambda self, check_values: None), Margins() as margins:
+    with _unchecked(), Margins() as margins:
         Y = candidate.run(inside)["Y"]
     assert Y is not None
     wrong = int((Y[kept].double() != expected).sum())
     status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} elements of rows with good positions differ"
     name = "wild positions"
     return [Finding("margins", name, "Y", status, reason, expected.numel(), wrong), _intact(margins, name)]
+
+
+def wild_offsets_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """Offsets outside 0..P that nobody checked are read as if they were forced into it, and nothing faults.
+
+    Args:
+        candidate: what to judge.
+        sample: an integer fixture whose first and last experts have no rows, without sentinels.
+    """
+    problem, findings = sample.problem, []
+    for name, below, above in (("near", -3, problem.P + 5), ("far", 5 - 2**40, 2**40)):
+        offsets = problem.expert_offsets.clone()
+        offsets[offsets == 0] = below
+        offsets[offsets == problem.P] = above
+        inside, _ = fenced(replace(sample, problem=replace(problem, expert_offsets=offsets)))
+        with _unchecked(), Margins() as margins:
+            outputs = candidate.run(inside)
+        name = f"wild offsets, {name}"
+        findings += _equal(name, outputs, sample, "elements follow offsets out of range")
+        findings.append(_intact(margins, name))
+    return findings
 
 
 def foreign_rows_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
@@ -104,11 +127,21 @@ def foreign_rows_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
     for x in (gates, inputs, grad_out):
         x[foreign] = float("nan")
     outputs = candidate.run(replace(sample, problem=replace(problem, gates=gates, inputs=inputs), grad_out=grad_out))
+    return _equal("foreign rows", outputs, sample, "elements follow another rank's rows")
+
+
+def _unchecked() -> Any:
+    """Within this context values inside index tensors are not checked, as on a GPU."""
+    return patch.object(Problem, "validate", lambda self, check_values: None)
+
+
+def _equal(name: str, outputs: Mapping[str, Tensor | None], sample: Sample, broken: str) -> list[Finding]:
+    """Whether every output is the reference's for the sample."""
     findings = []
-    for tensor, expected in reference(sample, RoundingPoints.contract(problem.dtype)).items():
+    for tensor, expected in reference(sample, RoundingPoints.contract(sample.problem.dtype)).items():
         wrong = int((_given(outputs[tensor]).double() != expected).sum())
-        status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} elements follow another rank's rows"
-        findings.append(Finding("margins", "foreign rows", tensor, status, reason, expected.numel(), wrong))
+        status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} {broken}"
+        findings.append(Finding("margins", name, tensor, status, reason, expected.numel(), wrong))
     return findings
 
 

@@ -50,14 +50,15 @@ def memory_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
 def index_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
     """No 32-bit sum or product goes beyond INDEX_LIMIT, in either pass; interpreted only.
 
-    With LoRA the forward pass alone is judged: dA and dB loop over rows, and a loop's variable is Python's here, not
-    the 64-bit one that it is on a GPU. What stays small by contract may have 32 bits: a size, an element of one matrix.
+    Where rows times rank go beyond it the forward pass alone is judged: dA and dB loop over rows, and a loop's variable
+    is Python's here, not the 64-bit one that it is on a GPU. What stays small by contract may have 32 bits: a size, an
+    element of one matrix.
 
     Args:
         candidate: what to judge.
         sample: sizes well below INDEX_LIMIT, rows times columns and experts times columns beyond it.
     """
-    run = candidate.trace if sample.problem.rank else candidate.run
+    run = candidate.trace if sample.problem.P * sample.problem.rank > INDEX_LIMIT else candidate.run
     return _indices(sample.case.name, lambda: run(sample))
 
 
@@ -154,6 +155,8 @@ def checked_memory() -> Iterator[_Touched]:
         return store(self, ptrs, value, mask, *rest)
 
     def entering(self: Any, args: Any, kwargs: Any) -> Any:
+        if not callable(self.grid) and min(self.grid) < 1:
+            raise ValueError(f"a launch of {self.grid} programs, which no GPU starts")
         host = to_host(self, args, kwargs)
         touched.enter([*host[0], *host[1].values()])
         return host

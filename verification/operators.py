@@ -20,11 +20,14 @@ __all__ = ["operators_guard"]
 def operators_guard(kernels: ModuleType, sample: Sample) -> list[Finding]:
     """`scatter2scatter_lora_mx` and its dX in every layout, `selective_lora_weights`, `dequantize_experts` of some.
 
+    What does not fit is refused before anything runs.
+
     Args:
         kernels: a module with these names.
         sample: an integer fixture with packed weights and LoRA, without gates, not grouped.
     """
-    return [_judge(sample, *check) for check in _checks(kernels, sample)]
+    findings = [_judge(sample, *check) for check in _checks(kernels, sample)]
+    return findings + [_refused(sample, *misuse) for misuse in _misuses(kernels, sample)]
 
 
 def _checks(kernels: ModuleType, sample: Sample) -> Iterator[tuple[str, Callable[[], Tensor], Tensor]]:
@@ -63,6 +66,35 @@ def _checks(kernels: ModuleType, sample: Sample) -> Iterator[tuple[str, Callable
     yield "B of some experts", lambda: kernels.selective_lora_weights(A, B, some, E)[1], B_some
     decoded = decode_mxfp4(weights, problem.dtype)[some]
     yield "W of some experts", lambda: _decoded_between_sentinels(kernels, weights, some, problem.dtype), decoded
+
+
+def _misuses(kernels: ModuleType, sample: Sample) -> Iterator[tuple[str, Callable[[], Tensor], type[Exception]]]:
+    """What to call each misuse of the decode, the call, and what it must raise."""
+    weights, dtype = sample.problem.expert_weights, sample.problem.dtype
+    assert isinstance(weights, MXWeights)
+    decode, every = kernels.dequantize_experts, torch.arange(weights.E, device=weights.device)
+    shape = (weights.E, weights.N, weights.K)
+
+    def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=weights.device)
+
+    narrow, turned = buffer(*shape, dtype=torch.int16), buffer(weights.E, weights.K, weights.N).mT
+    yield "a dtype that is no float", lambda: decode(weights, every, torch.int16), TypeError
+    yield "experts in a matrix", lambda: decode(weights, every[None], dtype), ValueError
+    yield "a buffer of another shape", lambda: decode(weights, every, dtype, buffer(*shape[:2], 1)), ValueError
+    yield "a buffer of another dtype", lambda: decode(weights, every, dtype, narrow), ValueError
+    yield "a buffer that is not contiguous", lambda: decode(weights, every, dtype, turned), ValueError
+
+
+def _refused(sample: Sample, name: str, call: Callable[[], Tensor], expected: type[Exception]) -> Finding:
+    status, reason = Status.FAIL, f"accepted; expected a {expected.__name__}"
+    try:
+        call()
+    except expected:
+        status, reason = Status.PASS, f"refused by a {expected.__name__}"
+    except Exception as error:  # whatever an operator raises is a finding about it
+        reason = f"raised {type(error).__name__}: {error}; expected a {expected.__name__}"
+    return Finding("operators", sample.case.name, name, status, reason, 0, 0)
 
 
 _LAYOUT = {True: "expert order", False: "positions"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mxref.weights import MXWeights
 __all__ = ["Case", "Gauge", "Sample", "draw_gauge", "draw_routing", "sample_for_weights", "scale_bytes"]
 
 Routing = Literal["uniform", "empty_experts", "one_expert", "sentinels", "ten_active"]
-Data = Literal["plain", "balanced", "wide", "boundary", "integer"]
+Data = Literal["plain", "balanced", "lora", "bias", "positive", "cancelling", "wide", "boundary", "integer"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Case:
         tokens, top_k: the router's choice, [tokens, top_k]; P = tokens · top_k routed rows.
         rank: LoRA rank, 0 for no LoRA.
         dtype: activation dtype.
-        parameter_dtype: dtype of lora_A, lora_B, biases and gates; None for the activation dtype.
+        parameter_dtype: dtype of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
             a quarter of the rows sentinels; or at most ten experts active.
-        data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `wide`,
-            scale bytes over 2^±60; `boundary`, scale bytes at both ends of the range that decodes finitely; `integer`,
-            fixtures that are exact in any order of summation (see `integer`).
+        data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
+            `bias`, that term far above all others; `positive`, every number positive; `cancelling`, all sums over K
+            and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes over 2^±60; `boundary`, scale bytes at
+            both ends of the range that decodes finitely; `integer`, fixtures that are exact in any order of summation
+            (see `integer`).
         scaling: LoRA's s.
         bias: whether there are expert biases.
         gate_slots: g, or 0 for no gates.
@@ -120,6 +122,14 @@ class Sample:
     case: Case
     problem: Problem
     grad_out: Tensor
+
+    def to(self, device: torch.device | str) -> Sample:
+        """The same numbers on another device; what is there already is not copied."""
+        operands: dict[str, Any] = {
+            name: operand.to(device) if isinstance(operand, Tensor | MXWeights) else operand
+            for name, operand in self.problem.arguments().items()
+        }
+        return Sample(self.case, Problem(**operands), self.grad_out.to(device))
 
 
 @dataclass(frozen=True)
@@ -227,7 +237,32 @@ def _draw_weights(case: Case, draw: torch.Generator) -> tuple[MXWeights, Gauge]:
     else:
         gauge = Gauge.none(K, N)
         scales = torch.randint(E8M0_BIAS - 9, E8M0_BIAS - 4, shape, generator=draw)
+    if case.data == "positive":
+        packed &= 0x77
+    if case.data == "cancelling":
+        packed = _repeated(_repeated(packed, 2) ^ _signs(packed, 2), 1) ^ _signs(packed, 1)
+        scales = _repeated(_repeated(scales, 2), 1)
     return MXWeights(packed, scales.to(torch.uint8).contiguous(), K, N), gauge
+
+
+def _repeated(x: Tensor, dim: int) -> Tensor:
+    """The first half along `dim` in place of the second too."""
+    half = x.narrow(dim, 0, x.shape[dim] // 2)
+    return torch.cat((half, half), dim)
+
+
+def _signs(packed: Tensor, dim: int) -> Tensor:
+    """What flips the sign of both codes in each byte of the second half along `dim`."""
+    flips = torch.zeros_like(packed)
+    flips.narrow(dim, packed.shape[dim] // 2, packed.shape[dim] // 2).fill_(0x88)
+    return flips
+
+
+def _cancelling(x: Tensor, dim: int, sign: int) -> Tensor:
+    """The first half along `dim`, times `sign`, in place of the second too, but for every 32nd element."""
+    half = x.shape[dim] // 2
+    index = torch.arange(half)[torch.arange(half) % 32 != 0].to(x.device)
+    return x.index_copy(dim, index + half, sign * x.index_select(dim, index))
 
 
 def _cycle(values: list[int], length: int) -> Tensor:
@@ -237,26 +272,33 @@ def _cycle(values: list[int], length: int) -> Tensor:
 def _sample(case: Case, weights: MXWeights, gauge: Gauge, device: torch.device | str, draw: torch.Generator) -> Sample:
     E, K, N, r = case.experts, case.K, case.N, case.rank
 
+    own = case.parameter_dtype
+    grid = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
+
     def normal(rows: int, columns: int, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.randn(rows, columns, generator=draw) * factor.float()
-        return x.to(torch.bfloat16 if case.dtype == torch.float32 else case.dtype).to(dtype or case.dtype).to(device)
+        x = x.abs() if case.data == "positive" else x
+        return x.to(dtype or grid).to(dtype or case.dtype).to(device)
 
-    own = case.parameter_dtype
     loose = 2.0**-4 if case.data == "boundary" else 1.0  # codes up to 6 without the usual 2^-6 scale
-    sizes = {"plain": 0.02, "balanced": 0.2}
+    sizes = {"plain": 0.02, "balanced": 0.2, "lora": 16.0}
     lora_A = lora_B = bias = gates = None
     if r:
         lora_A = normal(E * r, K, gauge.u / K**0.5, own)
         lora_B = normal(N, E * r, gauge.t[:, None] * sizes.get(case.data, 0.1) * (K / r) ** 0.5 / 8, own)
     if case.bias:
-        bias = normal(E, N, gauge.t * 0.5, own)
+        bias = normal(E, N, gauge.t * (128.0 if case.data == "bias" else 0.5), own)
     if case.gate_slots:
         shape = (case.rows // case.gate_slots, case.gate_slots)
-        gates = torch.softmax(torch.randn(shape, generator=draw), 1)
-        gates = gates.to(torch.bfloat16 if case.dtype == torch.float32 else case.dtype).to(own or case.dtype).to(device)
+        gates = torch.softmax(torch.randn(shape, generator=draw), 1).to(own or grid).to(own or case.dtype).to(device)
     experts, positions, offsets = flatten_sort_count(draw_routing(case, draw), E)
+    x, grad_out = normal(case.input_rows, K, loose / gauge.u), normal(*case.output_shape, loose / gauge.t)
+    if case.data == "cancelling":
+        x, grad_out = _cancelling(x, 1, 1), _cancelling(grad_out, 1, 1)
+        lora_A = None if lora_A is None else _cancelling(lora_A, 1, -1)
+        lora_B = None if lora_B is None else _cancelling(lora_B, 0, -1)
     problem = Problem(
-        normal(case.input_rows, K, loose / gauge.u),
+        x,
         weights.to(device),
         case.k,
         experts.to(device),
@@ -271,4 +313,4 @@ def _sample(case: Case, weights: MXWeights, gauge: Gauge, device: torch.device |
         case.grouped_out,
     )
     problem.validate(check_values=True)
-    return Sample(case, problem, normal(*case.output_shape, loose / gauge.t))
+    return Sample(case, problem, grad_out)

@@ -1,6 +1,6 @@
 """Bounds hold for everything honest and for nothing else.
 
-Honest arithmetic is emulated, independently of the code under test; see `emulation`.
+Honest arithmetic is emulated, independently of the code under test; see `mxref.verification.emulation`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulation import HONEST, Emulated, blocks, fused_chain, position, r32, tensor_core
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,8 +18,19 @@ from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forw
 from mxref.verification.accumulation import ACCUMULATIONS, Accumulation, Accumulator, Order, gamma
 from mxref.verification.bounds import Interval, intervals, rho
 from mxref.verification.cases import Case, Sample, integer_cases, quick_cases
+from mxref.verification.emulation import Dot, Emulated, blocks, fused_chain, position, r32, tensor_core
 
 BF16, FP32 = torch.bfloat16, torch.float32
+
+HONEST: dict[str, Dot] = {
+    **{f"blocks of {b}, {o}, {i}": blocks(b, o, i)
+       for b in (8, 16, 64) for o in ("forward", "backward", "shuffled") for i in ("sequential", "pairwise")},
+    "one block, pairwise": blocks(4096, inner="pairwise"),
+    "one block, largest first": blocks(4096, inner="by size"),
+    "one block, fp64": blocks(4096, inner="fp64"),
+    "fused chain": fused_chain(),
+    "fused chain, backward": fused_chain("backward"),
+}  # fmt: skip
 
 
 def accepted(sample: Sample, points: RoundingPoints, how: Accumulation) -> dict[str, Interval]:

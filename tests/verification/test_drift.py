@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from emulation import Emulated, blocks, tensor_core
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +17,7 @@ from mxref.verification import candidates
 from mxref.verification.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.cases import Case, Sample, quick_cases
 from mxref.verification.drift import drift_guard, slopes_of
+from mxref.verification.emulation import Emulated, blocks, tensor_core
 from mxref.verification.guards import Expectation, expect
 from mxref.verification.thresholds import ON_A_GRID, critical_z, directed_loss, residual_variance
 from mxref.verification.verdicts import DriftMap, Finding, Status

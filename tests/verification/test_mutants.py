@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 from mxref.verification.mutants import BUGS, catalogue, read_sources, stratified
-from mxref.verification.mutation import equivalents
+from mxref.verification.mutation import equivalents, record
 from mxref.verification.mutation.equivalents import Equivalent
 from mxref.verification.mutation.layers import Layer, Trial, fixtures, layers
 from mxref.verification.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate
 from mxref.verification.mutation.runner import run
-from mxref.verification.mutation.session import FalseKillError, Fate, judge
+from mxref.verification.mutation.session import EQUIVALENT_SHARE, FalseKillError, Fate, Judged, Session, judge
 from mxref.verification.mutation.sweep import OPERATORS, sweep
 from mxref.verification.verdicts import Finding, Status
 
@@ -183,6 +186,20 @@ def test_a_crash_and_a_loop_are_kills() -> None:
     assert "hung" in hung.kills["toy"]
 
 
+def test_a_child_that_no_signal_reaches_is_a_kill() -> None:
+    def spin(candidate: object) -> list[Finding]:
+        import signal
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+        while True:
+            pass
+
+    toys = [_layer("toy", spin), _layer("next", lambda _: [_finding(True)])]
+    outcome = run([None], SOURCES, toys, device=CPU, trial_seconds=0.5, matrix=True)[0]
+    assert outcome.kills == {"toy": "crashed: SIGKILL"}
+    assert outcome.judged[-1] == "next"
+
+
 def test_the_matrix_asks_every_layer() -> None:
     toys = [_layer("first", lambda _: [_finding(False)]), _layer("second", lambda _: [_finding(True)])]
     toys.append(_layer("third", lambda _: [_finding(False)]))
@@ -208,6 +225,28 @@ def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.Monke
     assert result.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("function", "after", "layer"),
+    [
+        ("Routing.tiles", "if not self._tiles:", "schedule"),
+        ("tiles_kernel", "t = (tl.arange(0, CHUNK))", "schedule"),
+        ("dequantize_kernel", "expert = tl.load(experts + slot).to(tl.int32)", "indices"),
+        ("dequantize_experts", "elif (out.shape != shape):", "operators"),
+        ("source_rows", "return position // fan, (position >= 0) & (((position) <= (P)))", "memory"),
+        ("expert_rows", "end = tl.load(offsets + expert).to(tl.int32)", "margins"),
+        ("grouped_outer_kernel", "expert = (tl.program_id(0) // blocks).to(tl.int32)", "indices"),
+        ("combine_kernel", "gate = tl.load(gates + t * slots + slot, mask=live, other=0).to(tl.float16)", "integer"),
+    ],
+)
+def test_a_guard_sees_what_it_was_made_for(function: str, after: str, layer: str) -> None:
+    """One mutant for each guard that came late: the cases before it let this one live."""
+    [mutant] = [m for m in everything() if m.function == function and m.edit(SOURCES[m.file].text)[1] == after]
+    [asked] = [each for each in layers(CPU) if each.name == layer]
+    healthy, mutated = run([None, mutant], SOURCES, [asked], device=CPU)
+    assert healthy.kills == {}
+    assert set(mutated.kills) == {layer}
+
+
 def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
     """A small sample by the quick layers: `mxref mutants` runs larger ones, and all of it on request."""
     mutants = stratified([mutant for mutant in everything() if mutant.by_hand and not mutant.gpu_only], 8, seed=0)
@@ -216,6 +255,85 @@ def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
     assert [judged.mutant.name for judged in result.judged if judged.fate is Fate.SURVIVED] == []
     assert result.counts()[Fate.KILLED] + result.counts()[Fate.EQUIVALENT] == 8
     assert result.exit_code == 0  # at most one of them equivalent
+
+
+def test_the_matrix_survives_a_crash() -> None:
+    def crash(candidate: object) -> list[Finding]:
+        import ctypes
+
+        ctypes.string_at(0)
+        return []
+
+    toys = [_layer("first", lambda _: [_finding(False)]), _layer("second", crash)]
+    toys += [_layer("third", lambda _: [_finding(False)]), _layer("fourth", lambda _: [_finding(True)])]
+    told = []
+    outcome = run([None], SOURCES, toys, device=CPU, matrix=True, on_outcome=told.append)[0]
+    assert set(outcome.kills) == {"first", "second", "third"}
+    assert outcome.kills["second"] == "crashed: SIGSEGV"
+    assert told == [outcome]
+
+
+def test_a_record_tells_what_happened_and_when_it_is_stale(tmp_path: Path) -> None:
+    mutants = [_named("bias twice"), _named("nibbles swapped")]
+    verdicts = {"bias twice": {"integer": "a reason"}, "nibbles swapped": {}}
+    session = Session("cpu", "digest", True, ["integer", "decode"])
+    session.judged += [
+        Judged(mutant, Fate.KILLED if verdicts[mutant.name] else Fate.SURVIVED, verdicts[mutant.name], 1.0)
+        for mutant in mutants
+    ]
+    path = tmp_path / "record" / "mutants.json"
+    record.write(session, SOURCES, path)
+    entry, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    assert entry["killed"] == {"bias twice": ["integer"]}
+    assert entry["survived"] == ["nibbles swapped"]
+    assert "1 of 2 mutants killed" in text
+    assert "tl.join(nibbles >> 4, nibbles & 0xF)" in text
+    assert record.stale(entry, mutants, SOURCES) == ""
+    commented = SOURCES | {"decode.py": Source("decode.py", SOURCES["decode.py"].text + "# a comment\n")}
+    assert record.stale(entry, mutants, commented) == ""
+    changed = SOURCES | {"decode.py": Source("decode.py", SOURCES["decode.py"].text + "x = 1\n")}
+    assert "older than kernels/decode.py; refresh it: mxref mutants --all" in record.stale(entry, mutants, changed)
+
+
+def test_the_record_of_the_whole_catalogue() -> None:
+    """Nothing survived. A kernel that changed since is an expected failure; the sample above judges it as it is."""
+    if not record.RECORD.is_file():
+        pytest.xfail(f"nothing is recorded yet; run {record.COMMAND}")
+    entry = json.loads(record.RECORD.read_text())
+    assert entry["survived"] == []
+    assert len(entry["equivalent"]) <= EQUIVALENT_SHARE * (len(entry["equivalent"]) + len(entry["killed"]))
+    mutants = [mutant for mutant in everything() if not mutant.gpu_only]
+    told = record.stale(entry, mutants, SOURCES)
+    if told:
+        pytest.xfail(told)
+    assert {*entry["killed"], *entry["equivalent"]} == {mutant.name for mutant in mutants}
+
+
+def test_who_forks_for_a_gpu_never_touches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that has initialised CUDA cannot hand it to its forks, so that every mutant would seem killed."""
+    touched, cuda = tmp_path / "touched", torch.device("cuda")
+
+    def initialise() -> None:
+        with touched.open("a") as file:
+            print(os.getpid(), file=file)
+        raise RuntimeError("CUDA was initialised")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", initialise)
+    with pytest.raises(FalseKillError, match="CUDA was initialised"):  # by the child that judges the sources
+        judge([_named("tf32")], SOURCES, layers(cuda), fixtures(cuda), cuda)
+    assert str(os.getpid()) not in touched.read_text().split()
+
+
+def test_a_gpu_is_judged_where_only_it_rounds() -> None:
+    """TF32, and parameters wider than the activations: values off the narrower grid are needed to see either."""
+    wide = {sample.case.name: sample.problem for sample in fixtures(torch.device("cuda"))}
+    parameters = wide["fp32 parameters"]
+    for x in (parameters.lora_A, parameters.lora_B, parameters.gates, parameters.expert_biases):
+        assert x is not None
+        assert x.dtype == torch.float32
+        assert (x != x.to(torch.bfloat16)).any()
+    assert wide["fp32"].dtype == torch.float32
+    assert wide["fp32"].gates is not None
 
 
 @pytest.mark.gpu

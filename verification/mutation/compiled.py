@@ -22,14 +22,19 @@ from mxref.verification.mutation.runner import import_kernels, write_sources
 __all__ = ["same_code"]
 
 _ARCHITECTURE = "sm_90"
+_BROKEN = "-"
 
 
-def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> set[str]:
-    """Names of the mutants of jit functions whose kernels compile to the unmutated ones' PTX. No GPU is needed."""
+def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> tuple[set[str], set[str]]:
+    """Compile mutants of jit functions. No GPU is needed.
+
+    Returns:
+        Names of those whose kernels compile to the unmutated ones' PTX, and of those that do not compile at all.
+    """
     jitted = {(s.file, f.name) for s in sources.values() for f in s.functions if f.jit}
     candidates = [mutant for mutant in mutants if (mutant.file, mutant.function) in jitted]
     if not candidates:
-        return set()
+        return set(), set()
     with tempfile.TemporaryDirectory(prefix="mxref-compiled-") as root:
         folders = []
         for index, mutant in enumerate([None, *candidates]):
@@ -42,11 +47,13 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> set[s
         command = [sys.executable, "-m", __name__, *folders]
         printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     unmutated, *digests = printed.split()
-    return {m.name for m, digest in zip(candidates, digests, strict=True) if digest == unmutated}
+    named = {m.name: digest for m, digest in zip(candidates, digests, strict=True)}
+    same = {name for name, digest in named.items() if digest == unmutated}
+    return same, {name for name, digest in named.items() if digest == _BROKEN}
 
 
 def _digest(folder: Path) -> str:
-    """One digest of all launches' code, in a fresh import of the kernels in `folder`; "-" if they do not compile."""
+    """One digest of all launches' code, in a fresh import of the kernels in `folder`; _BROKEN if they don't compile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -66,7 +73,7 @@ def _digest(folder: Path) -> str:
             digest.update(f"{unit.kernel}\0{unit.signature}\0{unit.constants}\0".encode())
             digest.update(compiled.asm["ptx"].encode())
     except Exception:  # a mutant that does not compile is no equivalent
-        return "-"
+        return _BROKEN
     return digest.hexdigest()
 
 

@@ -1,5 +1,8 @@
 """The gate's guards on a few small cases: what every mutant is judged by, in seconds.
 
+All samples are drawn on the CPU, once, and each trial moves its own to the device that it judges on. The process that
+makes the layers forks one for each mutant, and a process that has touched a GPU cannot hand it to those that it forks.
+
 Each layer is one guard with its own cases, so that a table can say what only that guard sees. The cases are the gate's
 in kind, but smaller: two blocks of columns with a tail, two steps of the contraction with a tail, sentinels, empty
 experts, every flag.
@@ -16,16 +19,23 @@ import torch
 from mxref.formats import MX_BLOCK_SIZE, pack_codes
 from mxref.problem import Problem
 from mxref.routing import flatten_sort_count
-from mxref.verification.accumulation import ACCUMULATIONS
+from mxref.verification.accumulation import Accumulation
 from mxref.verification.behaviour import determinism_guard, poison_guard, row_guard, second_backward_guard
-from mxref.verification.candidates import Candidate, default_accumulation
+from mxref.verification.candidates import Candidate
 from mxref.verification.cases import Case, Sample
 from mxref.verification.drift import drift_guard
 from mxref.verification.exhaustive import all_elements, finite_bytes
 from mxref.verification.guards import integer_guard, interval_guard
-from mxref.verification.margins import foreign_rows_guard, margins_guard, wild_positions_guard
-from mxref.verification.memory import decode_index_guard, index_guard, memory_guard
+from mxref.verification.margins import (
+    Margins,
+    foreign_rows_guard,
+    margins_guard,
+    wild_offsets_guard,
+    wild_positions_guard,
+)
+from mxref.verification.memory import checked_memory, decode_index_guard, index_guard, memory_guard
 from mxref.verification.operators import operators_guard
+from mxref.verification.scheduling import schedule_guard
 from mxref.verification.verdicts import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
@@ -34,6 +44,7 @@ __all__ = ["Layer", "Trial", "fixtures", "layers"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Judge = Callable[[Candidate], list[Finding]]
+Guard = Callable[[Candidate, Sample], list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -54,61 +65,75 @@ class Layer:
 
 
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:
-    """Every layer that judges mutants on `device`, in the order in which they run."""
-    dtype = _dtype(device)
-    integer = [case.build(device, seed) for case in _integer_cases(dtype)]
-    integer += [_dense(integer[1])]
+    """Every layer that judges mutants on `device`, in the order in which they run.
+
+    A GPU compiles for every case anew. There only the first integer fixtures are asked, and intervals first of all:
+    they show what nothing but a GPU rounds.
+    """
+    dtype, gpu = _dtype(device), device.type == "cuda"
+    integer = [case.build(seed=seed) for case in _integer_cases(dtype)[: 4 if gpu else None]]
+    integer += [_dense(integer[1]), _large_gates(integer[1])]
     interval = fixtures(device, seed)
-    operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(device, seed)
-    how = ACCUMULATIONS[default_accumulation(device)]
+    plain, fused = ([sample for sample in interval if sample.case.name == name] for name in ("plain", "fused"))
+    operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(seed=seed)
+    foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(seed=seed)
 
-    def intervals(candidate: Candidate, sample: Sample) -> list[Finding]:
-        return interval_guard(candidate, sample, candidate.points(dtype), how)[0]
+    def layer(name: str, samples: Sequence[Sample], guard: Guard, slow: bool = False) -> Layer:
+        return Layer(name, tuple(_trial(sample.case.name, sample, guard, device) for sample in samples), slow)
 
-    def drift(candidate: Candidate, sample: Sample) -> list[Finding]:
-        return drift_guard(candidate, sample, candidate.points(dtype), how)[0]
-
-    decode = _layer("decode", [_one_hot(each, device) for each in _DTYPES], integer_guard)
-    margins = _layer("margins", integer, margins_guard)
-    wild = Trial("wild positions", lambda candidate: wild_positions_guard(candidate, integer[0]))
-    foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(device, seed)
-    spread = Trial("foreign rows", lambda candidate: foreign_rows_guard(candidate, foreign))
-    memory, indices = _interpreted(integer, dtype, seed) if device.type == "cpu" else ([], [])
+    decode = layer("decode", [_one_hot(each) for each in _DTYPES], integer_guard)
+    margins = layer("margins", integer, margins_guard)
+    wild = _trial("wild positions", integer[0], wild_positions_guard, device)
+    empty = replace(integer[1].case, name="wild offsets", experts=5, routing="empty_experts").build(seed=seed)
+    offsets = _trial("wild offsets", empty, wild_offsets_guard, device)
+    spread = _trial("foreign rows", foreign, foreign_rows_guard, device)
+    memory, indices = ([], []) if gpu else _interpreted(integer, empty, dtype, seed)
+    intervals = layer("interval", interval, _intervals)
     return [
-        _layer("integer", integer, integer_guard),
-        replace(decode, trials=(Trial("every element", lambda candidate: _decode(candidate, device)), *decode.trials)),
+        *([intervals] if gpu else []),
+        layer("integer", integer, integer_guard),
+        replace(decode, trials=(*_decodes(device), *decode.trials)),
+        Layer("schedule", (Trial("tables", lambda candidate: schedule_guard(_kernels(), device)),)),
         *memory,
-        _layer("interval", interval, intervals),
-        _layer("drift", interval[:1], drift),
-        _layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
-        _layer("poison", interval[:2], poison_guard, slow=True),
-        replace(margins, trials=(spread, wild, *margins.trials)),
+        *([] if gpu else [intervals]),
+        layer("drift", plain, _drift),
+        layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
+        layer("poison", plain + fused, poison_guard, slow=True),
+        replace(margins, trials=(spread, wild, offsets, *margins.trials)),
         *indices,
-        _layer("rows", interval[:1], row_guard, slow=True),
-        _layer("second backward", interval[:1], second_backward_guard, slow=True),
-        _layer(
+        layer("rows", plain, row_guard, slow=True),
+        layer("second backward", plain, second_backward_guard, slow=True),
+        layer(
             "determinism",
-            interval[:1],
+            plain,
             lambda candidate, sample: determinism_guard(candidate, sample, runs=2),
             slow=True,
         ),
     ]
 
 
-def _layer(
-    name: str, samples: Sequence[Sample], guard: Callable[[Candidate, Sample], list[Finding]], slow: bool = False
-) -> Layer:
-    """A guard that takes one sample, over several."""
+def _trial(name: str, sample: Sample, guard: Guard, device: torch.device) -> Trial:
+    """A guard that takes one sample, on that sample."""
+    return Trial(name, lambda candidate: guard(candidate, sample.to(device)))
 
-    def trial(sample: Sample) -> Trial:
-        return Trial(sample.case.name, lambda candidate: guard(candidate, sample))
 
-    return Layer(name, tuple(map(trial, samples)), slow)
+def _intervals(candidate: Candidate, sample: Sample) -> list[Finding]:
+    return interval_guard(candidate, sample, candidate.points(sample.problem.dtype), _declared(candidate))[0]
+
+
+def _drift(candidate: Candidate, sample: Sample) -> list[Finding]:
+    return drift_guard(candidate, sample, candidate.points(sample.problem.dtype), _declared(candidate))[0]
+
+
+def _declared(candidate: Candidate) -> Accumulation:
+    """The accumulation of the shipped kernels, which always declare one."""
+    assert candidate.accumulation is not None
+    return candidate.accumulation
 
 
 def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
-    """Ordinary data: what an equivalent mutant must compute to the last bit."""
-    return [case.build(device, seed) for case in _interval_cases(_dtype(device))]
+    """Ordinary data for `device`, on the CPU: what an equivalent mutant must compute to the last bit."""
+    return [case.build(seed=seed) for case in _interval_cases(_dtype(device))]
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -121,7 +146,7 @@ def _base(dtype: torch.dtype) -> Case:
 
 def _integer_cases(dtype: torch.dtype) -> list[Case]:
     base = _base(dtype)
-    tails = replace(base, name="tails", experts=3, K=96, N=160, tokens=9, routing="sentinels")
+    tails = replace(base, name="tails", experts=3, K=96, N=162, tokens=9, routing="sentinels")
     grouped = replace(tails, name="grouped", grouped_in=True, grouped_out=True, routing="empty_experts")
     return [
         base,
@@ -129,35 +154,60 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
         replace(tails, name="fused", use_fused_dX=True, use_fused_gather=True, scaling=2.0),
         replace(grouped, experts=5, K=64, tokens=18, top_k=1, rank=20),
         replace(base, name="even sizes", K=128, N=256, grouped_in=True, gate_slots=2, routing="sentinels"),
-        replace(base, name="wide", K=576, tokens=5, top_k=1, use_fused_dX=True, gate_slots=1),
+        replace(base, name="wide", K=1056, N=129, tokens=5, top_k=1, use_fused_dX=True, gate_slots=1),
+        replace(base, name="one row", N=33, tokens=1, top_k=1, gate_slots=1),
+        replace(base, name="no rows", tokens=0, gate_slots=2),
         replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
         replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True),
     ]
 
 
 def _interval_cases(dtype: torch.dtype) -> list[Case]:
+    """On a GPU also what only it rounds: parameters that are wider than the activations, and fp32 without TF32."""
     base = Case("plain", 3, 96, 160, 9, 2, 3, dtype, data="balanced", scaling=1 / 3, bias=True, routing="sentinels")
-    return [
+    wider = replace(base, gate_slots=2, use_fused_dX=True)
+    everywhere = [
         replace(base, gate_slots=2),
         replace(base, name="fused", use_fused_dX=True, use_fused_gather=True),
         replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
         replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
     ]
+    rounded = [
+        replace(wider, name="fp32 parameters", parameter_dtype=torch.float32),
+        replace(wider, name="fp32", dtype=torch.float32),
+    ]
+    return everywhere if dtype == torch.float32 else [*rounded, *everywhere]
 
 
-def _interpreted(integer: Sequence[Sample], dtype: torch.dtype, seed: int) -> tuple[list[Layer], list[Layer]]:
+def _interpreted(
+    integer: Sequence[Sample], empty: Sample, dtype: torch.dtype, seed: int
+) -> tuple[list[Layer], list[Layer]]:
     """Layers that look into the interpreter."""
+    cpu = torch.device("cpu")
     sizes = Case("sizes", 48, 96, 352, 90, 2, 0, dtype, routing="ten_active", use_fused_dX=True, use_fused_gather=True)
     cases = [
         replace(sizes, bias=True),
         replace(sizes, name="sizes, gates", gate_slots=2),
         replace(sizes, name="sizes, LoRA", K=32, N=32, tokens=260, rank=32),
+        replace(sizes, name="sizes, gradients of LoRA", tokens=45, rank=16),
     ]
     stack = encode_mxfp4(torch.ones(50, 64, 128))
-    indices = _layer("indices", [case.build("cpu", seed) for case in cases], index_guard, slow=True)
+    trials = [_trial(case.name, case.build(seed=seed), index_guard, cpu) for case in cases]
     decode = Trial("a stack", lambda candidate: decode_index_guard(candidate, stack))
-    indices = replace(indices, trials=(decode, *indices.trials))
-    return [_layer("memory", integer, memory_guard)], [indices]
+    memory = [_trial(sample.case.name, sample, memory_guard, cpu) for sample in integer]
+    memory.append(_trial("wild positions", integer[0], _watched(wild_positions_guard), cpu))
+    memory.append(_trial("wild offsets", empty, _watched(wild_offsets_guard), cpu))
+    return [Layer("memory", tuple(memory))], [Layer("indices", (decode, *trials), slow=True)]
+
+
+def _watched(guard: Guard) -> Guard:
+    """The guard, and besides an IndexError for every load and store outside a tensor."""
+
+    def judge(candidate: Candidate, sample: Sample) -> list[Finding]:
+        with checked_memory():
+            return guard(candidate, sample)
+
+    return judge
 
 
 def _dense(sample: Sample) -> Sample:
@@ -169,6 +219,14 @@ def _dense(sample: Sample) -> Sample:
     return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
 
 
+def _large_gates(sample: Sample) -> Sample:
+    """The same with gates beyond the range of fp16; powers of two leave every sum exact."""
+    gates = sample.problem.gates
+    assert gates is not None
+    case = replace(sample.case, name=f"{sample.case.name}, large")
+    return replace(sample, case=case, problem=replace(sample.problem, gates=gates * 2.0**20))
+
+
 def _kernels() -> ModuleType:
     """The kernels as they are imported now, mutated or not."""
     import mxref.kernels
@@ -176,30 +234,43 @@ def _kernels() -> ModuleType:
     return mxref.kernels
 
 
-def _decode(candidate: Candidate, device: torch.device) -> list[Finding]:
-    """Every code, byte and place through the candidate's own decode, in each dtype, bit for bit."""
-    weights, findings = all_elements().to(device), []
-    for dtype in _DTYPES:
+def _decodes(device: torch.device) -> list[Trial]:
+    """Every code, byte and place through the candidate's own decode; and sizes that are multiples of no tile."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (2, 33, 4128 // 2), generator=draw, dtype=torch.uint8)
+    scales = torch.randint(100, 150, (2, 33, 4128 // MX_BLOCK_SIZE), generator=draw, dtype=torch.uint8)
+    odd = MXWeights(codes, scales, 4128, 33)
+    return [
+        Trial("every element", lambda candidate: _decode(candidate, all_elements().to(device), _DTYPES)),
+        Trial("odd sizes", lambda candidate: _decode(candidate, odd.to(device), (torch.bfloat16,))),
+    ]
+
+
+def _decode(candidate: Candidate, weights: MXWeights, dtypes: Sequence[torch.dtype]) -> list[Finding]:
+    """The candidate's own decode in each dtype, bit for bit, into memory with margins."""
+    findings = []
+    for dtype in dtypes:
         expected, name = decode_mxfp4(weights, dtype), str(dtype).removeprefix("torch.")
         assert candidate.decode is not None
-        got = candidate.decode(weights, dtype)
+        with Margins() as margins:
+            got = candidate.decode(weights, dtype)
         same = (got == expected) & (torch.signbit(got) == torch.signbit(expected)) | (got.isnan() & expected.isnan())
-        wrong = int((~same).sum())
-        status, reason = (Status.FAIL if wrong else Status.PASS), f"{wrong} of {same.numel()} weights differ"
-        findings.append(Finding("decode", name, "W", status, reason, same.numel(), wrong))
+        wrong, damage = int((~same).sum()), margins.damage()
+        status, reason = (Status.FAIL if wrong or damage else Status.PASS), f"{wrong} of {same.numel()} weights differ"
+        findings.append(Finding("decode", name, "W", status, damage or reason, same.numel(), wrong))
     return findings
 
 
-def _one_hot(dtype: torch.dtype, device: torch.device) -> Sample:
+def _one_hot(dtype: torch.dtype) -> Sample:
     """One block of each finite scale byte through both products, picked out by one-hot rows of x and dOut."""
     bytes_ = torch.tensor(finite_bytes(dtype), dtype=torch.uint8)
     place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
     codes = ((place + torch.arange(bytes_.numel(), dtype=torch.uint8)[:, None]) % 16)[None]
     N = bytes_.numel()
     weights = MXWeights(pack_codes(codes), bytes_[None, :, None].clone(), MX_BLOCK_SIZE, N)
-    idxs, positions, offsets = (t.to(device) for t in flatten_sort_count(torch.zeros(N, 1, dtype=torch.int64), 1))
+    routing = flatten_sort_count(torch.zeros(N, 1, dtype=torch.int64), 1)
     x = torch.eye(MX_BLOCK_SIZE, dtype=dtype).repeat(-(-N // MX_BLOCK_SIZE), 1)[:N]
-    problem = Problem(x.to(device), weights.to(device), 1, idxs, positions, offsets)
+    problem = Problem(x, weights, 1, *routing)
     name = f"one-hot, {str(dtype).removeprefix('torch.')}"
     case = Case(name, 1, MX_BLOCK_SIZE, N, N, 1, 0, dtype, use_fused_dX=True, use_fused_gather=True)
-    return Sample(case, problem, torch.eye(N, dtype=dtype, device=device))
+    return Sample(case, problem, torch.eye(N, dtype=dtype))

@@ -7,6 +7,7 @@ and its trials. Whatever a mutant does to its process, a crash or a loop without
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import importlib.util
 import os
 import resource
@@ -18,16 +19,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 import mxref
@@ -38,7 +40,9 @@ from mxref.verification.mutation.mutant import Mutant, Source
 __all__ = ["Outcome", "import_kernels", "run", "write_sources"]
 
 _PATIENCE = 4
-"""A child may take so many times its trials' processor time by the clock; then it does not compute, it waits."""
+"""A child may be silent for so many times a trial's processor time by the clock; then it waits for something, or
+spins where no signal reaches it, in an allocator whose memory it has overwritten.
+"""
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
@@ -74,7 +78,15 @@ class _Job:
     process: ForkProcess
     messages: Connection
     started: float
+    heard: float
     done: bool = False
+
+    @property
+    def left(self) -> list[Layer]:
+        """What a child that died while it asked every layer has not come to: all layers that did not kill."""
+        kills = self.outcome.kills
+        died = self.process.exitcode and "import" not in kills
+        return [layer for layer in self.layers if layer.name not in kills] if died else []
 
 
 def run(
@@ -100,12 +112,12 @@ def run(
         trial_seconds: a trial that takes more processor time counts as hung.
         on_outcome: called as each mutant is done.
     """
+    if device.type == "cpu":
+        _import_what_children_need()
     context = get_context("fork")
     outcomes = [Outcome(mutant) for mutant in mutants]
-    parts = [[layer] for layer in layers] if matrix else [_in_rounds(layers)]
-    split = [(outcome, part) for outcome in outcomes for part in parts]
-    left = {id(outcome): len(parts) for outcome in outcomes}
-    pending, running = list(reversed(split)), list[_Job]()
+    rounds = _in_rounds(layers)
+    pending, running = [(outcome, rounds) for outcome in reversed(outcomes)], list[_Job]()
     with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root:
         try:
             while pending or running:
@@ -113,25 +125,36 @@ def run(
                     outcome, part = pending.pop()
                     folder = Path(tempfile.mkdtemp(dir=root))
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (outcome.mutant, sources, part, device, folder, trial_seconds, sender)
+                    arguments = (outcome.mutant, sources, part, device, folder, trial_seconds, matrix, sender)
                     process = context.Process(target=_child, args=arguments)
                     process.start()
                     sender.close()
-                    running.append(_Job(outcome, part, folder, process, receiver, time.monotonic()))
+                    now = time.monotonic()
+                    running.append(_Job(outcome, part, folder, process, receiver, now, now))
                 wait([job.messages for job in running], timeout=0.5)
                 for job in running:
                     _listen(job, trial_seconds)
                 for job in [job for job in running if job.done]:
                     running.remove(job)
                     job.outcome.seconds += time.monotonic() - job.started
-                    left[id(job.outcome)] -= 1
-                    if not left[id(job.outcome)]:
+                    if matrix and job.left:
+                        pending.append((job.outcome, job.left))
+                    else:
                         on_outcome(job.outcome)
         finally:
             for job in running:
                 job.process.kill()
                 job.process.join()
     return outcomes
+
+
+def _import_what_children_need() -> None:
+    """Modules that torch imports when autograd and deterministic algorithms are first used; a second for every child.
+
+    On a CPU only: a parent whose imports might look at a GPU must not have them.
+    """
+    for name in ("torch.fx.experimental.symbolic_shapes", "torch._inductor"):
+        importlib.import_module(name)
 
 
 def _in_rounds(layers: Sequence[Layer]) -> list[Layer]:
@@ -148,6 +171,7 @@ def _listen(job: _Job, trial_seconds: float) -> None:
     try:
         while job.messages.poll():
             layer, reason = job.messages.recv()
+            job.heard = time.monotonic()
             if reason is not None:
                 outcome.kills[layer] = reason
             else:
@@ -155,8 +179,7 @@ def _listen(job: _Job, trial_seconds: float) -> None:
     except EOFError:
         job.process.join()
         job.done = True
-    trials = sum(len(layer.trials) for layer in job.layers)
-    if not job.done and time.monotonic() - job.started > _PATIENCE * trial_seconds * trials:
+    if not job.done and time.monotonic() - job.heard > _PATIENCE * trial_seconds:
         job.process.kill()
         job.process.join()
         job.done = True
@@ -181,9 +204,13 @@ def _child(
     device: torch.device,
     folder: Path,
     trial_seconds: float,
+    matrix: bool,
     messages: Connection,
 ) -> None:
-    """Build, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant."""
+    """Build, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant.
+
+    The first rejection ends it; with `matrix` it ends the questions to that layer.
+    """
     _quiet()
     try:
         write_sources(mutant, sources, folder)
@@ -192,12 +219,17 @@ def _child(
     except Exception:
         messages.send(("import", traceback.format_exc(limit=1).strip().splitlines()[-1]))
         return
+    killed = set[str]()
     for layer in layers:
+        if layer.name in killed:
+            continue
         messages.send((layer.name, None))
         reason = next((reason for trial in layer.trials if (reason := _reject(trial, candidate, trial_seconds))), None)
         if reason is not None:
             messages.send((layer.name, reason))
-            return
+            killed.add(layer.name)
+            if not matrix:
+                return
 
 
 def _quiet() -> None:
@@ -207,25 +239,31 @@ def _quiet() -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    torch.set_num_threads(1)
-    interpreter.InterpretedFunction.__call__ = _call_without_patching
+        interpret_only()
 
 
-_call = interpreter.InterpretedFunction.__call__
+def interpret_only() -> None:
+    """Prepare this process for nothing but Triton's interpreter, in half the time.
 
-
-def _call_without_patching(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A jit function of ours called from another one. Triton replaces its whole language anew at every such call,
-    although the launch has done so already; that is a third of the interpreter's time.
+    The interpreter replaces all of Triton's language at every launch and every call of a jit function, to put it back
+    after a launch, and builds its table of dtypes at every operation: once is enough where nothing compiles. It also
+    computes every 32-bit operation a second time in 64 bits, to report an overflow; a GPU wraps around, and so does it.
     """
-    if not self.fn.__module__.startswith("mxref."):
-        return _call(self, *args, **kwargs)
-    try:
-        return self.rewrite()(*args, **kwargs)
-    except Exception as error:
-        raise interpreter.InterpreterError(repr(error)) from error
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    numpy_dtype, known = interpreter._get_np_dtype, dict[str, Any]()
+
+    def remembered(dtype: Any) -> Any:
+        if dtype.name not in known:
+            known[dtype.name] = numpy_dtype(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = remembered
 
 
 def write_sources(mutant: Mutant | None, sources: Mapping[str, Source], folder: Path) -> None:

@@ -139,14 +139,16 @@ def judge(
         layer, reason = next(iter(honest.kills.items()))
         raise FalseKillError(f"layer {layer!r} rejects the unmutated sources, so no kill would count: {reason}")
     session.baseline_seconds = honest.seconds
-    limit = max(20.0, honest.seconds / 4)
+    limit = max(10.0, honest.seconds / 4)
     on_start("mutants")
     outcomes = run(
         mutants, sources, layers, device=device, matrix=matrix, jobs=jobs, trial_seconds=limit, on_outcome=on_judged
     )
     survivors = [outcome.mutant for outcome in outcomes if not outcome.killed and outcome.mutant is not None]
-    reasons = _explain(survivors, sources, fixtures, device, limit, compile_survivors, on_start)
+    reasons, broken = _explain(survivors, sources, fixtures, device, jobs, limit, compile_survivors, on_start)
     for outcome in outcomes:
+        if outcome.mutant is not None and outcome.mutant.name in broken:
+            outcome.kills["compile"] = "does not compile for a GPU"
         assert outcome.mutant is not None
         reason = next(iter(outcome.kills.values()), reasons.get(outcome.mutant.name, ""))
         fate = Fate.KILLED if outcome.killed else Fate.EQUIVALENT if reason else Fate.SURVIVED
@@ -160,35 +162,44 @@ def _explain(
     sources: Mapping[str, Source],
     fixtures: Sequence[Sample],
     device: torch.device,
+    jobs: int,
     limit: float,
     compile_survivors: bool,
     on_start: Callable[[str], None],
-) -> dict[str, str]:
-    """Name -> why the survivor is equivalent, for those that are."""
+) -> tuple[dict[str, str], set[str]]:
+    """Name -> why the survivor is equivalent, for those that are; and the names of those that do not compile."""
     declared = [mutant for mutant in survivors if argument_for(mutant, sources)]
-    reasons: dict[str, str] = {}
+    reasons, broken = dict[str, str](), set[str]()
     if declared:
         on_start("bits of the equivalent mutants")
-        told = run([None, *declared], sources, [_bits(fixtures)], device=device, trial_seconds=60 + 20 * limit)
+        told = run(
+            [None, *declared],
+            sources,
+            [_bits(fixtures, device)],
+            device=device,
+            jobs=jobs,
+            trial_seconds=60 + 20 * limit,
+        )
         expected = told[0].kills["bits"]
         for outcome in told[1:]:
             assert outcome.mutant is not None
-            if outcome.kills["bits"] == expected:
+            if outcome.kills.get("bits") == expected:
                 reasons[outcome.mutant.name] = argument_for(outcome.mutant, sources) or ""
     rest = [mutant for mutant in survivors if mutant.name not in reasons]
     if compile_survivors and rest:
         on_start("compiled code of the survivors")
-        reasons |= dict.fromkeys(same_code(rest, sources), "compiles to the unmutated sources' code")
-    return reasons
+        same, broken = same_code(rest, sources)
+        reasons |= dict.fromkeys(same, "compiles to the unmutated sources' code")
+    return reasons, broken
 
 
-def _bits(fixtures: Sequence[Sample]) -> Layer:
+def _bits(fixtures: Sequence[Sample], device: torch.device) -> Layer:
     """A layer that accepts nothing: what it says is a digest of all results, to be compared."""
 
     def digest(candidate: Candidate) -> list[Finding]:
         told = sha256()
         for sample in fixtures:
-            for name, tensor in candidate.run(sample).items():
+            for name, tensor in candidate.run(sample.to(device)).items():
                 told.update(name.encode())
                 if tensor is not None:
                     told.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())

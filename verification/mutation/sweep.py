@@ -86,6 +86,8 @@ def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "program_id":
             continue
         yield node, fast
+        if isinstance(node, ast.keyword) and node.arg == "other":
+            continue
         body = node.body if is_fast(node) else []
         children = [child for child in ast.iter_child_nodes(node) if not _is_annotation(node, child)]
         pending.extend((child, fast or child in body) for child in reversed(children))
@@ -125,7 +127,7 @@ def _dropped(node: ast.AST, source: Source, function: Function) -> Iterator[Edit
 
 
 def _masks(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
-    """A load or store without its mask, or with another filling."""
+    """A load or store without its mask."""
     if not (isinstance(node, ast.Call) and source.of(node.func) in ("tl.load", "tl.store")):
         return
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -133,6 +135,15 @@ def _masks(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
         kept = [source.of(argument) for argument in node.args]
         kept += [f"{k.arg}={source.of(k.value)}" for k in node.keywords if k.arg not in ("mask", "other")]
         yield node, f"{source.of(node.func)}({', '.join(kept)})"
+
+
+def _padding(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
+    """What a load returns where its mask is false: NaN, as memory may hold, for 0; 0 for anything else.
+
+    Another number would do no harm in an operand of a product, whose other operand is 0 there; NaN does.
+    """
+    if isinstance(node, ast.keyword) and node.arg == "other":
+        yield node.value, 'float("nan")' if source.of(node.value) == "0" else "0"
 
 
 def _strides(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
@@ -206,6 +217,7 @@ OPERATORS: dict[str, Callable[[ast.AST, Source, Function], Iterator[Edit]]] = {
     "operator": _binary,
     "dropped term": _dropped,
     "dropped mask": _masks,
+    "padding": _padding,
     "stride": _strides,
     "min/max": _extremes,
     "dtype": _dtypes,

@@ -12,7 +12,7 @@ from rich.table import Table
 from mxref.verification.mutation.mutant import Mutant, Source
 from mxref.verification.mutation.session import Fate, Judged, Session
 
-__all__ = ["print_list", "print_session"]
+__all__ = ["kill_table", "print_list", "print_session"]
 
 
 def print_session(session: Session, sources: Mapping[str, Source], console: Console) -> None:
@@ -39,22 +39,32 @@ def print_list(mutants: Sequence[Mutant], console: Console) -> None:
     console.print(table)
 
 
+def kill_table(session: Session) -> tuple[list[str], list[list[str]]]:
+    """Kills by kind of mistake and layer: the header, a row a kind, then all together and what only a layer kills."""
+    layers = [
+        name
+        for name in ("import", *session.layers, "compile")
+        if any(name in judged.kills for judged in session.judged)
+    ]
+    rows = []
+    for by_hand in (True, False):
+        for kind in sorted({judged.mutant.category for judged in session.judged if judged.mutant.by_hand is by_hand}):
+            members = [j for j in session.judged if j.mutant.by_hand is by_hand and j.mutant.category == kind]
+            rows.append(_row(kind if by_hand else f"sweep: {kind}", members, layers))
+    rows.append(_row("all", session.judged, layers))
+    if session.matrix:
+        rows.append(["by no other layer", "", *(str(len(session.only(layer))) for layer in layers), ""])
+    return ["kind", "mutants", *layers, "killed"], rows
+
+
 def _kills(session: Session) -> Table:
-    layers = [name for name in ("import", *session.layers) if any(name in judged.kills for judged in session.judged)]
+    header, rows = kill_table(session)
     title = "mutants that each layer kills" if session.matrix else "the layer that kills a mutant first"
     table = Table(title=title, box=SIMPLE_HEAD, header_style="bright_black", title_style="", pad_edge=False)
-    for column in ("kind", "mutants", *layers, "killed"):
+    for column in header:
         table.add_column(column, justify="left" if column == "kind" else "right")
-    for by_hand in (True, False):
-        kinds = sorted({judged.mutant.category for judged in session.judged if judged.mutant.by_hand is by_hand})
-        for kind in kinds:
-            members = [j for j in session.judged if j.mutant.by_hand is by_hand and j.mutant.category == kind]
-            table.add_row(*_row(kind if by_hand else f"sweep: {kind}", members, layers))
-        if kinds:
-            table.add_section()
-    table.add_row(*_row("all", session.judged, layers), style="bold")
-    if session.matrix:
-        table.add_row("by no other layer", "", *(str(len(session.only(layer))) for layer in layers), "")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "all" else None)
     return table
 
 

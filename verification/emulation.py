@@ -1,11 +1,11 @@
 """Honest arithmetic, emulated: tensor cores step by step as MMA-Sim (arXiv 2511.10909) describes them, and fp32 sums in
-many orders. Independent of the code under test.
+many orders. It shares no line with the kernels, nor with the bounds that it is held against.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,17 +13,22 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs
-from mxref.verification.cases import Sample
+from mxref.verification.accumulation import Accumulation, Order, Product
+from mxref.verification.sampling import Sample
+
+__all__ = ["Dot", "Emulated", "blocks", "fused_chain", "position", "r32", "tensor_core"]
 
 Dot = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(accumulator, P, Q) -> accumulator + P·Q; all fp64, the accumulator on the fp32 grid."""
 
 
 def r32(x: Tensor) -> Tensor:
+    """Rounded to fp32."""
     return x.float().double()
 
 
 def truncated(x: Tensor, quantum: Tensor) -> Tensor:
+    """Cut towards zero to a multiple of the quantum."""
     return torch.trunc(x / quantum) * quantum
 
 
@@ -33,6 +38,8 @@ def exponent(x: Tensor, smallest: int = -126) -> Tensor:
 
 
 def tensor_core(step: int = 16, fraction_bits: int = 25) -> Dot:
+    """Steps of products, aligned to the largest exponent and cut, then cut to fp32."""
+
     def dot(acc: Tensor, P: Tensor, Q: Tensor) -> Tensor:
         for k in range(0, P.shape[1], step):
             p, q = P[:, None, k : k + step], Q.T[None, :, k : k + step]
@@ -55,7 +62,7 @@ def blocks(step: int, order: str = "forward", inner: str = "sequential") -> Dot:
             index = index.flip(0)
         elif order == "shuffled":
             index = torch.randperm(P.shape[1], generator=torch.Generator().manual_seed(step))
-        for own in index.split(step):
+        for own in torch.split(index, step):
             products = r32(P[:, own, None] * Q[None, own])
             acc = r32(acc + SUMS[inner](products))
         return acc
@@ -64,6 +71,8 @@ def blocks(step: int, order: str = "forward", inner: str = "sequential") -> Dot:
 
 
 def fused_chain(order: str = "forward") -> Dot:
+    """One fused multiply-add after the other."""
+
     def dot(acc: Tensor, P: Tensor, Q: Tensor) -> Tensor:
         for k in range(P.shape[1]) if order == "forward" else reversed(range(P.shape[1])):
             acc = r32(acc + P[:, k, None] * Q[None, k])
@@ -73,6 +82,7 @@ def fused_chain(order: str = "forward") -> Dot:
 
 
 def sequential(products: Tensor) -> Tensor:
+    """fp32 sum over the columns, from the left."""
     total = products[:, 0]
     for k in range(1, products.shape[1]):
         total = r32(total + products[:, k])
@@ -80,6 +90,7 @@ def sequential(products: Tensor) -> Tensor:
 
 
 def pairwise(products: Tensor) -> Tensor:
+    """fp32 sum over the columns, as a tree."""
     while products.shape[1] > 1:
         if products.shape[1] % 2:
             products = torch.cat((products, torch.zeros_like(products[:, :1])), 1)
@@ -88,58 +99,92 @@ def pairwise(products: Tensor) -> Tensor:
 
 
 def by_size(products: Tensor) -> Tensor:
+    """fp32 sum over the columns, the largest first."""
     order = products.abs().argsort(1, descending=True)
     return sequential(products.gather(1, order))
 
 
 def in_fp64(products: Tensor) -> Tensor:
+    """Sum over the columns, rounded once."""
     return r32(products.sum(1))
 
 
 SUMS = {"sequential": sequential, "pairwise": pairwise, "by size": by_size, "fp64": in_fp64}
 
-HONEST: dict[str, Dot] = {
-    **{f"blocks of {b}, {o}, {i}": blocks(b, o, i)
-       for b in (8, 16, 64) for o in ("forward", "backward", "shuffled") for i in ("sequential", "pairwise")},
-    "one block, pairwise": blocks(4096, inner="pairwise"),
-    "one block, largest first": blocks(4096, inner="by size"),
-    "one block, fp64": blocks(4096, inner="fp64"),
-    "fused chain": fused_chain(),
-    "fused chain, backward": fused_chain("backward"),
-}  # fmt: skip
-
 
 @dataclass
 class Emulated:
-    """An honest implementation of the contract's text over a given dot; `broken` names one planted mistake."""
+    """An honest implementation of the contract's text over a given dot.
+
+    Attributes:
+        dot: one product into one accumulator.
+        R: dtype that results are rounded to; None for fp32.
+        points: where it rounds.
+        how: the order of its products, and where the LoRA product and the bias meet the accumulator; its `dot` is not
+            read from it.
+        lora_last: the LoRA product continues in the accumulator of the base product; needs s folded into B.
+        broken: names one planted mistake; "" for none.
+    """
 
     dot: Dot
     R: torch.dtype | None
     points: RoundingPoints
+    how: Accumulation = field(default_factory=lambda: Accumulation("undeclared"))
+    lora_last: bool = False
     broken: str = ""
 
     def round(self, x: Tensor) -> Tensor:
+        """One rounding to R."""
         return r32(x) if self.R is None else round_to(x, self.R)
 
-    def stored(self, x: Tensor, parameter: Tensor) -> Tensor:
+    def stored(self, x: Tensor, parameter: Tensor | None) -> Tensor:
         """A parameter's gradient, in the parameter's own dtype."""
+        assert parameter is not None
         return r32(x) if self.R is None else round_to(r32(x), parameter.dtype)
 
-    def chain(self, base: tuple[Tensor, Tensor], low: tuple[Tensor, Tensor, float] | None, bias: Tensor) -> Tensor:
+    def product(self, name: Product, acc: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+        """acc + P·Q in the declared order; the parts of a split K are summed apart."""
+        order = self.how.orders.get(name, Order())
+        if order.permutation is not None:
+            index = order.permutation(P.shape[1])
+            P, Q = P[:, index], Q[index]
+        if order.parts == 1:
+            return self.dot(acc, P, Q)
+        length = -(-P.shape[1] // (self.how.step * order.parts)) * self.how.step
+        for left, right in zip(torch.split(P, length, 1), torch.split(Q, length), strict=True):
+            acc = r32(acc + self.dot(torch.zeros_like(acc), left, right))
+        return acc
+
+    def chain(
+        self,
+        name: Product,
+        base: tuple[Tensor, Tensor],
+        low: tuple[Tensor, Tensor, float] | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Y or D before it is rounded."""
         P, Q = base
         if self.broken == "one step dropped":
             P = torch.cat((P[:, :-16], torch.zeros_like(P[:, -16:])), 1)
-        acc = torch.zeros(P.shape[0], Q.shape[1], dtype=torch.float64)
+        zero = torch.zeros(P.shape[0], Q.shape[1], dtype=torch.float64)
+        first = bias if self.how.bias_inside and bias is not None else zero
+        last = bias if not self.how.bias_inside and bias is not None else zero
         if low is None:
-            return r32(self.dot(acc, P, Q) + bias)
-        side = self.dot(acc, low[0], low[1])
+            return r32(self.product(name, first.expand_as(zero), P, Q) + last)
+        if self.lora_last:
+            assert low[2] == 1
+            return r32(self.dot(self.product(name, first.expand_as(zero), P, Q), low[0], low[1]) + last)
+        side = self.dot(zero, low[0], low[1])
         if self.points.lora_after_output:
-            main = self.round(r32(self.dot(acc, P, Q) + bias))
+            main = self.round(r32(self.product(name, first.expand_as(zero), P, Q) + last))
             return r32(main + self.round(r32(low[2] * self.round(side))))
-        acc = r32(low[2] * side)
-        return r32(self.dot(acc, P, Q) + bias)
+        side = r32(low[2] * side)
+        if self.how.lora == "apart":
+            return r32(r32(self.product(name, first.expand_as(zero), P, Q) + side) + last)
+        return r32(self.product(name, r32(first + side), P, Q) + last)
 
     def run(self, sample: Sample) -> dict[str, Tensor]:
+        """One forward and one backward pass, by tensor; fp64 on the grid of each tensor's dtype."""
         problem, points = sample.problem, self.points
         x, owned = expert_order_inputs(problem), problem.sorted_expert_idxs < problem.E
         y, d = x.new_zeros(problem.P, problem.N), x.new_zeros(problem.P, problem.K)
@@ -160,12 +205,12 @@ class Emulated:
 
         for e, start, end in problem.segments():
             own, W, low = slice(start, end), problem.expert_weight(e), None
-            bias = torch.zeros(problem.N) if problem.expert_biases is None else problem.expert_biases[e].double()
+            bias = None if problem.expert_biases is None else problem.expert_biases[e].double()
             if problem.rank:
                 A, B, s = adapters(e)
-                z[own] = inner(self.dot(zero(end - start, problem.rank), x[own], A.T))
+                z[own] = inner(self.product("Z", zero(end - start, problem.rank), x[own], A.T))
                 low = (z[own], B.T, s)
-            y[own] = self.chain((x[own], W), low, bias)
+            y[own] = self.chain("Y", (x[own], W), low, bias)
         unrounded, y = y, self.round(y)
         if problem.gates is None:
             out["Y"] = y if problem.grouped_out else position(problem, y)
@@ -187,13 +232,13 @@ class Emulated:
             if problem.rank:
                 mine = slice(e * problem.rank, (e + 1) * problem.rank)
                 A, B, s = adapters(e)
-                v[own] = inner(self.dot(zero(end - start, problem.rank), dy[own], B))
+                v[own] = inner(self.product("V", zero(end - start, problem.rank), dy[own], B))
                 low = (v[own], A, s)
-                of_A = self.dot(zero(problem.rank, problem.K), v[own].T.contiguous(), x[own])
+                of_A = self.product("dA", zero(problem.rank, problem.K), v[own].T.contiguous(), x[own])
                 out["dA"][mine] = self.stored(s * of_A, problem.lora_A)
-                of_B = self.dot(zero(problem.N, problem.rank), dy[own].T.contiguous(), z[own])
+                of_B = self.product("dB", zero(problem.N, problem.rank), dy[own].T.contiguous(), z[own])
                 out["dB"][:, mine] = self.stored(problem.scaling * of_B, problem.lora_B)
-            d[own] = self.chain((dy[own], W.T), low, torch.zeros(problem.K))
+            d[own] = self.chain("D", (dy[own], W.T), low)
         d = self.round(d)
         if not problem.grouped_in:
             d = self.round(sequential(position(problem, d).view(-1, problem.k, problem.K)))
@@ -202,6 +247,7 @@ class Emulated:
 
 
 def position(problem: Problem, rows: Tensor) -> Tensor:
+    """From expert order to position order."""
     scattered = torch.empty_like(rows)
     scattered[problem.row_positions()] = rows
     return scattered

@@ -1,0 +1,205 @@
+"""`mxref honest`: judge implementations that are right, each under its true declaration; no guard may reject one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mxref.verification.options import choose_device, matches
+from mxref.verification.usage import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mxref.verification.cases import Case
+    from mxref.verification.honest import Honest
+
+__all__ = ["add_to"]
+
+_EPILOG = """\
+examples:
+  mxref honest                               every implementation on ten kinds of data, 5 draws of each
+  mxref honest --data cancelling --seeds 50  one kind of data, many draws
+  mxref honest --device cuda                 the shipped kernels under each reachable configuration
+
+exit codes: 0 no guard rejects an honest implementation, 1 one does, 2 wrong use
+"""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One implementation on one draw; `complaint` is the first failure, "" for none."""
+
+    implementation: str
+    data: str
+    seed: int
+    complaint: str
+
+
+@dataclass(frozen=True)
+class _Draw:
+    case: Case
+    seed: int
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "honest",
+        help="judge implementations that are right: no guard may reject one",
+        description=__doc__.split(": ", 1)[1],
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only these implementations")
+    parser.add_argument("--data", metavar="PATTERN", action="append", default=[], help="only these kinds of data")
+    parser.add_argument("--seeds", metavar="N", type=_positive, default=5, help="draws of each kind (default: 5)")
+    parser.add_argument("--jobs", metavar="N", type=_positive, default=os.cpu_count() or 1, help="processes, on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write honest.json there")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The subcommand; its exit code.
+
+    Raises:
+        UsageError: an argument does not fit this machine or the others.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
+    device = choose_device(arguments.device)
+    from rich.console import Console
+
+    from mxref.verification.honest import data_cases
+
+    start = time.monotonic()
+    chosen = [h for h in _implementations(device) if matches(h.name, arguments.name)]
+    dtypes = list(dict.fromkeys(honest.dtype for honest in chosen))
+    cases = [case for dtype in dtypes for case in data_cases(dtype) if matches(case.name, arguments.data)]
+    if not cases:
+        raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
+    draws = [_Draw(case, seed) for seed in range(arguments.seeds) for case in cases]
+    total = sum(honest.dtype == case.dtype for honest in chosen for case in cases) * arguments.seeds
+    judged = _judge(draws, total, device, arguments.name, arguments.jobs)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    _print(judged, time.monotonic() - start, console)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        path = arguments.out / "honest.json"
+        path.write_text(json.dumps(_as_json(judged, device, arguments.seeds), indent=1) + "\n", encoding="utf-8")
+        console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
+    return int(any(judgement.complaint for judgement in judged))
+
+
+@cache
+def _implementations(device: torch.device) -> Sequence[Honest]:
+    from mxref.verification.honest import emulated, on_gpu
+
+    return emulated() if device.type == "cpu" else on_gpu(device)
+
+
+def _judge(draws: list[_Draw], total: int, device: torch.device, names: list[str], jobs: int) -> list[Judgement]:
+    """All draws behind a progress bar on stderr; on a CPU in several processes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    judged: list[Judgement] = []
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", style="bright_black")
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        for each in _mapped(partial(_judge_draw, device=device, names=names), draws, jobs, device):
+            judged += each
+            failures = sum(bool(judgement.complaint) for judgement in judged)
+            progress.update(task, advance=len(each), description=f"{failures} failures, {each[0].data}")
+    return judged
+
+
+def _mapped(
+    function: Callable[[_Draw], list[Judgement]], draws: Iterable[_Draw], jobs: int, device: torch.device
+) -> Iterator[list[Judgement]]:
+    if jobs == 1 or device.type != "cpu":
+        yield from map(function, draws)
+        return
+    with get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(function, draws)
+
+
+def _judge_draw(draw: _Draw, device: torch.device, names: list[str]) -> list[Judgement]:
+    import torch
+
+    from mxref.verification.honest import judge
+
+    torch.set_num_threads(1)
+    case = draw.case
+    chosen = [h for h in _implementations(device) if h.dtype == case.dtype and matches(h.name, names)]
+    judged = []
+    for honest, findings in judge(chosen, case.build(device, draw.seed)):
+        complaint = next((str(finding) for finding in findings if not finding.ok), "")
+        judged.append(Judgement(honest.name, case.name, draw.seed, complaint))
+    return judged
+
+
+def _print(judged: Sequence[Judgement], seconds: float, console: Any) -> None:
+    """Failures of each implementation by kind of data, every complaint, and the counts last."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Counter((judgement.implementation, judgement.data) for judgement in judged)
+    failed = Counter((judgement.implementation, judgement.data) for judgement in judged if judgement.complaint)
+    kinds = list(dict.fromkeys(judgement.data for judgement in judged))
+    title = "failures / judgements of honest implementations"
+    table = Table(title=title, box=SIMPLE_HEAD, header_style="bright_black", title_style="", pad_edge=False)
+    table.add_column("implementation", no_wrap=True)
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for name in sorted({judgement.implementation for judgement in judged}):
+        cells = [f"{failed[name, kind]}/{made[name, kind]}" if made[name, kind] else "–" for kind in kinds]
+        table.add_row(escape(name), *cells)
+    console.print(table)
+    for judgement in judged:
+        if judgement.complaint:
+            text = f"{judgement.implementation}, seed {judgement.seed}: {judgement.complaint}"
+            console.print(text, markup=False, style="red", soft_wrap=True)
+    count = sum(failed.values())
+    names = len({judgement.implementation for judgement in judged})
+    console.print(
+        f"[bold {'red' if count else 'green'}]{count} failures[/] in {len(judged)} judgements of {names} honest "
+        f"implementations; {seconds:.0f} s",
+        highlight=False,
+    )
+
+
+def _as_json(judged: Sequence[Judgement], device: torch.device, seeds: int) -> dict[str, Any]:
+    """Plain data: judgements by implementation and kind of data, and every failure."""
+    table: dict[str, dict[str, int]] = {}
+    for judgement in sorted(judged, key=lambda judgement: (judgement.implementation, judgement.data)):
+        row = table.setdefault(judgement.implementation, {})
+        row[judgement.data] = row.get(judgement.data, 0) + 1
+    return {
+        "schema": "mxref.honest/1",
+        "device": device.type,
+        "seeds": seeds,
+        "judgements": len(judged),
+        "by implementation and data": table,
+        "failures": [vars(judgement) for judgement in judged if judgement.complaint],
+    }
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
