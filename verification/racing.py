@@ -30,8 +30,8 @@ class Effort:
     """How much to measure: alternations between the two sides, samples a round, and seconds that one pair may take."""
 
     rounds: int = 3
-    samples: int = 10
-    seconds: float = 0.8
+    samples: int = 8
+    seconds: float = 0.5
 
 
 @dataclass(frozen=True)

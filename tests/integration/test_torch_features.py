@@ -25,6 +25,12 @@ E, K, N, M, R = 3, 64, 32, 5, 2
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def where() -> torch.device:
+    """Torch's machinery is the same everywhere; the kernels under it are judged on a GPU by the gate."""
+    return CPU
+
+
 def operands(case: str, device: torch.device = CPU) -> tuple[Any, ...]:
     """Arguments of the operator: "plain", "all" (every optional operand), "dense" or "grouped"."""
     generator = torch.Generator().manual_seed(0)
@@ -61,8 +67,8 @@ def test_opcheck_backward(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["plain", "all", "dense", "grouped"])
-def test_operator_has_the_eager_bits(case: str, device: torch.device) -> None:
-    arguments = operands(case, device)
+def test_operator_has_the_eager_bits(case: str, where: torch.device) -> None:
+    arguments = operands(case, where)
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     results = []
     for layer in (lambda *args: scattermoe_lora(*args)[0], expert_linear):
@@ -128,12 +134,12 @@ def outcome(experts: PackedExperts, call: Callable[..., Tensor], x: Tensor, *res
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
-def test_compiles_without_a_graph_break(family: str, device: torch.device) -> None:
-    experts = packed_experts(family, device)
-    expected = outcome(experts, experts, *routed(device=device))
+def test_compiles_without_a_graph_break(family: str, where: torch.device) -> None:
+    experts = packed_experts(family, where)
+    expected = outcome(experts, experts, *routed(device=where))
     torch._dynamo.reset()
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
-    got = outcome(experts, compiled, *routed(device=device))
+    got = outcome(experts, compiled, *routed(device=where))
     assert len(got) == 6
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -165,10 +171,10 @@ def test_a_whole_model_with_peft_compiles() -> None:
     assert torch.equal(compiled(ids, use_cache=False).logits, expected)
 
 
-def test_activation_checkpointing(device: torch.device) -> None:
-    experts = packed_experts(device=device)
-    expected = outcome(experts, experts, *routed(device=device))
-    got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed(device=device))
+def test_activation_checkpointing(where: torch.device) -> None:
+    experts = packed_experts(device=where)
+    expected = outcome(experts, experts, *routed(device=where))
+    got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed(device=where))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -185,10 +191,10 @@ def test_gradient_accumulation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype, device: torch.device) -> None:
-    experts = packed_experts(device=device)
-    x, index, gates = routed(device=device)
-    with torch.autocast(device.type, dtype=dtype):
+def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype, where: torch.device) -> None:
+    experts = packed_experts(device=where)
+    x, index, gates = routed(device=where)
+    with torch.autocast(where.type, dtype=dtype):
         y = experts(x, index, gates)
     assert y.dtype == torch.float32
     assert torch.equal(y.to(dtype), experts(x.to(dtype), index, gates))
