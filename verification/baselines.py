@@ -5,14 +5,15 @@ A derived bound says what is wrong; a baseline says what has become worse while 
 that is worse says so until its errors are accepted.
 
 On a GPU the shipped kernels give the same bits on every machine of one architecture, so any worsening is a change of
-theirs or of a compiler's. Interpreted, a tile's product is NumPy's, which follows the processor: there a worsening
-counts only where the processor and all versions are those of the baseline, and is information elsewhere.
+theirs or of a compiler's. Interpreted, a tile's product is NumPy's, whose order of summation its BLAS chooses by the
+processor: there a worsening counts only where that order and all versions are those of the baseline, and is information
+elsewhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mxref.verification.options import EVIDENCE
@@ -42,7 +44,7 @@ class Baseline:
 
     Attributes:
         seed: of the draws behind them.
-        environment: versions and, for a CPU, the processor; see `environment`.
+        environment: versions and, for a CPU, NumPy's order of summation; see `environment`.
         errors: case -> tensor -> (largest |error|, RMS error), in ulp.
     """
 
@@ -95,7 +97,7 @@ def environment(device: torch.device) -> dict[str, str]:
     """What the bits of a run may depend on besides the kernels."""
     packages = ("torch", "triton", "numpy") if device.type == "cpu" else ("torch", "triton")
     found = {package: _version(package) for package in packages}
-    return found | ({"processor": _processor()} if device.type == "cpu" else {})
+    return found | ({"fp32 products": _order_of_summation()} if device.type == "cpu" else {})
 
 
 def baseline_guard(
@@ -210,11 +212,13 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _processor() -> str:
-    """The processor's model, as far as the system tells: BLAS chooses its kernels by it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model.group(1).strip() if model else platform.processor() or platform.machine()
+def _order_of_summation() -> str:
+    """Names the order in which NumPy's BLAS sums on this processor, by the bits of products of fixed numbers.
+
+    A processor's own name does not tell: virtual machines hide it.
+    """
+    draw, digest = np.random.default_rng(0), hashlib.sha256()
+    for m, k, n in ((32, 64, 128), (32, 16, 128), (32, 64, 32), (16, 32, 64)):
+        a, b = (draw.standard_normal(shape, np.float32) for shape in ((m, k), (k, n)))
+        digest.update((a @ b).tobytes())
+    return digest.hexdigest()[:12]

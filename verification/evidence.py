@@ -41,8 +41,8 @@ COMMANDS = {
 }
 """The command that writes each kind of record."""
 
-REQUIRED = ("gate", "scoreboard", "pytest", "bench")
-"""What one GPU must have all of: the kinds that judge kernels. The others must be current where they are there."""
+REQUIRED = ("gate", "bench")
+"""What one GPU must have both of: the kernels' verdict and their speed. The others must be current where they are."""
 
 _ROOTS = ("kernels.autograd", "kernels.dequant", "kernels.scatter2scatter", "routing")
 """What the judged operations are defined in, and the caller's way to their index tensors."""

@@ -37,15 +37,17 @@ class Config:
 DIGEST = "acf076c92c5b950ad5e7cda05eedf180db3827b228e953af831ba6ce55210ff2"
 
 
-@pytest.mark.xfail(
-    condition=not [path for kind in evidence.COMMANDS for path in EVIDENCE.glob(f"*/{kind}.json")],
-    reason=f"no GPU has recorded evidence yet; run on one: {'; '.join(evidence.COMMANDS.values())}",
-    strict=True,
-)
 def test_gpu_evidence_belongs_to_these_kernels() -> None:
     """Fails when a kernel, a configuration, a launcher or a container changed after the last GPU run."""
     problems = evidence.check()
     assert not problems, "\n".join(problems)
+
+
+def test_every_kind_of_evidence_is_there() -> None:
+    """An expected failure, with the commands that end it, while a kind has not been recorded on any GPU."""
+    lacking = [command for kind, command in evidence.COMMANDS.items() if not list(EVIDENCE.glob(f"*/{kind}.json"))]
+    if lacking:
+        pytest.xfail(f"not recorded yet; run on a GPU: {'; '.join(lacking)}")
 
 
 def test_the_digest_covers_what_decides_a_result() -> None:
@@ -145,8 +147,10 @@ def test_a_new_or_a_lost_file_counts(records: Path) -> None:
 
 def test_missing_records(records: Path) -> None:
     (records / "nvidia-h200" / "pytest.json").unlink()
+    assert not evidence.check(records)
+    (records / "nvidia-h200" / "bench.json").unlink()
     (problem,) = evidence.check(records)
-    assert "pytest -m gpu --require-gpu --record-evidence" in problem
+    assert "mxref bench --record" in problem
     assert evidence.check(records / "nothing here")
 
 
