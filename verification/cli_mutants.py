@@ -46,6 +46,7 @@ def add_to(commands: Any) -> None:
     size = which.add_mutually_exclusive_group()
     size.add_argument("--all", action="store_true", help="the whole catalogue")
     size.add_argument("--sample", metavar="N", type=_positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})")
+    size.add_argument("--survivors", action="store_true", help="those that the record lists; --record adds what is new")
     which.add_argument("--kind", metavar="PATTERN", action="append", default=[], help="only these kinds of mistake")
     which.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only mutants that match")
     which.add_argument("--by-hand", action="store_true", help="none of the systematic ones")
@@ -74,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.gpu_only and device.type == "cpu" and not arguments.list:
         raise UsageError("--gpu-only: torch sees no CUDA GPU on this machine")
     if arguments.record and (device.type != "cpu" or not _is_whole(arguments)):
-        raise UsageError("--record keeps --all of the catalogue, in the interpreter; leave out what narrows it")
+        raise UsageError("--record keeps --all or adds --survivors, in the interpreter; leave out what narrows it")
     from rich.console import Console
 
-    from mxref.verification.mutants import read_sources
+    from mxref.verification.mutants import catalogue, read_sources
     from mxref.verification.mutation import record
     from mxref.verification.mutation.tables import print_list, print_session
 
@@ -99,6 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
         path.write_text(json.dumps(session.as_json(sources), indent=1), encoding="utf-8")
         console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record:
+        if arguments.survivors:
+            whole = [mutant for mutant in catalogue(sources) if not mutant.gpu_only]
+            before = json.loads(record.RECORD.read_text(encoding="utf-8"))
+            session.judged += record.judged_before(before, whole)
+            session.matrix = session.matrix and before["matrix"]
         record.write(session, sources)
         console.print(f"record: {record.RECORD}", style="bright_black", soft_wrap=True, highlight=False)
     return session.exit_code
@@ -106,11 +112,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _is_whole(arguments: argparse.Namespace) -> bool:
     narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.gpu_only, arguments.list)
-    return arguments.all and not any(narrowed)
+    return (arguments.all or arguments.survivors) and not any(narrowed)
 
 
 def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:
     from mxref.verification.mutants import catalogue, stratified
+    from mxref.verification.mutation import record
 
     mutants = [
         mutant
@@ -121,9 +128,19 @@ def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device:
         and (mutant.gpu_only or not arguments.gpu_only)
         and (arguments.list or device.type == "cuda" or not mutant.gpu_only)
     ]
+    if arguments.survivors:
+        try:
+            entry = json.loads(record.RECORD.read_text(encoding="utf-8"))
+            mutants = record.survivors(entry, mutants, sources)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--survivors: {error}") from None
     if not mutants:
         raise UsageError("no mutant matches; --list prints those that do")
-    return mutants if arguments.all or arguments.list else stratified(mutants, arguments.sample, arguments.seed)
+    return (
+        mutants
+        if arguments.all or arguments.survivors or arguments.list
+        else stratified(mutants, arguments.sample, arguments.seed)
+    )
 
 
 def _judge(

@@ -289,6 +289,10 @@ def test_a_record_tells_what_happened_and_when_it_is_stale(tmp_path: Path) -> No
     assert "1 of 2 mutants killed" in text
     assert "tl.join(nibbles >> 4, nibbles & 0xF)" in text
     assert record.stale(entry, mutants, SOURCES) == ""
+    assert record.survivors(entry, mutants, SOURCES) == mutants[1:]
+    assert [judged.mutant for judged in record.judged_before(entry, mutants)] == mutants[:1]
+    with pytest.raises(ValueError, match="another catalogue"):
+        record.survivors(entry, [*mutants, _named("sign bit lost")], SOURCES)
     commented = SOURCES | {"decode.py": Source("decode.py", SOURCES["decode.py"].text + "# a comment\n")}
     assert record.stale(entry, mutants, commented) == ""
     changed = SOURCES | {"decode.py": Source("decode.py", SOURCES["decode.py"].text + "x = 1\n")}

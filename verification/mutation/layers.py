@@ -157,6 +157,7 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
         replace(base, name="wide", K=1056, N=129, tokens=5, top_k=1, use_fused_dX=True, gate_slots=1),
         replace(base, name="one row", N=33, tokens=1, top_k=1, gate_slots=1),
         replace(base, name="no rows", tokens=0, gate_slots=2),
+        replace(base, name="17 rows", tokens=17, top_k=1, gate_slots=1),
         replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
         replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True),
     ]

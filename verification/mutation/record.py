@@ -8,7 +8,7 @@ what has changed since, and the suite shows that as an expected failure with the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mxref.verification.mutation.tables import kill_table
 from mxref.verification.options import EVIDENCE
 from mxref.verification.syntax import digests
 
-__all__ = ["COMMAND", "RECORD", "stale", "write"]
+__all__ = ["COMMAND", "RECORD", "judged_before", "stale", "survivors", "write"]
 
 RECORD = EVIDENCE / "interpreter-cpu" / "mutants.json"
 COMMAND = "mxref mutants --all --compile --device cpu --record"
@@ -54,6 +54,31 @@ def stale(entry: Mapping[str, Any], mutants: Iterable[Mutant], sources: Mapping[
     then, now = entry["sources"], _digests(mutants, sources)
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     return f"older than {', '.join(changed)}; refresh it: {entry['command']}" if changed else ""
+
+
+def survivors(entry: Mapping[str, Any], mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> list[Mutant]:
+    """The mutants that a record of these very sources lists as survivors: what a new guard has to be tried on.
+
+    Raises:
+        ValueError: the record is of other sources, or of another catalogue.
+    """
+    told = stale(entry, mutants, sources)
+    if told:
+        raise ValueError(f"the record is {told}")
+    if {*entry["killed"], *entry["equivalent"], *entry["survived"]} != {mutant.name for mutant in mutants}:
+        raise ValueError(f"the record is of another catalogue; refresh it: {entry['command']}")
+    return [mutant for mutant in mutants if mutant.name in entry["survived"]]
+
+
+def judged_before(entry: Mapping[str, Any], mutants: Iterable[Mutant]) -> list[Judged]:
+    """What a record says of all that it does not list as survivors. A kill stays one as long as no guard is lost."""
+    before = []
+    for mutant in mutants:
+        if mutant.name in entry["killed"]:
+            before.append(Judged(mutant, Fate.KILLED, dict.fromkeys(entry["killed"][mutant.name], "recorded"), 0.0))
+        elif mutant.name in entry["equivalent"]:
+            before.append(Judged(mutant, Fate.EQUIVALENT, {}, 0.0, entry["equivalent"][mutant.name]))
+    return before
 
 
 def _digests(mutants: Iterable[Mutant], sources: Mapping[str, Source]) -> dict[str, str]:
