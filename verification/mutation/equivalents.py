@@ -69,7 +69,22 @@ _NO_SLOTS = "Only a call without tokens tells these apart, and it starts no prog
 
 _SCALED = '"RANK": rank, "s": float(lora.scaling) if lora else {}, "fan_in": fan_in, "fan_out": fan_out,'
 
+_DROPPED_LANE = "A lane whose load is masked is masked in the store too, and no lane meets another."
+
 EQUIVALENTS: tuple[Equivalent, ...] = (
+    Equivalent(
+        "dequantize_kernel",
+        "nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 0xF",
+        "nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :])",
+        "`e2m1` reads the four lowest bits alone.",
+    ),
+    *(
+        Equivalent("dequantize_kernel", load.format("0"), load.format('float("nan")'), _DROPPED_LANE)
+        for load in (
+            "codes = tl.load(words + expert * (size // 8) + word, mask=inside, other={})",
+            "scale = tl.load(scales + expert * (size // 32) + word // 4, mask=inside, other={})",
+        )
+    ),
     Equivalent(
         _MATMUL,
         "source, live = source_rows(rows, rows < end, positions, fan_in, P)",

@@ -237,14 +237,23 @@ def _kernels() -> ModuleType:
 
 def _decodes(device: torch.device) -> list[Trial]:
     """Every code, byte and place through the candidate's own decode; and sizes that are multiples of no tile."""
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (2, 33, 4128 // 2), generator=draw, dtype=torch.uint8)
-    scales = torch.randint(100, 150, (2, 33, 4128 // MX_BLOCK_SIZE), generator=draw, dtype=torch.uint8)
-    odd = MXWeights(codes, scales, 4128, 33)
+    odd, just_over = (
+        _drawn(2, 33, 4128),
+        _drawn(2, 4097, MX_BLOCK_SIZE),
+    )  # 32 · 4097: one program more than 32 full ones
     return [
         Trial("every element", lambda candidate: _decode(candidate, all_elements().to(device), _DTYPES)),
         Trial("odd sizes", lambda candidate: _decode(candidate, odd.to(device), (torch.bfloat16,))),
+        Trial("just over", lambda candidate: _decode(candidate, just_over.to(device), (torch.bfloat16,))),
     ]
+
+
+def _drawn(E: int, N: int, K: int) -> MXWeights:
+    """A stack of random codes and ordinary scales."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
+    scales = torch.randint(100, 150, (E, N, K // MX_BLOCK_SIZE), generator=draw, dtype=torch.uint8)
+    return MXWeights(codes, scales, K, N)
 
 
 def _decode(candidate: Candidate, weights: MXWeights, dtypes: Sequence[torch.dtype]) -> list[Finding]:
