@@ -15,7 +15,8 @@ One iteration takes two steps of 64 along the contraction. While the tensor core
 next: a step's registers are rewritten only after the wait that follows the other step's instructions.
 
 Rows of x and bytes of W arrive through a ring of asynchronous copies. Scale bytes are too narrow for those: each is
-loaded an iteration ahead, converted once to bf16 and put into shared memory.
+loaded an iteration ahead, converted once to bf16 and put into shared memory. The copies take 16 bytes at a time: K is a
+multiple of 32 anyway, and for D 16 must divide N.
 """
 
 from __future__ import annotations

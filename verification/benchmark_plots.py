@@ -32,7 +32,7 @@ def roofline(axes: Axes, record: Record, measure: str = "base") -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", ylim=(0, 1.05), xlabel="rows per active expert", ylabel="limit / time")
     axes.set_title(f"{measure}: share of the limit", loc="left")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def crossover(axes: Axes, record: Record, measure: str = "step") -> None:
@@ -42,9 +42,10 @@ def crossover(axes: Axes, record: Record, measure: str = "step") -> None:
     for row, other in pairs:
         x, y = row["rows_per_expert"], row["median"] / other["median"]
         axes.plot([x], [y], marker="o", color="tab:blue" if y > 1 else "tab:orange")
-        axes.annotate(row["shape"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.annotate(row["shape"], (x, y), (3, 4), textcoords="offset points", fontsize=7, rotation=40)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="rows per active expert", ylabel="time of A / time of B")
+    axes.margins(x=0.2, y=0.2)
+    axes.set(xscale="log", ylim=(0, None), xlabel="rows per active expert", ylabel="time of A / time of B")
     axes.set_title(f"{measure}: decode once (A) against decode inside (B)", loc="left")
 
 
