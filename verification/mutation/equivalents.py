@@ -74,6 +74,13 @@ _DROPPED_LANE = "A lane whose load is masked is masked in the store too, and no 
 EQUIVALENTS: tuple[Equivalent, ...] = (
     Equivalent(
         "dequantize_kernel",
+        "word = (tl.program_id(0) % blocks).to(tl.int64) * WORDS + tl.arange(0, WORDS)",
+        "word = (tl.program_id(0) % blocks).to(tl.int32) * WORDS + tl.arange(0, WORDS)",
+        "An element of one expert's matrix has a 32-bit number by contract (see `memory`); what is added to it, the "
+        "expert's and the slot's offset, is 64 bits wide.",
+    ),
+    Equivalent(
+        "dequantize_kernel",
         "nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 0xF",
         "nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :])",
         "`e2m1` reads the four lowest bits alone.",

@@ -29,8 +29,8 @@ KERNELS = Path(mxref.__file__).parent / "kernels"
 """The sources that are mutated."""
 
 
-_GPU_SWITCHES = ("FAST", "SETTLE")
-"""Compile-time switches of the kernels that are off under the interpreter."""
+_GPU_SWITCHES = ("FAST", "SETTLE", "hopper")
+"""Compile-time switches of the kernels, and fields of a tiling, that are off under the interpreter."""
 
 
 class StaleMutantError(ValueError):
@@ -212,8 +212,11 @@ def fingerprint(sources: Mapping[str, Source]) -> str:
 
 
 def is_fast(node: ast.AST) -> TypeGuard[ast.If]:
-    """Whether the node is an `if` whose body only a GPU runs."""
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id in _GPU_SWITCHES
+    """Whether the node is an `if` whose body only a GPU runs: on a switch, or on a tiling's own word for it."""
+    if not isinstance(node, ast.If):
+        return False
+    name = node.test.id if isinstance(node.test, ast.Name) else getattr(node.test, "attr", None)
+    return name in _GPU_SWITCHES
 
 
 def _fast_parts(function: ast.FunctionDef) -> Iterator[ast.stmt]:
