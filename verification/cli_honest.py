@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import choose_device, matches
+from mxref.verification.options import choose_device, matches, positive
 from mxref.verification.usage import UsageError
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only these implementations")
     parser.add_argument("--data", metavar="PATTERN", action="append", default=[], help="only these kinds of data")
-    parser.add_argument("--seeds", metavar="N", type=_positive, default=5, help="draws of each kind (default: 5)")
-    parser.add_argument("--jobs", metavar="N", type=_positive, default=os.cpu_count() or 1, help="processes, on a CPU")
+    parser.add_argument("--seeds", metavar="N", type=positive, default=5, help="draws of each kind (default: 5)")
+    parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes, on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write honest.json there")
     parser.set_defaults(run=run)
@@ -197,9 +197,3 @@ def _as_json(judged: Sequence[Judgement], device: torch.device, seeds: int) -> d
         "by implementation and data": table,
         "failures": [vars(judgement) for judgement in judged if judgement.complaint],
     }
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

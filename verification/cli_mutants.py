@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import choose_device, matches, seed
+from mxref.verification.options import choose_device, matches, positive, seed
 from mxref.verification.usage import UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_to(commands: Any) -> None:
     which = parser.add_argument_group("which mutants")
     size = which.add_mutually_exclusive_group()
     size.add_argument("--all", action="store_true", help="the whole catalogue")
-    size.add_argument("--sample", metavar="N", type=_positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})")
+    size.add_argument("--sample", metavar="N", type=positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})")
     size.add_argument("--survivors", action="store_true", help="those that the record lists; --record adds what is new")
     which.add_argument("--kind", metavar="PATTERN", action="append", default=[], help="only these kinds of mistake")
     which.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only mutants that match")
@@ -56,7 +56,7 @@ def add_to(commands: Any) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
     how.add_argument("--compile", action="store_true", help="compile the survivors: the sources' code, or none?")
-    how.add_argument("--jobs", metavar="N", type=_positive, default=os.cpu_count() or 1, help="processes at once")
+    how.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes at once")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     how.add_argument("--out", metavar="DIR", type=Path, help="write mutants.json there")
     how.add_argument("--record", action="store_true", help="keep the result of the whole catalogue as evidence")
@@ -179,9 +179,3 @@ def _judge(
             matrix=arguments.matrix, jobs=arguments.jobs, compile_survivors=arguments.compile, on_start=on_start,
             on_judged=on_judged,
         )  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

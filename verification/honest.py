@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.accumulation import ACCUMULATIONS, Accumulation, Order, Product
-from mxref.verification.candidates import POINTS, Candidate, shipped, torch_composite
+from mxref.verification.candidates import POINTS, shipped, torch_composite
 from mxref.verification.cases import Case, Sample, quick_cases
 from mxref.verification.drift import drift_guard, slopes_of
 from mxref.verification.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
@@ -122,11 +122,8 @@ def on_gpu(device: torch.device) -> list[Honest]:
     assert candidate.configs is not None
     assert candidate.accumulation is not None
 
-    def pinned(config: Any) -> Candidate:
-        return candidate.pinned(config)
-
     return [
-        Honest(f"{_short(dtype)}, {config}", dtype, pinned(config).run, candidate.accumulation)
+        Honest(f"{_short(dtype)}, {config}", dtype, candidate.pinned(config).run, candidate.accumulation)
         for dtype in (_BF16, _FP16, _FP32)
         for config in candidate.configs(dtype)
     ]

@@ -15,7 +15,7 @@ from mxref.verification.usage import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EVIDENCE", "choose_device", "matches", "seed"]
+__all__ = ["EVIDENCE", "choose_device", "matches", "positive", "seed"]
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 """Where `--record` keeps what a GPU saw, one folder a GPU."""
@@ -46,6 +46,13 @@ def seed(text: str) -> int:
     """An argparse type: a whole number from 0 to 999999999."""
     if not re.fullmatch(r"\d{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no seed; expected a whole number from 0 to 999999999")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above 0."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import ddp_training
 import pytest
 import torch
+from moe_models import packed_experts
 from torch import Tensor, distributed, multiprocessing
 
 PROCESSES = 2
@@ -37,7 +38,7 @@ def test_two_processes_train_as_one(tmp_path: Path, broadcast: bool) -> None:
             break
     assert all(path.exists() for path in results), f"the processes did not train within {TIMEOUT} s"
     runs: list[dict[str, Any]] = [torch.load(path) for path in results]
-    model = ddp_training.packed_model()
+    model = packed_experts()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in range(ddp_training.STEPS):

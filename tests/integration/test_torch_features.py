@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from moe_models import EXPERTS, HIDDEN, TOP_K, make, tiny_gpt_oss
-from torch import Tensor, nn
+from moe_models import EXPERTS, HIDDEN, TOP_K, packed_experts, tiny_gpt_oss
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mxref import encode_mxfp4, flatten_sort_count
@@ -107,19 +107,6 @@ def test_operator_does_the_eager_work(case: str, monkeypatch: pytest.MonkeyPatch
     assert work[0] == work[1]
 
 
-def packed_experts(family: str = "gpt_oss", device: torch.device = CPU) -> PackedExperts:
-    holder = nn.ModuleDict({"experts": make(family)})
-    torch.manual_seed(1)
-    pack_experts(holder, rank=R)
-    holder.to(device)
-    experts = holder["experts"]
-    assert isinstance(experts, PackedExperts)
-    for name, parameter in experts.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter)
-    return experts
-
-
 def routed(seed: int = 2, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(M, HIDDEN, generator=generator)
@@ -135,7 +122,7 @@ def outcome(experts: PackedExperts, call: Callable[..., Tensor], x: Tensor, *res
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
 def test_compiles_without_a_graph_break(family: str, where: torch.device) -> None:
-    experts = packed_experts(family, where)
+    experts = packed_experts(family).to(where)
     expected = outcome(experts, experts, *routed(device=where))
     torch._dynamo.reset()
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
@@ -172,7 +159,7 @@ def test_a_whole_model_with_peft_compiles() -> None:
 
 
 def test_activation_checkpointing(where: torch.device) -> None:
-    experts = packed_experts(device=where)
+    experts = packed_experts().to(where)
     expected = outcome(experts, experts, *routed(device=where))
     got = outcome(experts, lambda *args: checkpoint(experts, *args, use_reentrant=False), *routed(device=where))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -192,7 +179,7 @@ def test_gradient_accumulation() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_a_cast_of_the_activations(dtype: torch.dtype, where: torch.device) -> None:
-    experts = packed_experts(device=where)
+    experts = packed_experts().to(where)
     x, index, gates = routed(device=where)
     with torch.autocast(where.type, dtype=dtype):
         y = experts(x, index, gates)

@@ -6,27 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_models import EXPERTS, HIDDEN, TOP_K, make
+from moe_models import EXPERTS, HIDDEN, TOP_K, packed_experts
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mxref.kernels.experts import PackedExperts
-from mxref.kernels.packing import pack_experts
-
-RANK, STEPS, TOKENS = 2, 3, 6
-
-
-def packed_model() -> PackedExperts:
-    """The same packed experts in every process, their adapters' B drawn so that A has a gradient from the start."""
-    holder = nn.ModuleDict({"experts": make("gpt_oss")})
-    torch.manual_seed(1)
-    pack_experts(holder, rank=RANK)
-    experts = holder["experts"]
-    assert isinstance(experts, PackedExperts)
-    for name, parameter in experts.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter)
-    return experts
+STEPS, TOKENS = 3, 6
 
 
 def share(process: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +34,7 @@ def train(process: int, processes: int, directory: str, broadcast_buffers: bool)
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{directory}/meeting", rank=process, world_size=processes)
     try:
-        model = packed_model()
+        model = packed_experts()
         parallel = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         gradients: list[dict[str, Tensor]] = []

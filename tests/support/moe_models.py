@@ -13,6 +13,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
+from mxref.kernels.experts import PackedExperts
+from mxref.kernels.packing import pack_experts
+
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 64, 32, 2
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -54,6 +57,19 @@ def make(family: str, seed: int = 0) -> nn.Module:
     for tensor in (*module.parameters(), *module.buffers()):
         nn.init.normal_(tensor, std=0.3)
     return module.requires_grad_(False)
+
+
+def packed_experts(family: str = "gpt_oss", rank: int = 2) -> PackedExperts:
+    """A block's experts with packed weights, the adapters' B drawn so that A has a gradient from the start."""
+    holder = nn.ModuleDict({"experts": make(family)})
+    torch.manual_seed(1)
+    pack_experts(holder, rank=rank)
+    experts = holder["experts"]
+    assert isinstance(experts, PackedExperts)
+    for name, parameter in experts.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    return experts
 
 
 def tiny_gpt_oss(seed: int = 0, **sizes: int) -> Any:
