@@ -1,4 +1,4 @@
-"""How fast: every way to compute the layer, timed beside the composite on the same operands, in rounds that alternate.
+"""How fast: every way to compute the layer, timed beside its reference on the same operands, in rounds that alternate.
 
 The gate comes first, on the ways that this project wrote: what it has not passed is not timed.
 """
@@ -39,6 +39,7 @@ class Bench:
         effort: how much was measured.
         ceilings: the higher of those before and after; `drift` is how far they lie apart.
         rows: the results.
+        first_call: seconds of the first training step of a fresh process; None where it was not measured.
         started: UTC, ISO 8601.
         seconds: wall-clock duration.
         commit: of the checkout, "" where there is none.
@@ -50,6 +51,7 @@ class Bench:
     ceilings: Ceilings = field(default_factory=lambda: Ceilings(0.0, 0.0))
     drift: float = 0.0
     rows: list[Row] = field(default_factory=list)
+    first_call: float | None = None
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
     seconds: float = 0.0
     commit: str = field(default_factory=lambda: _commit())
@@ -66,7 +68,10 @@ class Bench:
 
 
 def gate_paths(paths: Iterable[Path], device: torch.device, seed: int = 0) -> list[GateResult]:
-    """Judge our ways as they will be timed: integer fixtures, and intervals in each class of tiling."""
+    """Judge our ways as they will be timed: integer fixtures, and intervals in each class of tiling.
+
+    Decoding, which a way may do alone, is judged once, exhaustively.
+    """
     cpu = device.type == "cpu"
     dtype = torch.float32 if cpu else torch.bfloat16
     classes = {"thin": (8, 24), "medium": (2, 64), "thick": (2, 256)}  # experts, tokens: 6, 64 and 256 rows an expert
@@ -76,7 +81,7 @@ def gate_paths(paths: Iterable[Path], device: torch.device, seed: int = 0) -> li
         K, N = (128, 192) if cpu else (512, 384)
         layer = Case(f"{name} rows", experts, K, N, tokens, 2, 16, dtype, data="balanced")
         cases += [layer, replace(layer, name=f"{name} rows, base", rank=0, grouped_in=True, grouped_out=True)]
-    shipped, ours = candidates.shipped(device), [path for path in paths if path.ours]
+    shipped, ours = candidates.shipped(device), [path for path in paths if path.ours and "layer" in path.parts]
     judged = [replace(shipped, name=f"path: {path.name}", call=_as_candidate(path), decode=None) for path in ours]
     steps = case_steps(cases, device, seed)
     results = [run_gate(each, steps, device, suite="benchmark", seed=seed, strict=True) for each in judged]
@@ -90,7 +95,7 @@ def _as_candidate(path: Path) -> Callable[..., Tensor]:
         operands = {name: value for name, value in operands.items() if not name.startswith("use_fused_")}
         weights = operands["expert_weights"]
         dtype = operands["inputs"].dtype
-        return path.layer(**path.prepare(operands, lambda: decode_mxfp4(weights, dtype).mT.contiguous()))
+        return path.call(**path.prepare(operands, lambda: decode_mxfp4(weights, dtype).mT.contiguous()))
 
     return call
 
@@ -109,7 +114,7 @@ def run_benchmark(
     Args:
         bench: with the gates' results.
         shapes: in this order.
-        paths: beside the composite.
+        paths: beside the references.
         device: where.
         clock: the device's.
         ceilings: measures them; called before and after.

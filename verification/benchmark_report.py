@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mxref.verification import evidence
 from mxref.verification.benchmark import Bench
+from mxref.verification.benchmark_summary import eager_mark, markdown_line, once, summary
 from mxref.verification.options import EVIDENCE
 from mxref.verification.racing import AGREEMENT, Row
 
@@ -22,9 +23,8 @@ __all__ = ["as_json", "as_markdown", "print_bench", "readme_block", "record", "u
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 """What stands between them in the README is generated."""
 
-_COLUMNS = (
-    "shape", "way", "median, ms", "IQR", "÷ composite", "÷ limit", "eager, ms", "Mrow/s", "TFLOP/s", "TB/s", "extra, MB"
-)  # fmt: skip
+BEYOND = "the operands and the results"
+"""What a benchmark's extra memory leaves out; the first ones named nothing, and left out the operands alone."""
 
 
 def as_json(bench: Bench) -> dict[str, Any]:
@@ -45,12 +45,15 @@ def as_json(bench: Bench) -> dict[str, Any]:
             "drift": round(bench.drift, 4),
         },
         "agreement": AGREEMENT,
+        "first_call_seconds": None if bench.first_call is None else _digits(bench.first_call),
+        "extra_beyond": BEYOND,
         "rows": [_row_json(row) for row in bench.rows],
     }
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    named = {name: getattr(row, name) for name in ("shape", "measure", "path", "ours", "rows_per_expert", "status")}
+    names = ("shape", "measure", "path", "reference", "ours", "rows_per_expert", "status")
+    named = {name: getattr(row, name) for name in names}
     if not row.ok:
         return named
     rounds = [sorted(samples)[len(samples) // 2] for samples in row.samples]
@@ -93,54 +96,30 @@ def record(bench: Bench, root: Path) -> Path:
 
 def as_markdown(entry: Mapping[str, Any]) -> str:
     """One record in full: the summary that the README includes, then a table a measure."""
-    lines = [f"# Speed on {entry['gpu']}", "", *_summary(entry), ""]
-    for measure in dict.fromkeys(row["measure"] for row in entry["rows"]):
-        lines += [f"## {measure}", "", _markdown_line(_COLUMNS), _markdown_line(["---"] * 2 + ["---:"] * 9)]
-        lines += [_markdown_line(_cells(row)) for row in entry["rows"] if row["measure"] == measure] + [""]
+    lines = [f"# Speed on {entry['gpu']}", "", *summary(entry), ""]
+    for measure, rows in _by_measure(entry).items():
+        lines += [f"## {measure}", "", markdown_line(_columns(rows)), markdown_line(["---"] * 2 + ["---:"] * 9)]
+        lines += [markdown_line(_cells(row)) for row in rows] + [""]
     lines.append(
         "Medians of device time: of CUDA graphs where both sides can be captured, eager where marked ᵉ. IQR is the "
         "interquartile range over the median. TFLOP/s count useful operations; TB/s count each active weight in the "
-        "form that is read, each input and each output once. Extra memory is the peak beyond the operands, results "
-        "included."
+        "form that is read, each input and each output once. Extra memory is the peak beyond "
+        f"{entry.get('extra_beyond', 'the operands, results included')}."
     )
     return "\n".join(lines) + "\n"
 
 
-def _summary(entry: Mapping[str, Any]) -> list[str]:
-    """Whole step and base products, a line a shape, a column a way: time over the composite's, and over the limit."""
-    rows = {(row["measure"], row["shape"], row["path"]): row for row in entry["rows"]}
-    shapes = list(dict.fromkeys(row["shape"] for row in entry["rows"]))
-    v, ceilings = entry["versions"], entry["ceilings"]
-    lines = [
-        f"{entry['started'][:10]}, {entry['gpu']}, torch {v['torch']}, triton {v['triton']}, CUDA {v['cuda']}, driver "
-        f"{v['driver']}, kernels `{entry['digest'][:12]}`. In the same run: bf16 matmul "
-        f"{ceilings['matmul_flops'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy_bytes'] / 1e12:.2f} TB/s.",
-    ]
-    for measure, title in (("step", "Whole step: forward, dX, dA, dB"), ("base", "Base products alone: forward, dX")):
-        paths = list(dict.fromkeys(path for m, _, path in rows if m == measure and path != "composite"))
-        lines += ["", f"**{title}**; time over the composite's (over the limit)", ""]
-        lines += [_markdown_line(["shape", "composite, ms", *paths])]
-        lines += [_markdown_line(["---", "---:", *["---:"] * len(paths)])]
-        for shape in shapes:
-            composite = rows.get((measure, shape, "composite"))
-            if composite is not None:
-                cells = [_ratios(rows.get((measure, shape, path))) for path in paths]
-                lines.append(_markdown_line([shape, _composite(composite), *cells]))
-    return lines
+def _by_measure(data: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in data["rows"]:
+        rows.setdefault(row["measure"], []).append(row)
+    return rows
 
 
-def _composite(row: Mapping[str, Any]) -> str:
-    return f"{row['median'] * 1e3:.3f} ({row['limit_ratio']:.2f})" if row["status"] == "ok" else row["status"]
-
-
-def _ratios(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    return f"{row['ratio']:.2f} ({row['limit_ratio']:.2f}){_mark(row)}" if row["status"] == "ok" else row["status"]
-
-
-def _mark(row: Mapping[str, Any]) -> str:
-    return "ᵉ" if row["mode"] == "eager" else ""
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    beside = rows[0].get("reference", "composite")
+    figures = ("IQR", f"÷ {beside}", "÷ limit", "eager, ms", "Mrow/s", "TFLOP/s", "TB/s", "extra, MB")
+    return ["shape", "way", "median, ms", *figures]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -150,13 +129,13 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["shape"],
         row["path"],
-        f"{row['median'] * 1e3:.3f}{_mark(row)}",
+        f"{row['median'] * 1e3:.3f}{eager_mark(row)}",
         f"{row['spread']:.1%}",
         f"{row['ratio']:.2f}",
         f"{row['limit_ratio']:.2f}",
         f"{row['eager'] * 1e3:.3f}",
-        f"{row['rows_per_s'] / 1e6:.1f}",
-        f"{row['flops_per_s'] / 1e12:.0f}",
+        f"{row['rows_per_s'] / 1e6:.1f}" if row["rows_per_s"] else "",
+        f"{row['flops_per_s'] / 1e12:.0f}" if row["flops_per_s"] else "",
         f"{row['bytes_per_s'] / 1e12:.2f}",
         "" if extra is None else f"{extra / 1e6:,.0f}",
     ]
@@ -167,7 +146,7 @@ def readme_block(root: Path = EVIDENCE) -> str:
     parts = []
     for path in sorted(root.glob("*/bench.json")):
         full = f"verification/evidence/{path.parent.name}/bench.md"
-        parts += ["", *_summary(evidence.load(path)), "", f"Every figure: [bench.md]({full})."]
+        parts += ["", *summary(evidence.load(path)), "", f"Every figure: [bench.md]({full})."]
     return "\n".join([BEGIN, *(parts or ["", "No GPU has been measured yet."]), "", END])
 
 
@@ -200,13 +179,15 @@ def print_bench(bench: Bench, console: Console) -> None:
         f"{ceilings['copy_bytes'] / 1e12:.2f} TB/s, drift {ceilings['drift']:.1%}",
         highlight=False,
     )
-    for measure in dict.fromkeys(row["measure"] for row in data["rows"]):
-        console.print(_table(measure, [row for row in data["rows"] if row["measure"] == measure]))
+    for measure, rows in _by_measure(data).items():
+        console.print(_table(measure, rows))
+    for sentence in once(data):
+        console.print(sentence, highlight=False)
 
 
 def _table(measure: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=measure, title_justify="left", box=SIMPLE_HEAD, header_style="bright_black")
-    for i, name in enumerate(_COLUMNS):
+    for i, name in enumerate(_columns(rows)):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 1)
     previous = None
     for row in rows:
@@ -222,10 +203,6 @@ def _table(measure: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 def dumps(bench: Bench) -> str:
     """The JSON text of a benchmark that is no evidence."""
     return json.dumps(as_json(bench), indent=1, allow_nan=False) + "\n"
-
-
-def _markdown_line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _digits(x: float) -> float:

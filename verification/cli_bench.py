@@ -106,8 +106,9 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> Bench:
 
     from mxref.verification import workloads
     from mxref.verification.benchmark import Bench, gate_paths, run_benchmark
+    from mxref.verification.first_call import first_call
     from mxref.verification.gate import describe_device
-    from mxref.verification.paths import our_paths, peers
+    from mxref.verification.paths import every_path
     from mxref.verification.racing import Effort
     from mxref.verification.timing import clock_for, measure_ceilings
 
@@ -119,12 +120,13 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> Bench:
             names = ", ".join(shape.name for shape in every)
             raise UsageError(f"--shape {' '.join(arguments.shape)} matches none of: {names}")
     errors = Console(stderr=True)
-    ours = our_paths()
-    paths = ours if arguments.no_peers else ours + peers()
-    _say(errors, "gate: " + ", ".join(path.name for path in ours))
-    bench = Bench(describe_device(device), gate_paths(ours, device), Effort())
+    paths = every_path(installed=not arguments.no_peers)
+    _say(errors, "gate: " + ", ".join(path.name for path in paths if path.ours))
+    bench = Bench(describe_device(device), gate_paths(paths, device), Effort())
     if not bench.green:
         return bench
+    _say(errors, "timing: the first step of a fresh process")
+    bench.first_call = first_call(workloads.DENSE, device)
     clock = clock_for(device)
     return run_benchmark(
         bench,

@@ -1,4 +1,4 @@
-"""Speed over commits, on ratios alone: a time over the composite's and a time over the limit, never a time.
+"""Speed over commits, on ratios alone: a time over the reference's and a time over the limit, never a time.
 
 Each benchmark that was kept as evidence also lies under `evidence/<gpu>/history/`. A row that is slower than it was,
 beyond the noise of both runs, fails. The noise of a ratio is the range of its rounds over their median; the band is the
@@ -52,10 +52,12 @@ class Change:
 
     Attributes:
         key: shape, measure, path.
-        of: "ratio", to the composite, or "limit_ratio".
+        of: "ratio", to the reference, or "limit_ratio".
         now, before: the ratios; `now` is None where the row has no numbers any more, and `why` says so.
         band: relative; slower means now > before · (1 + band).
         since: the name of the run that `before` comes from.
+        why: see `now`.
+        beside: the reference.
     """
 
     key: Key
@@ -65,6 +67,7 @@ class Change:
     band: float
     since: str
     why: str = ""
+    beside: str = "composite"
 
     @property
     def slower(self) -> bool:
@@ -78,7 +81,7 @@ class Change:
 
     def __str__(self) -> str:
         shape, measure, path = self.key
-        what = "composite" if self.of == "ratio" else "limit"
+        what = self.beside if self.of == "ratio" else "limit"
         if self.now is None:
             return f"{path}, {shape}, {measure}: {self.why}; was {self.before:.3f} × the {what} in {self.since}"
         return (
@@ -157,7 +160,8 @@ def _change(earlier: Iterable[Entry], latest: Entry, key: Key, of: Ratio) -> lis
         return []
     best = min(comparable, key=lambda entry: entry.rows[key][of])
     before, since = best.rows[key][of], best.name
+    beside = row.get("reference", "composite")  # early records name none
     if row["status"] != "ok":
-        return [Change(key, of, None, before, 0.0, since, row["status"])]
+        return [Change(key, of, None, before, 0.0, since, row["status"], beside)]
     band = max(FLOOR, noise(best, key, of) + noise(latest, key, of))
-    return [Change(key, of, row[of], before, band, since)]
+    return [Change(key, of, row[of], before, band, since, beside=beside)]

@@ -1,4 +1,7 @@
-"""The ways to compute the layer that are timed: the composite, ours, and others where they are installed."""
+"""The ways that are timed, and the reference beside which each of them is.
+
+The layer and its base products stand beside the composite. A decoder stands beside a copy of as many bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mxref.verification import outside
-from mxref.verification.workloads import PACKED_BYTES, Measure
+from mxref.verification.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
+from mxref.weights import MXWeights
 
-__all__ = ["COMPOSITE", "Path", "our_paths", "peers"]
+__all__ = ["COMPOSITE", "COPY", "DEQUANTISED", "REFERENCES", "Path", "every_path", "our_paths", "peers", "reference"]
 
 Operands = dict[str, Any]
 """Keyword arguments of `parallel_linear_lora`, weights packed."""
@@ -32,31 +36,30 @@ def _dense(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
 
 @dataclass(frozen=True)
 class Path:
-    """One way to compute the layer.
+    """One way to compute the layer, or a part of it.
 
     Attributes:
         name: unique.
         about: one line for a reader.
-        layer: what is timed; takes what `prepare` returns, as keywords.
+        call: what is timed; takes what `prepare` returns, as keywords.
         prepare: not timed: the operands in the form that this way keeps between calls. Its second argument decodes
             the weights, once.
         bytes_per_weight: of the form that a product reads.
         ours: whether the gate judges it before it is timed, and the history after.
-        lora, base: the measures that it covers, with adapters and without.
+        parts: what it can compute.
     """
 
     name: str
     about: str
-    layer: Callable[..., Tensor]
+    call: Callable[..., Tensor]
     prepare: Callable[[Operands, Callable[[], Tensor]], Operands] = _as_they_are
     bytes_per_weight: float = PACKED_BYTES
     ours: bool = True
-    lora: bool = True
-    base: bool = True
+    parts: tuple[Part, ...] = ("layer", "base")
 
     def covers(self, measure: Measure) -> bool:
         """Whether this way can compute what `measure` times."""
-        return self.lora if measure.lora else self.base
+        return measure.part in self.parts
 
 
 def _composite(*, offs: Tensor | None = None, **operands: Any) -> Tensor:
@@ -83,6 +86,35 @@ COMPOSITE = Path(
 )
 
 
+def _copy(*, source: Tensor, target: Tensor, decoded: Tensor) -> Tensor:
+    target.copy_(source)
+    return decoded
+
+
+def _copy_operands(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
+    """Half of the bytes are read and half are written. The decoded weights are for a decoder to agree with."""
+    weights, ends = operands["expert_weights"], operands["expert_offsets"]
+    active = torch.diff(ends, prepend=ends.new_zeros(1)).nonzero()[:, 0]
+    half = int(active.numel() * weights.K * weights.N * DECODING_BYTES) // 2
+    source = dense().view(-1).view(torch.uint8)[:half]
+    return {"source": source, "target": torch.empty_like(source), "decoded": dense().mT[active]}
+
+
+COPY = Path("copy", "a device copy of as many bytes", _copy, _copy_operands, ours=False, parts=("decode",))
+
+REFERENCES = (COMPOSITE, COPY)
+
+
+def reference(measure: Measure) -> Path:
+    """The way beside which every other is timed."""
+    return next(path for path in REFERENCES if path.covers(measure))
+
+
+def every_path(installed: bool = True) -> list[Path]:
+    """All that is timed beside the references; `installed`: what others wrote, too."""
+    return [*our_paths(), DEQUANTISED, *(peers() if installed else [])]
+
+
 def our_paths() -> list[Path]:
     """This project's kernels. On a CPU, TRITON_INTERPRET=1 must be set before this first imports them."""
     from mxref.kernels import parallel_linear_lora
@@ -93,7 +125,90 @@ def our_paths() -> list[Path]:
         Path("strategy A", "decode the active experts, then our kernels on bf16", _strategy_a, bytes_per_weight=2.0),
         Path("strategy B", "decode inside both products", fused),
         Path("automatic", "parallel_linear_lora with nothing chosen", parallel_linear_lora),
+        Path("dequantize_experts", "strategy A's decoding alone", _decode, _decode_operands, parts=("decode",)),
     ]  # fmt: skip
+
+
+def _strategy_a(
+    *, inputs: Tensor, expert_weights: Any, sorted_scattered_idxs: Tensor, expert_offsets: Tensor, **operands: Any
+) -> Tensor:
+    from mxref.kernels import parallel_linear_lora
+
+    return parallel_linear_lora(
+        inputs,
+        _dequantize(expert_weights, _active(sorted_scattered_idxs, expert_offsets), inputs.dtype).mT,
+        sorted_scattered_idxs=sorted_scattered_idxs,
+        expert_offsets=expert_offsets,
+        **operands,
+    )
+
+
+def _active(positions: Tensor, offsets: Tensor) -> Tensor:
+    from mxref.kernels.dequant import active_or_sentinel
+    from mxref.kernels.schedule import Routing
+
+    return active_or_sentinel(Routing(positions, offsets))
+
+
+def _dequantize(weights: MXWeights, experts: Tensor, dtype: torch.dtype) -> Tensor:
+    from mxref.kernels import dequantize_experts
+
+    return dequantize_experts(weights, experts, dtype)
+
+
+def _decode(*, weights: MXWeights, experts: Tensor, active: int, dtype: torch.dtype) -> Tensor:
+    return _dequantize(weights, experts, dtype)[:active]
+
+
+def _decode_operands(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
+    """Strategy A's list, E ids long; those that own no rows come last, so that what is decoded lies in one piece."""
+    weights = operands["expert_weights"]
+    experts = _active(operands["sorted_scattered_idxs"], operands["expert_offsets"]).sort().values
+    active = int((experts < weights.E).sum())
+    return {"weights": weights, "experts": experts, "active": active, "dtype": operands["inputs"].dtype}
+
+
+class _DecodedProduct(torch.autograd.Function):
+    """x·W as one `torch._grouped_mm` on weights decoded for it, and decoded again for dX: none are kept in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: MXWeights, experts: Tensor, ends: Tensor) -> Tensor:
+        ctx.weights = weights
+        ctx.save_for_backward(experts, ends)
+        return torch._grouped_mm(x, _dequantize(weights, experts, x.dtype).mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        experts, ends = ctx.saved_tensors
+        decoded = _dequantize(ctx.weights, experts, gradient.dtype)
+        return torch._grouped_mm(gradient, decoded, offs=ends), None, None, None
+
+
+_decoded_product: Callable[..., Tensor] = _DecodedProduct.apply
+
+
+def _dequantised(*, x: Tensor, weights: MXWeights, experts: Tensor, ends: Tensor) -> Tensor:
+    return _decoded_product(x, weights, experts, ends)
+
+
+def _dequantised_operands(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
+    return {
+        "x": operands["inputs"],
+        "weights": operands["expert_weights"],
+        "experts": _active(operands["sorted_scattered_idxs"], operands["expert_offsets"]),
+        "ends": operands["expert_offsets"].int(),
+    }
+
+
+DEQUANTISED = Path(
+    "dequantise + grouped_mm",
+    "decode the active experts before each product, which is one torch._grouped_mm",
+    _dequantised,
+    _dequantised_operands,
+    2.0,
+    ours=False,
+    parts=("base",),
+)
 
 
 def peers() -> list[Path]:
@@ -107,23 +222,6 @@ def peers() -> list[Path]:
     return found
 
 
-def _strategy_a(
-    *, inputs: Tensor, expert_weights: Any, sorted_scattered_idxs: Tensor, expert_offsets: Tensor, **operands: Any
-) -> Tensor:
-    from mxref.kernels import dequantize_experts, parallel_linear_lora
-    from mxref.kernels.dequant import active_or_sentinel
-    from mxref.kernels.schedule import Routing
-
-    active = active_or_sentinel(Routing(sorted_scattered_idxs, expert_offsets))
-    return parallel_linear_lora(
-        inputs,
-        dequantize_experts(expert_weights, active, inputs.dtype).mT,
-        sorted_scattered_idxs=sorted_scattered_idxs,
-        expert_offsets=expert_offsets,
-        **operands,
-    )
-
-
 def _axolotl() -> list[Path]:
     """Axolotl's layer. One tiling of its list instead of minutes of tuning a shape."""
     layer, container = outside.load_axolotl()
@@ -133,9 +231,10 @@ def _axolotl() -> list[Path]:
         return operands | {"expert_weights": container(w.packed, w.scales, w.K, w.N)}
 
     fused = partial(layer, use_fused_dX=True, use_fused_gather=True)
+    whole: tuple[Part, ...] = ("layer",)
     return [
-        Path("axolotl, bf16", "axolotl ScatterMoE-LoRA on bf16 weights", layer, _dense, 2.0, ours=False, base=False),
-        Path("axolotl, MXFP4", "axolotl's fused MXFP4 kernels, one tiling", fused, packed, ours=False, base=False),
+        Path("axolotl, bf16", "axolotl ScatterMoE-LoRA on bf16 weights", layer, _dense, 2.0, ours=False, parts=whole),
+        Path("axolotl, MXFP4", "axolotl's fused MXFP4 kernels, one tiling", fused, packed, ours=False, parts=whole),
     ]
 
 
@@ -158,5 +257,5 @@ def _unsloth() -> list[Path]:
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).int()
         return {"x": operands["inputs"], "blocks": blocks, "scales": scales, "counts": counts}
 
-    layer = module.mxfp4_expert_grouped_mm
-    return [Path("unsloth, MXFP4", "unsloth-zoo's packed MXFP4 product", layer, packed, ours=False, lora=False)]
+    product = module.mxfp4_expert_grouped_mm
+    return [Path("unsloth, MXFP4", "unsloth-zoo's packed MXFP4 product", product, packed, ours=False, parts=("base",))]

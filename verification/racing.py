@@ -1,4 +1,4 @@
-"""One pair at a time: a way to compute the layer beside the composite, in rounds that alternate.
+"""One pair at a time: a way to compute the layer beside its reference, the composite, in rounds that alternate.
 
 A ratio is taken within a round, between neighbours in time, so that a clock that drifts moves both sides. Where both
 sides can be captured as CUDA graphs the device time is that of the graphs, and the eager time stands beside it.
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxref.verification.paths import COMPOSITE, Path
+from mxref.verification.paths import Path, reference
 from mxref.verification.timing import Captured, Clock, Run
 from mxref.verification.workloads import MEASURES, Measure, Shape, Workload
 
-__all__ = ["AGREEMENT", "Effort", "Row", "time_shape"]
+__all__ = ["AGREEMENT", "Effort", "Row", "runnable", "time_shape"]
 
 AGREEMENT = 2.0**-6
-"""Largest ‖path − composite‖ / ‖composite‖ of a tensor. Each side rounds to bf16 a few times, by 2^-9 at most: eight
+"""Largest ‖path − reference‖ / ‖reference‖ of a tensor. Each side rounds to bf16 a few times, by 2^-9 at most: eight
 such roundings fit. It only shows that the right thing was timed, at full size; the gate is the judge."""
 
 
@@ -40,22 +40,26 @@ class Row:
 
     Attributes:
         shape, measure, path: names.
+        reference: the name of the path beside which it was timed.
         ours: whether this project wrote it.
         rows_per_expert: P over the experts that own rows.
         status: "ok", "out of memory", "disagrees …" or "failed: …"; only "ok" has numbers.
         mode: "graph" or "eager": what `samples` and `ratios` are times of.
         samples: round by round.
-        ratios: the round's median over the composite's in the same round.
-        least_flops, least_bytes: of the base products, with weights in MXFP4: what the limit is made of.
+        ratios: the round's median over the reference's in the same round.
+        least_flops, least_bytes: with weights in MXFP4: what the limit is made of.
         limit: seconds that they take at the run's ceilings.
-        eager: median of the eager time, and `eager_ratio` to the composite's.
-        rows_per_s, flops_per_s, bytes_per_s: achieved; bytes count the weights in the form that this way reads.
-        extra_bytes: the most memory beyond the operands; None where it is not counted.
+        eager: median of the eager time, and `eager_ratio` to the reference's.
+        rows_per_s, flops_per_s, bytes_per_s: achieved, 0 where there is no product; bytes count the weights in the form
+            that this way reads.
+        extra_bytes: the most memory beyond the operands and the results, which are the output and the gradients; None
+            where it is not counted.
     """
 
     shape: str
     measure: str
     path: str
+    reference: str
     ours: bool
     rows_per_expert: float
     status: str = "ok"
@@ -90,7 +94,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Time over the composite's: the median round's."""
+        """Time over the reference's: the median round's."""
         return statistics.median(self.ratios)
 
     @property
@@ -100,18 +104,19 @@ class Row:
 
 
 def time_shape(shape: Shape, paths: Sequence[Path], device: torch.device, clock: Clock, effort: Effort) -> list[Row]:
-    """Every measure of one shape, the composite first; limits are left to the caller, who knows the ceilings."""
-    everything = [(measure, path) for measure in MEASURES for path in (COMPOSITE, *paths) if path.covers(measure)]
+    """Every measure of one shape, the reference first; limits are left to the caller, who knows the ceilings."""
+    contests = [(measure, [path for path in paths if path.covers(measure)]) for measure in MEASURES]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    try:
-        workload = Workload.draw(shape, device, dtype)
-        _ = workload.dense
-    except torch.OutOfMemoryError:
-        return [_lost(shape, measure, path, 0.0, "out of memory") for measure, path in everything]
     rows: list[Row] = []
-    for measure in MEASURES:
-        rows += _time_measure(workload, measure, [path for path in paths if path.covers(measure)], clock, effort)
-        _release()
+    with clock.stream():
+        try:
+            workload = Workload.draw(shape, device, dtype)
+            _ = workload.dense
+        except torch.OutOfMemoryError:
+            return [row for measure, paths in contests for row in _no_room(shape, measure, paths, 0.0)]
+        for measure, covering in contests:
+            rows += _time_measure(workload, measure, covering, clock, effort)
+            _release()
     del workload
     _release()
     return rows
@@ -130,24 +135,22 @@ class _Side:
 def _time_measure(
     workload: Workload, measure: Measure, paths: Sequence[Path], clock: Clock, effort: Effort
 ) -> list[Row]:
-    """The composite's row, then one a path; each path alternates with the composite for rounds of its own."""
-    mean = workload.shape.rows / workload.active
+    """The reference's row, then one a path; each path alternates with the reference for rounds of its own."""
+    mean, beside = workload.shape.rows / workload.active, reference(measure)
     try:
-        composite = _ready(workload, measure, COMPOSITE, clock)
+        other = _ready(workload, measure, beside, clock)
     except torch.OutOfMemoryError:
-        lost = [COMPOSITE, *paths]
-        return [_lost(workload.shape, measure, path, mean, "out of memory") for path in lost]
-    own = _alternate(composite, composite, clock, effort)
-    rows = [_row(workload, measure, COMPOSITE, composite, own)]
+        return _no_room(workload.shape, measure, paths, mean)
+    rows = [_row(workload, measure, beside, other, _alternate(other, other, clock, effort))]
     for path in paths:
         try:
             side = _ready(workload, measure, path, clock)
-            distance = _distance(side.results, composite.results)
+            distance = _distance(side.results, other.results)
             if not distance <= AGREEMENT:
-                status = f"disagrees with the composite by {distance:.2g}"
+                status = f"disagrees with the {beside.name} by {distance:.2g}"
                 rows.append(_lost(workload.shape, measure, path, mean, status))
             else:
-                rows.append(_row(workload, measure, path, side, _alternate(side, composite, clock, effort)))
+                rows.append(_row(workload, measure, path, side, _alternate(side, other, clock, effort)))
             del side
         except torch.OutOfMemoryError:
             rows.append(_lost(workload.shape, measure, path, mean, "out of memory"))
@@ -163,19 +166,7 @@ def _time_measure(
 
 def _ready(workload: Workload, measure: Measure, path: Path, clock: Clock) -> _Side:
     """Compile, capture, and keep one result; what comes out of a graph is what its replay computes."""
-    operands = workload.operands(measure)
-    leaves = workload.gradients_of(operands)
-    prepared = path.prepare(operands, lambda: workload.dense)
-
-    def run() -> Sequence[Tensor]:
-        if not measure.backward:
-            with torch.no_grad():
-                return (path.layer(**prepared),)
-        y = path.layer(**prepared)
-        grad_out = workload.grad_out if measure.lora else grouped_grad_out
-        return y.detach(), *torch.autograd.grad(y, leaves, grad_out)
-
-    grouped_grad_out = workload.grad_out[workload.problem.row_positions()]
+    run = runnable(workload, measure, path)
     run()
     extra = clock.extra_bytes(run)
     captured = clock.capture(run)
@@ -183,6 +174,32 @@ def _ready(workload: Workload, measure: Measure, path: Path, clock: Clock) -> _S
         return _Side(run, None, run(), extra)
     captured.replay()
     return _Side(run, captured, captured.outputs, extra)
+
+
+def runnable(workload: Workload, measure: Measure, path: Path) -> Run:
+    """What is timed: a call that returns the output, if `measure` goes forward, and the gradients, if it goes backward.
+
+    For a backward pass alone the forward runs here, once, on the current stream, and its graph is kept.
+    """
+    operands = workload.operands(measure)
+    leaves = workload.gradients_of(operands)
+    prepared = path.prepare(operands, lambda: workload.dense)
+
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return (path.call(**prepared),)
+
+    if not measure.backward:
+        return forward
+
+    def step() -> Sequence[Tensor]:
+        y = path.call(**prepared)
+        return y.detach(), *torch.autograd.grad(y, leaves, workload.grad_out)
+
+    if measure.forward:
+        return step
+    y = path.call(**prepared)
+    return lambda: torch.autograd.grad(y, leaves, workload.grad_out, retain_graph=True)
 
 
 @dataclass(frozen=True)
@@ -223,7 +240,8 @@ def _row(workload: Workload, measure: Measure, path: Path, side: _Side, times: _
     eager, eager_other = statistics.median(_flat(times.eager_own)), statistics.median(_flat(times.eager_other))
     flops, octets = workload.least(measure)
     return Row(
-        shape.name, measure.name, path.name, path.ours, shape.rows / workload.active, "ok", times.mode,
+        shape.name, measure.name, path.name, reference(measure).name, path.ours, shape.rows / workload.active, "ok",
+        times.mode,
         samples=tuple(map(tuple, times.own)),
         ratios=tuple(
             statistics.median(own) / statistics.median(other)
@@ -233,7 +251,7 @@ def _row(workload: Workload, measure: Measure, path: Path, side: _Side, times: _
         least_bytes=octets,
         eager=eager,
         eager_ratio=eager / eager_other,
-        rows_per_s=shape.rows / middle,
+        rows_per_s=shape.rows / middle if measure.products else 0.0,
         flops_per_s=workload.flops(measure) / middle,
         bytes_per_s=workload.bytes(measure, path.bytes_per_weight) / middle,
         extra_bytes=side.extra_bytes,
@@ -241,7 +259,12 @@ def _row(workload: Workload, measure: Measure, path: Path, side: _Side, times: _
 
 
 def _lost(shape: Shape, measure: Measure, path: Path, mean: float, status: str) -> Row:
-    return Row(shape.name, measure.name, path.name, path.ours, mean, status)
+    return Row(shape.name, measure.name, path.name, reference(measure).name, path.ours, mean, status)
+
+
+def _no_room(shape: Shape, measure: Measure, paths: Sequence[Path], mean: float) -> list[Row]:
+    """The rows of a measure whose reference does not fit into memory."""
+    return [_lost(shape, measure, path, mean, "out of memory") for path in (reference(measure), *paths)]
 
 
 def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -37,6 +38,14 @@ class Captured:
 class Clock(Protocol):
     """Samples a callable on one device."""
 
+    def stream(self) -> AbstractContextManager[None]:
+        """Within it, work goes to the one stream that `capture` records from.
+
+        Autograd's backward runs on its forward's stream, so a backward that is to be captured alone needs its forward
+        here too.
+        """
+        ...
+
     def sample(self, call: Callable[[], object], count: int) -> list[float]:
         """Seconds of `count` calls, each with a cold L2."""
         ...
@@ -46,7 +55,7 @@ class Clock(Protocol):
         ...
 
     def extra_bytes(self, run: Run) -> int | None:
-        """The most memory that one call holds beyond what was allocated before it, its results included."""
+        """The most memory that one call holds beyond what was allocated before it and the results it returns."""
         ...
 
 
@@ -56,6 +65,18 @@ class EventClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+        self._stream: Any = cast(Any, torch.cuda.Stream)(device)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """See `Clock`; what lies before it and after it in the caller's stream stays in that order."""
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
 
     def sample(self, call: Callable[[], object], count: int) -> list[float]:
         """See `Clock`."""
@@ -70,22 +91,19 @@ class EventClock:
         return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
     def capture(self, run: Run) -> Captured | None:
-        """See `Clock`. Autograd's backward runs on the forward's stream, so a whole step can be captured.
+        """See `Clock`. Autograd's backward runs on the forward's stream, so that both can be captured, or it alone.
 
         What synchronises is found out before the capture: one that fails half-way can leave the allocator unusable.
         """
         if self._synchronises(run):
             return None
-        stream: Any = cast(Any, torch.cuda.Stream)(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        with self.stream():
             for _ in range(2):
                 run()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):
                 outputs = run()
         except torch.OutOfMemoryError:
             raise
@@ -110,14 +128,15 @@ class EventClock:
         return False
 
     def extra_bytes(self, run: Run) -> int | None:
-        """See `Clock`; as PyTorch's allocator counts."""
+        """See `Clock`; as PyTorch's allocator counts. What the call saves for a backward pass is a part of it."""
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        outputs = run()
+        results = run()
         torch.cuda.synchronize(self._device)
-        del outputs
-        return torch.cuda.max_memory_allocated(self._device) - before
+        grown = torch.cuda.memory_allocated(self._device) - before
+        returned = min(_stored_bytes(results), grown)  # results that were there before are in neither
+        return torch.cuda.max_memory_allocated(self._device) - before - returned
 
 
 class WallClock:
@@ -125,6 +144,10 @@ class WallClock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Nothing to choose."""
+        return nullcontext()
 
     def sample(self, call: Callable[[], object], count: int) -> list[float]:
         """See `Clock`."""
@@ -142,6 +165,12 @@ class WallClock:
     def extra_bytes(self, run: Run) -> int | None:
         """None: not counted."""
         return None
+
+
+def _stored_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages that the tensors lie in, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def clock_for(device: torch.device) -> Clock:

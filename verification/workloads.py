@@ -1,9 +1,9 @@
 """What is timed: shapes of real layers, their operands, and the limit that no implementation can beat.
 
 The limit of one projection's product is the larger of two times, that of its arithmetic at the machine's matmul rate
-and that of its bytes at the machine's copy rate; dX costs the same as the forward product:
+and that of its bytes at the machine's copy rate; dX costs the same as the forward product. Decoding has bytes alone:
 
-    max( 2·P·K·N / matmul,  (active·K·N·17/32 + M·K·2 + P·N·2) / copy )
+    max( 2·P·K·N / matmul,  (active·K·N·17/32 + M·K·2 + P·N·2) / copy )         active·K·N·(17/32 + 2) / copy
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from mxref.problem import Problem
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["CASES", "LARGE", "MEASURES", "QUICK", "Measure", "Shape", "Workload"]
+__all__ = ["CASES", "DECODING_BYTES", "DENSE", "LARGE", "MEASURES", "QUICK", "Measure", "Part", "Shape", "Workload"]
 
 PACKED_BYTES = 17 / 32
 """Bytes of one MXFP4 weight: four bits, and an eighth byte of scale a block of 32."""
+
+DECODING_BYTES = PACKED_BYTES + 2
+"""Bytes that decoding one weight to bf16 moves."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class Shape:
         return allowed[scores.argsort(1)[:, :k]]
 
 
+DENSE = Shape("dense", 128, 2048, 1024, 4096, 8)
 QUICK = (
-    Shape("dense", 128, 2048, 1024, 4096, 8),
+    DENSE,
     Shape("sparse, 10 active", 256, 2048, 1024, 4096, 8, "ten_active"),
     Shape("thin", 256, 2048, 1024, 256, 8),
 )
@@ -88,31 +92,39 @@ LARGE = (
 """4 GB of packed weights, 15 GB of bf16 ones: for GPUs with room."""
 
 
+Part = Literal["layer", "base", "decode"]
+"""What is computed: the layer with adapters; the base products alone, on rows that are in expert order before and
+after; the active experts' weights, decoded."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """Which part of a training step is timed.
 
     Attributes:
         name: unique.
-        lora: with adapters; otherwise the base products alone, on rows that are in expert order before and after.
-        backward: the backward pass too, by autograd from a random gradient of the output.
+        part: what is computed.
+        forward, backward: the passes; the backward by autograd, from a random gradient of the output.
     """
 
     name: str
-    lora: bool
-    backward: bool
+    part: Part
+    forward: bool = True
+    backward: bool = False
 
     @property
     def products(self) -> int:
         """Products with the base weights."""
-        return 2 if self.backward else 1
+        return 0 if self.part == "decode" else self.forward + self.backward
 
 
 MEASURES = (
-    Measure("step", lora=True, backward=True),
-    Measure("forward", lora=True, backward=False),
-    Measure("base", lora=False, backward=True),
-    Measure("base forward", lora=False, backward=False),
+    Measure("step", "layer", backward=True),
+    Measure("forward", "layer"),
+    Measure("base", "base", backward=True),
+    Measure("base forward", "base"),
+    Measure("base dX", "base", forward=False, backward=True),
+    Measure("decode", "decode"),
 )
 
 
@@ -123,7 +135,7 @@ class Workload:
     Attributes:
         shape: what was drawn.
         problem: a whole layer's call, with adapters and packed weights.
-        grad_out: [P, N], random, the gradient of the output.
+        grad_out: [P, N], random, the gradient of the output in whichever order that has its rows.
         active: experts that own rows.
     """
 
@@ -175,7 +187,7 @@ class Workload:
     def operands(self, measure: Measure) -> dict[str, Any]:
         """Keyword arguments of the call. What takes part in the gradient is a leaf when `measure` goes backward."""
         problem = self.problem
-        if not measure.lora:
+        if measure.part != "layer":
             rows = problem.inputs[problem.row_sources()]
             problem = replace(problem, inputs=rows, k=1, lora_A=None, lora_B=None, grouped_in=True, grouped_out=True)
         operands = problem.arguments()
@@ -192,18 +204,20 @@ class Workload:
         """Useful floating-point operations: base products, and LoRA's products as they are defined, once a row."""
         s = self.shape
         base = 2.0 * s.rows * s.K * s.N * measure.products
-        if not measure.lora:
+        if measure.part != "layer":
             return base
         return base + 2.0 * s.rows * s.rank * (s.K + s.N) * (3 if measure.backward else 1)
 
     def bytes(self, measure: Measure, bytes_per_weight: float = PACKED_BYTES) -> float:
-        """The fewest bytes that the base products move: each active weight, each input and each output once."""
+        """The fewest bytes that are moved: each active weight, each input and each output once, in bf16."""
         s = self.shape
-        weights = self.active * s.K * s.N * bytes_per_weight
-        return measure.products * (weights + s.tokens * s.K * 2 + s.rows * s.N * 2)
+        weights = self.active * s.K * s.N
+        if measure.part == "decode":
+            return weights * DECODING_BYTES
+        return measure.products * (weights * bytes_per_weight + s.tokens * s.K * 2 + s.rows * s.N * 2)
 
     def least(self, measure: Measure) -> tuple[float, float]:
-        """FLOPs and bytes of the base products with weights in MXFP4: what the limit is made of."""
+        """FLOPs and bytes of the base products, or of decoding, with weights in MXFP4: what the limit is made of."""
         s = self.shape
         return 2.0 * s.rows * s.K * s.N * measure.products, self.bytes(measure)
 

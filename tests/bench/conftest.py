@@ -11,7 +11,7 @@ from rich.console import Console
 from mxref.verification import benchmark_report, workloads
 from mxref.verification.benchmark import Bench, gate_paths, run_benchmark
 from mxref.verification.gate import describe_device
-from mxref.verification.paths import our_paths, peers
+from mxref.verification.paths import every_path
 from mxref.verification.racing import Effort
 from mxref.verification.timing import clock_for, measure_ceilings
 
@@ -58,12 +58,12 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     device = torch.device("cuda")
     wanted = {_shape(item) for item in request.session.items}
     shapes = [shape for shape in (*workloads.CASES, *workloads.LARGE) if shape.name in wanted]
-    ours = our_paths()
-    result = Bench(describe_device(device), gate_paths(ours, device), Effort())
+    paths = every_path()
+    result = Bench(describe_device(device), gate_paths(paths, device), Effort())
     request.config.stash[_BENCH] = result
     if result.green:
         clock = clock_for(device)
-        run_benchmark(result, shapes, ours + peers(), device, clock, lambda: measure_ceilings(clock, device))
+        run_benchmark(result, shapes, paths, device, clock, lambda: measure_ceilings(clock, device))
     return result
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mxref.verification.benchmark import Bench
-from mxref.verification.paths import COMPOSITE, Path, our_paths, peers
+from mxref.verification.paths import REFERENCES, every_path
 from mxref.verification.workloads import CASES, LARGE, MEASURES
 
 pytest.importorskip("pytest_benchmark")
@@ -33,12 +33,8 @@ def replay(samples: Sequence[float]) -> None:
     _ticks = chain.from_iterable(pairwise(ends))
 
 
-def _ways() -> list[Path]:
-    return [COMPOSITE, *our_paths(), *(peers() if torch.cuda.is_available() else [])]
-
-
 def _parameters() -> list[tuple[str, str, str]]:
-    ways = _ways()
+    ways = [*REFERENCES, *every_path(installed=torch.cuda.is_available())]
     return [
         (shape.name, measure.name, way.name)
         for shape in (*CASES, *LARGE)
@@ -61,7 +57,7 @@ def test_speed(bench: Bench, benchmark, shape: str, measure: str, path: str) -> 
     benchmark.group = f"{shape}, {measure}"
     benchmark.extra_info |= {
         "mode": row.mode,
-        "ratio_to_composite": row.ratio,
+        f"ratio_to_{row.reference}": row.ratio,
         "ratio_to_limit": row.limit_ratio,
         "eager": row.eager,
         "rows_per_s": row.rows_per_s,

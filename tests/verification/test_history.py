@@ -79,6 +79,24 @@ def test_what_is_not_comparable_is_not_judged() -> None:
     assert judge([entry(1), entry(2, row(9.0))]) == []
 
 
+def test_rows_that_earlier_runs_lack_are_not_judged_and_change_nothing() -> None:
+    new = [row(9.0, measure="base dX"), row(9.0, measure="decode", path="dequantize_experts", reference="copy")]
+    assert {change.key for change in judge([entry(1, row(1.0)), entry(2, row(1.0), *new)])} == {KEY}
+    assert {change.key for change in judge([entry(1, row(1.0), *new), entry(2, row(1.0))])} == {KEY}
+
+
+def test_memory_is_not_judged() -> None:
+    changes = judge([entry(1, row(1.0, extra_bytes=1)), entry(2, row(1.0, extra_bytes=9))])
+    assert [(change.of, change.slower) for change in changes] == [("ratio", False), ("limit_ratio", False)]
+
+
+def test_a_change_names_what_stood_beside() -> None:
+    decode = {"measure": "decode", "path": "dequantize_experts", "reference": "copy"}
+    of_copy, of_limit = judge([entry(1, row(1.0, **decode)), entry(2, row(1.5, **decode))])
+    assert str(of_copy).startswith("dequantize_experts, thin, decode: 1.500 × the copy, was 1.000 in 2026-11-01 c1")
+    assert "3.000 × the limit" in str(of_limit)
+
+
 def test_a_row_that_lost_its_numbers_fails() -> None:
     lost = {name: value for name, value in row(1.0).items() if name in ("shape", "measure", "path", "ours")}
     changes = judge([entry(1, row(1.0)), entry(2, lost | {"status": "out of memory"})])

@@ -1,0 +1,121 @@
+"""A benchmark in brief, from its record alone: what the README includes. A ratio is a time over a time: less is faster.
+
+Records of before a measure, a way or a field was there have no lines about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["eager_mark", "markdown_line", "once", "summary"]
+
+Row = Mapping[str, Any]
+Rows = Mapping[tuple[str, str, str], Row]
+"""Rows of a record by measure, shape and path."""
+
+
+def summary(entry: Mapping[str, Any]) -> list[str]:
+    """Markdown, by lines: the run, tables of whole steps, of base products and of single ones, and `once`."""
+    rows = {(row["measure"], row["shape"], row["path"]): row for row in entry["rows"]}
+    v, ceilings = entry["versions"], entry["ceilings"]
+    lines = [
+        f"{entry['started'][:10]}, {entry['gpu']}, torch {v['torch']}, triton {v['triton']}, CUDA {v['cuda']}, driver "
+        f"{v['driver']}, kernels `{entry['digest'][:12]}`. In the same run: bf16 matmul "
+        f"{ceilings['matmul_flops'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy_bytes'] / 1e12:.2f} TB/s.",
+    ]
+    lines += _every_way(rows, "step", "Whole step: forward, dX, dA, dB")
+    lines += _every_way(rows, "base", "Base products alone: forward, dX")
+    lines += _single_products(rows)
+    told = once(entry)
+    return [*lines, "", " ".join(told)] if told else lines
+
+
+def once(entry: Mapping[str, Any]) -> list[str]:
+    """A sentence each on the first call and on the memory of the step on the dense shape, where they are known."""
+    told = []
+    if entry.get("first_call_seconds") is not None:
+        seconds = f"{entry['first_call_seconds']:.1f} s"
+        told.append(f"First training step of a fresh process, every kernel still to be compiled: {seconds}.")
+    if "extra_beyond" in entry:
+        known = {
+            row["path"]: f"{row['extra_bytes'] / 1e6:,.0f} MB"
+            for row in entry["rows"]
+            if (row["measure"], row["shape"], row["status"]) == ("step", "dense", "ok")
+            and row["extra_bytes"] is not None
+        }
+        said = ", ".join(f"{path} {known[path]}" for path in ("automatic", "composite") if path in known)
+        if said:
+            told.append(f"Extra memory of the dense shape's step, beyond {entry['extra_beyond']}: {said}.")
+    return told
+
+
+def _every_way(rows: Rows, measure: str, title: str) -> list[str]:
+    """A line a shape, a column a way: time over the composite's, and over the limit."""
+    paths = _unique(path for m, _, path in rows if m == measure and path != "composite")
+    shapes = _unique(shape for m, shape, path in rows if m == measure and path == "composite")
+    lines = ["", f"**{title}**; time over the composite's (over the limit)", ""]
+    lines += _header(["shape", "composite, ms", *paths])
+    for shape in shapes:
+        cells = [_ratios(rows.get((measure, shape, path))) for path in paths]
+        lines.append(markdown_line([shape, _composite(rows[measure, shape, "composite"]), *cells]))
+    return lines
+
+
+def _single_products(rows: Rows) -> list[str]:
+    """A line a shape: the forward product and dX over the best of others, decoding over a copy; and over the limit."""
+    others = _unique(
+        path for (m, _, path), row in rows.items() if m == "base dX" and not row["ours"] and path != "composite"
+    )
+    if not others:
+        return []
+    title = (
+        f"**Single base products**; automatic's time over the best of {' and '.join(others)} (over the limit). "
+        "**Decoding** the active experts; over a copy of as many bytes (over the limit)"
+    )
+    lines = ["", title, "", *_header(["shape", "forward", "dX", "decoding"])]
+    for shape in _unique(shape for m, shape, _ in rows if m == "base dX"):
+        products = [
+            _over_best(rows.get((m, shape, "automatic")), [rows.get((m, shape, path)) for path in others])
+            for m in ("base forward", "base dX")
+        ]
+        decoding = _ratios(rows.get(("decode", shape, "dequantize_experts")))
+        lines.append(markdown_line([shape, *products, decoding]))
+    return lines
+
+
+def _composite(row: Row) -> str:
+    return f"{row['median'] * 1e3:.3f} ({row['limit_ratio']:.2f})" if row["status"] == "ok" else row["status"]
+
+
+def _ratios(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row['ratio']:.2f} ({row['limit_ratio']:.2f}){eager_mark(row)}" if row["status"] == "ok" else row["status"]
+
+
+def _over_best(row: Row | None, others: Sequence[Row | None]) -> str:
+    """Both are known by their ratios to the composite, each from rounds of its own."""
+    timed = [other for other in others if other is not None and other["status"] == "ok"]
+    if row is None or row["status"] != "ok" or not timed:
+        return _ratios(row) if timed else "–"
+    best = min(timed, key=lambda other: float(other["ratio"]))
+    return _ratios({**row, "ratio": row["ratio"] / best["ratio"]})
+
+
+def eager_mark(row: Row) -> str:
+    """A raised e where the times are not those of CUDA graphs."""
+    return "ᵉ" if row["mode"] == "eager" else ""
+
+
+def markdown_line(cells: Iterable[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def _header(columns: Sequence[str]) -> list[str]:
+    return [markdown_line(columns), markdown_line(["---", *["---:"] * (len(columns) - 1)])]
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,66 @@
+"""The first training step of a fresh process, every kernel still to be compiled: seconds until it has finished.
+
+What runs in the fresh process is this file: `python -m mxref.verification.first_call DEVICE SHAPE`, the shape as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from mxref.verification.options import choose_device
+from mxref.verification.paths import Path, our_paths
+from mxref.verification.racing import runnable
+from mxref.verification.workloads import MEASURES, Shape, Workload
+
+__all__ = ["first_call", "first_step"]
+
+
+def first_call(shape: Shape, device: torch.device) -> float:
+    """Seconds of `first_step` by the automatic way, in a process of its own with an empty Triton cache.
+
+    Raises:
+        RuntimeError: the process failed; its last line of error says why.
+    """
+    command = [sys.executable, "-m", "mxref.verification.first_call", device.type, json.dumps(asdict(shape))]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TRITON_CACHE_DIR": folder}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        *_, reason = ["it said nothing", *done.stderr.splitlines()]
+        raise RuntimeError(f"the first call's process failed: {reason}")
+    return float(done.stdout)
+
+
+def first_step(shape: Shape, device: torch.device, path: Path, now: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one training step: forward, dX, dA, dB. Imports, and drawing the operands, come before."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    step = runnable(Workload.draw(shape, device, dtype), MEASURES[0], path)
+    _finish(device)
+    begin = now()
+    step()
+    _finish(device)
+    return now() - begin
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _main(device_type: str, shape: str) -> None:
+    device = choose_device(device_type)
+    automatic = next(path for path in our_paths() if path.name == "automatic")
+    print(first_step(Shape(**json.loads(shape)), device, automatic))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
