@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxref.kernels.autograd import parallel_linear_lora
 from mxref.kernels.configs import SHARED_MEMORY, Config, reachable_configs
@@ -168,8 +169,8 @@ def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tup
 def _launches(architecture: str, dtype: torch.dtype, config: Config, rank: int, step: str) -> list[Launch]:
     """The launches of one training step at gpt-oss's sizes.
 
-    `fused` and `unfused` read packed weights, with gates and without, and take the flag combination of that name;
-    `dense` reads dense weights.
+    `fused` and `unfused` read packed weights and take the flag combination of that name: with gates on rows of tokens,
+    and without on rows in expert order. `dense` reads dense weights.
     """
     E, K, N, M, k = 32, 2880, 5760, 512, 4
     with recording(architecture) as recorder:
@@ -179,13 +180,14 @@ def _launches(architecture: str, dtype: torch.dtype, config: Config, rank: int, 
             weights = MXWeights(codes, scales, K, N)
             dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
         ids = torch.empty(M * k, dtype=torch.int64, device="meta")
+        ordered = step == "unfused"
         x, A, B, bias, gates = (
             torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-            for shape in ((M, K), (E * rank, K), (N, E * rank), (E, N), (M, k))
+            for shape in ((M * k if ordered else M, K), (E * rank, K), (N, E * rank), (E, N), (M, k))
         )
         y = parallel_linear_lora(
-            x, weights, k, ids, ids, ids[:E], A, B, 0.5, bias, gates if step == "fused" else None,
-            use_fused_dX=step == "fused", use_fused_gather=step != "unfused", config=config,
+            x, weights, 1 if ordered else k, ids, ids, ids[:E], A, B, 0.5, bias, gates if step == "fused" else None,
+            grouped_in=ordered, use_fused_dX=step == "fused", use_fused_gather=not ordered, config=config,
         )  # fmt: skip
         y.backward(torch.empty_like(y))
     return recorder.launches
@@ -194,6 +196,8 @@ def _launches(architecture: str, dtype: torch.dtype, config: Config, rank: int, 
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return _POINTER[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_POINTER[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -77,8 +77,7 @@ def parallel_linear_lora(
         use_fused_gather: read dOut's rows through their positions. False likewise: elsewhere they are gathered to
             expert order first.
         validate: also check the index tensors' values on a GPU, which synchronises; on CPU they always are.
-        config: pin the tiling, and with it each row's bits whatever the batch. The kernel for Hopper copies rows of dY
-            in 16 bytes: for bf16 on sm_90 and an N that 16 does not divide, pin a portable tiling.
+        config: pin the tiling, and with it each row's bits whatever the batch.
 
     Returns:
         [P, N] by position, or in expert order with `grouped_out`, or [T, N] with `gates`; of the activation dtype

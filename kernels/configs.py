@@ -81,11 +81,12 @@ class Config:
     def shared_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of shared memory for the operand tiles of every pipeline stage: the account of a dense product.
 
-        `hopper` holds packed bytes in the weights' place, an iteration's scales, and an adapter's rows of rank 16.
+        `hopper` holds packed bytes in the weights' place, an iteration's scales, an adapter's rows of rank 16, and a
+        barrier a stage.
         """
         if self.hopper:
             ring = self.num_stages * (self.BLOCK_M * dtype.itemsize + self.BLOCK_N // 2) * self.BLOCK_K
-            return ring + 2048 + self.BLOCK_M * 16 * dtype.itemsize
+            return ring + 2048 + self.BLOCK_M * 16 * dtype.itemsize + self.num_stages * 8
         return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize
 
     def check_fits(self, architecture: str, dtype: torch.dtype) -> None:

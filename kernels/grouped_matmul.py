@@ -27,10 +27,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxref.kernels.configs import Config, padded_rank
 from mxref.kernels.decode import load_mxfp4_tile, narrow
-from mxref.kernels.hopper import HEIGHTS, packed_matmul_kernel
+from mxref.kernels.hopper import HEIGHTS, ROWS_LAYOUT, packed_matmul_kernel
 from mxref.kernels.launch import aligned, launch
 from mxref.kernels.schedule import Routing, source_rows
 from mxref.weights import MXWeights
@@ -195,7 +196,7 @@ def grouped_matmul(
         bias: contiguous [E, J], added last.
     """
     E, C, J = weight.shape
-    if not isinstance(weight, PackedMatrix):
+    if not isinstance(weight, PackedMatrix) or C % 16:  # rows are copied in 16 or 32 bytes on Hopper
         config = config.dense()
     low, factor = (lora.low, lora.factor) if lora else (None, None)
     rank = factor.shape[1] if factor is not None else 0
@@ -210,8 +211,8 @@ def grouped_matmul(
     }  # fmt: skip
     if config.hopper:
         assert isinstance(weight, PackedMatrix)
-        kernel, own = packed_matmul_kernel, _hopper_arguments(weight, C, config)
-        common["rows_in"] = aligned(rows_in)
+        common["rows_in"] = rows_in = aligned(rows_in)
+        kernel, own = packed_matmul_kernel, _hopper_arguments(rows_in if fan_in is None else None, weight, config)
     else:
         kernel, own = grouped_matmul_kernel, _portable_arguments(weight, config)
     launch(
@@ -239,15 +240,22 @@ def _portable_arguments(weight: Tensor | PackedMatrix, config: Config) -> dict[s
     return storage | blocks | dict(zip(("stride_we", "stride_wc", "stride_wj"), strides, strict=True))
 
 
-def _hopper_arguments(weight: PackedMatrix, C: int, config: Config) -> dict[str, Any]:
-    """What `packed_matmul_kernel` takes beside them."""
+def _hopper_arguments(ordered: Tensor | None, weight: PackedMatrix, config: Config) -> dict[str, Any]:
+    """What `packed_matmul_kernel` takes beside them; `ordered`: the rows, if they lie in expert order.
+
+    A box pays where row tiles are tall: few rows are bound by other things, and its descriptor costs the host time.
+    """
     packed, scales = aligned(weight.weights.packed), aligned(weight.weights.scales)
+    box = None
+    if ordered is not None and ordered.numel() and config.BLOCK_M == 256:
+        box = TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT)
     return {
+        "rows_box": box,
         "packed": packed,
         "scales": scales,
         "PITCH": packed.shape[2],
         "TRANSPOSED": weight.transposed,
-        "EVEN": C % config.BLOCK_K == 0,
+        "EVEN": weight.shape[1] % config.BLOCK_K == 0,
         "ALIGNED": scales.shape[2] % 2 == 0,
         "HEIGHTS": HEIGHTS[config.BLOCK_M],
         "STAGES": config.num_stages,

@@ -137,11 +137,16 @@ def _integers(dtype: torch.dtype) -> list[Case]:
 
 
 def _crossings(prefix: str, base: Case) -> list[Case]:
-    """One size at a time past the tiles and the byte that an implementation may have in mind, all others tiny."""
+    """One size at a time past the tiles and the byte that an implementation may have in mind, all others tiny.
+
+    And, but for the interpreter, whose tiles are never tall, tall tiles along more steps than a ring of copies holds.
+    """
+    tall = {"experts": 3, "K": 544, "N": 544, "tokens": 520, "grouped_in": True, "grouped_out": True}
     return [
         _like(base, f"{prefix}hundreds of rows an expert", experts=3, tokens=291, routing="one_expert"),
         _like(base, f"{prefix}long K", K=1312, use_fused_dX=True),
         _like(base, f"{prefix}long N", N=1312, use_fused_dX=True),
+        *([] if base.dtype == _FP32 else [_like(base, f"{prefix}tall tiles in expert order", **tall)]),
     ]
 
 

@@ -37,8 +37,8 @@ kernels.parallel_linear_lora(torch.ones(1, 32), w, 1, *routing)
     assert "set TRITON_INTERPRET=1 before mxref.kernels is imported" in done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="rows of dY are copied in 16 bytes; an odd N needs the portable kernel there")
-def test_hopper_takes_widths_that_sixteen_does_not_divide() -> None:
+def test_widths_that_sixteen_does_not_divide_take_the_portable_kernel_on_hopper() -> None:
+    """Rows of dY are copied in 16 bytes there."""
     code = """
 import torch
 from mxref import MXWeights

@@ -67,11 +67,12 @@ class Layer:
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     """Every layer that judges mutants on `device`, in the order in which they run.
 
-    A GPU compiles for every case anew. There only the first integer fixtures are asked, and intervals first of all:
-    they show what nothing but a GPU rounds.
+    A GPU compiles for every case anew. There only some integer fixtures are asked, tall tiles among them, and
+    intervals first of all: they show what nothing but a GPU rounds.
     """
     dtype, gpu = _dtype(device), device.type == "cuda"
-    integer = [case.build(seed=seed) for case in _integer_cases(dtype)[: 4 if gpu else None]]
+    cases = _integer_cases(dtype)
+    integer = [case.build(seed=seed) for case in ([*cases[:4], *_tall_cases(dtype)] if gpu else cases)]
     integer += [_dense(integer[1]), _large_gates(integer[1])]
     interval = fixtures(device, seed)
     plain, fused = ([sample for sample in interval if sample.case.name == name] for name in ("plain", "fused"))
@@ -159,8 +160,19 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
         replace(base, name="no rows", tokens=0, gate_slots=2),
         replace(base, name="17 rows", tokens=17, top_k=1, gate_slots=1),
         replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
-        replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True),
+        _tall_cases(dtype)[0],
     ]
+
+
+def _tall_cases(dtype: torch.dtype) -> list[Case]:
+    """Hundreds of rows an expert: routed, and in expert order along more steps than a ring of copies holds."""
+    routed = replace(
+        _base(dtype), name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True
+    )
+    ordered = replace(
+        _base(dtype), name="in order", experts=3, K=544, N=544, tokens=520, top_k=1, grouped_in=True, grouped_out=True
+    )
+    return [routed, ordered]
 
 
 def _interval_cases(dtype: torch.dtype) -> list[Case]:
