@@ -165,14 +165,12 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
 
 
 def _tall_cases(dtype: torch.dtype) -> list[Case]:
-    """Hundreds of rows an expert: routed, and in expert order along more steps than a ring of copies holds."""
-    routed = replace(
-        _base(dtype), name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True
-    )
-    ordered = replace(
-        _base(dtype), name="in order", experts=3, K=544, N=544, tokens=520, top_k=1, grouped_in=True, grouped_out=True
-    )
-    return [routed, ordered]
+    """Hundreds of rows an expert: routed; and in expert order, along more steps than a ring of copies holds, with
+    sentinels behind them."""
+    base = _base(dtype)
+    routed = replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True)
+    ordered = replace(base, name="in order", experts=3, K=544, N=544, tokens=600, top_k=1, routing="sentinels")
+    return [routed, replace(ordered, grouped_in=True, grouped_out=True)]
 
 
 def _interval_cases(dtype: torch.dtype) -> list[Case]:
