@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "check", "gate_summary", "load", "record", "sources", "versions"]
 
 SCHEMA = "mxref.evidence/1"
+_SCHEMAS = (SCHEMA, "mxref.scoreboard/1")  # a scoreboard's payload brings its own
 
 COMMANDS = {
     "gate": "mxref gate --require-gpu --record",
@@ -104,8 +105,8 @@ def load(path: Path) -> dict[str, Any]:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(entry, dict) or entry.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is no record of schema {SCHEMA}")
+    if not isinstance(entry, dict) or entry.get("schema") not in _SCHEMAS:
+        raise ValueError(f"{path} is no record of schema {' or '.join(_SCHEMAS)}")
     if entry.pop("seal", None) != _seal(entry):
         raise ValueError(f"{path} was changed by hand; refresh it: {COMMANDS.get(entry.get('kind', ''), 'mxref gate')}")
     return entry

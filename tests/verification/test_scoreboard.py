@@ -9,6 +9,7 @@ from textwrap import dedent
 import pytest
 import torch
 
+from mxref.verification import evidence
 from mxref.verification.cli import main
 from mxref.verification.entries import ENTRIES, entry
 from mxref.verification.exhaustive import all_elements, finite_sample, nonfinite_samples
@@ -129,3 +130,11 @@ def test_wrong_use(
     monkeypatch.chdir(tmp_path)
     assert main(["scoreboard", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_recorded_table_is_evidence_that_loads(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    kept = evidence.record(tmp_path, "scoreboard", as_json(board))
+    entry = evidence.load(kept)
+    assert (entry["kind"], len(entry["rows"])) == ("scoreboard", len(board.rows))
