@@ -95,9 +95,9 @@ class TestWheel:
 
     def test_holds_the_data_files(self, wheel_names):
         assert "mxref/py.typed" in wheel_names
-        templates = {path.name for path in (ROOT / "verification" / "templates").glob("*")}
+        templates = {path.name for path in (ROOT / "verification" / "report" / "templates").glob("*")}
         assert templates
-        assert {f"mxref/verification/templates/{name}" for name in templates} <= wheel_names
+        assert {f"mxref/verification/report/templates/{name}" for name in templates} <= wheel_names
 
     def test_holds_the_licence(self, wheel_names):
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)

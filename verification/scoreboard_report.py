@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mxref.verification.report import finding_json
+from mxref.verification.report.page import finding_json
 from mxref.verification.scoreboard import Board, Failure, Row
 from mxref.verification.verdicts import Status
 

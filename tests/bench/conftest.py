@@ -8,12 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from mxref.verification import benchmark_report, workloads
-from mxref.verification.benchmark import Bench, gate_paths, run_benchmark
+from mxref.verification.bench import report, workloads
+from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
+from mxref.verification.bench.paths import every_path
+from mxref.verification.bench.racing import Effort
+from mxref.verification.bench.timing import clock_for, measure_ceilings
 from mxref.verification.gate import describe_device
-from mxref.verification.paths import every_path
-from mxref.verification.racing import Effort
-from mxref.verification.timing import clock_for, measure_ceilings
 
 _HERE = Path(__file__).resolve().parent
 _BENCH = pytest.StashKey[Bench]()
@@ -70,4 +70,4 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if _BENCH in config.stash:
         width = 160 if not terminalreporter.hasmarkup else None
-        benchmark_report.print_bench(config.stash[_BENCH], Console(width=width))
+        report.print_bench(config.stash[_BENCH], Console(width=width))

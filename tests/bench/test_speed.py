@@ -12,9 +12,9 @@ from itertools import accumulate, chain, pairwise
 import pytest
 import torch
 
-from mxref.verification.benchmark import Bench
-from mxref.verification.paths import REFERENCES, every_path
-from mxref.verification.workloads import CASES, LARGE, MEASURES
+from mxref.verification.bench.benchmark import Bench
+from mxref.verification.bench.paths import REFERENCES, every_path
+from mxref.verification.bench.workloads import CASES, LARGE, MEASURES
 
 pytest.importorskip("pytest_benchmark")
 

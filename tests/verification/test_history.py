@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mxref.verification import benchmark_plots, evidence
+from mxref.verification import evidence
+from mxref.verification.bench import plots
+from mxref.verification.bench.history import FLOOR, Entry, judge, load_history, noise
 from mxref.verification.cli import main
-from mxref.verification.history import FLOOR, Entry, judge, load_history, noise
 
 KEY = ("thin", "step", "automatic")
 
@@ -158,11 +159,11 @@ def test_plots() -> None:
 
     record = {"rows": [row(1.0, limit=2.0, measure="base"), row(0.5, path="strategy A"), row(1.0, path="strategy B")]}
     roof, cross, over = Figure().subplots(1, 3)
-    benchmark_plots.roofline(roof, record)
+    plots.roofline(roof, record)
     assert series(roof) == ["automatic"]
     assert roof.get_lines()[0].get_ydata().tolist() == [0.5]
-    benchmark_plots.crossover(cross, record)
+    plots.crossover(cross, record)
     assert [text.get_text() for text in cross.texts] == ["thin"]
     assert cross.get_lines()[0].get_ydata().tolist() == [0.5]
-    benchmark_plots.over_commits(over, [entry(1, row(1.0)), entry(2, row(1.1))])
+    plots.over_commits(over, [entry(1, row(1.0)), entry(2, row(1.1))])
     assert series(over) == ["thin"]

@@ -144,7 +144,22 @@ def test_the_sweep_finds_what_a_person_would() -> None:
 
 def test_what_only_a_gpu_runs_is_known() -> None:
     assert TOY.gpu_only == {"fast"}
-    assert all(mutant.gpu_only == (mutant.function == "fast" or "fast(" in mutant.before) for mutant in sweep(TOY))
+    for mutant in sweep(TOY):
+        left_out = (mutant.before, mutant.after) == ("FAST", "False")
+        assert mutant.gpu_only == (mutant.function == "fast" or "fast(" in mutant.before or left_out), mutant
+
+
+def test_what_only_the_tilings_of_a_gpu_notice_is_known() -> None:
+    text = """
+def launcher(n, config):
+    if n % 16 or n < 3:
+        config = config.dense()
+    launch(kernel, n + 1, config)
+"""
+    sides = {mutant.before: mutant.gpu_only for mutant in sweep(Source("toy.py", text))}
+    for_a_gpu = {"n % 16", "n < 3", "n % 16 or n < 3", "16", "3"}
+    assert for_a_gpu < sides.keys()
+    assert all(gpu_only == (before in for_a_gpu) for before, gpu_only in sides.items()), sides
 
 
 def test_a_stratified_sample_takes_the_functions_in_turn() -> None:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mxref.verification import candidates, plots, plots_drift, report, terminal
+from mxref.verification import candidates
 from mxref.verification.accumulation import ACCUMULATIONS
 from mxref.verification.gate import GUARDS, GateResult
+from mxref.verification.report import plots, plots_drift, terminal
+from mxref.verification.report.page import as_html, failures, headline, share_text, write
 from mxref.verification.verdicts import Counterexample, DriftMap, ErrorSample, Finding, Status
 
 PASSED = Finding("interval", "small", "Y", Status.PASS, "inside", 96, 0, 1.5, 0.4, 0.25)
@@ -64,7 +66,7 @@ MAPS = [drift("small", "Y", -4.5), drift("wide <case>", "dX", 18.4)]
 
 
 def test_json_is_strict_and_complete(tmp_path: Path) -> None:
-    data_file, _ = report.write(result_of(*ALL), tmp_path / "new" / "folder")
+    data_file, _ = write(result_of(*ALL), tmp_path / "new" / "folder")
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -90,7 +92,7 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    _, page = report.write(result_of(*ALL), tmp_path)
+    _, page = write(result_of(*ALL), tmp_path)
     html = page.read_text(encoding="utf-8")
     assert "http" not in html
     assert not re.search(r"<(script|link|iframe|img|object)\b|@import", html)
@@ -99,7 +101,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 
 def test_the_page_says_the_verdict_and_the_element() -> None:
-    html = report.as_html(result_of(*ALL))
+    html = as_html(result_of(*ALL))
     assert '<div class="word">FAIL</div>' in html
     assert html.count("<svg ") == 5
     assert "[4, 17]" in html
@@ -109,26 +111,26 @@ def test_the_page_says_the_verdict_and_the_element() -> None:
         assert explanation in html
     assert "z-unrounded" in html
     assert "Worst offenders" in html
-    passed = report.as_html(result_of(PASSED, EXACT))
+    passed = as_html(result_of(PASSED, EXACT))
     assert '<div class="word">PASS</div>' in passed
     assert "What went wrong" not in passed
-    assert "<script>" not in report.as_html(result_of(PASSED, name="<script>alert(1)</script>"))
+    assert "<script>" not in as_html(result_of(PASSED, name="<script>alert(1)</script>"))
 
 
 def test_failures_come_first() -> None:
-    html = report.as_html(result_of(*ALL, DRIFTED))
+    html = as_html(result_of(*ALL, DRIFTED))
     worst = html[html.index("Worst offenders") : html.index("Signed error")]
     assert worst.index("7.5 ×") < worst.index("3.5 ×") < worst.index("25 %")
-    assert report.failures(result_of(DRIFTED, FAILED)) == [FAILED, DRIFTED]
+    assert failures(result_of(DRIFTED, FAILED)) == [FAILED, DRIFTED]
 
 
 def test_legacy_numbers_are_there_and_say_that_they_decide_nothing() -> None:
-    html = report.as_html(result_of(*ALL, DRIFTED))
+    html = as_html(result_of(*ALL, DRIFTED))
     numbers = html[html.index("Further numbers") :]
     assert "legacy, not judged" in numbers
     for text in (">ratio std<", ">0.0123<", ">pass<", ">critical z<", ">5.25<"):
         assert text in numbers
-    assert "Further numbers" not in report.as_html(result_of(*ALL))
+    assert "Further numbers" not in as_html(result_of(*ALL))
 
 
 def test_drift_maps_show_failing_ones_alone_and_number_their_strata() -> None:
@@ -214,7 +216,7 @@ def test_the_terminal_names_case_tensor_and_element(verbose: bool) -> None:
     ],
 )
 def test_headline(findings: tuple[Finding, ...], strict: bool, expected: str) -> None:
-    assert expected in report.headline(result_of(*findings, strict=strict))
+    assert expected in headline(result_of(*findings, strict=strict))
 
 
 @pytest.mark.parametrize(
@@ -222,4 +224,4 @@ def test_headline(findings: tuple[Finding, ...], strict: bool, expected: str) ->
     [(None, ""), (0.0, "exact"), (0.004, "< 1 %"), (0.5, "50 %"), (1.0, "100 %"), (2.5, "2.5 ×"), (math.inf, "∞ ×")],
 )
 def test_share_text(value: float | None, text: str) -> None:
-    assert report.share_text(value) == text
+    assert share_text(value) == text

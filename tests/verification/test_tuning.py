@@ -11,11 +11,11 @@ from rich.console import Console
 
 from mxref.kernels import Config
 from mxref.kernels.configs import config_for
-from mxref.verification import tuning
+from mxref.verification.bench import tuning
+from mxref.verification.bench.timing import WallClock
+from mxref.verification.bench.workloads import Shape
 from mxref.verification.cli import main
-from mxref.verification.cli_tune import table
-from mxref.verification.timing import WallClock
-from mxref.verification.workloads import Shape
+from mxref.verification.cli.tune import table
 
 SHAPE = Shape("small", 2, 64, 64, 8, 2, rank=4)
 CPU = torch.device("cpu")

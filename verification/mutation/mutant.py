@@ -21,6 +21,7 @@ __all__ = [
     "StaleMutantError",
     "fingerprint",
     "is_fast",
+    "is_for_gpu_tilings",
     "locate",
     "read_sources",
 ]
@@ -217,6 +218,14 @@ def is_fast(node: ast.AST) -> TypeGuard[ast.If]:
         return False
     name = node.test.id if isinstance(node.test, ast.Name) else getattr(node.test, "attr", None)
     return name in _GPU_SWITCHES
+
+
+def is_for_gpu_tilings(node: ast.AST) -> bool:
+    """Whether the node is an `if` that only takes a tiling's `dense()`, which is itself unless a GPU alone has it."""
+    if not isinstance(node, ast.If) or node.orelse or len(node.body) != 1 or not isinstance(node.body[0], ast.Assign):
+        return False
+    value = node.body[0].value
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "dense"
 
 
 def _fast_parts(function: ast.FunctionDef) -> Iterator[ast.stmt]:

@@ -10,7 +10,7 @@ import ast
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from mxref.verification.mutation.mutant import Function, Mutant, Source, is_fast
+from mxref.verification.mutation.mutant import Function, Mutant, Source, is_fast, is_for_gpu_tilings
 
 __all__ = ["OPERATORS", "sweep"]
 
@@ -45,7 +45,8 @@ def sweep(source: Source) -> list[Mutant]:
                 for place, after in edits(node, source, function):
                     ordinals[operator] += 1
                     name = f"{source.file.removesuffix('.py')}:{function.name}:{operator}:{ordinals[operator]}"
-                    mutant = _mutant(name, operator, function, source, place, after, gpu_only or fast)
+                    unseen = gpu_only or fast or (is_fast(node) and after == "False")  # what is left out is a GPU's
+                    mutant = _mutant(name, operator, function, source, place, after, unseen)
                     text = mutant.apply(source.text)
                     if text not in seen and _parses(text):
                         seen.add(text)
@@ -74,7 +75,7 @@ def _parses(text: str) -> bool:
 def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
     """The body's nodes, outer before inner, in the order of the text; no docstring, annotation or compile option.
 
-    Beside each: whether it lies in a branch where the interpreter does not come.
+    Beside each: whether it lies where the interpreter does not come, or in what only a GPU's tilings notice.
     """
     pending: list[tuple[ast.AST, bool]] = [(node, False) for node in reversed(function.body)]
     while pending:
@@ -85,6 +86,7 @@ def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
             continue
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "program_id":
             continue
+        fast = fast or is_for_gpu_tilings(node)
         yield node, fast
         if isinstance(node, ast.keyword) and node.arg == "other":
             continue

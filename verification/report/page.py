@@ -11,10 +11,10 @@ from typing import Any
 
 import jinja2
 
-from mxref.verification import plots, plots_drift
 from mxref.verification.bounds import TENSORS
 from mxref.verification.candidates import describe
 from mxref.verification.gate import GUARDS, GateResult
+from mxref.verification.report import plots, plots_drift
 from mxref.verification.verdicts import DriftMap, Finding, Status
 
 __all__ = [
@@ -94,7 +94,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
 def as_html(result: GateResult) -> str:
     """One page that needs nothing but itself: styles, pictures and numbers inline, readable in light and dark."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mxref.verification"),
+        loader=jinja2.PackageLoader("mxref.verification.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

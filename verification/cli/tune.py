@@ -12,7 +12,7 @@ from mxref.verification.usage import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mxref.verification.tuning import Timing
+    from mxref.verification.bench.tuning import Timing
 
 __all__ = ["add_to"]
 
@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mxref.verification.timing import clock_for
-    from mxref.verification.tuning import tune_shape
-    from mxref.verification.workloads import CASES
+    from mxref.verification.bench.timing import clock_for
+    from mxref.verification.bench.tuning import tune_shape
+    from mxref.verification.bench.workloads import CASES
 
     wanted = arguments.shape or [""]
     shapes = [shape for shape in CASES if any(text in shape.name for text in wanted)]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxref.verification.paths import Path, reference
-from mxref.verification.timing import Captured, Clock, Run
-from mxref.verification.workloads import MEASURES, Measure, Shape, Workload
+from mxref.verification.bench.paths import Path, reference
+from mxref.verification.bench.timing import Captured, Clock, Run
+from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
 
 __all__ = ["AGREEMENT", "Effort", "Row", "runnable", "time_shape"]
 

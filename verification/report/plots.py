@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mxref.verification.canvas import FAIL, MUTED, SERIES, in_order, panels, squares, svg, title
+from mxref.verification.report.canvas import FAIL, MUTED, SERIES, in_order, panels, squares, svg, title
 from mxref.verification.verdicts import ErrorSample
 
 if TYPE_CHECKING:

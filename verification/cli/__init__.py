@@ -8,16 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mxref.verification import (
-    cli_bench,
-    cli_gate,
-    cli_history,
-    cli_honest,
-    cli_inspect,
-    cli_mutants,
-    cli_scoreboard,
-    cli_tune,
-)
+from mxref.verification.cli import bench, gate, history, honest, inspect, mutants, scoreboard, tune
 from mxref.verification.usage import UsageError
 
 __all__ = ["main"]
@@ -34,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; its exit code."""
     parser = _Parser(prog="mxref", description="MXFP4 ScatterMoE-LoRA: judge an implementation by the golden model.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    cli_gate.add_to(commands)
-    cli_scoreboard.add_to(commands)
-    cli_mutants.add_to(commands)
-    cli_honest.add_to(commands)
-    cli_inspect.add_to(commands)
-    cli_bench.add_to(commands)
-    cli_tune.add_to(commands)
-    cli_history.add_to(commands)
+    gate.add_to(commands)
+    scoreboard.add_to(commands)
+    mutants.add_to(commands)
+    honest.add_to(commands)
+    inspect.add_to(commands)
+    bench.add_to(commands)
+    tune.add_to(commands)
+    history.add_to(commands)
     try:
         arguments = parser.parse_args(argv)
         return int(arguments.run(arguments))
@@ -54,7 +45,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

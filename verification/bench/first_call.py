@@ -1,6 +1,7 @@
 """The first training step of a fresh process, every kernel still to be compiled: seconds until it has finished.
 
-What runs in the fresh process is this file: `python -m mxref.verification.first_call DEVICE SHAPE`, the shape as JSON.
+What runs in the fresh process is this file: `python -m mxref.verification.bench.first_call DEVICE SHAPE`, the shape as
+JSON.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import asdict
 
 import torch
 
+from mxref.verification.bench.paths import Path, our_paths
+from mxref.verification.bench.racing import runnable
+from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 from mxref.verification.options import choose_device
-from mxref.verification.paths import Path, our_paths
-from mxref.verification.racing import runnable
-from mxref.verification.workloads import MEASURES, Shape, Workload
 
 __all__ = ["first_call", "first_step"]
 
@@ -30,7 +31,7 @@ def first_call(shape: Shape, device: torch.device) -> float:
     Raises:
         RuntimeError: the process failed; its last line of error says why.
     """
-    command = [sys.executable, "-m", "mxref.verification.first_call", device.type, json.dumps(asdict(shape))]
+    command = [sys.executable, "-m", "mxref.verification.bench.first_call", device.type, json.dumps(asdict(shape))]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"TRITON_CACHE_DIR": folder}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.history import Entry
+from mxref.verification.bench.history import Entry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

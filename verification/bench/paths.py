@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mxref.verification import outside
-from mxref.verification.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
+from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
 from mxref.weights import MXWeights
 
 __all__ = ["COMPOSITE", "COPY", "DEQUANTISED", "REFERENCES", "Path", "every_path", "our_paths", "peers", "reference"]

@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
     result = _judge(candidate, steps, device, suite, arguments)
     accepted = _baseline(result, device, arguments)
 
-    from mxref.verification.report import write
-    from mxref.verification.terminal import print_result
+    from mxref.verification.report.page import write
+    from mxref.verification.report.terminal import print_result
 
     data, page = write(result, arguments.out)
     print_result(result, console, verbose=arguments.verbose)

@@ -13,7 +13,7 @@ from mxref.verification.usage import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mxref.verification.history import Change, Entry
+    from mxref.verification.bench.history import Change, Entry
 
 __all__ = ["add_to"]
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from mxref.verification.history import judge, load_history
+    from mxref.verification.bench.history import judge, load_history
 
     try:
         history = load_history(arguments.evidence)
@@ -104,7 +104,7 @@ def _pair(entry: Entry, shape: str) -> str:
 
 
 def _plot(gpu: str, entries: list[Entry], folder: Path, console: Console) -> None:
-    from mxref.verification.benchmark_plots import save_history
+    from mxref.verification.bench.plots import save_history
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

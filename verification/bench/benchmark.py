@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from mxref.verification import candidates
+from mxref.verification.bench.paths import Path
+from mxref.verification.bench.racing import Effort, Row, time_shape
+from mxref.verification.bench.timing import Ceilings, Clock
+from mxref.verification.bench.workloads import Shape
 from mxref.verification.cases import integer_cases
 from mxref.verification.gate import GateResult, case_steps, decode_steps, run_gate
-from mxref.verification.paths import Path
-from mxref.verification.racing import Effort, Row, time_shape
 from mxref.verification.sampling import Case
-from mxref.verification.timing import Ceilings, Clock
-from mxref.verification.workloads import Shape
 from mxref.weights import decode_mxfp4
 
 __all__ = ["Bench", "gate_paths", "run_benchmark"]

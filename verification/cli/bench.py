@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from mxref.verification.benchmark import Bench
+    from mxref.verification.bench.benchmark import Bench
 
 __all__ = ["add_to"]
 
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device("cuda", require_gpu=True)
     from rich.console import Console
 
-    from mxref.verification import benchmark_report
+    from mxref.verification.bench import report
 
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -78,13 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
     bench = _measure(arguments, device)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    benchmark_report.print_bench(bench, console)
+    report.print_bench(bench, console)
     if bench.green:
         data = arguments.out / "bench.json"
-        data.write_text(benchmark_report.dumps(bench), encoding="utf-8")
+        data.write_text(report.dumps(bench), encoding="utf-8")
         console.print(f"data: {data}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None and bench.exit_code == 0:
-        kept = benchmark_report.record(bench, arguments.record)
+        kept = report.record(bench, arguments.record)
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
         if arguments.record.resolve() == EVIDENCE:
             _readme()
@@ -92,10 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _readme() -> int:
-    from mxref.verification import benchmark_report
+    from mxref.verification.bench import report
 
-    if not README.is_file() or not benchmark_report.update_readme(README):
-        raise UsageError(f"{README} has no {benchmark_report.BEGIN} … {benchmark_report.END} to fill")
+    if not README.is_file() or not report.update_readme(README):
+        raise UsageError(f"{README} has no {report.BEGIN} … {report.END} to fill")
     print(f"written: {README}")
     return 0
 
@@ -104,13 +104,13 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> Bench:
     """Run behind a line on stderr that says where it is."""
     from rich.console import Console
 
-    from mxref.verification import workloads
-    from mxref.verification.benchmark import Bench, gate_paths, run_benchmark
-    from mxref.verification.first_call import first_call
+    from mxref.verification.bench import workloads
+    from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
+    from mxref.verification.bench.first_call import first_call
+    from mxref.verification.bench.paths import every_path
+    from mxref.verification.bench.racing import Effort
+    from mxref.verification.bench.timing import clock_for, measure_ceilings
     from mxref.verification.gate import describe_device
-    from mxref.verification.paths import every_path
-    from mxref.verification.racing import Effort
-    from mxref.verification.timing import clock_for, measure_ceilings
 
     shapes = workloads.QUICK if arguments.quick else workloads.CASES + (workloads.LARGE if arguments.large else ())
     if arguments.shape:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mxref.verification.gate import GateResult
-from mxref.verification.report import facts, failures, headline, share_text, tensor_order, ulp_text
+from mxref.verification.report.page import facts, failures, headline, share_text, tensor_order, ulp_text
 from mxref.verification.verdicts import Finding, Status
 
 __all__ = ["print_result"]

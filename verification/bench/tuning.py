@@ -16,9 +16,9 @@ from torch import Tensor
 from mxref.kernels import Config, parallel_linear_lora
 from mxref.kernels.configs import HOPPER_HEIGHTS, config_for, shape_class
 from mxref.kernels.launch import architecture, compute_dtype
-from mxref.verification.racing import AGREEMENT
-from mxref.verification.timing import Clock
-from mxref.verification.workloads import MEASURES, Shape, Workload
+from mxref.verification.bench.racing import AGREEMENT
+from mxref.verification.bench.timing import Clock
+from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 
 __all__ = ["Timing", "candidates", "tune_shape"]
 
