@@ -11,7 +11,7 @@ One iteration takes two steps of 64 along the contraction. While the tensor core
 next: a step's registers are rewritten only after the wait that follows the other step's instructions.
 
 Rows of x and bytes of W arrive through a ring of asynchronous copies, 16 bytes a thread: K is a multiple of 32 anyway,
-and for D 16 must divide N. Full tiles of rows that lie in expert order are boxes of a matrix: the copy engine fetches
+and for D 16 must divide N. The tallest tiles of rows in expert order are boxes of a matrix: the copy engine fetches
 them whole, the rows behind an expert's last included, which are computed and not stored.
 """
 
