@@ -23,7 +23,7 @@ def row(ratio: float, limit: float | None = None, spread: float = 0.0, **changes
     limit = 2 * ratio if limit is None else limit
     return {
         "shape": "thin", "measure": "step", "path": "automatic", "ours": True, "rows_per_expert": 8.0, "status": "ok",
-        "mode": "graph", "median": 1e-3 * ratio, "ratio": ratio, "limit_ratio": limit,
+        "mode": "graph", "median": 1e-3 * ratio, "ratio": ratio, "limit_ratio": limit, "limit": 5e-4,
         "ratio_rounds": [ratio * (1 - spread / 2), ratio, ratio * (1 + spread / 2)],
         "limit_ratio_rounds": [limit * (1 - spread / 2), limit, limit * (1 + spread / 2)],
     } | changes  # fmt: skip
@@ -54,6 +54,12 @@ def test_the_band_is_both_runs_noise_and_never_below_the_floor() -> None:
 
 def test_moving_ceilings_widen_the_limit_s_band_alone() -> None:
     assert slower(entry(1, row(1.0)), entry(2, row(1.08), drift=0.1)) == ["ratio"]
+
+
+def test_what_two_machines_limits_differ_by_widens_it_too() -> None:
+    other = row(1.0, limit=3.2) | {"limit": 5e-4 / 1.03}
+    assert slower(entry(1, row(1.0, limit=3.0)), entry(2, row(1.0, limit=3.2))) == ["limit_ratio"]
+    assert slower(entry(1, row(1.0, limit=3.0)), entry(2, other)) == []
 
 
 def test_small_losses_add_up() -> None:

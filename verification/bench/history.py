@@ -2,7 +2,8 @@
 
 Each benchmark that was kept as evidence also lies under `evidence/<gpu>/history/`. A row that is slower than it was,
 beyond the noise of both runs, fails. The noise of a ratio is the range of its rounds over their median; the band is the
-sum of both runs' noise, and at least `FLOOR`. The limit's ratio adds how far each run's ceilings moved meanwhile.
+sum of both runs' noise, and at least `FLOOR`. The limit's ratio adds how far each run's ceilings moved meanwhile, and
+how far apart the two runs' limits are: the same shape's, so only the machines differ.
 
 What a row is held against is the best of all earlier runs, so that many small losses add up to one that shows; a pinned
 run replaces it. Rows of others are shown and not judged.
@@ -164,4 +165,6 @@ def _change(earlier: Iterable[Entry], latest: Entry, key: Key, of: Ratio) -> lis
     if row["status"] != "ok":
         return [Change(key, of, None, before, 0.0, since, row["status"], beside)]
     band = max(FLOOR, noise(best, key, of) + noise(latest, key, of))
+    if of == "limit_ratio":
+        band += abs(row["limit"] / best.rows[key]["limit"] - 1)
     return [Change(key, of, row[of], before, band, since, beside=beside)]

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 _EPILOG = """\
-The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %.
+The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %; for the
+limit's ratio also what the two runs' limits differ by.
 
 exit codes: 0 nothing is slower, 1 something is, 2 wrong use
 """
