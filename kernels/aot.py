@@ -33,7 +33,7 @@ from mxref.kernels.launch import INTERPRETED, Launch, recording
 from mxref.kernels.machine_code import Resources, disassemble, overwritten_operands, resources
 from mxref.weights import MXWeights
 
-__all__ = ["Compiled", "Unit", "compile_unit", "main", "units"]
+__all__ = ["Compiled", "Unit", "build", "compile_unit", "main", "units"]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -203,8 +203,8 @@ def _type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def compile_unit(unit: Unit) -> Compiled:
-    """Compile one unit for its architecture and read the compiler's own resource account."""
+def build(unit: Unit) -> Any:
+    """Triton's compiled kernel, from the module that is imported under the unit's name."""
     module = __import__(unit.module, fromlist=[unit.kernel])
     function = getattr(module, unit.kernel)
     source = (GluonASTSource if function.is_gluon() else ASTSource)(
@@ -215,7 +215,12 @@ def compile_unit(unit: Unit) -> Compiled:
     )
     target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
     options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_unit(unit: Unit) -> Compiled:
+    """Compile one unit for its architecture and read the compiler's own resource account."""
+    compiled = build(unit)
     cubin, flushes = compiled.asm["cubin"], ".ftz" in compiled.asm["ptx"]
     overwritten = tuple(overwritten_operands(disassemble(cubin)))
     return Compiled(unit, resources(cubin), compiled.metadata.shared, flushes, overwritten)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mxref.verification.mutants import BUGS, catalogue, read_sources, stratified
-from mxref.verification.mutation import equivalents, record
+from mxref.verification.mutation import compiled, equivalents, record
 from mxref.verification.mutation.equivalents import Equivalent
 from mxref.verification.mutation.layers import Layer, Trial, fixtures, layers
 from mxref.verification.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate
@@ -353,6 +353,16 @@ def test_a_gpu_is_judged_where_only_it_rounds() -> None:
         assert (x != x.to(torch.bfloat16)).any()
     assert wide["fp32"].dtype == torch.float32
     assert wide["fp32"].gates is not None
+
+
+def test_nothing_is_said_of_compiled_code_when_the_sources_themselves_do_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mutant = next(m for m in everything() if m.function == "e2m1")
+    done = subprocess.CompletedProcess([], 0, stdout="-\n-\n")
+    monkeypatch.setattr(compiled.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(RuntimeError, match="the unmutated kernels do not compile"):
+        compiled.same_code([mutant], SOURCES)
 
 
 @pytest.mark.gpu

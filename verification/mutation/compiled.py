@@ -30,6 +30,9 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> tuple
 
     Returns:
         Names of those whose kernels compile to the unmutated ones' PTX, and of those that do not compile at all.
+
+    Raises:
+        RuntimeError: the unmutated kernels do not compile, so nothing can be said.
     """
     jitted = {(s.file, f.name) for s in sources.values() for f in s.functions if f.jit}
     candidates = [mutant for mutant in mutants if (mutant.file, mutant.function) in jitted]
@@ -47,6 +50,8 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> tuple
         command = [sys.executable, "-m", __name__, *folders]
         printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     unmutated, *digests = printed.split()
+    if unmutated == _BROKEN:
+        raise RuntimeError(f"the unmutated kernels do not compile for {_ARCHITECTURE}; see python -m mxref.kernels.aot")
     named = {m.name: digest for m, digest in zip(candidates, digests, strict=True)}
     same = {name for name, digest in named.items() if digest == unmutated}
     return same, {name for name, digest in named.items() if digest == _BROKEN}
@@ -54,24 +59,14 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> tuple
 
 def _digest(folder: Path) -> str:
     """One digest of all launches' code, in a fresh import of the kernels in `folder`; _BROKEN if they don't compile."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     import_kernels(folder)
-    from mxref.kernels.aot import units
+    from mxref.kernels.aot import build, units
 
     digest = hashlib.sha256()
     try:
         for unit in units(_ARCHITECTURE):
-            module = sys.modules[unit.module]
-            attributes = {(index,): [["tt.divisibility", 16]] for index in unit.divisible}
-            source = ASTSource(getattr(module, unit.kernel), dict(unit.signature), dict(unit.constants), attributes)
-            options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
-            target = GPUTarget("cuda", int(_ARCHITECTURE.removeprefix("sm_")), 32)
-            compiled = triton.compile(source, target=target, options=options)
             digest.update(f"{unit.kernel}\0{unit.signature}\0{unit.constants}\0".encode())
-            digest.update(compiled.asm["ptx"].encode())
+            digest.update(build(unit).asm["ptx"].encode())
     except Exception:  # a mutant that does not compile is no equivalent
         return _BROKEN
     return digest.hexdigest()
