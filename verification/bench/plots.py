@@ -39,10 +39,14 @@ def crossover(axes: Axes, record: Record, measure: str = "step") -> None:
     """Time of A, decode once, over time of B, decode inside; above 1, B is faster."""
     b = {row["shape"]: row for row in _rows(record, measure, "strategy B")}
     pairs = [(row, b[row["shape"]]) for row in _rows(record, measure, "strategy A") if row["shape"] in b]
-    for row, other in pairs:
-        x, y = row["rows_per_expert"], row["median"] / other["median"]
+    points = [(row["rows_per_expert"], row["median"] / other["median"], row["shape"]) for row, other in pairs]
+    for x, y, shape in points:
         axes.plot([x], [y], marker="o", color="tab:blue" if y > 1 else "tab:orange")
-        axes.annotate(row["shape"], (x, y), (3, 4), textcoords="offset points", fontsize=7, rotation=40)
+        covered = any(x <= other_x < 1.2 * x and other_y > y for other_x, other_y, _ in points)
+        offset, turn = ((4, -8), -40) if covered else ((3, 4), 40)  # a point under another has its name below
+        axes.annotate(
+            shape, (x, y), offset, textcoords="offset points", fontsize=7, rotation=turn, rotation_mode="anchor"
+        )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.margins(x=0.2, y=0.2)
     axes.set(xscale="log", ylim=(0, None), xlabel="rows per active expert", ylabel="time of A / time of B")
@@ -68,7 +72,7 @@ def over_commits(axes: Axes, entries: Sequence[Entry], measure: str = "step", pa
     axes.set(ylabel="time / composite's", ylim=(0, None))
     axes.set_title(f"{path}, {measure}", loc="left")
     if shapes:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def save_history(entries: Sequence[Entry], path: str) -> None:
