@@ -196,7 +196,7 @@ def grouped_matmul(
         bias: contiguous [E, J], added last.
     """
     E, C, J = weight.shape
-    if not isinstance(weight, PackedMatrix) or C % 16:  # rows are copied in 16 or 32 bytes on Hopper
+    if not isinstance(weight, PackedMatrix) or C % 16:  # Hopper copies 16 bytes; Triton knows multiples of 16 elements
         config = config.dense()
     low, factor = (lora.low, lora.factor) if lora else (None, None)
     rank = factor.shape[1] if factor is not None else 0
