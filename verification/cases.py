@@ -22,10 +22,16 @@ __all__ = [
     "integer_cases",
     "quick_cases",
     "sample_for_weights",
+    "usual_dtype",
 ]
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def usual_dtype(device_type: str) -> torch.dtype:
+    """Of activations where nothing says otherwise: bf16; on a CPU fp32, because kernels are interpreted there."""
+    return _FP32 if device_type == "cpu" else _BF16
 
 
 def quick_cases(device_type: str) -> list[Case]:

@@ -14,7 +14,14 @@ from mxref.checkpoint import ExpertTensor, read_expert_weights
 from mxref.verification.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.behaviour import BEHAVIOURS, configuration_guard, determinism_guard
 from mxref.verification.candidates import Candidate
-from mxref.verification.cases import behaviour_cases, configuration_cases, full_cases, integer_cases, quick_cases
+from mxref.verification.cases import (
+    behaviour_cases,
+    configuration_cases,
+    full_cases,
+    integer_cases,
+    quick_cases,
+    usual_dtype,
+)
 from mxref.verification.drift import drift_guard, slopes_of
 from mxref.verification.guards import decode_guard, expect, integer_guard, interval_guard
 from mxref.verification.sampling import Case, Sample, sample_for_weights
@@ -114,7 +121,7 @@ def checkpoint_steps(
         def judge(candidate: Candidate, how: Accumulation) -> Outcome:
             _, weights = next(iter(read_expert_weights(path, [tensor.name])))
             weights = weights.select(torch.arange(count)).to(device)
-            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+            dtype = usual_dtype(device.type)
             down = tensor.name.endswith("down_proj")
             slots = min(4, count)
             options = {"grouped_in": True, "gate_slots": slots} if down else {"grouped_out": True}

@@ -21,7 +21,7 @@ from mxref.verification.bench.paths import Path
 from mxref.verification.bench.racing import Effort, Row, time_shape
 from mxref.verification.bench.timing import Ceilings, Clock
 from mxref.verification.bench.workloads import Shape
-from mxref.verification.cases import integer_cases
+from mxref.verification.cases import integer_cases, usual_dtype
 from mxref.verification.gate import GateResult, case_steps, decode_steps, run_gate
 from mxref.verification.sampling import Case
 from mxref.weights import decode_mxfp4
@@ -73,7 +73,7 @@ def gate_paths(paths: Iterable[Path], device: torch.device, seed: int = 0) -> li
     Decoding, which a way may do alone, is judged once, exhaustively.
     """
     cpu = device.type == "cpu"
-    dtype = torch.float32 if cpu else torch.bfloat16
+    dtype = usual_dtype(device.type)
     classes = {"thin": (8, 24), "medium": (2, 64), "thick": (2, 256)}  # experts, tokens: 6, 64 and 256 rows an expert
     names = {"integer", "integer, no LoRA"} if cpu else {"integer, bf16", "integer, no LoRA, bf16"}
     cases = [case for case in integer_cases(device.type) if case.name in names]

@@ -20,6 +20,7 @@ import torch
 from mxref.verification.bench.paths import Path, our_paths
 from mxref.verification.bench.racing import runnable
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
+from mxref.verification.cases import usual_dtype
 from mxref.verification.options import choose_device
 
 __all__ = ["first_call", "first_step"]
@@ -43,8 +44,8 @@ def first_call(shape: Shape, device: torch.device) -> float:
 
 def first_step(shape: Shape, device: torch.device, path: Path, now: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one training step: forward, dX, dA, dB. Imports, and drawing the operands, come before."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    step = runnable(Workload.draw(shape, device, dtype), MEASURES[0], path)
+    workload = Workload.draw(shape, device, usual_dtype(device.type))
+    step = runnable(workload, MEASURES[0], path)
     _finish(device)
     begin = now()
     step()

@@ -17,6 +17,7 @@ from torch import Tensor
 from mxref.verification.bench.paths import Path, reference
 from mxref.verification.bench.timing import Captured, Clock, Run
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
+from mxref.verification.cases import usual_dtype
 
 __all__ = ["AGREEMENT", "Effort", "Row", "runnable", "time_shape"]
 
@@ -106,7 +107,7 @@ class Row:
 def time_shape(shape: Shape, paths: Sequence[Path], device: torch.device, clock: Clock, effort: Effort) -> list[Row]:
     """Every measure of one shape, the reference first; limits are left to the caller, who knows the ceilings."""
     contests = [(measure, [path for path in paths if path.covers(measure)]) for measure in MEASURES]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = usual_dtype(device.type)
     rows: list[Row] = []
     with clock.stream():
         try:

@@ -19,6 +19,7 @@ from mxref.kernels.launch import architecture, compute_dtype
 from mxref.verification.bench.racing import AGREEMENT
 from mxref.verification.bench.timing import Clock
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
+from mxref.verification.cases import usual_dtype
 
 __all__ = ["Timing", "candidates", "tune_shape"]
 
@@ -71,7 +72,7 @@ def tune_shape(
     Raises:
         ArithmeticError: a tiling's results do not agree with the committed one's.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = usual_dtype(device.type)
     arch, workload = architecture(device), Workload.draw(shape, device, dtype)
     committed = config_for(arch, shape.rows, shape.experts, dtype)
     tried = candidates(arch, compute_dtype(dtype)) if configs is None else list(configs)

@@ -22,7 +22,7 @@ from mxref.routing import flatten_sort_count
 from mxref.verification.accumulation import Accumulation
 from mxref.verification.behaviour import determinism_guard, poison_guard, row_guard, second_backward_guard
 from mxref.verification.candidates import Candidate
-from mxref.verification.cases import Case, Sample
+from mxref.verification.cases import Case, Sample, usual_dtype
 from mxref.verification.drift import drift_guard
 from mxref.verification.exhaustive import all_elements, finite_bytes
 from mxref.verification.guards import integer_guard, interval_guard
@@ -70,7 +70,7 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     A GPU compiles for every case anew. There only some integer fixtures are asked, tall tiles among them, and
     intervals first of all: they show what nothing but a GPU rounds.
     """
-    dtype, gpu = _dtype(device), device.type == "cuda"
+    dtype, gpu = usual_dtype(device.type), device.type == "cuda"
     cases = _integer_cases(dtype)
     integer = [case.build(seed=seed) for case in ([*cases[:4], *_tall_cases(dtype)] if gpu else cases)]
     integer += [_dense(integer[1]), _large_gates(integer[1])]
@@ -134,11 +134,7 @@ def _declared(candidate: Candidate) -> Accumulation:
 
 def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
     """Ordinary data for `device`, on the CPU: what an equivalent mutant must compute to the last bit."""
-    return [case.build(seed=seed) for case in _interval_cases(_dtype(device))]
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return [case.build(seed=seed) for case in _interval_cases(usual_dtype(device.type))]
 
 
 def _base(dtype: torch.dtype) -> Case:
@@ -247,10 +243,8 @@ def _kernels() -> ModuleType:
 
 def _decodes(device: torch.device) -> list[Trial]:
     """Every code, byte and place through the candidate's own decode; and sizes that are multiples of no tile."""
-    odd, just_over = (
-        _drawn(2, 33, 4128),
-        _drawn(2, 4097, MX_BLOCK_SIZE),
-    )  # 32 · 4097: one program more than 32 full ones
+    odd = _drawn(2, 33, 4128)
+    just_over = _drawn(2, 4097, MX_BLOCK_SIZE)  # 32 · 4097: one program more than 32 full ones
     return [
         Trial("every element", lambda candidate: _decode(candidate, all_elements().to(device), _DTYPES)),
         Trial("odd sizes", lambda candidate: _decode(candidate, odd.to(device), (torch.bfloat16,))),
