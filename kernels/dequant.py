@@ -8,35 +8,54 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.decode import e2m1, e8m0, narrow
-from mxref.kernels.launch import aligned, architecture, launch
+from mxref.kernels.launch import INTERPRETED, aligned, architecture, launch
 from mxref.kernels.schedule import Routing
 from mxref.weights import MXWeights
 
 __all__ = ["active_or_sentinel", "dequantize_experts", "selective_lora_weights"]
 
+PROGRAMS = 8 if INTERPRETED else 4096
+"""Whatever is to be decoded, about twice as many programs as a GPU holds at once: experts without rows have none."""
+
+WORDS = 512
+"""32-bit words of packed weights in a chunk."""
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def dequantize_kernel(out, words, scales, experts, E, size, DTYPE: tl.constexpr, WORDS: tl.constexpr):
-    """One program decodes WORDS · 8 consecutive weights of one listed expert; an id outside 0..E−1 is skipped.
+def dequantize_kernel(
+    out,
+    words,
+    scales,
+    experts,
+    slots,
+    E,
+    size,
+    DTYPE: tl.constexpr,
+    WORDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """The programs share the chunks of the listed experts in turn; a slot whose id is outside 0..E−1 has none.
 
     An expert's `size` = N·K weights lie one after another, eight to a word and thirty-two to a scale byte, in the order
-    of the output: the matrix's shape does not matter.
+    of the output: the matrix's shape does not matter. A chunk is WORDS words. `slots` ids are listed, SLOTS ≥ slots.
     """
-    blocks = tl.cdiv(size, WORDS * 8)
-    slot = (tl.program_id(0) // blocks).to(tl.int64)
-    expert = tl.load(experts + slot).to(tl.int64)
-    if (expert < 0) | (expert >= E):
-        return
-    word = (tl.program_id(0) % blocks).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    inside = word < size // 8
-    codes = tl.load(words + expert * (size // 8) + word, mask=inside, other=0)
-    scale = tl.load(scales + expert * (size // 32) + word // 4, mask=inside, other=0)
-    nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 0xF
-    w = narrow(e2m1(nibbles) * e8m0(scale)[:, None], DTYPE)
-    element = word[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(out + slot * size + element, w, mask=inside[:, None])
+    slot = tl.arange(0, SLOTS)
+    listed = tl.load(experts + slot, mask=slot < slots, other=-1)
+    used = tl.cumsum(((listed >= 0) & (listed < E)).to(tl.int32))
+    chunks = tl.cdiv(size, WORDS * 8)
+    for chunk in range(tl.program_id(0), tl.max(used) * chunks, tl.num_programs(0)):
+        place = tl.sum((used <= chunk // chunks).to(tl.int64))  # slots up to the chunk's own
+        expert = tl.load(experts + place).to(tl.int64)
+        word = (chunk % chunks).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+        inside = word < size // 8
+        codes = tl.load(words + expert * (size // 8) + word, mask=inside, other=0)
+        scale = tl.load(scales + expert * (size // 32) + word // 4, mask=inside, other=0)
+        nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 0xF
+        w = narrow(e2m1(nibbles) * e8m0(scale)[:, None], DTYPE)
+        element = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(out + place * size + element, w, mask=inside[:, None])
 
 
 def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -66,19 +85,23 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
     elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; expected contiguous {dtype} {shape}")
     architecture(weights.device)
+    if not experts.numel():
+        return out
     launch(
         dequantize_kernel,
-        experts.numel() * triton.cdiv(weights.N * weights.K, 4096),
+        PROGRAMS,
         num_warps=4,
         num_stages=1,
         out=out,
         words=aligned(weights.packed).view(torch.int32),
         scales=weights.scales,
         experts=experts.to(weights.device),
+        slots=experts.numel(),
         E=weights.E,
         size=weights.N * weights.K,
         DTYPE={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype],
-        WORDS=512,
+        WORDS=WORDS,
+        SLOTS=triton.next_power_of_2(experts.numel()),
     )
     return out
 

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxref.kernels.configs import Config, padded_rank
 from mxref.kernels.decode import load_mxfp4_tile, narrow
-from mxref.kernels.hopper import HEIGHTS, ROWS_LAYOUT, packed_matmul_kernel
+from mxref.kernels.hopper import HEIGHTS, ROWS_LAYOUT, TALLEST, packed_matmul_kernel
 from mxref.kernels.launch import aligned, launch
 from mxref.kernels.schedule import Routing, source_rows
 from mxref.weights import MXWeights
@@ -247,8 +247,8 @@ def _hopper_arguments(ordered: Tensor | None, weight: PackedMatrix, config: Conf
     """
     packed, scales = aligned(weight.weights.packed), aligned(weight.weights.scales)
     box = None
-    if ordered is not None and ordered.numel() and config.BLOCK_M == 256:
-        box = TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT)
+    if ordered is not None and ordered.numel() and config.BLOCK_M == TALLEST:
+        box = TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT.value)
     return {
         "rows_box": box,
         "packed": packed,

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from mxref.kernels.hopper_decode import STEP, column_of, decode_step, load_scales, scales_of_step, store_scales
 
-__all__ = ["HEIGHTS", "ROWS_LAYOUT", "packed_matmul_kernel"]
+__all__ = ["HEIGHTS", "ROWS_LAYOUT", "TALLEST", "packed_matmul_kernel"]
 
 _WARPS = gl.constexpr(8)
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before triton 3.7
@@ -32,7 +32,10 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its na
 HEIGHTS = {256: (256, 128, 64, 16), 64: (64, 32, 16), 16: (16,)}
 """BLOCK_M -> heights of the row tiles among which a program chooses, by the rows that its tile really has."""
 
-ROWS_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+TALLEST = max(HEIGHTS)
+"""BLOCK_M of the tiles that boxes fill."""
+
+ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 """How a step's rows of x lie in shared memory."""
 
 
@@ -155,7 +158,6 @@ def packed_tile(
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     x_threads: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_WARPS, 1], [1, 0])
     s_threads: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [_WARPS, 1], [1, 0])
-    x_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
     acc = gl.zeros([128, BLOCK_M], gl.float32, mma)
@@ -175,8 +177,8 @@ def packed_tile(
     w_b = gl.arange(0, W_BYTES, gl.SliceLayout(0, w_threads))
     s_n = gl.arange(0, 128, gl.SliceLayout(1, s_threads))
     s_b = gl.arange(0, 2, gl.SliceLayout(0, s_threads)) * 2
-    x0 = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, STEP], x_shared)
-    x1 = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, STEP], x_shared)
+    x0 = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, STEP], ROWS_LAYOUT)
+    x1 = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, STEP], ROWS_LAYOUT)
     w0 = gl.allocate_shared_memory(gl.uint8, [STAGES, W_ROWS, W_BYTES], w_shared)
     w1 = gl.allocate_shared_memory(gl.uint8, [STAGES, W_ROWS, W_BYTES], w_shared)
     blocks = PITCH // 16

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mxref
+from mxref.verification.baselines import architecture_name
 from mxref.verification.options import EVIDENCE
 from mxref.verification.syntax import digest, digests, imported
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "check", "gate_summary", "load", "record", "sources", "versions"]
 
 SCHEMA = "mxref.evidence/1"
-_SCHEMAS = (SCHEMA, "mxref.scoreboard/1")  # a scoreboard's payload brings its own
 
 COMMANDS = {
     "gate": "mxref gate --require-gpu --record",
@@ -70,7 +70,7 @@ def record(root: Path, kind: str, payload: Mapping[str, Any]) -> Path:
     Args:
         root: folder with one folder a GPU.
         kind: one of COMMANDS.
-        payload: what the command found, as plain data.
+        payload: what the command found, as plain data. It cannot say what a record says of itself.
 
     Raises:
         RuntimeError: there is no GPU.
@@ -79,7 +79,7 @@ def record(root: Path, kind: str, payload: Mapping[str, Any]) -> Path:
     if not torch.cuda.is_available():
         raise RuntimeError("evidence is what a GPU saw; torch sees no CUDA GPU on this machine")
     texts = sources()
-    entry = {
+    entry: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": kind,
         "command": COMMANDS[kind],
@@ -87,9 +87,9 @@ def record(root: Path, kind: str, payload: Mapping[str, Any]) -> Path:
         "versions": versions(),
         "digest": digest(texts),
         "sources": digests(texts),
-        **payload,
     }
-    path = root / _folder_name(torch.cuda.get_device_name()) / f"{kind}.json"
+    entry |= {name: found for name, found in payload.items() if name not in entry}
+    path = root / architecture_name(torch.device("cuda")) / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entry | {"seal": _seal(entry)}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
@@ -105,8 +105,8 @@ def load(path: Path) -> dict[str, Any]:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(entry, dict) or entry.get("schema") not in _SCHEMAS:
-        raise ValueError(f"{path} is no record of schema {' or '.join(_SCHEMAS)}")
+    if not isinstance(entry, dict) or entry.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is no record of schema {SCHEMA}")
     if entry.pop("seal", None) != _seal(entry):
         raise ValueError(f"{path} was changed by hand; refresh it: {COMMANDS.get(entry.get('kind', ''), 'mxref gate')}")
     return entry
@@ -212,11 +212,6 @@ def _ptxas() -> str:
         return "unknown"
     release = re.search(r"V(\d[\d.]*)", said)
     return release.group(1) if release else "unknown"
-
-
-def _folder_name(gpu: str) -> str:
-    """«NVIDIA H200» as nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def _seal(entry: Mapping[str, Any]) -> str:

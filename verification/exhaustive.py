@@ -57,6 +57,7 @@ def nonfinite_samples(dtype: torch.dtype, device: torch.device | str) -> Iterato
     """The other bytes, a few at a time: expert c holds code c, on the diagonal of one 32 × 32 block a byte.
 
     x and dOut are ones, so Y and dX return the diagonals: infinities with their sign, NaN, and what is still finite.
+    Beside zeros an infinite scale would look like NaN, 0·inf: last come whole blocks of one code under byte 255.
     """
     finite = set(finite_bytes(dtype))
     others = [byte for byte in range(256) if byte not in finite]
@@ -69,8 +70,12 @@ def nonfinite_samples(dtype: torch.dtype, device: torch.device | str) -> Iterato
         scales = scales.repeat_interleave(MX_BLOCK_SIZE, 0).expand(_CODES, -1, -1)
         weights = MXWeights(pack_codes(codes), scales.contiguous(), size, size)
         case = Case(f"bytes {own[0]} to {own[-1]}, {_name(dtype)}", _CODES, size, size, _CODES, 1, 0, dtype)
-        ones = torch.ones(_CODES, size, dtype=dtype)
-        yield _sample(case, weights, ones, ones.clone(), torch.arange(_CODES)[:, None], device)
+        yield _ones(case, weights, device)
+    size = MX_BLOCK_SIZE
+    codes = torch.arange(_CODES, dtype=torch.uint8)[:, None, None].expand(-1, size, size)
+    scales = torch.full((_CODES, size, 1), 255, dtype=torch.uint8)
+    case = Case(f"byte 255 alone, {_name(dtype)}", _CODES, size, size, _CODES, 1, 0, dtype)
+    yield _ones(case, MXWeights(pack_codes(codes), scales, size, size), device)
 
 
 def _weights(bytes_: Tensor) -> MXWeights:
@@ -79,6 +84,12 @@ def _weights(bytes_: Tensor) -> MXWeights:
     codes = codes.to(torch.uint8).view(_EXPERTS, 1, blocks * MX_BLOCK_SIZE).expand(-1, N, -1)
     scales = bytes_.to(torch.uint8)[None, :, None].expand(_EXPERTS, -1, blocks)
     return MXWeights(pack_codes(codes), scales.contiguous(), blocks * MX_BLOCK_SIZE, N)
+
+
+def _ones(case: Case, weights: MXWeights, device: torch.device | str) -> Sample:
+    """A row of ones for each expert, both ways."""
+    ones = torch.ones(_CODES, weights.K, dtype=case.dtype)
+    return _sample(case, weights, ones, ones.clone(), torch.arange(_CODES)[:, None], device)
 
 
 def _sample(

@@ -24,13 +24,22 @@ from mxref.verification.guards import integer_guard, reference
 from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding, Status
 
-__all__ = ["Margins", "foreign_rows_guard", "margins_guard", "wild_offsets_guard", "wild_positions_guard"]
+__all__ = [
+    "EMPTY",
+    "FRESH",
+    "Margins",
+    "foreign_rows_guard",
+    "margins_guard",
+    "wild_offsets_guard",
+    "wild_positions_guard",
+]
 
 _WIDTH = 1 << 14
 """Elements on either side: more than one tile's rows of any case here."""
 
-_EMPTY = {torch.empty, torch.empty_like, Tensor.new_empty}
-_FRESH = _EMPTY | {torch.zeros, torch.zeros_like, torch.full, torch.full_like, Tensor.new_zeros, Tensor.clone}
+EMPTY = {torch.empty, torch.empty_like, Tensor.new_empty}
+FRESH = EMPTY | {torch.zeros, torch.zeros_like, torch.full, torch.full_like, Tensor.new_zeros, Tensor.clone}
+"""What allocates memory, or copies into fresh memory, for kernels to work on; some of it uninitialised."""
 
 
 class Margins(TorchFunctionMode):
@@ -43,13 +52,13 @@ class Margins(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the call run, then move a fresh tensor between margins."""
         fresh = func(*args, **(kwargs or {}))
-        if func not in _FRESH or not isinstance(fresh, Tensor) or not fresh.is_contiguous() or fresh.is_meta:
+        if func not in FRESH or not isinstance(fresh, Tensor) or not fresh.is_contiguous() or fresh.is_meta:
             return fresh
         garbage, size = _garbage(fresh.dtype), fresh.numel()
         buffer = torch.full((size + 2 * _WIDTH,), garbage, dtype=fresh.dtype, device=fresh.device)
         self._buffers.append(buffer)
         inside = buffer[_WIDTH : _WIDTH + size].view(fresh.shape)
-        return inside if func in _EMPTY else inside.copy_(fresh.detach())
+        return inside if func in EMPTY else inside.copy_(fresh.detach())
 
     def damage(self) -> str:
         """What was written outside, in words; "" for nothing."""

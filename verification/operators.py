@@ -65,6 +65,8 @@ def _checks(kernels: ModuleType, sample: Sample) -> Iterator[tuple[str, Callable
     yield "A of some experts", lambda: kernels.selective_lora_weights(A, B, some, E)[0], A_some
     yield "B of some experts", lambda: kernels.selective_lora_weights(A, B, some, E)[1], B_some
     decoded = decode_mxfp4(weights, problem.dtype)[some]
+    none = some[:0]
+    yield "W of no experts", lambda: kernels.dequantize_experts(weights, none, problem.dtype), decoded[:0]
     yield "W of some experts", lambda: _decoded_between_sentinels(kernels, weights, some, problem.dtype), decoded
 
 

@@ -179,6 +179,10 @@ def test_exhaustive_samples_return_the_weights_themselves(dtype: torch.dtype) ->
         fwd = forward(sample.problem, points)
         d = backward(sample.problem, fwd, sample.grad_out, points).dx.value
         W = decode_mxfp4(sample.problem.expert_weights, dtype).double()
+        if sample.case.name.startswith("byte 255 alone"):
+            assert fwd.out.value.isnan().all()
+            assert d.isnan().all()
+            continue
         assert torch.equal(fwd.out.value.nan_to_num(nan=7.0), W.diagonal(0, 1, 2).nan_to_num(nan=7.0))
         assert torch.equal(d.nan_to_num(nan=7.0), fwd.out.value.nan_to_num(nan=7.0))
         covered += W.shape[1] // 32

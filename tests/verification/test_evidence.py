@@ -110,7 +110,7 @@ def test_other_pythons_on_this_machine_agree(version: str) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a GPU were here, so that records can be written."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
 
 
 @pytest.fixture

@@ -217,6 +217,21 @@ def test_wrong_decoding_of_a_single_byte_is_caught(bug: str) -> None:
     assert own.violations <= 512
 
 
+def test_an_infinite_scale_in_place_of_nan_is_caught() -> None:
+    """Zeros in its block would hide it: 0·inf is NaN too."""
+
+    def infinite(problem: Problem) -> Problem:
+        weights = problem.expert_weights
+        assert isinstance(weights, MXWeights)
+        plain = replace(weights, scales=torch.where(weights.scales == 255, 127, weights.scales))
+        W = decode_mxfp4(plain, problem.dtype)
+        factor = torch.where(weights.scales == 255, torch.inf, 1.0).repeat_interleave(32, 2)
+        return replace(problem, expert_weights=(W * factor).to(problem.dtype).mT)
+
+    findings = [f for f in decode_guard(Golden(before=infinite), "cpu", BF16) if f.status is Status.FAIL]
+    assert {(f.case, f.tensor) for f in findings} == {("byte 255 alone, bfloat16", t) for t in ("Y", "dX")}
+
+
 def test_a_lost_sign_of_zero_and_a_wrong_code_are_caught_in_decode() -> None:
     def unsigned(weights: MXWeights, dtype: torch.dtype) -> Tensor:
         return decode_mxfp4(weights, dtype) + 0.0

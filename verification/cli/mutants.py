@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import choose_device, matches, positive, seed
+from mxref.verification.options import EVIDENCE, choose_device, matches, positive, seed
 from mxref.verification.usage import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ examples:
   mxref mutants --all --jobs 8           the whole catalogue
   mxref mutants --all --matrix           what every layer kills, and what only it kills
   mxref mutants --kind gates --list      print the mutants of one kind
+  mxref mutants --all --gpu-only --minutes 8 --record     on a GPU; later: --rest in place of --all
 
 exit codes: 0 every mutant is killed or known to change nothing, 1 not so, 2 wrong use
 """
@@ -46,7 +49,7 @@ def add_to(commands: Any) -> None:
     size = which.add_mutually_exclusive_group()
     size.add_argument("--all", action="store_true", help="the whole catalogue")
     size.add_argument("--sample", metavar="N", type=positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})")
-    size.add_argument("--survivors", action="store_true", help="those that the record lists; --record adds what is new")
+    size.add_argument("--rest", action="store_true", help="what the record leaves open; --record adds what is new")
     which.add_argument("--kind", metavar="PATTERN", action="append", default=[], help="only these kinds of mistake")
     which.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only mutants that match")
     which.add_argument("--by-hand", action="store_true", help="none of the systematic ones")
@@ -57,6 +60,7 @@ def add_to(commands: Any) -> None:
     how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
     how.add_argument("--compile", action="store_true", help="compile the survivors: the sources' code, or none?")
     how.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes at once")
+    how.add_argument("--minutes", metavar="N", type=float, default=math.inf, help="begin no mutant after so many")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     how.add_argument("--out", metavar="DIR", type=Path, help="write mutants.json there")
     how.add_argument("--record", action="store_true", help="keep the result of the whole catalogue as evidence")
@@ -74,8 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if arguments.gpu_only and device.type == "cpu" and not arguments.list:
         raise UsageError("--gpu-only: torch sees no CUDA GPU on this machine")
-    if arguments.record and (device.type != "cpu" or not _is_whole(arguments)):
-        raise UsageError("--record keeps --all or adds --survivors, in the interpreter; leave out what narrows it")
+    if arguments.record and not _is_whole(arguments, device):
+        raise UsageError(
+            "--record keeps --all or adds --rest: in the interpreter, or on a GPU with --gpu-only; leave out what else "
+            "narrows it"
+        )
     from rich.console import Console
 
     from mxref.verification.mutants import catalogue, read_sources
@@ -100,19 +107,32 @@ def run(arguments: argparse.Namespace) -> int:
         path.write_text(json.dumps(session.as_json(sources), indent=1), encoding="utf-8")
         console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record:
-        if arguments.survivors:
-            whole = [mutant for mutant in catalogue(sources) if not mutant.gpu_only]
-            before = json.loads(record.RECORD.read_text(encoding="utf-8"))
-            session.judged += record.judged_before(before, whole)
+        path = _record_of(device)
+        if arguments.rest:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            session.judged += record.judged_before(before, catalogue(sources))
             session.matrix = session.matrix and before["matrix"]
-        record.write(session, sources)
-        console.print(f"record: {record.RECORD}", style="bright_black", soft_wrap=True, highlight=False)
+        record.write(session, sources, path)
+        console.print(f"record: {path}", style="bright_black", soft_wrap=True, highlight=False)
     return session.exit_code
 
 
-def _is_whole(arguments: argparse.Namespace) -> bool:
-    narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.gpu_only, arguments.list)
-    return (arguments.all or arguments.survivors) and not any(narrowed)
+def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
+    narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.list)
+    whole: bool = (arguments.all or arguments.rest) and not any(narrowed)
+    return whole and arguments.gpu_only == (device.type == "cuda")
+
+
+def _record_of(device: torch.device) -> Path:
+    """The record's path. A process of its own asks for the GPU's name: this one must not touch the GPU."""
+    from mxref.verification import baselines
+    from mxref.verification.mutation import record
+
+    if device.type == "cpu":
+        return record.RECORD
+    ask = f"import torch; from {baselines.__name__} import *; print(architecture_name(torch.device('cuda')))"
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    return EVIDENCE / told.stdout.strip() / record.RECORD.name
 
 
 def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:
@@ -128,17 +148,17 @@ def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device:
         and (mutant.gpu_only or not arguments.gpu_only)
         and (arguments.list or device.type == "cuda" or not mutant.gpu_only)
     ]
-    if arguments.survivors:
+    if arguments.rest:
         try:
-            entry = json.loads(record.RECORD.read_text(encoding="utf-8"))
-            mutants = record.survivors(entry, mutants, sources)
+            entry = json.loads(_record_of(device).read_text(encoding="utf-8"))
+            mutants = record.unexplained(entry, mutants, sources)
         except (OSError, ValueError) as error:
-            raise UsageError(f"--survivors: {error}") from None
+            raise UsageError(f"--rest: {error}") from None
     if not mutants:
         raise UsageError("no mutant matches; --list prints those that do")
     return (
         mutants
-        if arguments.all or arguments.survivors or arguments.list
+        if arguments.all or arguments.rest or arguments.list
         else stratified(mutants, arguments.sample, arguments.seed)
     )
 
@@ -176,6 +196,6 @@ def _judge(
 
         return judge(
             mutants, sources, layers(device, arguments.seed), fixtures(device, arguments.seed), device,
-            matrix=arguments.matrix, jobs=arguments.jobs, compile_survivors=arguments.compile, on_start=on_start,
-            on_judged=on_judged,
+            matrix=arguments.matrix, jobs=arguments.jobs, seconds=60 * arguments.minutes,
+            compile_survivors=arguments.compile, on_start=on_start, on_judged=on_judged,
         )  # fmt: skip

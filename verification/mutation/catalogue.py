@@ -214,16 +214,20 @@ _SCHEDULE = [
 ]  # fmt: skip
 
 _DEQUANT = [
-    Bug("inactive experts decoded", "dequant.py", "(expert < 0) | (expert >= E)", "(expert < 0) | (expert > E)",
+    Bug("inactive experts decoded", "dequant.py", "(listed >= 0) & (listed < E)", "(listed >= 0) & (listed <= E)",
         "sentinels", "the marker E is read behind the stack"),
-    Bug("last expert never decoded", "dequant.py", "(expert < 0) | (expert >= E)", "(expert < 0) | (expert >= E - 1)",
-        "expert indexing", "its slot stays uninitialised"),
-    Bug("decoded into the expert's place", "dequant.py", "out + slot * size + element",
+    Bug("last expert never decoded", "dequant.py", "(listed >= 0) & (listed < E)",
+        "(listed >= 0) & (listed < E - 1)", "expert indexing", "its slot stays uninitialised"),
+    Bug("decoded into the expert's place", "dequant.py", "out + place * size + element",
         "out + expert * size + element", "expert indexing", "a list in any order needs its own slots"),
     Bug("last decoded word not stored", "dequant.py", "element, w, mask=inside[:, None])",
         "element, w, mask=(word < size // 8 - 1)[:, None])", "tails", "tail off by one"),
     Bug("decoded weights not masked", "dequant.py", "element, w, mask=inside[:, None])", "element, w)", "masks",
         "the next slot's first weights are overwritten"),
+    Bug("last chunk never decoded", "dequant.py", "chunks = tl.cdiv(size, WORDS * 8)", "chunks = size // (WORDS * 8)",
+        "tails", "chunks rounded down"),
+    Bug("chunks of one program skipped", "dequant.py", "range(tl.program_id(0),", "range(tl.program_id(0) + 1,",
+        "scheduling", "program 0 begins with chunk 1"),
 ]  # fmt: skip
 
 KERNEL_BUGS: tuple[Bug, ...] = (*_DECODE, *_TILE, *_MATMUL, *_OUTER, *_SLOTS, *_SCHEDULE, *_DEQUANT)

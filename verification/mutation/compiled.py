@@ -1,9 +1,9 @@
 """Whether a mutant leaves the compiled kernels as they were: the same PTX for every launch that dispatch can make.
 
-    python -m mxref.verification.mutation.compiled FOLDER...        one line a folder of kernel sources: its digest
+    python -m mxref.verification.mutation.compiled UNMUTATED FOLDER...          one word a folder of kernel sources
 
-Only a process without TRITON_INTERPRET can compile, so this runs as one; the digests of all its folders can be
-compared. It says nothing about host code beyond the launches' own specialisation: judge mutants of jit functions by it.
+Only a process without TRITON_INTERPRET can compile, so this runs as one. It says nothing about host code beyond the
+launches' own specialisation: judge mutants of jit functions by it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from mxref.verification.mutation.mutant import Mutant, Source
@@ -22,11 +24,11 @@ from mxref.verification.mutation.runner import import_kernels, write_sources
 __all__ = ["same_code"]
 
 _ARCHITECTURE = "sm_90"
-_BROKEN = "-"
+_SAME, _OTHER, _BROKEN = "same", "other", "broken"
 
 
-def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> tuple[set[str], set[str]]:
-    """Compile mutants of jit functions. No GPU is needed.
+def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: int = 1) -> tuple[set[str], set[str]]:
+    """Compile mutants of jit functions, in `jobs` processes. No GPU is needed.
 
     Returns:
         Names of those whose kernels compile to the unmutated ones' PTX, and of those that do not compile at all.
@@ -47,31 +49,55 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> tuple
             folders.append(str(folder))
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": f"{root}/cache"}
-        command = [sys.executable, "-m", __name__, *folders]
-        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    unmutated, *digests = printed.split()
-    if unmutated == _BROKEN:
-        raise RuntimeError(f"the unmutated kernels do not compile for {_ARCHITECTURE}; see python -m mxref.kernels.aot")
-    named = {m.name: digest for m, digest in zip(candidates, digests, strict=True)}
-    same = {name for name, digest in named.items() if digest == unmutated}
-    return same, {name for name, digest in named.items() if digest == _BROKEN}
+
+        def told(part: Sequence[str]) -> list[str]:
+            """A word for the unmutated sources, and one for each folder; a compiler that crashes says nothing."""
+            words: list[str] = []
+            while len(words) <= len(part):
+                command = [sys.executable, "-m", __name__, folders[0], *part[max(0, len(words) - 1) :]]
+                said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()
+                words += said if not words else said[1:]
+                words += [_BROKEN] if len(words) <= len(part) else []
+            return words
+
+        if told([]) == [_BROKEN]:  # and fills the cache for all others
+            raise RuntimeError(
+                f"the unmutated kernels do not compile for {_ARCHITECTURE}; see python -m mxref.kernels.aot"
+            )
+        with ThreadPoolExecutor(jobs) as pool:
+            answers = list(pool.map(told, (folders[1 + job :: jobs] for job in range(jobs))))
+    words = [word for word in chain.from_iterable(zip_longest(*(answer[1:] for answer in answers))) if word]
+    named = [(mutant.name, word) for mutant, word in zip(candidates, words, strict=True)]
+    return {name for name, word in named if word == _SAME}, {name for name, word in named if word == _BROKEN}
 
 
-def _digest(folder: Path) -> str:
-    """One digest of all launches' code, in a fresh import of the kernels in `folder`; _BROKEN if they don't compile."""
+def _digests(folder: Path) -> Iterator[str]:
+    """A digest of each launch's code, in a fresh import of the kernels in `folder`."""
     import_kernels(folder)
     from mxref.kernels.aot import build, units
 
-    digest = hashlib.sha256()
-    try:
-        for unit in units(_ARCHITECTURE):
-            digest.update(f"{unit.kernel}\0{unit.signature}\0{unit.constants}\0".encode())
-            digest.update(build(unit).asm["ptx"].encode())
-    except Exception:  # a mutant that does not compile is no equivalent
-        return _BROKEN
-    return digest.hexdigest()
+    for unit in units(_ARCHITECTURE):
+        text = f"{unit.kernel}\0{unit.signature}\0{unit.constants}\0{build(unit).asm['ptx']}"
+        yield hashlib.sha256(text.encode()).hexdigest()
+
+
+def _compare(folders: Sequence[Path]) -> Iterator[str]:
+    """A word a folder; the first is what the others are compared with, launch by launch until one differs."""
+    expected: list[str] = []
+    for index, folder in enumerate(folders):
+        try:
+            if index == 0:
+                expected = list(_digests(folder))
+                yield _SAME
+            else:
+                pairs = zip_longest(_digests(folder), expected)
+                yield _SAME if all(got == wanted for got, wanted in pairs) else _OTHER
+        except Exception:  # a mutant that does not compile is no equivalent
+            yield _BROKEN
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(_digest(Path(argument)), flush=True)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # a compiler prints what it cannot compile
+    for word in _compare([Path(argument) for argument in sys.argv[1:]]):
+        print(word, file=answers, flush=True)

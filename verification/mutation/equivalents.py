@@ -71,13 +71,69 @@ _SCALED = '"RANK": rank, "s": float(lora.scaling) if lora else {}, "fan_in": fan
 
 _DROPPED_LANE = "A lane whose load is masked is masked in the store too, and no lane meets another."
 
+_LORA_FIRST = "LORA_FIRST: gl.constexpr = {}  # its operand then shares memory with the ring"
+_BOX = "kernel, own = packed_matmul_kernel, _hopper_arguments({} if {} else None, weight, config)"
+
+_HOPPER: tuple[Equivalent, ...] = (
+    Equivalent(
+        "grouped_matmul",
+        "if not isinstance(weight, PackedMatrix) or C % 16:  # Hopper copies 16 bytes; Triton knows multiples of 16 "
+        "elements",
+        "if True:  # Hopper copies 16 bytes; Triton knows multiples of 16 elements",
+        "Every product then takes the portable kernel, whose chain is the same: slower, and no bit differs.",
+    ),
+    Equivalent(
+        "grouped_matmul",
+        _BOX.format("rows_in", "fan_in is None"),
+        _BOX.format("rows_in", "False"),
+        "Rows that do not come as a box come by copies of 16 bytes: the same numbers, later.",
+    ),
+    *_each("copy_rows", "if EVEN:", ("if False:",), "EVEN says that the masks left out are true everywhere."),
+    *_each("copy_bytes", "if EVEN:", ("if False:",), "EVEN says that the masks left out are true everywhere."),
+    *_each(
+        "packed_tile",
+        _LORA_FIRST.format("low is not None and BLOCK_R > 16"),
+        (
+            _LORA_FIRST.format(condition)
+            for condition in (
+                "((low is not None) or (BLOCK_R > 16))",
+                "(low is not None)",
+                "(BLOCK_R > 16)",
+                "low is not None and ((BLOCK_R) >= (16))",
+                "low is not None and BLOCK_R > (16 + 1)",
+                "low is not None and BLOCK_R > (16 - 1)",
+            )
+        ),
+        "BLOCK_R is 16 without an adapter, and a power of two. Multiplied before the first copies or after them, "
+        "s·LoRA is in the accumulator before the first step.",
+    ),
+    *_each(
+        "packed_tile",
+        "gl.assume(steps > 0)",
+        ("gl.assume(((steps) >= (0)))", "gl.assume(steps > (0 - 1))"),
+        "A weaker promise to the compiler.",
+    ),
+    Equivalent(
+        "lora_product",
+        "return hopper.warpgroup_mma_wait(0, [acc]) * s",
+        "return hopper.warpgroup_mma_wait((0 + 1), [acc]) * s",
+        "The assembler sees the accumulator read too early, and then waits after every wgmma by itself.",
+    ),
+)
+
 EQUIVALENTS: tuple[Equivalent, ...] = (
     Equivalent(
         "dequantize_kernel",
-        "word = (tl.program_id(0) % blocks).to(tl.int64) * WORDS + tl.arange(0, WORDS)",
-        "word = (tl.program_id(0) % blocks).to(tl.int32) * WORDS + tl.arange(0, WORDS)",
+        "word = (chunk % chunks).to(tl.int64) * WORDS + tl.arange(0, WORDS)",
+        "word = (chunk % chunks).to(tl.int32) * WORDS + tl.arange(0, WORDS)",
         "An element of one expert's matrix has a 32-bit number by contract (see `memory`); what is added to it, the "
         "expert's and the slot's offset, is 64 bits wide.",
+    ),
+    *_each(
+        "dequantize_kernel",
+        "chunks = tl.cdiv(size, WORDS * 8)",
+        ("chunks = tl.cdiv(size, (WORDS))", "chunks = tl.cdiv(size, WORDS * (8 - 1))"),
+        "More chunks than there are: in the surplus ones every word lies outside and is masked.",
     ),
     Equivalent(
         "dequantize_kernel",
@@ -152,6 +208,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         (_SCALED.format(f"(1.0 {sign} 1)") for sign in "+-"),
         _UNREAD,
     ),
+    *_HOPPER,
     Equivalent("e2m1", "codes = codes.to(tl.uint32)", "codes = codes.to(tl.int32)", _BITS),
     Equivalent("e8m0", "b = scale_bytes.to(tl.uint32)", "b = scale_bytes.to(tl.int32)", _BITS),
     Equivalent(

@@ -23,8 +23,9 @@ from mxref.verification.accumulation import Accumulation
 from mxref.verification.behaviour import determinism_guard, poison_guard, row_guard, second_backward_guard
 from mxref.verification.candidates import Candidate
 from mxref.verification.cases import Case, Sample, usual_dtype
+from mxref.verification.cliffs import cliff_guard
 from mxref.verification.drift import drift_guard
-from mxref.verification.exhaustive import all_elements, finite_bytes
+from mxref.verification.exhaustive import all_elements, finite_bytes, nonfinite_samples
 from mxref.verification.guards import integer_guard, interval_guard
 from mxref.verification.margins import (
     Margins,
@@ -67,14 +68,15 @@ class Layer:
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     """Every layer that judges mutants on `device`, in the order in which they run.
 
-    A GPU compiles for every case anew. There only some integer fixtures are asked, tall tiles among them, and
-    intervals first of all: they show what nothing but a GPU rounds.
+    A GPU compiles for every case anew. There only some integer fixtures are asked, with those that its tilings need,
+    and intervals first of all: they show what nothing but a GPU rounds.
     """
     dtype, gpu = usual_dtype(device.type), device.type == "cuda"
     cases = _integer_cases(dtype)
-    integer = [case.build(seed=seed) for case in ([*cases[:4], *_tall_cases(dtype)] if gpu else cases)]
+    integer = [case.build(seed=seed) for case in ([*cases[:5], *_gpu_cases(dtype)] if gpu else cases)]
     integer += [_dense(integer[1]), _large_gates(integer[1])]
     interval = fixtures(device, seed)
+    unwaited = [sample for sample in integer if sample.case.name in ("in order", "long and even")]
     plain, fused = ([sample for sample in interval if sample.case.name == name] for name in ("plain", "fused"))
     operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(seed=seed)
     foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(seed=seed)
@@ -82,7 +84,8 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     def layer(name: str, samples: Sequence[Sample], guard: Guard, slow: bool = False) -> Layer:
         return Layer(name, tuple(_trial(sample.case.name, sample, guard, device) for sample in samples), slow)
 
-    decode = layer("decode", [_one_hot(each) for each in _DTYPES], integer_guard)
+    extremes = nonfinite_samples(dtype, "cpu")
+    decode = layer("decode", [*(_one_hot(each) for each in _DTYPES), *extremes], integer_guard)
     margins = layer("margins", integer, margins_guard)
     wild = _trial("wild positions", integer[0], wild_positions_guard, device)
     empty = replace(integer[1].case, name="wild offsets", experts=5, routing="empty_experts").build(seed=seed)
@@ -106,10 +109,11 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
         layer("second backward", plain, second_backward_guard, slow=True),
         layer(
             "determinism",
-            plain,
+            plain + unwaited,
             lambda candidate, sample: determinism_guard(candidate, sample, runs=2),
             slow=True,
         ),
+        *([layer("cliffs", integer, cliff_guard, slow=True)] if gpu else []),
     ]
 
 
@@ -156,17 +160,30 @@ def _integer_cases(dtype: torch.dtype) -> list[Case]:
         replace(base, name="no rows", tokens=0, gate_slots=2),
         replace(base, name="17 rows", tokens=17, top_k=1, gate_slots=1),
         replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
-        _tall_cases(dtype)[0],
+        _many_rows(dtype),
     ]
 
 
-def _tall_cases(dtype: torch.dtype) -> list[Case]:
-    """Hundreds of rows an expert: routed; and in expert order, along more steps than a ring of copies holds, with
-    sentinels behind them."""
+def _many_rows(dtype: torch.dtype) -> Case:
+    """Hundreds of rows an expert, routed."""
+    return replace(
+        _base(dtype), name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True
+    )
+
+
+def _gpu_cases(dtype: torch.dtype) -> list[Case]:
+    """What a GPU's tilings need: tiles of every height; rows in expert order, with sentinels behind them; more steps
+    than a ring of copies holds, and whole numbers of steps; columns that 16 does not divide."""
     base = _base(dtype)
-    routed = replace(base, name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True)
-    ordered = replace(base, name="in order", experts=3, K=544, N=544, tokens=600, top_k=1, routing="sentinels")
-    return [routed, replace(ordered, grouped_in=True, grouped_out=True)]
+    routed = replace(base, name="long", experts=3, K=1056, N=1056, tokens=60, gate_slots=2, routing="sentinels")
+    ordered = replace(base, name="in order", experts=3, K=544, N=544, tokens=600, top_k=1, rank=20)
+    return [
+        _many_rows(dtype),
+        replace(ordered, routing="sentinels", grouped_in=True, grouped_out=True),
+        replace(routed, use_fused_dX=True),
+        replace(routed, name="long and even", K=1024, N=1024, tokens=9, gate_slots=0, use_fused_gather=True),
+        *(replace(base, name=f"{N} columns", N=N, use_fused_dX=True) for N in (15, 34)),
+    ]
 
 
 def _interval_cases(dtype: torch.dtype) -> list[Case]:

@@ -1,5 +1,7 @@
 """What a whole mutation run found, kept beside the sources: `mutants.json` for programs, `mutants.md` for people.
 
+There is one of what the interpreter shows, and one for each GPU of what only it shows.
+
 A record is of one state of the kernels. Judging them anew takes half an hour on two cores, too long for every change,
 and each run of the tests judges a sample of the present sources anyway. So a stale record is no failure: `stale` says
 what has changed since, and the suite shows that as an expected failure with the command that refreshes it.
@@ -18,12 +20,20 @@ from mxref.verification.mutation.tables import kill_table
 from mxref.verification.options import EVIDENCE
 from mxref.verification.syntax import digests
 
-__all__ = ["COMMAND", "RECORD", "judged_before", "stale", "survivors", "write"]
+__all__ = ["COMMANDS", "RECORD", "judged_before", "stale", "unexplained", "write"]
 
 RECORD = EVIDENCE / "interpreter-cpu" / "mutants.json"
-COMMAND = "mxref mutants --all --compile --device cpu --record"
+COMMANDS = {
+    "cpu": "mxref mutants --all --compile --device cpu --record",
+    "cuda": "mxref mutants --all --gpu-only --compile --device cuda --record",
+}
+"""Device -> what writes its record."""
 
-_SCHEMA = "mxref.mutants/2"
+_SCHEMA = "mxref.mutants/3"
+_WHERE = {
+    "cpu": "In Triton's interpreter; what only a GPU shows, `mxref mutants --gpu-only` judges.",
+    "cuda": "On a GPU: what the interpreter cannot show.",
+}
 
 
 def write(session: Session, sources: Mapping[str, Source], path: Path = RECORD) -> None:
@@ -35,14 +45,15 @@ def write(session: Session, sources: Mapping[str, Source], path: Path = RECORD) 
     fates = {fate: [judged for judged in session.judged if judged.fate is fate] for fate in Fate}
     entry = {
         "schema": _SCHEMA,
-        "command": COMMAND + (" --matrix" if session.matrix else ""),
-        "sources": _digests([judged.mutant for judged in session.judged], sources),
+        "command": COMMANDS[session.device] + (" --matrix" if session.matrix else ""),
+        "sources": _digests([*(judged.mutant for judged in session.judged), *session.unjudged], sources),
         "matrix": session.matrix,
         "layers": session.layers,
         "counts": {fate.value: len(fates[fate]) for fate in Fate},
         "killed": {judged.mutant.name: list(judged.kills) for judged in fates[Fate.KILLED]},
         "equivalent": {judged.mutant.name: judged.reason for judged in fates[Fate.EQUIVALENT]},
         "survived": [judged.mutant.name for judged in fates[Fate.SURVIVED]],
+        "unjudged": [mutant.name for mutant in session.unjudged],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -56,8 +67,8 @@ def stale(entry: Mapping[str, Any], mutants: Iterable[Mutant], sources: Mapping[
     return f"older than {', '.join(changed)}; refresh it: {entry['command']}" if changed else ""
 
 
-def survivors(entry: Mapping[str, Any], mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> list[Mutant]:
-    """The mutants that a record of these very sources lists as survivors: what a new guard has to be tried on.
+def unexplained(entry: Mapping[str, Any], mutants: Sequence[Mutant], sources: Mapping[str, Source]) -> list[Mutant]:
+    """What a record of these very sources leaves open: survivors, and mutants for which there was no time.
 
     Raises:
         ValueError: the record is of other sources, or of another catalogue.
@@ -65,13 +76,14 @@ def survivors(entry: Mapping[str, Any], mutants: Sequence[Mutant], sources: Mapp
     told = stale(entry, mutants, sources)
     if told:
         raise ValueError(f"the record is {told}")
-    if {*entry["killed"], *entry["equivalent"], *entry["survived"]} != {mutant.name for mutant in mutants}:
+    listed = {*entry["killed"], *entry["equivalent"], *entry["survived"], *entry["unjudged"]}
+    if listed != {mutant.name for mutant in mutants}:
         raise ValueError(f"the record is of another catalogue; refresh it: {entry['command']}")
-    return [mutant for mutant in mutants if mutant.name in entry["survived"]]
+    return [mutant for mutant in mutants if mutant.name in {*entry["survived"], *entry["unjudged"]}]
 
 
 def judged_before(entry: Mapping[str, Any], mutants: Iterable[Mutant]) -> list[Judged]:
-    """What a record says of all that it does not list as survivors. A kill stays one as long as no guard is lost."""
+    """What a record says of all that it does not leave open. A kill stays one as long as no guard is lost."""
     before = []
     for mutant in mutants:
         if mutant.name in entry["killed"]:
@@ -95,8 +107,8 @@ def _markdown(session: Session, sources: Mapping[str, Source], entry: Mapping[st
     yield ""
     yield (
         f"**{counts[Fate.KILLED]} of {total} mutants killed, {counts[Fate.EQUIVALENT]} equivalent "
-        f"({counts[Fate.EQUIVALENT] / total:.1%}), {counts[Fate.SURVIVED]} survived.** In Triton's interpreter; what "
-        "only a GPU shows, `mxref mutants --gpu-only` judges."
+        f"({counts[Fate.EQUIVALENT] / total:.1%}), {counts[Fate.SURVIVED]} survived, {len(session.unjudged)} not "
+        f"judged.** {_WHERE[session.device]}"
     )
     yield ""
     if session.matrix:

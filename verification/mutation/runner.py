@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import importlib.util
+import math
 import os
 import resource
 import shutil
@@ -39,16 +40,19 @@ from mxref.verification.mutation.mutant import Mutant, Source
 
 __all__ = ["Outcome", "import_kernels", "run", "write_sources"]
 
-_PATIENCE = 4
+_PATIENCE = 3
 """A child may be silent for so many times a trial's processor time by the clock; then it waits for something, or
 spins where no signal reaches it, in an allocator whose memory it has overwritten.
 """
+
+_LENIENCE = 20
+"""Times a mutant's limit that the unmutated sources are given: nobody compiled for them before."""
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     """What became of one mutant; None stands for the sources as they are.
 
@@ -77,6 +81,7 @@ class _Job:
     folder: Path
     process: ForkProcess
     messages: Connection
+    limit: float
     started: float
     heard: float
     done: bool = False
@@ -96,8 +101,10 @@ def run(
     *,
     device: torch.device,
     matrix: bool = False,
+    apart: bool = False,
     jobs: int = 1,
     trial_seconds: float = 20.0,
+    until: float = math.inf,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Judge mutants.
@@ -108,32 +115,45 @@ def run(
         layers: what judges them.
         device: what the layers were made for.
         matrix: ask every layer about every mutant; otherwise stop at the first that rejects it.
+        apart: the unmutated sources' trials are shared among `jobs` processes.
         jobs: processes at once.
-        trial_seconds: a trial that takes more processor time counts as hung.
+        trial_seconds: a mutant's trial that takes more processor time counts as hung.
+        until: the time, by the monotonic clock, from which on no further mutant is begun.
         on_outcome: called as each mutant is done.
+
+    Returns:
+        One outcome a mutant that was begun; of the unmutated sources, if `apart`, one a process.
     """
     if device.type == "cpu":
         _import_what_children_need()
-    context = get_context("fork")
-    outcomes = [Outcome(mutant) for mutant in mutants]
-    rounds = _in_rounds(layers)
-    pending, running = [(outcome, rounds) for outcome in reversed(outcomes)], list[_Job]()
+    context, gpus = get_context("fork"), _gpus() if device.type == "cuda" else []
+    whole = _in_rounds(layers)
+    shares = [whole[job::jobs] for job in range(min(jobs, len(whole)))] if apart else [whole]
+    pending = [(Outcome(mutant), part) for mutant in mutants for part in ([whole] if mutant is not None else shares)]
+    pending.reverse()
+    running, outcomes = list[_Job](), list[Outcome]()
     with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root:
         try:
             while pending or running:
+                if time.monotonic() > until:
+                    pending = [(outcome, part) for outcome, part in pending if outcome in outcomes]
                 while pending and len(running) < jobs:
                     outcome, part = pending.pop()
+                    if outcome not in outcomes:
+                        outcomes.append(outcome)
                     folder = Path(tempfile.mkdtemp(dir=root))
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (outcome.mutant, sources, part, device, folder, trial_seconds, matrix, sender)
+                    gpu = gpus[len(outcomes) % len(gpus)] if gpus else None
+                    limit = trial_seconds * (_LENIENCE if apart and outcome.mutant is None else 1)
+                    arguments = (outcome.mutant, sources, part, device, gpu, folder, limit, matrix, sender)
                     process = context.Process(target=_child, args=arguments)
                     process.start()
                     sender.close()
                     now = time.monotonic()
-                    running.append(_Job(outcome, part, folder, process, receiver, now, now))
+                    running.append(_Job(outcome, part, folder, process, receiver, limit, now, now))
                 wait([job.messages for job in running], timeout=0.5)
                 for job in running:
-                    _listen(job, trial_seconds)
+                    _listen(job)
                 for job in [job for job in running if job.done]:
                     running.remove(job)
                     job.outcome.seconds += time.monotonic() - job.started
@@ -146,6 +166,12 @@ def run(
                 job.process.kill()
                 job.process.join()
     return outcomes
+
+
+def _gpus() -> list[str]:
+    """The GPUs that children share, as CUDA_VISIBLE_DEVICES names them; counted without touching one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _import_what_children_need() -> None:
@@ -165,7 +191,7 @@ def _in_rounds(layers: Sequence[Layer]) -> list[Layer]:
     return quick + [trial for layer in layers if layer.slow for trial in single[layer.name]]
 
 
-def _listen(job: _Job, trial_seconds: float) -> None:
+def _listen(job: _Job) -> None:
     """Take what a child said; notice its death; end it when it is far over time."""
     outcome = job.outcome
     try:
@@ -179,7 +205,7 @@ def _listen(job: _Job, trial_seconds: float) -> None:
     except EOFError:
         job.process.join()
         job.done = True
-    if not job.done and time.monotonic() - job.heard > _PATIENCE * trial_seconds:
+    if not job.done and time.monotonic() - job.heard > _PATIENCE * job.limit:
         job.process.kill()
         job.process.join()
         job.done = True
@@ -202,6 +228,7 @@ def _child(
     sources: Mapping[str, Source],
     layers: Sequence[Layer],
     device: torch.device,
+    gpu: str | None,
     folder: Path,
     trial_seconds: float,
     matrix: bool,
@@ -212,6 +239,8 @@ def _child(
     The first rejection ends it; with `matrix` it ends the questions to that layer.
     """
     _quiet()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     try:
         write_sources(mutant, sources, folder)
         import_kernels(folder)
@@ -301,14 +330,19 @@ def _reject(trial: Trial, candidate: Candidate, seconds: float) -> str | None:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after so much processor time: a busy machine makes nothing look hung."""
+    """Raise TimeoutError in the main thread after so much processor time: a busy machine makes nothing look hung.
+
+    Python cannot interrupt who spins in a library, waiting for a GPU: a little later the system ends the process.
+    """
 
     def expired(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"hung: no result in {seconds:.0f} s of processor time")
 
     signal.signal(signal.SIGPROF, expired)
     signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1.2 * seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)

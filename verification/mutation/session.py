@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,10 @@ __all__ = ["EQUIVALENT_SHARE", "FalseKillError", "Fate", "Judged", "Session", "j
 
 EQUIVALENT_SHARE = 0.05
 """At most this part of the mutants may be equivalent: more, and the operators plant bugs that are none."""
+
+
+_TRIAL_SECONDS = {"cpu": 15.0, "cuda": 25.0}
+"""A trial that takes so much processor time hangs: the unmutated sources need a quarter of it, compilation included."""
 
 
 class FalseKillError(RuntimeError):
@@ -60,6 +65,7 @@ class Session:
         matrix: whether every layer judged every mutant; otherwise the first that rejects one ends its trial.
         layers: names, in the order in which they judge.
         judged: one a mutant.
+        unjudged: mutants for which there was no time.
         baseline_seconds, seconds: the unmutated sources' time, and the whole run's.
     """
 
@@ -68,6 +74,7 @@ class Session:
     matrix: bool
     layers: list[str]
     judged: list[Judged] = field(default_factory=list)
+    unjudged: list[Mutant] = field(default_factory=list)
     baseline_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -81,10 +88,10 @@ class Session:
 
     @property
     def exit_code(self) -> int:
-        """0 if every survivor is explained, and few need to be; 1 otherwise."""
+        """0 if all are judged, every survivor is explained, and few need to be; 1 otherwise."""
         counts = self.counts()
         many = counts[Fate.EQUIVALENT] > max(1, EQUIVALENT_SHARE * len(self.judged))
-        return int(bool(counts[Fate.SURVIVED]) or many)
+        return int(bool(counts[Fate.SURVIVED] or self.unjudged) or many)
 
     def as_json(self, sources: Mapping[str, Source]) -> dict[str, Any]:
         """Plain data, complete."""
@@ -94,7 +101,7 @@ class Session:
             "sources": self.sources,
             "matrix": self.matrix,
             "layers": self.layers,
-            "counts": {fate.value: self.counts()[fate] for fate in Fate},
+            "counts": {fate.value: self.counts()[fate] for fate in Fate} | {"unjudged": len(self.unjudged)},
             "killed only by": {layer: len(self.only(layer)) for layer in self.layers} if self.matrix else None,
             "seconds": round(self.seconds, 1),
             "mutants": [_as_json(judged, sources) for judged in self.judged],
@@ -110,6 +117,7 @@ def judge(
     *,
     matrix: bool = False,
     jobs: int = 1,
+    seconds: float = math.inf,
     compile_survivors: bool = False,
     on_start: Callable[[str], None] = lambda what: None,
     on_judged: Callable[[Outcome], None] = lambda outcome: None,
@@ -124,6 +132,7 @@ def judge(
         device: where.
         matrix: see `Session`.
         jobs: processes at once.
+        seconds: after so many no further mutant is begun.
         compile_survivors: also ask the compiler whether a survivor's code is the unmutated one's.
         on_start: told what begins.
         on_judged: called as each mutant is done.
@@ -133,17 +142,23 @@ def judge(
     """
     start = time.monotonic()
     session = Session(device.type, fingerprint(sources), matrix, [layer.name for layer in layers])
-    on_start("the sources as they are")
-    honest = run([None], sources, layers, device=device, trial_seconds=300.0)[0]
-    if honest.killed:
-        layer, reason = next(iter(honest.kills.items()))
-        raise FalseKillError(f"layer {layer!r} rejects the unmutated sources, so no kill would count: {reason}")
-    session.baseline_seconds = honest.seconds
-    limit = max(10.0, honest.seconds / 4)
-    on_start("mutants")
+    on_start("mutants, and the sources as they are")
+
+    def judged(outcome: Outcome) -> None:
+        if outcome.mutant is not None:
+            on_judged(outcome)
+        for layer, reason in outcome.kills.items() if outcome.mutant is None else ():
+            raise FalseKillError(f"layer {layer!r} rejects the unmutated sources, so no kill would count: {reason}")
+
+    limit = _TRIAL_SECONDS[device.type]
     outcomes = run(
-        mutants, sources, layers, device=device, matrix=matrix, jobs=jobs, trial_seconds=limit, on_outcome=on_judged
-    )
+        [None, *mutants], sources, layers, device=device, matrix=matrix, apart=True, jobs=jobs, trial_seconds=limit,
+        until=start + seconds, on_outcome=judged,
+    )  # fmt: skip
+    session.baseline_seconds = sum(outcome.seconds for outcome in outcomes if outcome.mutant is None)
+    outcomes = [outcome for outcome in outcomes if outcome.mutant is not None]
+    begun = {outcome.mutant.name for outcome in outcomes if outcome.mutant is not None}
+    session.unjudged = [mutant for mutant in mutants if mutant.name not in begun]
     survivors = [outcome.mutant for outcome in outcomes if not outcome.killed and outcome.mutant is not None]
     reasons, broken = _explain(survivors, sources, fixtures, device, jobs, limit, compile_survivors, on_start)
     for outcome in outcomes:
@@ -188,7 +203,7 @@ def _explain(
     rest = [mutant for mutant in survivors if mutant.name not in reasons]
     if compile_survivors and rest:
         on_start("compiled code of the survivors")
-        same, broken = same_code(rest, sources)
+        same, broken = same_code(rest, sources, jobs)
         reasons |= dict.fromkeys(same, "compiles to the unmutated sources' code")
     return reasons, broken
 

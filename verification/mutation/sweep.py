@@ -1,7 +1,8 @@
 """The systematic mutants: small operators over every jit function and every launcher, from the syntax tree.
 
 Whatever functions there are get swept, so a rewritten kernel has its mutants at once. A name is file, function,
-operator and ordinal. Compile options (`num_warps`, `num_stages`) are left alone: they choose a speed, not a result.
+operator and ordinal. Compile options (`num_warps`, `num_stages`) and the numbers of layouts are left alone: they choose
+a speed, or which thread holds what, not a result.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
             continue
         if isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg in _SPEED_ONLY):
             continue
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "program_id":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_left_alone(node.func.attr):
             continue
         fast = fast or is_for_gpu_tilings(node)
         yield node, fast
@@ -93,6 +94,10 @@ def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
         body = node.body if is_fast(node) else []
         children = [child for child in ast.iter_child_nodes(node) if not _is_annotation(node, child)]
         pending.extend((child, fast or child in body) for child in reversed(children))
+
+
+def _is_left_alone(function: str) -> bool:
+    return function == "program_id" or function.endswith("Layout")
 
 
 def _is_annotation(node: ast.AST, child: ast.AST) -> bool:
@@ -140,12 +145,12 @@ def _masks(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
 
 
 def _padding(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
-    """What a load returns where its mask is false: NaN, as memory may hold, for 0; 0 for anything else.
+    """What a load returns where its mask is false: NaN, as memory may hold, for zero; 0 for anything else.
 
     Another number would do no harm in an operand of a product, whose other operand is 0 there; NaN does.
     """
     if isinstance(node, ast.keyword) and node.arg == "other":
-        yield node.value, 'float("nan")' if source.of(node.value) == "0" else "0"
+        yield node.value, 'float("nan")' if source.of(node.value) in ("0", "0.0") else "0"
 
 
 def _strides(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:

@@ -25,7 +25,8 @@ def print_session(session: Session, sources: Mapping[str, Source], console: Cons
     colour = "red" if session.exit_code else "green"
     console.print(
         f"[bold {colour}]{counts[Fate.KILLED]} of {total} mutants killed[/], {counts[Fate.EQUIVALENT]} equivalent, "
-        f"{counts[Fate.SURVIVED]} survived without an explanation; {session.seconds:.0f} s",
+        f"{counts[Fate.SURVIVED]} survived without an explanation"
+        f"{f', {len(session.unjudged)} not judged' if session.unjudged else ''}; {session.seconds:.0f} s",
         highlight=False,
     )
 
