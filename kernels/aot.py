@@ -6,7 +6,7 @@ The layer's own host code runs forward and backward on `meta` tensors for each a
 launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
 stack bytes (which is where spills go), shared memory against the chip's limit. Violations are a stack, a flush-to-zero
 instruction, which would break the decode of scale byte 0, and an instruction that writes to registers of a wgmma in
-flight (see `machine_code`); the exit status is then 1.
+flight or reads copies in flight (see `machine_code`); the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from mxref.kernels.autograd import parallel_linear_lora
 from mxref.kernels.configs import SHARED_MEMORY, Config, reachable_configs
 from mxref.kernels.dequant import dequantize_experts
 from mxref.kernels.launch import INTERPRETED, Launch, recording
-from mxref.kernels.machine_code import Resources, disassemble, overwritten_operands, resources
+from mxref.kernels.machine_code import Resources, disassemble, overwritten_operands, resources, unwaited_copies
 from mxref.weights import MXWeights
 
 __all__ = ["Compiled", "Unit", "build", "compile_unit", "main", "units"]
@@ -111,6 +112,7 @@ class Compiled:
         shared: bytes of shared memory.
         flushes: it flushes subnormals to zero.
         overwritten: instructions that write to registers of a wgmma in flight.
+        unwaited: waits that leave the copies in flight that are read next; of kernels that wait by hand.
     """
 
     unit: Unit
@@ -118,6 +120,7 @@ class Compiled:
     shared: int
     flushes: bool
     overwritten: tuple[str, ...]
+    unwaited: tuple[str, ...]
 
     @property
     def violations(self) -> list[str]:
@@ -128,19 +131,27 @@ class Compiled:
             found.append(f"{self.resources.stack} bytes of stack")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, limit {limit}")
+        return found + self.hazards
+
+    @property
+    def hazards(self) -> list[str]:
+        """Those of them that make results wrong, if only now and then."""
+        found = []
         if self.flushes:
             found.append("flushes subnormals to zero")
         if self.overwritten:
             found.append(f"writes to registers of a wgmma in flight: {self.overwritten[0]}")
+        if self.unwaited:
+            found.append(f"reads copies that it has not waited for: {self.unwaited[0]}")
         return found
 
 
 def units(architecture: str) -> Iterator[Unit]:
     """Every distinct compilation of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
     seen: set[Any] = set()
-    for dtype, config, rank, steps in _settings(architecture):
+    for dtype, config, rank, steps, sizes in _settings(architecture):
         for step in steps:
-            for launch in _launches(architecture, dtype, config, rank, step):
+            for launch in _launches(architecture, dtype, config, rank, step, sizes):
                 unit = Unit.of(architecture, f"{step} {str(dtype).removeprefix('torch.')} r{rank}", launch)
                 key = (
                     unit.kernel,
@@ -155,24 +166,33 @@ def units(architecture: str) -> Iterator[Unit]:
                     yield unit
 
 
-def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...]]]:
-    """dtype, tiling, rank and steps: the largest rank in the largest tiling, which holds the most at once."""
+_GPT_OSS = (2880, 5760)
+_OTHER_SIZES = ((2048, 1024), (1056, 1056))
+"""K and N: whole steps both ways, and an odd number of blocks, for which `hopper` is compiled differently."""
+
+
+def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...], tuple[int, int]]]:
+    """dtype, tiling, rank, steps and sizes: the largest rank in the largest tiling, which holds the most at once."""
     tilings = reachable_configs(architecture)
     for config in tilings:
-        yield torch.bfloat16, config, 16, ("fused", "unfused", "dense")
-    yield torch.bfloat16, tilings[-1], 128, ("fused", "dense")
-    yield torch.float16, reachable_configs(architecture, torch.float16)[-1], 16, ("fused",)
+        yield torch.bfloat16, config, 16, ("fused", "unfused", "dense"), _GPT_OSS
+        for sizes in _OTHER_SIZES:
+            yield torch.bfloat16, config, 16, ("fused",), sizes
+    yield torch.bfloat16, tilings[-1], 128, ("fused", "dense"), _GPT_OSS
+    yield torch.float16, reachable_configs(architecture, torch.float16)[-1], 16, ("fused",), _GPT_OSS
     for rank in (16, 128):
-        yield torch.float32, reachable_configs(architecture, torch.float32)[0], rank, ("fused",)
+        yield torch.float32, reachable_configs(architecture, torch.float32)[0], rank, ("fused",), _GPT_OSS
 
 
-def _launches(architecture: str, dtype: torch.dtype, config: Config, rank: int, step: str) -> list[Launch]:
-    """The launches of one training step at gpt-oss's sizes.
+def _launches(
+    architecture: str, dtype: torch.dtype, config: Config, rank: int, step: str, sizes: tuple[int, int]
+) -> list[Launch]:
+    """The launches of one training step of 32 experts, 512 tokens.
 
     `fused` and `unfused` read packed weights and take the flag combination of that name: with gates on rows of tokens,
     and without on rows in expert order. `dense` reads dense weights.
     """
-    E, K, N, M, k = 32, 2880, 5760, 512, 4
+    E, (K, N), M, k = 32, sizes, 512, 4
     with recording(architecture) as recorder:
         weights: Tensor | MXWeights = torch.empty(E, N, K, dtype=dtype, device="meta").mT
         if step != "dense":
@@ -203,10 +223,13 @@ def _type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def _function(unit: Unit) -> Any:
+    return getattr(import_module(unit.module), unit.kernel)
+
+
 def build(unit: Unit) -> Any:
     """Triton's compiled kernel, from the module that is imported under the unit's name."""
-    module = __import__(unit.module, fromlist=[unit.kernel])
-    function = getattr(module, unit.kernel)
+    function = _function(unit)
     source = (GluonASTSource if function.is_gluon() else ASTSource)(
         function,
         dict(unit.signature),
@@ -222,8 +245,10 @@ def compile_unit(unit: Unit) -> Compiled:
     """Compile one unit for its architecture and read the compiler's own resource account."""
     compiled = build(unit)
     cubin, flushes = compiled.asm["cubin"], ".ftz" in compiled.asm["ptx"]
-    overwritten = tuple(overwritten_operands(disassemble(cubin)))
-    return Compiled(unit, resources(cubin), compiled.metadata.shared, flushes, overwritten)
+    sass = disassemble(cubin)
+    unwaited = tuple(unwaited_copies(sass)) if _function(unit).is_gluon() else ()
+    overwritten = tuple(overwritten_operands(sass))
+    return Compiled(unit, resources(cubin), compiled.metadata.shared, flushes, overwritten, unwaited)
 
 
 def main() -> int:

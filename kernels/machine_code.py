@@ -1,8 +1,12 @@
-"""What the assembler made of a kernel: resources, and whether anything writes to a register that a tensor core reads.
+"""What the assembler made of a kernel: resources, and whether it waits for what runs asynchronously.
 
-`wgmma` runs asynchronously. Until a wait retires it, its accumulator and its left operand, if that lies in registers,
-belong to it; PTX leaves the rest to the compiler. Here the machine code itself is read: a loop's body twice over, so
-that what is in flight at its end meets its beginning.
+`wgmma`: until a wait retires it, its accumulator and its left operand, if that lies in registers, belong to it; PTX
+leaves the rest to the compiler. Here the machine code itself is read: a loop's body twice over, so that what is in
+flight at its end meets its beginning.
+
+`cp.async`: a loop that fills a ring waits in each turn until at most w groups of copies are in flight, and starts c
+more. It reads the oldest c, so w + c must have been started before the first turn. On an idle GPU a copy that nobody
+waits for has nearly always arrived, so that no result tells.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pathlib import Path
 
 import triton
 
-__all__ = ["Resources", "disassemble", "overwritten_operands", "resources"]
+__all__ = ["Resources", "disassemble", "overwritten_operands", "resources", "unwaited_copies"]
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\.F32\S*\s+R(\d+),\s*(R\d+|gdesc)")
@@ -56,19 +60,69 @@ def disassemble(cubin: bytes) -> str:
 
 def overwritten_operands(sass: str) -> list[str]:
     """Instructions that write to a register while a wgmma in flight owns it; empty when all is well."""
-    code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
-    index = {address: i for i, (address, _, _) in enumerate(code)}
+    code = _instructions(sass)
     found: dict[str, None] = {}
-    for end, (address, opcode, operands) in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if opcode != "BRA" or target is None or int(target[1], 16) >= address:
-            continue
-        body = code[index[int(target[1], 16)] : end + 1]
+    for first, last in _loops(code):
+        body = code[first : last + 1]
         found |= dict.fromkeys(_conflicts([*body, *body]))
     return list(found)
 
 
-def _conflicts(code: list[tuple[int, str, str]]) -> list[str]:
+def unwaited_copies(sass: str) -> list[str]:
+    """Waits in loops that leave too many groups of `cp.async` in flight; empty when all is well.
+
+    For kernels that wait before they start the next copies, and read what they waited for last.
+    """
+    code = _instructions(sass)
+    loops = [(first, last) for first, last in _loops(code) if _commits(code[first : last + 1])]
+    found = []
+    for first, last in loops:
+        if any((first, last) != inner and first <= inner[0] and inner[1] <= last for inner in loops):
+            continue
+        body, start = code[first : last + 1], first
+        while start and _left_in_flight(code[start - 1]) != 0:
+            start -= 1
+        ahead = _commits(code[start:first])
+        found += [
+            f"{instruction[0]:#x} {instruction[1]} {instruction[2].strip()}"
+            for instruction in body
+            if (left := _left_in_flight(instruction)) is not None and left + _commits(body) > ahead
+        ]
+    return found
+
+
+_Instruction = tuple[int, str, str]
+"""Address, opcode, operands."""
+
+
+def _instructions(sass: str) -> list[_Instruction]:
+    return [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+
+
+def _loops(code: list[_Instruction]) -> list[tuple[int, int]]:
+    """The first and the last instruction of each loop: a branch back, and where it goes."""
+    index = {address: i for i, (address, _, _) in enumerate(code)}
+    targets = [re.search(r"0x([0-9a-f]+)", operands) if opcode == "BRA" else None for _, opcode, operands in code]
+    return [
+        (index[int(target[1], 16)], last)
+        for last, target in enumerate(targets)
+        if target is not None and int(target[1], 16) < code[last][0]
+    ]
+
+
+def _commits(code: list[_Instruction]) -> int:
+    """Groups of copies that are closed here."""
+    return sum(opcode == "LDGDEPBAR" for _, opcode, _ in code)
+
+
+def _left_in_flight(instruction: _Instruction) -> int | None:
+    """How many groups of copies a wait leaves in flight; None for what is no such wait."""
+    _, opcode, operands = instruction
+    waits = re.match(r"SB0, 0x([0-9a-f]+)", operands) if opcode == "DEPBAR.LE" else None
+    return int(waits[1], 16) if waits else None
+
+
+def _conflicts(code: list[_Instruction]) -> list[str]:
     flight, conflicts = _InFlight(), []
     for address, opcode, operands in code:
         text = f"{opcode} {operands}"

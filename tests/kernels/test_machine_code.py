@@ -23,6 +23,8 @@ assert len(waits) == 2
 for wait in waits:
     found = machine_code.overwritten_operands("\\n".join(lines[:wait] + lines[wait + 1 :]))
     assert found, lines[wait]
+hasty = sass.replace("DEPBAR.LE SB0, 0x1 ;", "DEPBAR.LE SB0, 0x2 ;")
+assert hasty != sass and machine_code.unwaited_copies(hasty) and not machine_code.unwaited_copies(sass)
 print("seen")
 """
 

@@ -16,10 +16,11 @@ import torch
 
 from mxref.verification.mutants import BUGS, catalogue, read_sources, stratified
 from mxref.verification.mutation import compiled, equivalents, record
-from mxref.verification.mutation.equivalents import Equivalent
-from mxref.verification.mutation.layers import Layer, Trial, fixtures, layers
+from mxref.verification.mutation.equivalence import Equivalent
+from mxref.verification.mutation.layers import Layer, Trial, layers
 from mxref.verification.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate
 from mxref.verification.mutation.runner import run
+from mxref.verification.mutation.samples import fixtures
 from mxref.verification.mutation.session import EQUIVALENT_SHARE, FalseKillError, Fate, Judged, Session, judge
 from mxref.verification.mutation.sweep import OPERATORS, sweep
 from mxref.verification.verdicts import Finding, Status

@@ -171,8 +171,9 @@ def _judge(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from mxref.verification.mutation.layers import fixtures, layers
+    from mxref.verification.mutation.layers import layers
     from mxref.verification.mutation.runner import Outcome
+    from mxref.verification.mutation.samples import fixtures
     from mxref.verification.mutation.session import judge
 
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """Whether a mutant leaves the compiled kernels as they were: the same PTX for every launch that dispatch can make.
 
+Or whether what it makes of them is nothing to run: no code at all, or code with a hazard (see `kernels.aot`).
+
     python -m mxref.verification.mutation.compiled UNMUTATED FOLDER...          one word a folder of kernel sources
 
 Only a process without TRITON_INTERPRET can compile, so this runs as one. It says nothing about host code beyond the
@@ -17,9 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
+from mxref.verification.mutation.child import import_kernels, write_sources
 from mxref.verification.mutation.mutant import Mutant, Source
-from mxref.verification.mutation.runner import import_kernels, write_sources
 
 __all__ = ["same_code"]
 
@@ -31,7 +34,8 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
     """Compile mutants of jit functions, in `jobs` processes. No GPU is needed.
 
     Returns:
-        Names of those whose kernels compile to the unmutated ones' PTX, and of those that do not compile at all.
+        Names of those whose kernels compile to the unmutated ones' PTX, and of those whose first launch that compiles
+        to something else does not compile at all, or has a hazard.
 
     Raises:
         RuntimeError: the unmutated kernels do not compile, so nothing can be said.
@@ -71,27 +75,34 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
     return {name for name, word in named if word == _SAME}, {name for name, word in named if word == _BROKEN}
 
 
-def _digests(folder: Path) -> Iterator[str]:
-    """A digest of each launch's code, in a fresh import of the kernels in `folder`."""
+def _digests(folder: Path) -> Iterator[tuple[str, Any]]:
+    """A digest of each launch's code, and the launch, in a fresh import of the kernels in `folder`."""
     import_kernels(folder)
     from mxref.kernels.aot import build, units
 
     for unit in units(_ARCHITECTURE):
         text = f"{unit.kernel}\0{unit.signature}\0{unit.constants}\0{build(unit).asm['ptx']}"
-        yield hashlib.sha256(text.encode()).hexdigest()
+        yield hashlib.sha256(text.encode()).hexdigest(), unit
+
+
+def _judge(folder: Path, expected: Sequence[str]) -> str:
+    """The word for a folder whose digests should be `expected`, launch by launch until one differs."""
+    for (digest, unit), wanted in zip_longest(_digests(folder), expected, fillvalue=("", None)):
+        if digest != wanted:
+            from mxref.kernels.aot import compile_unit
+
+            return _BROKEN if unit is not None and compile_unit(unit).hazards else _OTHER
+    return _SAME
 
 
 def _compare(folders: Sequence[Path]) -> Iterator[str]:
-    """A word a folder; the first is what the others are compared with, launch by launch until one differs."""
+    """A word a folder; the first is what the others are compared with."""
     expected: list[str] = []
     for index, folder in enumerate(folders):
         try:
             if index == 0:
-                expected = list(_digests(folder))
-                yield _SAME
-            else:
-                pairs = zip_longest(_digests(folder), expected)
-                yield _SAME if all(got == wanted for got, wanted in pairs) else _OTHER
+                expected = [digest for digest, _ in _digests(folder)]
+            yield _judge(folder, expected) if index else _SAME
         except Exception:  # a mutant that does not compile is no equivalent
             yield _BROKEN
 

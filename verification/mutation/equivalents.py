@@ -7,30 +7,12 @@ must besides give the same bits as the sources do on every fixture; one that a g
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
+from mxref.verification.mutation.equivalence import Equivalent, each
+from mxref.verification.mutation.equivalents_hopper import HOPPER
 from mxref.verification.mutation.mutant import Mutant, Source
 
-__all__ = ["EQUIVALENTS", "Equivalent", "argument_for", "stale"]
-
-
-@dataclass(frozen=True)
-class Equivalent:
-    """One mutant, by function and lines, and why no input tells it from the sources."""
-
-    function: str
-    before: str
-    after: str
-    argument: str
-
-    def covers(self, mutant: Mutant, sources: Mapping[str, Source]) -> bool:
-        """Whether it speaks of this mutant."""
-        return mutant.function == self.function and mutant.edit(sources[mutant.file].text) == (self.before, self.after)
-
-
-def _each(function: str, before: str, afters: Iterable[str], argument: str) -> tuple[Equivalent, ...]:
-    """Several edits of one line for one reason."""
-    return tuple(Equivalent(function, before, after, argument) for after in afters)
+__all__ = ["EQUIVALENTS", "argument_for", "stale"]
 
 
 _MATMUL, _TILES = "grouped_matmul_kernel", "tiles_kernel"
@@ -71,56 +53,6 @@ _SCALED = '"RANK": rank, "s": float(lora.scaling) if lora else {}, "fan_in": fan
 
 _DROPPED_LANE = "A lane whose load is masked is masked in the store too, and no lane meets another."
 
-_LORA_FIRST = "LORA_FIRST: gl.constexpr = {}  # its operand then shares memory with the ring"
-_BOX = "kernel, own = packed_matmul_kernel, _hopper_arguments({} if {} else None, weight, config)"
-
-_HOPPER: tuple[Equivalent, ...] = (
-    Equivalent(
-        "grouped_matmul",
-        "if not isinstance(weight, PackedMatrix) or C % 16:  # Hopper copies 16 bytes; Triton knows multiples of 16 "
-        "elements",
-        "if True:  # Hopper copies 16 bytes; Triton knows multiples of 16 elements",
-        "Every product then takes the portable kernel, whose chain is the same: slower, and no bit differs.",
-    ),
-    Equivalent(
-        "grouped_matmul",
-        _BOX.format("rows_in", "fan_in is None"),
-        _BOX.format("rows_in", "False"),
-        "Rows that do not come as a box come by copies of 16 bytes: the same numbers, later.",
-    ),
-    *_each("copy_rows", "if EVEN:", ("if False:",), "EVEN says that the masks left out are true everywhere."),
-    *_each("copy_bytes", "if EVEN:", ("if False:",), "EVEN says that the masks left out are true everywhere."),
-    *_each(
-        "packed_tile",
-        _LORA_FIRST.format("low is not None and BLOCK_R > 16"),
-        (
-            _LORA_FIRST.format(condition)
-            for condition in (
-                "((low is not None) or (BLOCK_R > 16))",
-                "(low is not None)",
-                "(BLOCK_R > 16)",
-                "low is not None and ((BLOCK_R) >= (16))",
-                "low is not None and BLOCK_R > (16 + 1)",
-                "low is not None and BLOCK_R > (16 - 1)",
-            )
-        ),
-        "BLOCK_R is 16 without an adapter, and a power of two. Multiplied before the first copies or after them, "
-        "s·LoRA is in the accumulator before the first step.",
-    ),
-    *_each(
-        "packed_tile",
-        "gl.assume(steps > 0)",
-        ("gl.assume(((steps) >= (0)))", "gl.assume(steps > (0 - 1))"),
-        "A weaker promise to the compiler.",
-    ),
-    Equivalent(
-        "lora_product",
-        "return hopper.warpgroup_mma_wait(0, [acc]) * s",
-        "return hopper.warpgroup_mma_wait((0 + 1), [acc]) * s",
-        "The assembler sees the accumulator read too early, and then waits after every wgmma by itself.",
-    ),
-)
-
 EQUIVALENTS: tuple[Equivalent, ...] = (
     Equivalent(
         "dequantize_kernel",
@@ -129,7 +61,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "An element of one expert's matrix has a 32-bit number by contract (see `memory`); what is added to it, the "
         "expert's and the slot's offset, is 64 bits wide.",
     ),
-    *_each(
+    *each(
         "dequantize_kernel",
         "chunks = tl.cdiv(size, WORDS * 8)",
         ("chunks = tl.cdiv(size, (WORDS))", "chunks = tl.cdiv(size, WORDS * (8 - 1))"),
@@ -155,7 +87,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         _NOT_STORED,
     ),
     Equivalent(_MATMUL, "return", "pass", _NO_ROWS),
-    *_each(_MATMUL, "if begin >= end:", ("if False:", "if ((begin) > (end)):"), _NO_ROWS),
+    *each(_MATMUL, "if begin >= end:", ("if False:", "if ((begin) > (end)):"), _NO_ROWS),
     Equivalent(
         _MATMUL,
         'acc = tl.dot(l_tile, f_tile, acc, input_precision="ieee") * s',
@@ -180,7 +112,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         'acc += tl.load(bias + expert * J + j, mask=in_J, other=float("nan")).to(tl.float32)[None, :]',
         "A column beyond J is not stored and meets no other.",
     ),
-    *_each(
+    *each(
         "grouped_matmul",
         "factor_strides = factor.stride() if factor is not None else (0, 0, 0)",
         (
@@ -196,19 +128,19 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         ),
         _UNREAD,
     ),
-    *_each(
+    *each(
         "grouped_matmul",
         "rank = factor.shape[1] if factor is not None else 0",
         (f"rank = factor.shape[1] if factor is not None else (0 {sign} 1)" for sign in "+-"),
         _UNREAD,
     ),
-    *_each(
+    *each(
         "grouped_matmul",
         _SCALED.format("1.0"),
         (_SCALED.format(f"(1.0 {sign} 1)") for sign in "+-"),
         _UNREAD,
     ),
-    *_HOPPER,
+    *HOPPER,
     Equivalent("e2m1", "codes = codes.to(tl.uint32)", "codes = codes.to(tl.int32)", _BITS),
     Equivalent("e8m0", "b = scale_bytes.to(tl.uint32)", "b = scale_bytes.to(tl.int32)", _BITS),
     Equivalent(
@@ -229,7 +161,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "blocks = (k0 // 32 + tl.arange(0, COLS // (32 - 1)))[None, :]",
         _WHOLE_BLOCKS,
     ),
-    *_each(
+    *each(
         "load_mxfp4_tile",
         "codes = tl.join(nibbles & 0xF, nibbles >> 4).reshape(ROWS, COLS // 32, 32)",
         ("codes = tl.join(nibbles & 0xF, nibbles >> 4).reshape(ROWS, COLS // (32 - 1), 32)",),
@@ -295,7 +227,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "counts = tl.where(g <= E, (tl.maximum(ends - begins, (0 - 1)) + BLOCK_M - 1) // BLOCK_M, 0)",
         _NO_TILE,
     ),
-    *_each(
+    *each(
         _TILES,
         "counts = tl.where(g <= E, (tl.maximum(ends - begins, 0) + BLOCK_M - 1) // BLOCK_M, 0)",
         (
@@ -324,7 +256,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     ),
     Equivalent("Routing.tiles", "if block_m not in self._tiles:", "if True:", _CACHE),
     Equivalent("Routing.inverse", "if self._inverse is None:", "if True:", _CACHE),
-    *_each(
+    *each(
         "Routing.tiles",
         "self.E + 1 if bound else 0,",
         ("self.E + 1 if True else 0,", "self.E + (1 + 1) if bound else 0,", "self.E + 1 if bound else (0 + 1),"),
@@ -356,7 +288,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "triton.cdiv(tokens, 16) * triton.cdiv(J, (128 - 1)),",
         _IDLE_PROGRAMS,
     ),
-    *_each(
+    *each(
         "combine",
         "slots=routing.P // max(tokens, 1),",
         ("slots=routing.P // max(1, tokens),",),

@@ -3,9 +3,7 @@
 All samples are drawn on the CPU, once, and each trial moves its own to the device that it judges on. The process that
 makes the layers forks one for each mutant, and a process that has touched a GPU cannot hand it to those that it forks.
 
-Each layer is one guard with its own cases, so that a table can say what only that guard sees. The cases are the gate's
-in kind, but smaller: two blocks of columns with a tail, two steps of the contraction with a tail, sentinels, empty
-experts, every flag.
+Each layer is one guard with its own samples, so that a table can say what only that guard sees.
 """
 
 from __future__ import annotations
@@ -16,16 +14,14 @@ from types import ModuleType
 
 import torch
 
-from mxref.formats import MX_BLOCK_SIZE, pack_codes
-from mxref.problem import Problem
-from mxref.routing import flatten_sort_count
+from mxref.formats import MX_BLOCK_SIZE
 from mxref.verification.accumulation import Accumulation
 from mxref.verification.behaviour import determinism_guard, poison_guard, row_guard, second_backward_guard
 from mxref.verification.candidates import Candidate
 from mxref.verification.cases import Case, Sample, usual_dtype
 from mxref.verification.cliffs import cliff_guard
 from mxref.verification.drift import drift_guard
-from mxref.verification.exhaustive import all_elements, finite_bytes, nonfinite_samples
+from mxref.verification.exhaustive import all_elements, nonfinite_samples
 from mxref.verification.guards import integer_guard, interval_guard
 from mxref.verification.margins import (
     Margins,
@@ -35,12 +31,13 @@ from mxref.verification.margins import (
     wild_positions_guard,
 )
 from mxref.verification.memory import checked_memory, decode_index_guard, index_guard, memory_guard
+from mxref.verification.mutation.samples import drawn_weights, fixtures, integer_samples, one_hot, smallest
 from mxref.verification.operators import operators_guard
 from mxref.verification.scheduling import schedule_guard
 from mxref.verification.verdicts import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
-__all__ = ["Layer", "Trial", "fixtures", "layers"]
+__all__ = ["Layer", "Trial", "layers"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,20 +69,17 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     and intervals first of all: they show what nothing but a GPU rounds.
     """
     dtype, gpu = usual_dtype(device.type), device.type == "cuda"
-    cases = _integer_cases(dtype)
-    integer = [case.build(seed=seed) for case in ([*cases[:5], *_gpu_cases(dtype)] if gpu else cases)]
-    integer += [_dense(integer[1]), _large_gates(integer[1])]
+    integer = integer_samples(dtype, gpu, seed)
     interval = fixtures(device, seed)
-    unwaited = [sample for sample in integer if sample.case.name in ("in order", "long and even")]
     plain, fused = ([sample for sample in interval if sample.case.name == name] for name in ("plain", "fused"))
-    operators = replace(_base(dtype), name="operators", experts=3, routing="sentinels").build(seed=seed)
+    operators = replace(smallest(dtype), name="operators", experts=3, routing="sentinels").build(seed=seed)
     foreign = replace(integer[1].case, name="foreign rows", top_k=1, gate_slots=1, tokens=18).build(seed=seed)
 
     def layer(name: str, samples: Sequence[Sample], guard: Guard, slow: bool = False) -> Layer:
         return Layer(name, tuple(_trial(sample.case.name, sample, guard, device) for sample in samples), slow)
 
     extremes = nonfinite_samples(dtype, "cpu")
-    decode = layer("decode", [*(_one_hot(each) for each in _DTYPES), *extremes], integer_guard)
+    decode = layer("decode", [*(one_hot(each) for each in _DTYPES), *extremes], integer_guard)
     margins = layer("margins", integer, margins_guard)
     wild = _trial("wild positions", integer[0], wild_positions_guard, device)
     empty = replace(integer[1].case, name="wild offsets", experts=5, routing="empty_experts").build(seed=seed)
@@ -109,7 +103,7 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
         layer("second backward", plain, second_backward_guard, slow=True),
         layer(
             "determinism",
-            plain + unwaited,
+            plain,
             lambda candidate, sample: determinism_guard(candidate, sample, runs=2),
             slow=True,
         ),
@@ -134,73 +128,6 @@ def _declared(candidate: Candidate) -> Accumulation:
     """The accumulation of the shipped kernels, which always declare one."""
     assert candidate.accumulation is not None
     return candidate.accumulation
-
-
-def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
-    """Ordinary data for `device`, on the CPU: what an equivalent mutant must compute to the last bit."""
-    return [case.build(seed=seed) for case in _interval_cases(usual_dtype(device.type))]
-
-
-def _base(dtype: torch.dtype) -> Case:
-    return Case("small", 2, 32, 32, 4, 2, 3, dtype, data="integer", scaling=0.5, bias=True)
-
-
-def _integer_cases(dtype: torch.dtype) -> list[Case]:
-    base = _base(dtype)
-    tails = replace(base, name="tails", experts=3, K=96, N=162, tokens=9, routing="sentinels")
-    grouped = replace(tails, name="grouped", grouped_in=True, grouped_out=True, routing="empty_experts")
-    return [
-        base,
-        replace(tails, name="gates", gate_slots=2),
-        replace(tails, name="fused", use_fused_dX=True, use_fused_gather=True, scaling=2.0),
-        replace(grouped, experts=5, K=64, tokens=18, top_k=1, rank=20),
-        replace(base, name="even sizes", K=128, N=256, grouped_in=True, gate_slots=2, routing="sentinels"),
-        replace(base, name="wide", K=1056, N=129, tokens=5, top_k=1, use_fused_dX=True, gate_slots=1),
-        replace(base, name="one row", N=33, tokens=1, top_k=1, gate_slots=1),
-        replace(base, name="no rows", tokens=0, gate_slots=2),
-        replace(base, name="17 rows", tokens=17, top_k=1, gate_slots=1),
-        replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
-        _many_rows(dtype),
-    ]
-
-
-def _many_rows(dtype: torch.dtype) -> Case:
-    """Hundreds of rows an expert, routed."""
-    return replace(
-        _base(dtype), name="many rows", tokens=520, rank=0, bias=False, use_fused_dX=True, use_fused_gather=True
-    )
-
-
-def _gpu_cases(dtype: torch.dtype) -> list[Case]:
-    """What a GPU's tilings need: tiles of every height; rows in expert order, with sentinels behind them; more steps
-    than a ring of copies holds, and whole numbers of steps; columns that 16 does not divide."""
-    base = _base(dtype)
-    routed = replace(base, name="long", experts=3, K=1056, N=1056, tokens=60, gate_slots=2, routing="sentinels")
-    ordered = replace(base, name="in order", experts=3, K=544, N=544, tokens=600, top_k=1, rank=20)
-    return [
-        _many_rows(dtype),
-        replace(ordered, routing="sentinels", grouped_in=True, grouped_out=True),
-        replace(routed, use_fused_dX=True),
-        replace(routed, name="long and even", K=1024, N=1024, tokens=9, gate_slots=0, use_fused_gather=True),
-        *(replace(base, name=f"{N} columns", N=N, use_fused_dX=True) for N in (15, 34)),
-    ]
-
-
-def _interval_cases(dtype: torch.dtype) -> list[Case]:
-    """On a GPU also what only it rounds: parameters that are wider than the activations, and fp32 without TF32."""
-    base = Case("plain", 3, 96, 160, 9, 2, 3, dtype, data="balanced", scaling=1 / 3, bias=True, routing="sentinels")
-    wider = replace(base, gate_slots=2, use_fused_dX=True)
-    everywhere = [
-        replace(base, gate_slots=2),
-        replace(base, name="fused", use_fused_dX=True, use_fused_gather=True),
-        replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
-        replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
-    ]
-    rounded = [
-        replace(wider, name="fp32 parameters", parameter_dtype=torch.float32),
-        replace(wider, name="fp32", dtype=torch.float32),
-    ]
-    return everywhere if dtype == torch.float32 else [*rounded, *everywhere]
 
 
 def _interpreted(
@@ -234,23 +161,6 @@ def _watched(guard: Guard) -> Guard:
     return judge
 
 
-def _dense(sample: Sample) -> Sample:
-    """The same numbers with weights that are decoded already, as a view [E, K, N]."""
-    weights = sample.problem.expert_weights
-    assert isinstance(weights, MXWeights)
-    decoded = decode_mxfp4(weights, sample.problem.dtype).mT
-    case = replace(sample.case, name=f"{sample.case.name}, dense")
-    return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
-
-
-def _large_gates(sample: Sample) -> Sample:
-    """The same with gates beyond the range of fp16; powers of two leave every sum exact."""
-    gates = sample.problem.gates
-    assert gates is not None
-    case = replace(sample.case, name=f"{sample.case.name}, large")
-    return replace(sample, case=case, problem=replace(sample.problem, gates=gates * 2.0**20))
-
-
 def _kernels() -> ModuleType:
     """The kernels as they are imported now, mutated or not."""
     import mxref.kernels
@@ -260,21 +170,13 @@ def _kernels() -> ModuleType:
 
 def _decodes(device: torch.device) -> list[Trial]:
     """Every code, byte and place through the candidate's own decode; and sizes that are multiples of no tile."""
-    odd = _drawn(2, 33, 4128)
-    just_over = _drawn(2, 4097, MX_BLOCK_SIZE)  # 32 · 4097: one program more than 32 full ones
+    odd = drawn_weights(2, 33, 4128)
+    just_over = drawn_weights(2, 4097, MX_BLOCK_SIZE)  # 32 · 4097: one program more than 32 full ones
     return [
         Trial("every element", lambda candidate: _decode(candidate, all_elements().to(device), _DTYPES)),
         Trial("odd sizes", lambda candidate: _decode(candidate, odd.to(device), (torch.bfloat16,))),
         Trial("just over", lambda candidate: _decode(candidate, just_over.to(device), (torch.bfloat16,))),
     ]
-
-
-def _drawn(E: int, N: int, K: int) -> MXWeights:
-    """A stack of random codes and ordinary scales."""
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
-    scales = torch.randint(100, 150, (E, N, K // MX_BLOCK_SIZE), generator=draw, dtype=torch.uint8)
-    return MXWeights(codes, scales, K, N)
 
 
 def _decode(candidate: Candidate, weights: MXWeights, dtypes: Sequence[torch.dtype]) -> list[Finding]:
@@ -290,18 +192,3 @@ def _decode(candidate: Candidate, weights: MXWeights, dtypes: Sequence[torch.dty
         status, reason = (Status.FAIL if wrong or damage else Status.PASS), f"{wrong} of {same.numel()} weights differ"
         findings.append(Finding("decode", name, "W", status, damage or reason, same.numel(), wrong))
     return findings
-
-
-def _one_hot(dtype: torch.dtype) -> Sample:
-    """One block of each finite scale byte through both products, picked out by one-hot rows of x and dOut."""
-    bytes_ = torch.tensor(finite_bytes(dtype), dtype=torch.uint8)
-    place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
-    codes = ((place + torch.arange(bytes_.numel(), dtype=torch.uint8)[:, None]) % 16)[None]
-    N = bytes_.numel()
-    weights = MXWeights(pack_codes(codes), bytes_[None, :, None].clone(), MX_BLOCK_SIZE, N)
-    routing = flatten_sort_count(torch.zeros(N, 1, dtype=torch.int64), 1)
-    x = torch.eye(MX_BLOCK_SIZE, dtype=dtype).repeat(-(-N // MX_BLOCK_SIZE), 1)[:N]
-    problem = Problem(x, weights, 1, *routing)
-    name = f"one-hot, {str(dtype).removeprefix('torch.')}"
-    case = Case(name, 1, MX_BLOCK_SIZE, N, N, 1, 0, dtype, use_fused_dX=True, use_fused_gather=True)
-    return Sample(case, problem, torch.eye(N, dtype=dtype))

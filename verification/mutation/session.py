@@ -163,7 +163,7 @@ def judge(
     reasons, broken = _explain(survivors, sources, fixtures, device, jobs, limit, compile_survivors, on_start)
     for outcome in outcomes:
         if outcome.mutant is not None and outcome.mutant.name in broken:
-            outcome.kills["compile"] = "does not compile for a GPU"
+            outcome.kills["compile"] = "does not compile for a GPU, or only with a hazard"
         assert outcome.mutant is not None
         reason = next(iter(outcome.kills.values()), reasons.get(outcome.mutant.name, ""))
         fate = Fate.KILLED if outcome.killed else Fate.EQUIVALENT if reason else Fate.SURVIVED
