@@ -1,6 +1,6 @@
 """How an implementation behaves, whatever it computes: every comparison here is of bits.
 
-    determinism          the same call gives the same bits, run after run
+    determinism          the same call gives the same bits, run after run, in whatever order programs run
     rows                 a row's bits depend on no other row: not on its values, not on how many there are
     poison               neither what surrounds an operand in memory nor what memory held before reaches a result
     unmutated            operands, and what surrounds them, are left as they were
@@ -14,6 +14,7 @@ that it does not cover the case.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from mxref.verification.accumulation import Accumulation
 from mxref.verification.candidates import Candidate
 from mxref.verification.fences import fenced, uninitialised_memory
 from mxref.verification.guards import attempt, integer_guard, interval_guard, raised
+from mxref.verification.programs import reversed_programs
 from mxref.verification.sampling import Sample
 from mxref.verification.thresholds import RUNS
 from mxref.verification.verdicts import Counterexample, ErrorSample, Finding, Status
@@ -41,18 +43,24 @@ Outputs = Mapping[str, Tensor | None]
 
 
 def determinism_guard(candidate: Candidate, sample: Sample, runs: int = RUNS) -> list[Finding]:
-    """The same bits in every one of `runs` runs on fresh copies of the operands."""
+    """The same bits in every one of `runs` runs on fresh copies of the operands.
+
+    Interpreted, every second run takes the programs of each kernel in reverse: two that write the same element show.
+    """
     guard, name = "determinism", sample.case.name
     first = attempt(guard, candidate, sample)
     if isinstance(first, Finding):
         return [first]
     findings: dict[str, Finding] = {}
     for run in range(2, runs + 1):
-        again = attempt(guard, candidate, sample)
+        reverse = run % 2 == 0 and sample.problem.device.type == "cpu"
+        with reversed_programs() if reverse else nullcontext():
+            again = attempt(guard, candidate, sample)
         if isinstance(again, Finding):
             return [again]
-        for finding in _compare(guard, name, first, again, f"run {run} differs from run 1", f"the same in {runs} runs"):
-            if findings.get(finding.tensor, finding).ok:
+        broken = f"run {run}{', its programs in reverse order,' if reverse else ''} differs from run 1"
+        for finding in _compare(guard, name, first, again, broken, f"the same in {runs} runs"):
+            if finding.tensor not in findings or findings[finding.tensor].ok:
                 findings[finding.tensor] = finding
     return list(findings.values())
 

@@ -60,7 +60,10 @@ GUARDS = {
         "The ratio to the exact value must round to 2^0 wherever honest rounding leaves it there. What it rounds to "
         "instead names the bug: a power of two is a wrong exponent, zero is a row that was dropped."
     ),
-    "determinism": "The same call, again and again, gives the same bits.",
+    "determinism": (
+        "The same call, again and again, gives the same bits; interpreted, also when the programs of each kernel run "
+        "from the last to the first, since a GPU promises no order."
+    ),
     "rows": (
         "A token's rows keep their bits when other tokens change their values, and, under a pinned configuration, when "
         "other tokens leave the batch."

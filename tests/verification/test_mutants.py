@@ -272,6 +272,11 @@ def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.Monke
     [
         ("Routing.tiles", "if not self._tiles:", "schedule"),
         ("tiles_kernel", "t = (tl.arange(0, CHUNK))", "schedule"),
+        (
+            "grouped_matmul_kernel",
+            "target, keep = source_rows(rows, rows < P, positions, fan_out, P)",
+            "determinism",
+        ),
         ("dequantize_kernel", "expert = tl.load(experts + place).to(tl.int32)", "indices"),
         ("dequantize_experts", "elif (out.shape != shape):", "operators"),
         ("source_rows", "return position // fan, (position >= 0) & (((position) <= (P)))", "memory"),

@@ -1,0 +1,24 @@
+"""The order in which Triton's interpreter runs the programs of a kernel. A GPU promises none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from triton.runtime.interpreter import InterpreterBuilder
+
+__all__ = ["reversed_programs"]
+
+
+@contextmanager
+def reversed_programs() -> Iterator[None]:
+    """Within this context interpreted programs run from the last to the first; what is not interpreted is as ever."""
+    place = InterpreterBuilder.set_grid_idx
+
+    def from_the_end(builder: Any, *index: int) -> None:
+        place(builder, *(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+    with patch.object(InterpreterBuilder, "set_grid_idx", from_the_end):
+        yield
