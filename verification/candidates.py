@@ -72,6 +72,8 @@ class Candidate:
         complete: it claims every case, so that what it declines is a failure.
         configs: every configuration that its dispatch can reach for one activation dtype; the keyword `config` pins
             `call` to one. None when it has none, or offers no pin.
+        operators: a module with this project's public operators, which is then held to this project's further promises
+            too: see `steps.promise_steps`. None for all others.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Candidate:
     decode: Callable[[MXWeights, torch.dtype], Tensor] | None = None
     complete: bool = False
     configs: Callable[[torch.dtype], Sequence[Any]] | None = None
+    operators: ModuleType | None = None
 
     def points(self, dtype: torch.dtype) -> RoundingPoints:
         """The declared rounding points for one activation dtype."""
@@ -192,17 +195,18 @@ def shipped(device: torch.device) -> Candidate:
     One fp32 accumulator: the LoRA product, times s, then the base product with k ascending, the bias last. Tensor cores
     or, interpreted, blocks of 64: the device's default is what they declare.
     """
-    from mxref.kernels import Config, dequantize_experts, parallel_linear_lora, reachable_configs
+    from mxref import kernels
     from mxref.kernels.launch import architecture
 
     def decode(weights: MXWeights, dtype: torch.dtype) -> Tensor:
-        return dequantize_experts(weights, torch.arange(weights.E, device=weights.device), dtype)
+        return kernels.dequantize_experts(weights, torch.arange(weights.E, device=weights.device), dtype)
 
-    def configs(dtype: torch.dtype) -> list[Config]:
-        return reachable_configs(architecture(device), dtype)
+    def configs(dtype: torch.dtype) -> list[kernels.Config]:
+        return kernels.reachable_configs(architecture(device), dtype)
 
     how = ACCUMULATIONS[default_accumulation(device)]
-    return Candidate("mxref.kernels", parallel_linear_lora, (), how, decode, complete=True, configs=configs)
+    call = kernels.parallel_linear_lora
+    return Candidate("mxref.kernels", call, (), how, decode, complete=True, configs=configs, operators=kernels)
 
 
 def torch_composite() -> Candidate:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mxref.verification.sampling import Case, Sample, sample_for_weights
+from mxref.weights import MXWeights, decode_mxfp4
 
 __all__ = [
     "Case",
@@ -23,6 +24,7 @@ __all__ = [
     "quick_cases",
     "sample_for_weights",
     "usual_dtype",
+    "with_dense_weights",
 ]
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
@@ -85,6 +87,15 @@ def integer_cases(device_type: str) -> list[Case]:
         return _integers(_FP32)
     return [_like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
             for case in _integers(dtype)]  # fmt: skip
+
+
+def with_dense_weights(sample: Sample) -> Sample:
+    """The same numbers with weights that are decoded already, as a view [E, K, N]."""
+    weights = sample.problem.expert_weights
+    assert isinstance(weights, MXWeights)
+    decoded = decode_mxfp4(weights, sample.problem.dtype).mT
+    case = replace(sample.case, name=f"{sample.case.name}, dense")
+    return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
 
 
 def _grid(dtype: torch.dtype) -> list[Case]:

@@ -78,6 +78,14 @@ GUARDS = {
         "Every kernel configuration that dispatch can reach is pinned and judged, and dispatch on its own gives the "
         "bits of one of them: no other is shipped."
     ),
+    "operators": (
+        "This project's public operators beside the layer, in every layout, into buffers of NaN; what does not fit "
+        "must be refused. Only its own kernels are asked."
+    ),
+    "margins": (
+        "Rows of another rank that hold NaN, and indices out of range that nobody checked: no good row may notice, and "
+        "nothing may be written outside a tensor. Only this project's kernels are asked."
+    ),
     "baseline": (
         "The largest and the RMS error against the ones accepted for this architecture. What is worse, though still "
         "inside the bound, is shown until it is accepted on purpose."

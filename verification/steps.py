@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,18 @@ from mxref.verification.cases import (
     integer_cases,
     quick_cases,
     usual_dtype,
+    with_dense_weights,
 )
 from mxref.verification.drift import drift_guard, slopes_of
-from mxref.verification.guards import decode_guard, expect, integer_guard, interval_guard
+from mxref.verification.guards import decode_guard, expect, integer_guard, interval_guard, raised
+from mxref.verification.margins import foreign_rows_guard, wild_offsets_guard, wild_positions_guard
+from mxref.verification.memory import checked_memory
+from mxref.verification.operators import operators_guard
 from mxref.verification.sampling import Case, Sample, sample_for_weights
 from mxref.verification.thresholds import INTERPRETED_RUNS, RUNS
 from mxref.verification.verdicts import DriftMap, ErrorSample, Finding, Status
 
-__all__ = ["Step", "behaviour_steps", "case_steps", "checkpoint_steps", "decode_steps", "suite_steps"]
+__all__ = ["Step", "behaviour_steps", "case_steps", "checkpoint_steps", "decode_steps", "promise_steps", "suite_steps"]
 
 Outcome = tuple[list[Finding], Sequence[ErrorSample | DriftMap]]
 """Findings, and what pictures are drawn from."""
@@ -93,12 +98,58 @@ def behaviour_steps(device: torch.device, seed: int) -> list[Step]:
     return steps + [configure(case) for case in configuration_cases(device.type)]
 
 
+def promise_steps(device: torch.device, seed: int) -> list[Step]:
+    """What this project promises beyond the contract; of candidates without its `operators` nothing is asked.
+
+    Every public operator, weights that are dense already, indices out of range that nobody checked, and on a CPU the
+    decoding in 16 bits: its values are exact, so the interpreter's arithmetic is good enough for them. Interpreted, an
+    access outside every tensor is a finding; it would end this process otherwise.
+    """
+    base = integer_cases(device.type)[0]
+    sentinels = replace(base, routing="sentinels", gate_slots=2)
+
+    def step(guard: str, case: Case, judge: Callable[[Candidate, Sample], list[Finding]]) -> Step:
+        def asked(candidate: Candidate, _: Accumulation) -> Outcome:
+            if candidate.operators is None:
+                return [], []
+            try:
+                with checked_memory() if device.type == "cpu" else nullcontext():
+                    return judge(candidate, case.build(device, seed)), []
+            except Exception as error:  # whatever a candidate raises is a finding about it
+                return [raised(guard, case.name, error)], []
+
+        return Step(guard, case.name, asked)
+
+    def decoded(dtype: torch.dtype) -> Step:
+        name = f"decode, {str(dtype).removeprefix('torch.')}"
+        case = replace(base, name=name)
+        return step("decode", case, lambda candidate, _: decode_guard(candidate, device, dtype, nonfinite=False))
+
+    return [
+        *(map(decoded, (torch.bfloat16, torch.float16)) if device.type == "cpu" else ()),
+        step("integer", replace(sentinels, name="dense weights"), _dense),
+        step("operators", replace(base, name="operators", routing="sentinels"), _operators),
+        step("margins", replace(sentinels, name="foreign rows", top_k=1, gate_slots=1), foreign_rows_guard),
+        step("margins", replace(base, name="wild positions"), wild_positions_guard),
+        step("margins", replace(base, name="wild offsets", experts=6, routing="empty_experts"), wild_offsets_guard),
+    ]
+
+
+def _dense(candidate: Candidate, sample: Sample) -> list[Finding]:
+    return integer_guard(candidate, with_dense_weights(sample))
+
+
+def _operators(candidate: Candidate, sample: Sample) -> list[Finding]:
+    assert candidate.operators is not None
+    return operators_guard(candidate.operators, sample)
+
+
 def suite_steps(device: torch.device, full: bool, seed: int, every_guard: bool = False) -> list[Step]:
     """All steps of the quick suite, or of the full one; `every_guard` adds drift and behaviour."""
     grid = full_cases if full else quick_cases
     drawn = integer_cases(device.type) + grid(device.type)
     steps = decode_steps(device) + case_steps(drawn, device, seed, drift=every_guard)
-    return steps + behaviour_steps(device, seed) if every_guard else steps
+    return [*steps, *behaviour_steps(device, seed), *promise_steps(device, seed)] if every_guard else steps
 
 
 def checkpoint_steps(

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mxref.verification.gate import GUARDS
 from mxref.verification.mutants import BUGS, catalogue, read_sources, stratified
 from mxref.verification.mutation import compiled, equivalents, record
 from mxref.verification.mutation.equivalence import Equivalent
-from mxref.verification.mutation.layers import Layer, Trial, layers
+from mxref.verification.mutation.layers import Layer, Trial, gate_layers, layers
 from mxref.verification.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate
 from mxref.verification.mutation.runner import run
 from mxref.verification.mutation.samples import fixtures
@@ -292,6 +293,14 @@ def test_a_guard_sees_what_it_was_made_for(function: str, after: str, layer: str
     healthy, mutated = run([None, mutant], SOURCES, [asked], device=CPU)
     assert healthy.kills == {}
     assert set(mutated.kills) == {layer}
+
+
+def test_the_gate_itself_judges_mutants() -> None:
+    assert {layer.name for layer in gate_layers(CPU)} <= set(GUARDS)
+    asked = [layer for layer in gate_layers(CPU) if layer.name in ("operators", "margins")]
+    healthy, mutated = run([None, _named("operator drops the bias")], SOURCES, asked, device=CPU)
+    assert healthy.kills == {}
+    assert set(mutated.kills) == {"operators"}
 
 
 def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:

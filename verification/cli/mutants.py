@@ -29,6 +29,7 @@ examples:
   mxref mutants                          {_SAMPLE} mutants across all functions and kinds of mistake
   mxref mutants --all --jobs 8           the whole catalogue
   mxref mutants --all --matrix           what every layer kills, and what only it kills
+  mxref mutants --all --by-hand --gate   those by hand, each by the quick gate itself
   mxref mutants --kind gates --list      print the mutants of one kind
   mxref mutants --all --gpu-only --minutes 8 --record     on a GPU; later: --rest in place of --all
 
@@ -57,6 +58,7 @@ def add_to(commands: Any) -> None:
     which.add_argument("--seed", type=seed, default=0, help="of the sample and of every draw (default: 0)")
     which.add_argument("--list", action="store_true", help="print the mutants and stop")
     how = parser.add_argument_group("how")
+    how.add_argument("--gate", action="store_true", help="judge by the quick gate's own steps, slower")
     how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
     how.add_argument("--compile", action="store_true", help="compile the survivors: the sources' code, or none?")
     how.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes at once")
@@ -118,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
-    narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.list)
+    narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.list, arguments.gate)
     whole: bool = (arguments.all or arguments.rest) and not any(narrowed)
     return whole and arguments.gpu_only == (device.type == "cuda")
 
@@ -171,12 +173,13 @@ def _judge(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from mxref.verification.mutation.layers import layers
+    from mxref.verification.mutation.layers import gate_layers, layers
     from mxref.verification.mutation.runner import Outcome
     from mxref.verification.mutation.samples import fixtures
     from mxref.verification.mutation.session import judge
 
     torch.set_num_threads(1)
+    judges = gate_layers if arguments.gate else layers
     columns = (
         SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[tally]}"),
         TextColumn("{task.description}", style="bright_black"),
@@ -196,7 +199,7 @@ def _judge(
             progress.update(task, advance=1, description=name, tally=f"{killed} killed, {survived} alive")
 
         return judge(
-            mutants, sources, layers(device, arguments.seed), fixtures(device, arguments.seed), device,
+            mutants, sources, judges(device, arguments.seed), fixtures(device, arguments.seed), device,
             matrix=arguments.matrix, jobs=arguments.jobs, seconds=60 * arguments.minutes,
             compile_survivors=arguments.compile, on_start=on_start, on_judged=on_judged,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -34,10 +35,11 @@ from mxref.verification.memory import checked_memory, decode_index_guard, index_
 from mxref.verification.mutation.samples import drawn_weights, fixtures, integer_samples, one_hot, smallest
 from mxref.verification.operators import operators_guard
 from mxref.verification.scheduling import schedule_guard
+from mxref.verification.steps import Step, suite_steps
 from mxref.verification.verdicts import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
-__all__ = ["Layer", "Trial", "layers"]
+__all__ = ["Layer", "Trial", "gate_layers", "layers"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,6 +111,18 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
         ),
         *([layer("cliffs", integer, cliff_guard, slow=True)] if gpu else []),
     ]
+
+
+def gate_layers(device: torch.device, seed: int = 0) -> list[Layer]:
+    """The quick gate itself, a layer a guard: whether a mutant would pass it. The samples are drawn by each child."""
+    by_guard: dict[str, list[Trial]] = {}
+    for step in suite_steps(device, full=False, seed=seed, every_guard=True):
+        by_guard.setdefault(step.guard, []).append(Trial(step.case, partial(_step, step)))
+    return [Layer(guard, tuple(trials)) for guard, trials in by_guard.items()]
+
+
+def _step(step: Step, candidate: Candidate) -> list[Finding]:
+    return step.judge(candidate, _declared(candidate))[0]
 
 
 def _trial(name: str, sample: Sample, guard: Guard, device: torch.device) -> Trial:

@@ -13,9 +13,9 @@ import torch
 from mxref.formats import MX_BLOCK_SIZE, pack_codes
 from mxref.problem import Problem
 from mxref.routing import flatten_sort_count
-from mxref.verification.cases import Case, Sample, usual_dtype
+from mxref.verification.cases import Case, Sample, usual_dtype, with_dense_weights
 from mxref.verification.exhaustive import finite_bytes
-from mxref.weights import MXWeights, decode_mxfp4
+from mxref.weights import MXWeights
 
 __all__ = ["drawn_weights", "fixtures", "integer_samples", "one_hot", "smallest"]
 
@@ -29,7 +29,7 @@ def integer_samples(dtype: torch.dtype, gpu: bool, seed: int) -> list[Sample]:
     """Sums that are exact in any order: every option in the interpreter; on a GPU some, and what its tilings need."""
     cases = [*_integer_cases(dtype)[:5], *_gpu_cases(dtype)] if gpu else _integer_cases(dtype)
     samples = [case.build(seed=seed) for case in cases]
-    return [*samples, _dense(samples[1]), _large_gates(samples[1])]
+    return [*samples, with_dense_weights(samples[1]), _large_gates(samples[1])]
 
 
 def smallest(dtype: torch.dtype) -> Case:
@@ -93,15 +93,6 @@ def _interval_cases(dtype: torch.dtype) -> list[Case]:
         replace(wider, name="fp32", dtype=torch.float32),
     ]
     return everywhere if dtype == torch.float32 else [*rounded, *everywhere]
-
-
-def _dense(sample: Sample) -> Sample:
-    """The same numbers with weights that are decoded already, as a view [E, K, N]."""
-    weights = sample.problem.expert_weights
-    assert isinstance(weights, MXWeights)
-    decoded = decode_mxfp4(weights, sample.problem.dtype).mT
-    case = replace(sample.case, name=f"{sample.case.name}, dense")
-    return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
 
 
 def _large_gates(sample: Sample) -> Sample:
