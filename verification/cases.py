@@ -148,7 +148,7 @@ def _integers(dtype: torch.dtype) -> list[Case]:
         _like(base, "integer, empty experts", experts=7, routing="empty_experts", rank=16),
         _like(base, "integer, one expert", top_k=1, tokens=33, routing="one_expert", rank=20),
         _like(base, "integer, no LoRA", rank=0, gate_slots=2),
-        _like(base, "integer, a column beyond 128", K=32, N=129, tokens=9, use_fused_dX=True),
+        _like(base, "integer, 1032 columns", K=32, N=1032, tokens=9, use_fused_dX=True),
         *_crossings("integer, ", Case("", 2, 32, 32, 24, 1, 4, dtype, data="integer")),
         _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1),
     ]
