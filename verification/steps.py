@@ -108,30 +108,32 @@ def promise_steps(device: torch.device, seed: int) -> list[Step]:
     base = integer_cases(device.type)[0]
     sentinels = replace(base, routing="sentinels", gate_slots=2)
 
-    def step(guard: str, case: Case, judge: Callable[[Candidate, Sample], list[Finding]]) -> Step:
+    def step(guard: str, name: str, judge: Callable[[Candidate], list[Finding]]) -> Step:
         def asked(candidate: Candidate, _: Accumulation) -> Outcome:
             if candidate.operators is None:
                 return [], []
             try:
                 with checked_memory() if device.type == "cpu" else nullcontext():
-                    return judge(candidate, case.build(device, seed)), []
+                    return judge(candidate), []
             except Exception as error:  # whatever a candidate raises is a finding about it
-                return [raised(guard, case.name, error)], []
+                return [raised(guard, name, error)], []
 
-        return Step(guard, case.name, asked)
+        return Step(guard, name, asked)
+
+    def on(guard: str, case: Case, judge: Callable[[Candidate, Sample], list[Finding]]) -> Step:
+        return step(guard, case.name, lambda candidate: judge(candidate, case.build(device, seed)))
 
     def decoded(dtype: torch.dtype) -> Step:
         name = f"decode, {str(dtype).removeprefix('torch.')}"
-        case = replace(base, name=name)
-        return step("decode", case, lambda candidate, _: decode_guard(candidate, device, dtype, nonfinite=False))
+        return step("decode", name, lambda candidate: decode_guard(candidate, device, dtype, nonfinite=False))
 
     return [
         *(map(decoded, (torch.bfloat16, torch.float16)) if device.type == "cpu" else ()),
-        step("integer", replace(sentinels, name="dense weights"), _dense),
-        step("operators", replace(base, name="operators", routing="sentinels"), _operators),
-        step("margins", replace(sentinels, name="foreign rows", top_k=1, gate_slots=1), foreign_rows_guard),
-        step("margins", replace(base, name="wild positions"), wild_positions_guard),
-        step("margins", replace(base, name="wild offsets", experts=6, routing="empty_experts"), wild_offsets_guard),
+        on("integer", replace(sentinels, name="dense weights"), _dense),
+        on("operators", replace(base, name="operators", routing="sentinels"), _operators),
+        on("margins", replace(sentinels, name="foreign rows", top_k=1, gate_slots=1), foreign_rows_guard),
+        on("margins", replace(base, name="wild positions"), wild_positions_guard),
+        on("margins", replace(base, name="wild offsets", experts=6, routing="empty_experts"), wild_offsets_guard),
     ]
 
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from uninterpreted import run_python
 
 SCRIPT = """
-import triton
 from mxref.kernels import aot, machine_code
 unit = next(u for u in aot.units("sm_90") if u.kernel == "packed_matmul_kernel" and ("HEIGHTS", (16,)) in u.constants)
 assert not aot.compile_unit(unit).violations
-cubins = []
-compile_ = triton.compile
-triton.compile = lambda *a, **k: cubins.append(compile_(*a, **k)) or cubins[-1]
-aot.compile_unit(unit)
-sass = machine_code.disassemble(cubins[0].asm["cubin"])
+sass = machine_code.disassemble(aot.build(unit).asm["cubin"])
 assert "HGMMA" in sass and not machine_code.overwritten_operands(sass)
 lines = sass.splitlines()
 waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line]
@@ -30,6 +23,5 @@ print("seen")
 
 
 def test_a_missing_wait_is_seen() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    done = run_python("-c", SCRIPT)
     assert done.stdout.strip() == "seen", done.stdout + done.stderr

@@ -54,24 +54,26 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": f"{root}/cache"}
 
+        def compare(part: Sequence[str]) -> list[str]:
+            command = [sys.executable, "-m", __name__, folders[0], *part]
+            return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()
+
         def told(part: Sequence[str]) -> list[str]:
-            """A word for the unmutated sources, and one for each folder; a compiler that crashes says nothing."""
+            """A word for each folder; a compiler that crashes says nothing, and the next process goes on behind it."""
             words: list[str] = []
-            while len(words) <= len(part):
-                command = [sys.executable, "-m", __name__, folders[0], *part[max(0, len(words) - 1) :]]
-                said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()
-                words += said if not words else said[1:]
-                words += [_BROKEN] if len(words) <= len(part) else []
+            while len(words) < len(part):
+                words += compare(part[len(words) :])[1:]
+                words += [_BROKEN] if len(words) < len(part) else []
             return words
 
-        if told([]) == [_BROKEN]:  # and fills the cache for all others
+        if compare([]) != [_SAME]:  # and fills the cache for all others
             raise RuntimeError(
                 f"the unmutated kernels do not compile for {_ARCHITECTURE}; see python -m mxref.kernels.aot"
             )
+        parts = [folders[1 + job :: jobs] for job in range(jobs)]
         with ThreadPoolExecutor(jobs) as pool:
-            answers = list(pool.map(told, (folders[1 + job :: jobs] for job in range(jobs))))
-    words = [word for word in chain.from_iterable(zip_longest(*(answer[1:] for answer in answers))) if word]
-    named = [(mutant.name, word) for mutant, word in zip(candidates, words, strict=True)]
+            words = dict(zip(chain(*parts), chain(*pool.map(told, parts)), strict=True))
+        named = [(mutant.name, words[folder]) for mutant, folder in zip(candidates, folders[1:], strict=True)]
     return {name for name, word in named if word == _SAME}, {name for name, word in named if word == _BROKEN}
 
 

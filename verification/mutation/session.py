@@ -27,9 +27,8 @@ __all__ = ["EQUIVALENT_SHARE", "FalseKillError", "Fate", "Judged", "Session", "j
 EQUIVALENT_SHARE = 0.05
 """At most this part of the mutants may be equivalent: more, and the operators plant bugs that are none."""
 
-
 _TRIAL_SECONDS = {"cpu": 15.0, "cuda": 25.0}
-"""A trial that takes so much processor time hangs: the unmutated sources need a quarter of it, compilation included."""
+"""A mutant's trial that takes more processor time than this hangs."""
 
 
 class FalseKillError(RuntimeError):
@@ -156,18 +155,17 @@ def judge(
         until=start + seconds, on_outcome=judged,
     )  # fmt: skip
     session.baseline_seconds = sum(outcome.seconds for outcome in outcomes if outcome.mutant is None)
-    outcomes = [outcome for outcome in outcomes if outcome.mutant is not None]
-    begun = {outcome.mutant.name for outcome in outcomes if outcome.mutant is not None}
-    session.unjudged = [mutant for mutant in mutants if mutant.name not in begun]
-    survivors = [outcome.mutant for outcome in outcomes if not outcome.killed and outcome.mutant is not None]
+    begun = [(outcome.mutant, outcome) for outcome in outcomes if outcome.mutant is not None]
+    names = {mutant.name for mutant, _ in begun}
+    session.unjudged = [mutant for mutant in mutants if mutant.name not in names]
+    survivors = [mutant for mutant, outcome in begun if not outcome.killed]
     reasons, broken = _explain(survivors, sources, fixtures, device, jobs, limit, compile_survivors, on_start)
-    for outcome in outcomes:
-        if outcome.mutant is not None and outcome.mutant.name in broken:
+    for mutant, outcome in begun:
+        if mutant.name in broken:
             outcome.kills["compile"] = "does not compile for a GPU, or only with a hazard"
-        assert outcome.mutant is not None
-        reason = next(iter(outcome.kills.values()), reasons.get(outcome.mutant.name, ""))
+        reason = next(iter(outcome.kills.values()), reasons.get(mutant.name, ""))
         fate = Fate.KILLED if outcome.killed else Fate.EQUIVALENT if reason else Fate.SURVIVED
-        session.judged.append(Judged(outcome.mutant, fate, outcome.kills, outcome.seconds, reason))
+        session.judged.append(Judged(mutant, fate, outcome.kills, outcome.seconds, reason))
     session.seconds = time.monotonic() - start
     return session
 
