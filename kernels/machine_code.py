@@ -2,10 +2,11 @@
 
 `wgmma`: until a wait retires it, its accumulator and its left operand, if that lies in registers, belong to it; PTX
 leaves the rest to the compiler. Here the machine code itself is read: a loop's body twice over, so that what is in
-flight at its end meets its beginning.
+flight at its end meets its beginning, and then what follows.
 
 `cp.async`: a loop that fills a ring waits in each turn until at most w groups of copies are in flight, and starts c
-more. It reads the oldest c, so w + c must have been started before the first turn. On an idle GPU a copy that nobody
+more. It reads the oldest c, so w + c must have been started before the first turn. What they wrote the tensor cores see
+behind a fence only; boxes that the copy engine fetches complete a barrier instead. On an idle GPU a copy that nobody
 waits for has nearly always arrived, so that no result tells.
 """
 
@@ -14,12 +15,21 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
 
-__all__ = ["Resources", "disassemble", "overwritten_operands", "resources", "unwaited_copies"]
+__all__ = [
+    "Resources",
+    "disassemble",
+    "lasting_barriers",
+    "resources",
+    "touched_in_flight",
+    "unseen_copies",
+    "unwaited_copies",
+]
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\.F32\S*\s+R(\d+),\s*(R\d+|gdesc)")
@@ -34,14 +44,11 @@ class Resources:
 
 
 @dataclass
-class _InFlight:
-    """Registers that issued and not yet retired groups of wgmma own, oldest group first."""
+class _Group:
+    """Registers of the products that one wait retires together."""
 
-    groups: list[set[int]] = field(default_factory=list)
-    open: set[int] = field(default_factory=set)
-
-    def owned(self) -> set[int]:
-        return self.open.union(*self.groups)
+    accumulators: set[int] = field(default_factory=set)
+    operands: set[int] = field(default_factory=set)
 
 
 def resources(cubin: bytes) -> Resources:
@@ -58,13 +65,12 @@ def disassemble(cubin: bytes) -> str:
     return _cuobjdump(cubin, "-sass")
 
 
-def overwritten_operands(sass: str) -> list[str]:
-    """Instructions that write to a register while a wgmma in flight owns it; empty when all is well."""
+def touched_in_flight(sass: str) -> list[str]:
+    """Instructions that write to a register of a wgmma in flight, or read its accumulator; empty when all is well."""
     code = _instructions(sass)
     found: dict[str, None] = {}
-    for first, last in _loops(code):
-        body = code[first : last + 1]
-        found |= dict.fromkeys(_conflicts([*body, *body]))
+    for first, last in _innermost(code, lambda opcode: opcode.startswith("HGMMA")):
+        found |= dict.fromkeys(_conflicts([*code[first : last + 1], *code[first:]]))
     return list(found)
 
 
@@ -73,22 +79,41 @@ def unwaited_copies(sass: str) -> list[str]:
 
     For kernels that wait before they start the next copies, and read what they waited for last.
     """
-    code = _instructions(sass)
-    loops = [(first, last) for first, last in _loops(code) if _commits(code[first : last + 1])]
-    found = []
-    for first, last in loops:
-        if any((first, last) != inner and first <= inner[0] and inner[1] <= last for inner in loops):
-            continue
+    code, found = _instructions(sass), []
+    for first, last in _innermost(code, lambda opcode: opcode == "LDGDEPBAR"):
         body, start = code[first : last + 1], first
         while start and _left_in_flight(code[start - 1]) != 0:
             start -= 1
         ahead = _commits(code[start:first])
         found += [
-            f"{instruction[0]:#x} {instruction[1]} {instruction[2].strip()}"
+            _text(instruction)
             for instruction in body
             if (left := _left_in_flight(instruction)) is not None and left + _commits(body) > ahead
         ]
     return found
+
+
+def unseen_copies(sass: str) -> list[str]:
+    """Products in loops that multiply copies started there before they are sure to see them; empty when all is well.
+
+    The first product of a turn needs a barrier's completion before it where the loop fetches boxes, and a fence where
+    `cp.async` alone fills the ring.
+    """
+    code, found = _instructions(sass), []
+    for first, last in _innermost(code, lambda opcode: opcode.startswith("HGMMA")):
+        opcodes = [opcode for _, opcode, _ in code[first : last + 1]]
+        product = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("HGMMA"))
+        needed = "SYNCS.PHASECHK" if any(map(_is_box, opcodes)) else "FENCE.VIEW.ASYNC"
+        if any(map(_is_copy, opcodes)) and not any(opcode.startswith(needed) for opcode in opcodes[:product]):
+            found.append(f"{_text(code[first + product])}, no {needed} before it")
+    return found
+
+
+def lasting_barriers(sass: str) -> int:
+    """Barriers that are initialised and never invalidated, as PTX asks before their memory serves another purpose."""
+    opcodes = [opcode for _, opcode, _ in _instructions(sass)]
+    made, ended = (sum(map(kind.__eq__, opcodes)) for kind in ("SYNCS.EXCH.64", "SYNCS.CCTL.IV"))
+    return made - ended
 
 
 _Instruction = tuple[int, str, str]
@@ -110,6 +135,29 @@ def _loops(code: list[_Instruction]) -> list[tuple[int, int]]:
     ]
 
 
+def _innermost(code: list[_Instruction], holds: Callable[[str], bool]) -> list[tuple[int, int]]:
+    """The loops that have such an opcode, without those around another of them."""
+    loops = [(first, last) for first, last in _loops(code) if any(holds(op) for _, op, _ in code[first : last + 1])]
+    return [
+        (first, last)
+        for first, last in loops
+        if not any((first, last) != inner and first <= inner[0] and inner[1] <= last for inner in loops)
+    ]
+
+
+def _is_box(opcode: str) -> bool:
+    return opcode.startswith("UTMALDG")
+
+
+def _is_copy(opcode: str) -> bool:
+    return opcode.startswith("LDGSTS") or _is_box(opcode)
+
+
+def _text(instruction: _Instruction) -> str:
+    address, opcode, operands = instruction
+    return f"{address:#x} {opcode} {operands.strip()}"
+
+
 def _commits(code: list[_Instruction]) -> int:
     """Groups of copies that are closed here."""
     return sum(opcode == "LDGDEPBAR" for _, opcode, _ in code)
@@ -123,23 +171,30 @@ def _left_in_flight(instruction: _Instruction) -> int | None:
 
 
 def _conflicts(code: list[_Instruction]) -> list[str]:
-    flight, conflicts = _InFlight(), []
-    for address, opcode, operands in code:
-        text = f"{opcode} {operands}"
-        if product := _HGMMA.match(text):
+    flight, conflicts = [_Group()], list[str]()  # the last is open, nothing waits for it yet
+    for instruction in code:
+        _, opcode, operands = instruction
+        if product := _HGMMA.match(f"{opcode} {operands}"):
             first, left = int(product[2]), product[3]
-            flight.open |= set(range(first, first + int(product[1]) // 2))
+            flight[-1].accumulators |= set(range(first, first + int(product[1]) // 2))
             if left != "gdesc":
-                flight.open |= set(range(int(left[1:]), int(left[1:]) + 4))
+                flight[-1].operands |= set(range(int(left[1:]), int(left[1:]) + 4))
             if "gsb0" in operands:
-                flight.groups.append(flight.open)
-                flight.open = set()
+                flight.append(_Group())
         elif opcode.startswith("WARPGROUP.DEPBAR"):
             keep = int(operands.split(",")[-1], 16)
-            flight.groups = flight.groups[len(flight.groups) - keep :] if keep else []
-        elif _written(opcode, operands) & flight.owned():
-            conflicts.append(f"{address:#x} {text.strip()}")
+            flight = flight[-1 - keep :]
+        else:
+            written, read = _written(opcode, operands), _read(opcode, operands)
+            if any(written & (g.accumulators | g.operands) or read & g.accumulators for g in flight):
+                conflicts.append(_text(instruction))
     return conflicts
+
+
+def _read(opcode: str, operands: str) -> set[int]:
+    """The registers that an instruction names besides the one that it writes."""
+    named = [int(register) for register in re.findall(r"\bR(\d+)", operands)]
+    return set(named[1:] if _written(opcode, operands) else named)
 
 
 def _written(opcode: str, operands: str) -> set[int]:

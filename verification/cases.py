@@ -15,6 +15,7 @@ from mxref.verification.sampling import Case, Sample, sample_for_weights
 from mxref.weights import MXWeights, decode_mxfp4
 
 __all__ = [
+    "FULL_OF_COLUMNS",
     "Case",
     "Sample",
     "behaviour_cases",
@@ -29,6 +30,9 @@ __all__ = [
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+FULL_OF_COLUMNS = 132 * 4 * 128
+"""N for which one row tile is more programs of 128 columns than an H100 runs at once: the next tile's begin later."""
 
 
 def usual_dtype(device_type: str) -> torch.dtype:
@@ -136,6 +140,7 @@ def _grid(dtype: torch.dtype) -> list[Case]:
 
 def _integers(dtype: torch.dtype) -> list[Case]:
     base = Case("integer", 4, 64, 96, 20, 2, 4, dtype, data="integer", scaling=0.5, bias=True)
+    full = _like(base, "integer, a GPU full of columns", K=32, N=FULL_OF_COLUMNS, tokens=6, routing="sentinels")
     return [
         base,
         _like(base, "integer, gates", gate_slots=2, scaling=2.0),
@@ -151,20 +156,23 @@ def _integers(dtype: torch.dtype) -> list[Case]:
         _like(base, "integer, 1032 columns", K=32, N=1032, tokens=9, use_fused_dX=True),
         *_crossings("integer, ", Case("", 2, 32, 32, 24, 1, 4, dtype, data="integer")),
         _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1),
+        *([] if dtype == _FP32 else [full]),  # interpreted, programs run one after another
     ]
 
 
 def _crossings(prefix: str, base: Case) -> list[Case]:
     """One size at a time past the tiles and the byte that an implementation may have in mind, all others tiny.
 
-    And, but for the interpreter, whose tiles are never tall, tall tiles along more steps than a ring of copies holds.
+    And, but for the interpreter, whose tiles are never tall, tall tiles of two sizes along more steps than a ring of
+    copies holds.
     """
-    tall = {"experts": 3, "K": 544, "N": 544, "tokens": 520, "grouped_in": True, "grouped_out": True}
+    tall = {"experts": 3, "K": 544, "N": 544, "grouped_in": True, "grouped_out": True}
+    heights = () if base.dtype == _FP32 else (300, 520)
     return [
         _like(base, f"{prefix}hundreds of rows an expert", experts=3, tokens=291, routing="one_expert"),
         _like(base, f"{prefix}long K", K=1312, use_fused_dX=True),
         _like(base, f"{prefix}long N", N=1312, use_fused_dX=True),
-        *([] if base.dtype == _FP32 else [_like(base, f"{prefix}tall tiles in expert order", **tall)]),
+        *(_like(base, f"{prefix}tall tiles in expert order, {M} rows", **tall, tokens=M) for M in heights),
     ]
 
 

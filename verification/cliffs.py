@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from mxref.verification.allocations import Allocations
 from mxref.verification.candidates import Candidate
 from mxref.verification.guards import integer_guard
-from mxref.verification.margins import EMPTY, FRESH
 from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding
 from mxref.weights import MXWeights
@@ -56,19 +55,22 @@ class _AtEdges:
             return self.candidate.run(sample)
 
 
-class _Edges(TorchFunctionMode):
-    """While active, contiguous tensors that Python code allocates or clones lie at an edge, and empty ones hold NaN."""
+class _Edges(Allocations):
+    """While active, what Python code allocates or clones on the device lies at an edge."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device, self._pieces = device, list[_Mapped]()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let the call run, then move a fresh tensor."""
-        fresh = func(*args, **(kwargs or {}))
-        if func not in FRESH or not isinstance(fresh, Tensor) or not fresh.is_contiguous():
+    def place(self, fresh: Tensor) -> Tensor:
+        """Garbage, at an edge."""
+        size = fresh.numel() * fresh.element_size()
+        if not size or fresh.device.type != "cuda":
             return fresh
-        return self._moved(fresh, empty=func in EMPTY)
+        self._pieces.append(piece := _Mapped(size, self._device))
+        memory = torch.as_tensor(piece, device=self._device).fill_(0xFF)  # as a number NaN, as an index −1
+        start = (memory.numel() - size) // _ALIGNMENT * _ALIGNMENT
+        return memory[start : start + size].view(fresh.dtype).view(fresh.shape)
 
     def release(self) -> None:
         """Unmap everything; nothing that lies here may be used again."""
@@ -87,15 +89,8 @@ class _Edges(TorchFunctionMode):
                 replaced[name] = self._moved(operand)
         return replace(sample, problem=replace(sample.problem, **replaced), grad_out=self._moved(sample.grad_out))
 
-    def _moved(self, x: Tensor, empty: bool = False) -> Tensor:
-        size = x.numel() * x.element_size()
-        if not size or x.device.type != "cuda":
-            return x
-        self._pieces.append(piece := _Mapped(size, self._device))
-        memory = torch.as_tensor(piece, device=self._device).fill_(0xFF)  # as a number NaN, as an index −1
-        start = (memory.numel() - size) // _ALIGNMENT * _ALIGNMENT
-        inside = memory[start : start + size].view(x.dtype).view(x.shape)
-        return inside if empty else inside.copy_(x.detach())
+    def _moved(self, operand: Tensor) -> Tensor:
+        return self.place(operand).copy_(operand.detach())
 
 
 class _Location(ctypes.Structure):

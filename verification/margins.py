@@ -14,10 +14,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
+from mxref.verification.allocations import Allocations
 from mxref.verification.candidates import Candidate
 from mxref.verification.fences import fenced
 from mxref.verification.guards import integer_guard, reference
@@ -25,8 +25,6 @@ from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding, Status
 
 __all__ = [
-    "EMPTY",
-    "FRESH",
     "Margins",
     "foreign_rows_guard",
     "margins_guard",
@@ -37,36 +35,27 @@ __all__ = [
 _WIDTH = 1 << 14
 """Elements on either side: more than one tile's rows of any case here."""
 
-EMPTY = {torch.empty, torch.empty_like, Tensor.new_empty}
-FRESH = EMPTY | {torch.zeros, torch.zeros_like, torch.full, torch.full_like, Tensor.new_zeros, Tensor.clone}
-"""What allocates memory, or copies into fresh memory, for kernels to work on; some of it uninitialised."""
 
-
-class Margins(TorchFunctionMode):
-    """While active, contiguous tensors that Python code allocates or clones get margins, and empty ones hold NaN."""
+class Margins(Allocations):
+    """While active, what Python code allocates or clones gets margins."""
 
     def __init__(self) -> None:
         super().__init__()
         self._buffers: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let the call run, then move a fresh tensor between margins."""
-        fresh = func(*args, **(kwargs or {}))
-        if func not in FRESH or not isinstance(fresh, Tensor) or not fresh.is_contiguous() or fresh.is_meta:
-            return fresh
-        garbage, size = _garbage(fresh.dtype), fresh.numel()
-        buffer = torch.full((size + 2 * _WIDTH,), garbage, dtype=fresh.dtype, device=fresh.device)
-        self._buffers.append(buffer)
-        inside = buffer[_WIDTH : _WIDTH + size].view(fresh.shape)
-        return inside if func in EMPTY else inside.copy_(fresh.detach())
+    def place(self, fresh: Tensor) -> Tensor:
+        """Garbage, between margins."""
+        size = fresh.numel()
+        self._buffers.append(buffer := _garbage(size + 2 * _WIDTH, fresh))
+        return buffer[_WIDTH : _WIDTH + size].view(fresh.shape)
 
     def damage(self) -> str:
         """What was written outside, in words; "" for nothing."""
         for buffer in self._buffers:
             outside = torch.cat([buffer[:_WIDTH], buffer[-_WIDTH:]])
-            intact = torch.isnan(outside) if buffer.is_floating_point() else outside == _garbage(buffer.dtype)
+            intact = _bytes(outside) == _bytes(_garbage(outside.numel(), outside))
             if not intact.all():
-                size, count = buffer.numel() - 2 * _WIDTH, int((~intact).sum())
+                size, count = buffer.numel() - 2 * _WIDTH, int((~intact.all(1)).sum())
                 return f"{count} elements written outside a {buffer.dtype} tensor of {size}"
         return ""
 
@@ -166,8 +155,13 @@ def _intact(margins: Margins, case: str) -> Finding:
     return Finding("margins", case, "memory", Status.PASS, "nothing written outside a tensor", 0, 0)
 
 
-def _garbage(dtype: torch.dtype) -> float | int | bool:
-    """What no computation should ever meet."""
-    if dtype.is_floating_point:
-        return float("nan")
-    return True if dtype == torch.bool else torch.iinfo(dtype).max
+def _garbage(size: int, like: Tensor) -> Tensor:
+    """Elements that no computation should ever meet: the largest integers, and a NaN that none results in."""
+    if like.is_floating_point():
+        return torch.full((size * like.element_size(),), 0xFF, dtype=torch.uint8, device=like.device).view(like.dtype)
+    largest = True if like.dtype == torch.bool else torch.iinfo(like.dtype).max
+    return torch.full((size,), largest, dtype=like.dtype, device=like.device)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8).view(x.numel(), -1)

@@ -107,6 +107,7 @@ def promise_steps(device: torch.device, seed: int) -> list[Step]:
     """
     base = integer_cases(device.type)[0]
     sentinels = replace(base, routing="sentinels", gate_slots=2)
+    fused = replace(base, K=96, use_fused_dX=True, use_fused_gather=True)
 
     def step(guard: str, name: str, judge: Callable[[Candidate], list[Finding]]) -> Step:
         def asked(candidate: Candidate, _: Accumulation) -> Outcome:
@@ -132,7 +133,9 @@ def promise_steps(device: torch.device, seed: int) -> list[Step]:
         on("integer", replace(sentinels, name="dense weights"), _dense),
         on("operators", replace(base, name="operators", routing="sentinels"), _operators),
         on("margins", replace(sentinels, name="foreign rows", top_k=1, gate_slots=1), foreign_rows_guard),
+        on("integer", replace(base, name="129 columns", N=129, use_fused_dX=True), integer_guard),
         on("margins", replace(base, name="wild positions"), wild_positions_guard),
+        on("margins", replace(fused, name="wild positions, fused"), wild_positions_guard),
         on("margins", replace(base, name="wild offsets", experts=6, routing="empty_experts"), wild_offsets_guard),
     ]
 

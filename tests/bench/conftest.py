@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from mxref.verification.baselines import architecture_name
 from mxref.verification.bench import report, workloads
 from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
 from mxref.verification.bench.paths import every_path
@@ -27,8 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """One storage a GPU: pytest-benchmark's folder names the host's processor, not the GPU."""
     if torch.cuda.is_available() and getattr(config.option, "benchmark_storage", None) == "file://./.benchmarks":
-        gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
-        config.option.benchmark_storage = f"file://./.benchmarks/{gpu}"
+        config.option.benchmark_storage = f"file://./.benchmarks/{architecture_name(torch.device('cuda'))}"
 
 
 @pytest.hookimpl(tryfirst=True)

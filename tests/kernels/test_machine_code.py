@@ -6,18 +6,27 @@ from uninterpreted import run_python
 
 SCRIPT = """
 from mxref.kernels import aot, machine_code
-unit = next(u for u in aot.units("sm_90") if u.kernel == "packed_matmul_kernel" and ("HEIGHTS", (16,)) in u.constants)
+hopper = [u for u in aot.units("sm_90") if u.kernel == "packed_matmul_kernel"]
+unit = next(u for u in hopper if ("HEIGHTS", (16,)) in u.constants)
+boxed = next(u for u in hopper if dict(u.signature)["rows_box"] != "constexpr")
 assert not aot.compile_unit(unit).violations
 sass = machine_code.disassemble(aot.build(unit).asm["cubin"])
-assert "HGMMA" in sass and not machine_code.overwritten_operands(sass)
+assert "HGMMA" in sass and not machine_code.touched_in_flight(sass)
+last = "WARPGROUP.DEPBAR.LE gsb0, 0x0 "
+assert machine_code.touched_in_flight(sass.replace(last, last.replace("0x0", "0x1")))
 lines = sass.splitlines()
 waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line]
 assert len(waits) == 2
 for wait in waits:
-    found = machine_code.overwritten_operands("\\n".join(lines[:wait] + lines[wait + 1 :]))
+    found = machine_code.touched_in_flight("\\n".join(lines[:wait] + lines[wait + 1 :]))
     assert found, lines[wait]
 hasty = sass.replace("DEPBAR.LE SB0, 0x1 ;", "DEPBAR.LE SB0, 0x2 ;")
 assert hasty != sass and machine_code.unwaited_copies(hasty) and not machine_code.unwaited_copies(sass)
+assert machine_code.unseen_copies(sass.replace("FENCE.VIEW.ASYNC", "NOP")) and not machine_code.unseen_copies(sass)
+boxes = machine_code.disassemble(aot.build(boxed).asm["cubin"])
+assert "UTMALDG" in boxes and not aot.compile_unit(boxed).violations
+assert machine_code.unseen_copies(boxes.replace("SYNCS.PHASECHK", "NOP"))
+assert machine_code.lasting_barriers(boxes.replace("SYNCS.CCTL.IV", "NOP")) == 3
 print("seen")
 """
 

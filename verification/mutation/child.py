@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -26,47 +26,60 @@ from mxref.verification.candidates import Candidate, shipped
 from mxref.verification.mutation.layers import Layer, Trial
 from mxref.verification.mutation.mutant import Mutant, Source
 
-__all__ = ["import_kernels", "run_child", "write_sources"]
+__all__ = ["Task", "import_kernels", "run_child", "write_sources"]
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
 
 
-def run_child(
-    mutant: Mutant | None,
-    sources: Mapping[str, Source],
-    layers: Sequence[Layer],
-    device: torch.device,
-    gpu: str | None,
-    folder: Path,
-    trial_seconds: float,
-    matrix: bool,
-    messages: Connection,
-) -> None:
-    """Build, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant.
+@dataclass(frozen=True)
+class Task:
+    """What one process judges.
 
-    The first rejection ends it; with `matrix` it ends the questions to that layer.
+    Attributes:
+        mutant: which; None for the sources as they are.
+        sources: the kernels', by file name.
+        layers: what to ask, in this order.
+        device: what the layers were made for.
+        gpu: the one to see, as CUDA_VISIBLE_DEVICES names it; None for what is visible anyway.
+        trial_seconds: processor time after which a trial counts as hung.
+        matrix: ask every layer; otherwise the first rejection ends it.
+    """
+
+    mutant: Mutant | None
+    sources: Mapping[str, Source]
+    layers: Sequence[Layer]
+    device: torch.device
+    gpu: str | None
+    trial_seconds: float
+    matrix: bool
+
+
+def run_child(task: Task, folder: Path, messages: Connection) -> None:
+    """Build in `folder`, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant.
+
+    The first rejection ends it; in a matrix it ends the questions to that layer.
     """
     _quiet()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if task.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = task.gpu
     try:
-        write_sources(mutant, sources, folder)
+        write_sources(task.mutant, task.sources, folder)
         import_kernels(folder)
-        candidate = shipped(device)
+        candidate = shipped(task.device)
     except Exception:
         messages.send(("import", traceback.format_exc(limit=1).strip().splitlines()[-1]))
         return
     killed = set[str]()
-    for layer in layers:
+    for layer in task.layers:
         if layer.name in killed:
             continue
         messages.send((layer.name, None))
-        reason = next((reason for trial in layer.trials if (reason := _reject(trial, candidate, trial_seconds))), None)
-        if reason is not None:
+        trials = (_reject(trial, candidate, task.trial_seconds) for trial in layer.trials)
+        if (reason := next(filter(None, trials), None)) is not None:
             messages.send((layer.name, reason))
             killed.add(layer.name)
-            if not matrix:
+            if not task.matrix:
                 return
 
 

@@ -12,18 +12,24 @@ __all__ = ["Equivalent", "each"]
 
 @dataclass(frozen=True)
 class Equivalent:
-    """One mutant, by function and lines, and why no input tells it from the sources."""
+    """One mutant, by function and lines, and why no input tells it from the sources.
+
+    `below`: how the line after them begins, where the same edit is possible in several places.
+    """
 
     function: str
     before: str
     after: str
     argument: str
+    below: str = ""
 
     def covers(self, mutant: Mutant, sources: Mapping[str, Source]) -> bool:
         """Whether it speaks of this mutant."""
-        return mutant.function == self.function and mutant.edit(sources[mutant.file].text) == (self.before, self.after)
+        text = sources[mutant.file].text
+        edit, below = mutant.edit(text), "".join(text.splitlines()[mutant.line :][:1]).strip()
+        return (mutant.function, *edit) == (self.function, self.before, self.after) and below.startswith(self.below)
 
 
-def each(function: str, before: str, afters: Iterable[str], argument: str) -> tuple[Equivalent, ...]:
+def each(function: str, before: str, afters: Iterable[str], argument: str, below: str = "") -> tuple[Equivalent, ...]:
     """Several edits of one line for one reason."""
-    return tuple(Equivalent(function, before, after, argument) for after in afters)
+    return tuple(Equivalent(function, before, after, argument, below) for after in afters)

@@ -9,6 +9,19 @@ __all__ = ["HOPPER"]
 _LORA_FIRST = "LORA_FIRST: gl.constexpr = {}  # its operand then shares memory with the ring"
 _BOX = "kernel, own = packed_matmul_kernel, _hopper_arguments({} if {} else None, weight, config)"
 
+_LARGER = "larger = {} if {} else True"
+_BOXED = "out, rows_in, rows_box if {} else None, packed, scales, low, factor, bias, positions, expert,"
+_TWO = "return gl.load(at.to(gl.pointer_type(gl.uint16)), mask=rows & (left > {}), other={})"
+_LOW = "low = gl.load(at, mask=rows & ({}), other=0).to(gl.uint16)"
+_HIGH = "return low | (gl.load(at + 1, mask=rows & (left > {}), other=0).to(gl.uint16) << 8)"
+
+_AGAIN = (
+    "Every tile is computed at the height that is right for it, and at others besides; the chain is the same at every "
+    "height, and rows from `end` on are masked."
+)
+_ODD = "Not ALIGNED: K/32 is odd, and so is `left`, from which only even numbers are taken: never 0, never 2."
+_SURPLUS = "A surplus tile is expert 0's without rows: nothing of it is stored."
+
 HOPPER: tuple[Equivalent, ...] = (
     Equivalent(
         "grouped_matmul",
@@ -54,4 +67,116 @@ HOPPER: tuple[Equivalent, ...] = (
         "return hopper.warpgroup_mma_wait((0 + 1), [acc]) * s",
         "The assembler sees the accumulator read too early, and then waits after every wgmma by itself.",
     ),
+    *each(
+        "packed_tile",
+        "async_copy.wait_group(STAGES - 2)",
+        ("async_copy.wait_group(STAGES - (2 + 1))",),
+        "More copies are waited for than the next products need.",
+    ),
+    *(
+        equivalent
+        for wait in (
+            "acc, a1 = hopper.warpgroup_mma_wait({}, [acc, a1])",
+            "acc, a0 = hopper.warpgroup_mma_wait({}, [acc, a0])",
+        )
+        for equivalent in each(
+            "packed_tile", wait.format(1), (wait.format("(1 - 1)"),), "More products are waited for than need be."
+        )
+    ),
+    *each(
+        "packed_tile",
+        "async_copy.wait_group(0)",
+        ("async_copy.wait_group((0 + 1))", "async_copy.wait_group((0 - 1))"),
+        "Every turn waits for the copies that it reads; the groups that are open behind the last turn are empty.",
+    ),
+    *each(
+        "packed_tile",
+        "mbarrier.wait(filled.index(stage), (i // 2) // STAGES & 1)",
+        ("mbarrier.wait(filled.index(stage), ((i // 2) // STAGES))",),
+        "The instruction takes the parity from the highest bit of a register, to which the assembler shifts the lowest "
+        "one of whatever it is given.",
+    ),
+    *each(
+        "packed_tile",
+        "if rows_box is None:",
+        ("if True:", "if False:", "if ((rows_box) is not (None)):"),
+        "The compiler puts this fence before a product that reads shared memory wherever the source has none; boxes "
+        "need none, and lose only time by one.",
+        "hopper.fence_async_shared()",
+    ),
+    Equivalent(
+        "packed_tile",
+        "acc += gl.load(bias + expert * J + j, mask=j < J, other=0.0).to(gl.float32)[:, None]",
+        'acc += gl.load(bias + expert * J + j, mask=j < J, other=float("nan")).to(gl.float32)[:, None]',
+        "Columns from J on are computed and not stored.",
+    ),
+    *each(
+        "packed_matmul_kernel",
+        "if begin >= end:",
+        ("if False:", "if ((begin) > (end)):"),
+        _SURPLUS,
+    ),
+    *each("packed_matmul_kernel", "return", ("pass",), _SURPLUS, "if expert >= E:"),
+    Equivalent(
+        "packed_matmul_kernel",
+        "for first in range(0, HEIGHTS[0], 16):",
+        "for first in range(0, HEIGHTS[0], (16 - 1)):",
+        "Some rows of zeros are written twice; rows from `end` on are masked.",
+    ),
+    *each(
+        "packed_matmul_kernel",
+        _LARGER.format("end - begin > HEIGHTS[h + 1]", "h + 1 < len(HEIGHTS)"),
+        (
+            _LARGER.format("end - begin > HEIGHTS[h + 1]", "False"),
+            _LARGER.format("end - begin > HEIGHTS[h + 1]", "h + (1 + 1) < len(HEIGHTS)"),
+            _LARGER.format("((end - begin) >= (HEIGHTS[h + 1]))", "h + 1 < len(HEIGHTS)"),
+            _LARGER.format("((end) + (begin)) > HEIGHTS[h + 1]", "h + 1 < len(HEIGHTS)"),
+            _LARGER.format("(end) > HEIGHTS[h + 1]", "h + 1 < len(HEIGHTS)"),
+        ),
+        _AGAIN,
+    ),
+    Equivalent(
+        "packed_matmul_kernel",
+        _LARGER.format("end - begin > HEIGHTS[h + 1]", "h + 1 < len(HEIGHTS)"),
+        _LARGER.format("end - begin > HEIGHTS[((h) - (1))]", "h + 1 < len(HEIGHTS)"),
+        "At h = 0 this asks for more rows than the lowest tile holds: those take the tallest, fewer the lowest, and "
+        "none of the others. The chain is the same at every height.",
+    ),
+    *each(
+        "packed_matmul_kernel",
+        "if fits & larger:",
+        ("if True:", "if ((fits) | (larger)):", "if (fits):", "if (larger):"),
+        _AGAIN,
+    ),
+    *each(
+        "packed_matmul_kernel",
+        _BOXED.format("h == 0"),
+        (_BOXED.format("False"), _BOXED.format("h == (0 - 1)")),
+        "Rows that do not come as a box come by copies of 16 bytes: the same numbers, later.",
+    ),
+    Equivalent(
+        "load_scales",
+        "if ALIGNED:",
+        "if False:",
+        "Two bytes, each by its own mask, in place of both at once.",
+    ),
+    Equivalent(
+        "load_scales",
+        _TWO.format("0", "0"),
+        _TWO.format("(0 + 1)", "0"),
+        "ALIGNED: K/32 is even, and so is `left`, from which only even numbers are taken.",
+    ),
+    Equivalent(
+        "load_scales",
+        _TWO.format("0", "0"),
+        _TWO.format("0", 'float("nan")'),
+        "The load then gives fp32, which holds 16 bits exactly, and its NaN becomes the integer 0.",
+    ),
+    *each(
+        "load_scales",
+        _LOW.format("left > 0"),
+        (_LOW.format("((left) >= (0))"), _LOW.format("left > (0 - 1)")),
+        _ODD,
+    ),
+    *each("load_scales", _HIGH.format("1"), (_HIGH.format("(1 + 1)"),), _ODD),
 )

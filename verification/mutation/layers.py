@@ -83,7 +83,7 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     extremes = nonfinite_samples(dtype, "cpu")
     decode = layer("decode", [*(one_hot(each) for each in _DTYPES), *extremes], integer_guard)
     margins = layer("margins", integer, margins_guard)
-    wild = _trial("wild positions", integer[0], wild_positions_guard, device)
+    wild = [_trial(f"wild positions, {s.case.name}", s, wild_positions_guard, device) for s in (integer[0], integer[2])]
     empty = replace(integer[1].case, name="wild offsets", experts=5, routing="empty_experts").build(seed=seed)
     offsets = _trial("wild offsets", empty, wild_offsets_guard, device)
     spread = _trial("foreign rows", foreign, foreign_rows_guard, device)
@@ -99,7 +99,7 @@ def layers(device: torch.device, seed: int = 0) -> list[Layer]:
         layer("drift", plain, _drift),
         layer("operators", [operators], lambda candidate, sample: operators_guard(_kernels(), sample)),
         layer("poison", plain + fused, poison_guard, slow=True),
-        replace(margins, trials=(spread, wild, offsets, *margins.trials)),
+        replace(margins, trials=(spread, *wild, offsets, *margins.trials)),
         *indices,
         layer("rows", plain, row_guard, slow=True),
         layer("second backward", plain, second_backward_guard, slow=True),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from mxref.verification.mutation.child import run_child
+from mxref.verification.mutation.child import Task, run_child
 from mxref.verification.mutation.layers import Layer
 from mxref.verification.mutation.mutant import Mutant, Source
 
@@ -63,11 +63,10 @@ class Outcome:
 @dataclass
 class _Job:
     outcome: Outcome
-    layers: Sequence[Layer]
+    task: Task
     folder: Path
     process: ForkProcess
     messages: Connection
-    limit: float
     started: float
     heard: float
     done: bool = False
@@ -77,7 +76,7 @@ class _Job:
         """What a child that died while it asked every layer has not come to: all layers that did not kill."""
         kills = self.outcome.kills
         died = self.process.exitcode and "import" not in kills
-        return [layer for layer in self.layers if layer.name not in kills] if died else []
+        return [layer for layer in self.task.layers if layer.name not in kills] if died else []
 
 
 def run(
@@ -131,12 +130,12 @@ def run(
                     receiver, sender = context.Pipe(duplex=False)
                     gpu = gpus[len(outcomes) % len(gpus)] if gpus else None
                     limit = trial_seconds * (_LENIENCE if apart and outcome.mutant is None else 1)
-                    arguments = (outcome.mutant, sources, part, device, gpu, folder, limit, matrix, sender)
-                    process = context.Process(target=run_child, args=arguments)
+                    task = Task(outcome.mutant, sources, part, device, gpu, limit, matrix)
+                    process = context.Process(target=run_child, args=(task, folder, sender))
                     process.start()
                     sender.close()
                     now = time.monotonic()
-                    running.append(_Job(outcome, part, folder, process, receiver, limit, now, now))
+                    running.append(_Job(outcome, task, folder, process, receiver, now, now))
                 wait([job.messages for job in running], timeout=0.5)
                 for job in running:
                     _listen(job)
@@ -191,7 +190,7 @@ def _listen(job: _Job) -> None:
     except EOFError:
         job.process.join()
         job.done = True
-    if not job.done and time.monotonic() - job.heard > _PATIENCE * job.limit:
+    if not job.done and time.monotonic() - job.heard > _PATIENCE * job.task.trial_seconds:
         job.process.kill()
         job.process.join()
         job.done = True

@@ -13,7 +13,7 @@ import torch
 from mxref.formats import MX_BLOCK_SIZE, pack_codes
 from mxref.problem import Problem
 from mxref.routing import flatten_sort_count
-from mxref.verification.cases import Case, Sample, usual_dtype, with_dense_weights
+from mxref.verification.cases import FULL_OF_COLUMNS, Case, Sample, usual_dtype, with_dense_weights
 from mxref.verification.exhaustive import finite_bytes
 from mxref.weights import MXWeights
 
@@ -65,16 +65,22 @@ def _many_rows(dtype: torch.dtype) -> Case:
 
 def _gpu_cases(dtype: torch.dtype) -> list[Case]:
     """What a GPU's tilings need: tiles of every height; rows in expert order, with sentinels behind them; more steps
-    than a ring of copies holds, and whole numbers of steps; columns that 16 does not divide."""
+    than a ring of copies holds, whole numbers of them and parts; columns that 16 does not divide, and more columns than
+    a GPU runs programs, so that rows of sentinels are written last."""
     base = smallest(dtype)
     routed = replace(base, name="long", experts=3, K=1056, N=1056, tokens=60, gate_slots=2, routing="sentinels")
-    ordered = replace(base, name="in order", experts=3, K=544, N=544, tokens=600, top_k=1, rank=20)
+    ordered = replace(base, experts=3, K=544, N=544, top_k=1, rank=20, grouped_in=True, grouped_out=True)
     return [
         _many_rows(dtype),
-        replace(ordered, routing="sentinels", grouped_in=True, grouped_out=True),
+        *(
+            replace(ordered, name=f"in order, {tokens} rows", tokens=tokens, routing="sentinels")
+            for tokens in (300, 600)
+        ),
         replace(routed, use_fused_dX=True),
         replace(routed, name="long and even", K=1024, N=1024, tokens=9, gate_slots=0, use_fused_gather=True),
-        *(replace(base, name=f"{N} columns", N=N, use_fused_dX=True) for N in (15, 34)),
+        replace(base, name="parts of turns", K=160, N=416, grouped_in=True, grouped_out=True),
+        *(replace(base, name=f"{N} columns", N=N, use_fused_dX=True) for N in (15, 34, 129)),
+        replace(base, name="a GPU full of columns", N=FULL_OF_COLUMNS, routing="sentinels"),
     ]
 
 
