@@ -140,7 +140,9 @@ def _grid(dtype: torch.dtype) -> list[Case]:
 
 def _integers(dtype: torch.dtype) -> list[Case]:
     base = Case("integer", 4, 64, 96, 20, 2, 4, dtype, data="integer", scaling=0.5, bias=True)
-    full = _like(base, "integer, a GPU full of columns", K=32, N=FULL_OF_COLUMNS, tokens=6, routing="sentinels")
+    full = Case(
+        "integer, a GPU full of columns", 2, 32, FULL_OF_COLUMNS, 6, 2, 0, dtype, data="integer", routing="sentinels"
+    )
     return [
         base,
         _like(base, "integer, gates", gate_slots=2, scaling=2.0),

@@ -80,7 +80,7 @@ def _gpu_cases(dtype: torch.dtype) -> list[Case]:
         replace(routed, name="long and even", K=1024, N=1024, tokens=9, gate_slots=0, use_fused_gather=True),
         replace(base, name="parts of turns", K=160, N=416, grouped_in=True, grouped_out=True),
         *(replace(base, name=f"{N} columns", N=N, use_fused_dX=True) for N in (15, 34, 129)),
-        replace(base, name="a GPU full of columns", N=FULL_OF_COLUMNS, routing="sentinels"),
+        replace(base, name="a GPU full of columns", N=FULL_OF_COLUMNS, rank=0, routing="sentinels"),
     ]
 
 
