@@ -14,10 +14,10 @@ from mxref.weights import MXWeights
 
 __all__ = ["active_or_sentinel", "dequantize_experts", "selective_lora_weights"]
 
-PROGRAMS = 8 if INTERPRETED else 4096
-"""Whatever is to be decoded, about twice as many programs as a GPU holds at once: experts without rows have none."""
+PROGRAMS = 8 if INTERPRETED else 8192
+"""Whatever is to be decoded: several times what a GPU holds at once, since programs do not advance evenly."""
 
-WORDS = 512
+WORDS = 1024
 """32-bit words of packed weights in a chunk."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

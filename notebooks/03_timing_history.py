@@ -75,7 +75,7 @@ assert 40 < rows[np.argmax(flops / ceilings.matmul >= packed)] < 60  # where the
 
 # %%
 for gpu, record in records.items():
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4))
     for axes, measure in zip(panels, ("base", "base forward"), strict=True):
         plots.roofline(axes, record, measure)
     figure.suptitle(gpu)
@@ -93,7 +93,7 @@ for gpu, record in records.items():
 
 # %%
 for gpu, record in records.items():
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4))
     for axes, measure in zip(panels, ("step", "base"), strict=True):
         plots.crossover(axes, record, measure)
     figure.suptitle(gpu)
@@ -108,7 +108,7 @@ for gpu, record in records.items():
 # %%
 assert FLOOR == 0.05
 for gpu, entries in history.items():
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.5))
     for axes, measure in zip(panels, ("step", "base"), strict=True):
         plots.over_commits(axes, entries, measure)
     figure.suptitle(gpu)

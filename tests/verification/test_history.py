@@ -169,7 +169,7 @@ def test_plots() -> None:
     assert series(roof) == ["automatic"]
     assert roof.get_lines()[0].get_ydata().tolist() == [0.5]
     plots.crossover(cross, record)
-    assert [text.get_text() for text in cross.texts] == ["thin"]
+    assert series(cross) == ["thin"]
     assert cross.get_lines()[0].get_ydata().tolist() == [0.5]
     plots.over_commits(over, [entry(1, row(1.0)), entry(2, row(1.1))])
     assert series(over) == ["thin"]

@@ -53,6 +53,14 @@ def test_a_tiling_that_computes_something_else_is_not_timed(monkeypatch: pytest.
         tuning.tune_shape(SHAPE, CPU, clock(*[1.0] * 9), [wrong], samples=1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the interpreter")
+def test_every_tiling_is_run_ahead_in_processes_of_their_own() -> None:
+    fits, does_not = Config(16, 32, 32, num_stages=1), Config(16, 128, 128, num_warps=8, hopper=True)
+    tuning.compile_ahead([SHAPE], CPU, [fits, fits], jobs=2)
+    with pytest.raises(ValueError, match="is for bf16 on sm_90"):
+        tuning.compile_ahead([SHAPE], CPU, [fits, does_not], jobs=2)
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_candidate_fits(architecture: str) -> None:
     found = tuning.candidates(architecture, torch.bfloat16)

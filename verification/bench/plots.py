@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from mxref.verification.bench.history import Entry
@@ -23,12 +24,18 @@ def _rows(record: Record, measure: str, path: str) -> list[Mapping[str, Any]]:
 
 
 def roofline(axes: Axes, record: Record, measure: str = "base") -> None:
-    """The share of the limit that each way achieves, over rows per active expert; 1 is the roof."""
+    """The share of the limit that each way achieves, over rows per active expert; 1 is the roof.
+
+    A dot is a shape; the line goes through their mean where several have as many rows per expert.
+    """
     for path in dict.fromkeys(row["path"] for row in record["rows"]):
-        rows = _rows(record, measure, path)
-        if rows:
-            x, y = [r["rows_per_expert"] for r in rows], [1 / r["limit_ratio"] for r in rows]
-            axes.plot(x, y, marker="o", markersize=4, linewidth=1.2, label=path)
+        shares: dict[float, list[float]] = {}
+        for row in _rows(record, measure, path):
+            shares.setdefault(row["rows_per_expert"], []).append(1 / row["limit_ratio"])
+        if shares:
+            (line,) = axes.plot(list(shares), [mean(ys) for ys in shares.values()], linewidth=1.2, label=path)
+            for x, ys in shares.items():
+                axes.plot([x] * len(ys), ys, "o", markersize=4, color=line.get_color())
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", ylim=(0, 1.05), xlabel="rows per active expert", ylabel="limit / time")
     axes.set_title(f"{measure}: share of the limit", loc="left")
@@ -39,18 +46,13 @@ def crossover(axes: Axes, record: Record, measure: str = "step") -> None:
     """Time of A, decode once, over time of B, decode inside; above 1, B is faster."""
     b = {row["shape"]: row for row in _rows(record, measure, "strategy B")}
     pairs = [(row, b[row["shape"]]) for row in _rows(record, measure, "strategy A") if row["shape"] in b]
-    points = [(row["rows_per_expert"], row["median"] / other["median"], row["shape"]) for row, other in pairs]
-    for x, y, shape in points:
-        axes.plot([x], [y], marker="o", color="tab:blue" if y > 1 else "tab:orange")
-        covered = any(x <= other_x < 1.2 * x and other_y > y for other_x, other_y, _ in points)
-        offset, turn = ((4, -8), -40) if covered else ((3, 4), 40)  # a point under another has its name below
-        axes.annotate(
-            shape, (x, y), offset, textcoords="offset points", fontsize=7, rotation=turn, rotation_mode="anchor"
-        )
+    for row, other in pairs:
+        axes.plot(row["rows_per_expert"], row["median"] / other["median"], "o", label=row["shape"])
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.margins(x=0.2, y=0.2)
     axes.set(xscale="log", ylim=(0, None), xlabel="rows per active expert", ylabel="time of A / time of B")
     axes.set_title(f"{measure}: decode once (A) against decode inside (B)", loc="left")
+    if pairs:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def over_commits(axes: Axes, entries: Sequence[Entry], measure: str = "step", path: str = "automatic") -> None:

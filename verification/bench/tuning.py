@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 
 from mxref.kernels import Config, parallel_linear_lora
 from mxref.kernels.configs import HOPPER_HEIGHTS, config_for, shape_class
-from mxref.kernels.launch import architecture, compute_dtype
+from mxref.kernels.launch import architecture
 from mxref.verification.bench.racing import AGREEMENT
 from mxref.verification.bench.timing import Clock
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 from mxref.verification.cases import usual_dtype
 
-__all__ = ["Timing", "candidates", "tune_shape"]
+__all__ = ["Timing", "candidates", "compile_ahead", "tune_shape"]
 
 _STEP = MEASURES[0]
 
@@ -51,11 +54,25 @@ def candidates(arch: str, dtype: torch.dtype) -> list[Config]:
     return [config for config in tried if _fits(config, arch, dtype)]
 
 
+def compile_ahead(shapes: Sequence[Shape], device: torch.device, configs: Sequence[Config], jobs: int) -> None:
+    """Run every tiling once on every shape, in `jobs` processes, so that Triton's cache holds what will be timed."""
+    parts = [configs[job::jobs] for job in range(min(jobs, len(configs)))]
+    with ProcessPoolExecutor(len(parts), get_context("spawn")) as pool:
+        list(pool.map(partial(_run_each, shapes, device), parts))
+
+
+def _run_each(shapes: Sequence[Shape], device: torch.device, configs: Sequence[Config]) -> None:
+    for shape in shapes:
+        workload = Workload.draw(shape, device, usual_dtype(device.type))
+        for config in configs:
+            _step(workload, config)()
+
+
 def tune_shape(
     shape: Shape,
     device: torch.device,
     clock: Clock,
-    configs: Sequence[Config] | None = None,
+    configs: Sequence[Config],
     samples: int = 10,
     on_config: Callable[[Config], None] = lambda config: None,
 ) -> list[Timing]:
@@ -65,7 +82,7 @@ def tune_shape(
         shape: what to draw.
         device: where; bf16 on a GPU, fp32 under the interpreter.
         clock: the device's.
-        configs: what to try; all of `candidates` by default.
+        configs: what to try, of `candidates`.
         samples: a tiling.
         on_config: called before each.
 
@@ -75,10 +92,9 @@ def tune_shape(
     dtype = usual_dtype(device.type)
     arch, workload = architecture(device), Workload.draw(shape, device, dtype)
     committed = config_for(arch, shape.rows, shape.experts, dtype)
-    tried = candidates(arch, compute_dtype(dtype)) if configs is None else list(configs)
     expected = _step(workload, committed)()
     timings = []
-    for config in dict.fromkeys([committed, *tried]):
+    for config in dict.fromkeys([committed, *configs]):
         on_config(config)
         run = _step(workload, config)
         for got, wanted in zip(run(), expected, strict=True):

@@ -25,6 +25,9 @@ exit codes: 0 nothing is slower, 1 something is, 2 wrong use
 """
 
 
+_SHOWN = 6
+
+
 def add_to(commands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = commands.add_parser(
@@ -75,16 +78,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(gpu: str, entries: list[Entry], changes: list[Change], verbose: bool, console: Console) -> None:
-    """The ratios of the way that callers get, run after run; then what changed."""
+    """The ratios of the way that callers get in the last runs; then what changed."""
     from rich.table import Table
 
+    shown = entries[-_SHOWN:]
     table = Table(title=f"{gpu}: automatic, step (base): time over the composite's", title_justify="left", box=None)
-    table.add_column("run")
-    shapes = list(dict.fromkeys(shape for entry in entries for shape, _, path in entry.rows if path == "automatic"))
-    for shape in shapes:
-        table.add_column(shape, justify="right")
-    for entry in entries:
-        table.add_row(entry.name, *[_pair(entry, shape) for shape in shapes])
+    table.add_column("shape", no_wrap=True)
+    for entry in shown:
+        table.add_column(entry.name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for shape in dict.fromkeys(shape for entry in shown for shape, _, path in entry.rows if path == "automatic"):
+        table.add_row(shape, *[_pair(entry, shape) for entry in shown])
     console.print(table, highlight=False)
     for change in changes:
         style = "red" if change.slower else "green" if change.faster else "bright_black"

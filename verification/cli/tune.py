@@ -29,6 +29,7 @@ def add_to(commands: Any) -> None:
         "and a change to it goes through the gate like any other.",
     )
     parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
+    parser.add_argument("--jobs", type=int, default=8, metavar="N", help="processes that compile ahead (default: 8)")
     parser.set_defaults(run=run)
 
 
@@ -42,9 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from mxref.kernels.launch import architecture
     from mxref.verification.bench.timing import clock_for
-    from mxref.verification.bench.tuning import tune_shape
+    from mxref.verification.bench.tuning import candidates, compile_ahead, tune_shape
     from mxref.verification.bench.workloads import CASES
+    from mxref.verification.cases import usual_dtype
 
     wanted = arguments.shape or [""]
     shapes = [shape for shape in CASES if any(text in shape.name for text in wanted)]
@@ -52,10 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--shape {' '.join(wanted)} matches none of: {', '.join(shape.name for shape in CASES)}")
     console, clock = Console(width=None if sys.stdout.isatty() else 120), clock_for(device)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("tilings", total=None)
+        configs = candidates(architecture(device), usual_dtype(device.type))
+        task = progress.add_task(f"compiling {len(configs)} tilings", total=None)
+        compile_ahead(shapes, device, configs, arguments.jobs)
+        progress.update(task, total=len(configs) * len(shapes))
         for shape in shapes:
             progress.update(task, description=shape.name)
-            timings = tune_shape(shape, device, clock, on_config=lambda config: progress.advance(task))
+            timings = tune_shape(shape, device, clock, configs, on_config=lambda config: progress.advance(task))
             console.print(table(timings))
     return 0
 

@@ -156,7 +156,7 @@ def _interpreted(
         replace(sizes, name="sizes, LoRA", K=32, N=32, tokens=260, rank=32),
         replace(sizes, name="sizes, gradients of LoRA", tokens=45, rank=16),
     ]
-    stack = encode_mxfp4(torch.ones(50, 64, 128))
+    stack = encode_mxfp4(torch.ones(100, 64, 64))
     trials = [_trial(case.name, case.build(seed=seed), index_guard, cpu) for case in cases]
     decode = Trial("a stack", lambda candidate: decode_index_guard(candidate, stack))
     memory = [_trial(sample.case.name, sample, memory_guard, cpu) for sample in integer]
@@ -185,7 +185,7 @@ def _kernels() -> ModuleType:
 def _decodes(device: torch.device) -> list[Trial]:
     """Every code, byte and place through the candidate's own decode; and sizes that are multiples of no tile."""
     odd = drawn_weights(2, 33, 4128)
-    just_over = drawn_weights(2, 4097, MX_BLOCK_SIZE)  # 32 · 4097: one program more than 32 full ones
+    just_over = drawn_weights(2, 4097, MX_BLOCK_SIZE)  # 32 · 4097: one chunk more than 16 full ones
     return [
         Trial("every element", lambda candidate: _decode(candidate, all_elements().to(device), _DTYPES)),
         Trial("odd sizes", lambda candidate: _decode(candidate, odd.to(device), (torch.bfloat16,))),
