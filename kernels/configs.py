@@ -1,7 +1,8 @@
 """Tile shapes: a committed table by architecture and shape class, never tuned at run time.
 
 The choice reads only what the host knows without a synchronisation: the architecture, the activation dtype, and the
-mean rows per expert P/E. A caller who needs the same bits at every batch size pins one `Config`.
+mean rows per expert P/E. A caller who needs the same bits at every batch size pins one `Config`; `mxref tune` says what
+that costs.
 
 On sm_90 the products of bf16 rows with packed weights have a kernel of their own, `hopper`. It is bound by what crosses
 from L2 to a multiprocessor and by the instructions that decode: both fall with the height of a row tile, so the tile is

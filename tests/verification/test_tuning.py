@@ -15,7 +15,7 @@ from mxref.verification.bench import tuning
 from mxref.verification.bench.timing import WallClock
 from mxref.verification.bench.workloads import Shape
 from mxref.verification.cli import main
-from mxref.verification.cli.tune import table
+from mxref.verification.cli.tune import pinned_table, table
 
 SHAPE = Shape("small", 2, 64, 64, 8, 2, rank=4)
 CPU = torch.device("cpu")
@@ -59,6 +59,22 @@ def test_every_tiling_is_run_ahead_in_processes_of_their_own() -> None:
     tuning.compile_ahead([SHAPE], CPU, [fits, fits], jobs=2)
     with pytest.raises(ValueError, match="is for bf16 on sm_90"):
         tuning.compile_ahead([SHAPE], CPU, [fits, does_not], jobs=2)
+
+
+def test_pinning_costs_what_the_slowest_shape_loses() -> None:
+    low, high, rare = (Config(m, 32, 32, num_stages=1) for m in (16, 32, 64))
+
+    def timings(committed: Config, **seconds: float) -> list[tuning.Timing]:
+        of = {"low": low, "high": high, "rare": rare}
+        return [tuning.Timing("", "", of[name], s, of[name] == committed) for name, s in seconds.items()]
+
+    tuned = [timings(low, low=1.0, high=4.0, rare=1.0), timings(high, low=3.0, high=1.0)]
+    costs = tuning.pinned_costs(tuned)
+    assert [(cost.config, cost.worst) for cost in costs] == [(low, 3.0), (high, 4.0)]
+    assert costs[1].mean == pytest.approx(2.0)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(pinned_table(costs))
+    assert "4.00" in console.export_text()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])

@@ -24,7 +24,7 @@ from mxref.verification.bench.timing import Clock
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 from mxref.verification.cases import usual_dtype
 
-__all__ = ["Timing", "candidates", "compile_ahead", "tune_shape"]
+__all__ = ["Pinned", "Timing", "candidates", "compile_ahead", "pinned_costs", "tune_shape"]
 
 _STEP = MEASURES[0]
 
@@ -38,6 +38,18 @@ class Timing:
     config: Config
     seconds: float
     committed: bool
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What one tiling for all shapes costs, which gives a row the same bits at any batch size.
+
+    `worst` and `mean` (geometric): its time over that of the table's choice, over the shapes.
+    """
+
+    config: Config
+    worst: float
+    mean: float
 
 
 def candidates(arch: str, dtype: torch.dtype) -> list[Config]:
@@ -108,6 +120,21 @@ def tune_shape(
         kind = shape_class(shape.rows, shape.experts, dtype)
         timings.append(Timing(shape.name, kind, config, seconds, config == committed))
     return sorted(timings, key=lambda timing: timing.seconds)
+
+
+def pinned_costs(tuned: Sequence[Sequence[Timing]]) -> list[Pinned]:
+    """The cost of pinning each tiling that every shape was timed under, least at worst first."""
+    ratios: dict[Config, list[float]] = {}
+    for timings in tuned:
+        committed = next(timing.seconds for timing in timings if timing.committed)
+        for timing in timings:
+            ratios.setdefault(timing.config, []).append(timing.seconds / committed)
+    costs = [
+        Pinned(config, max(times), statistics.geometric_mean(times))
+        for config, times in ratios.items()
+        if len(times) == len(tuned)
+    ]
+    return sorted(costs, key=lambda cost: cost.worst)
 
 
 def _step(workload: Workload, config: Config) -> Callable[[], Sequence[Tensor]]:

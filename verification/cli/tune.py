@@ -12,7 +12,7 @@ from mxref.verification.usage import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mxref.verification.bench.tuning import Timing
+    from mxref.verification.bench.tuning import Pinned, Timing
 
 __all__ = ["add_to"]
 
@@ -25,8 +25,9 @@ def add_to(commands: Any) -> None:
         "tune",
         help="time every tiling beside the table's choice (needs a GPU)",
         description="Time a whole training step under every tiling that fits this GPU, shape by shape, and print the "
-        f"{_SHOWN} fastest beside the one that kernels/configs.py chooses. Nothing is written: the table is source, "
-        "and a change to it goes through the gate like any other.",
+        f"{_SHOWN} fastest beside the one that kernels/configs.py chooses; then what it costs to pin one tiling for "
+        "all of them, so that a row's bits do not depend on the batch. Nothing is written: the table is source, and a "
+        "change to it goes through the gate like any other.",
     )
     parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
     parser.add_argument("--jobs", type=int, default=8, metavar="N", help="processes that compile ahead (default: 8)")
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from mxref.kernels.launch import architecture
     from mxref.verification.bench.timing import clock_for
-    from mxref.verification.bench.tuning import candidates, compile_ahead, tune_shape
+    from mxref.verification.bench.tuning import candidates, compile_ahead, pinned_costs, tune_shape
     from mxref.verification.bench.workloads import CASES
     from mxref.verification.cases import usual_dtype
 
@@ -59,10 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         task = progress.add_task(f"compiling {len(configs)} tilings", total=None)
         compile_ahead(shapes, device, configs, arguments.jobs)
         progress.update(task, total=len(configs) * len(shapes))
+        tuned = []
         for shape in shapes:
             progress.update(task, description=shape.name)
-            timings = tune_shape(shape, device, clock, configs, on_config=lambda config: progress.advance(task))
-            console.print(table(timings))
+            tuned.append(tune_shape(shape, device, clock, configs, on_config=lambda config: progress.advance(task)))
+            console.print(table(tuned[-1]))
+    if len(shapes) > 1:
+        console.print(pinned_table(pinned_costs(tuned)))
     return 0
 
 
@@ -78,4 +82,16 @@ def table(timings: list[Timing]) -> Table:
         if rank <= _SHOWN or timing.committed:
             cells = (str(rank), str(timing.config), f"{timing.seconds * 1e3:.3f}")
             shown.add_row(*cells, f"{timing.seconds / committed.seconds:.2f}", style="bold" if timing.committed else "")
+    return shown
+
+
+def pinned_table(costs: list[Pinned]) -> Table:
+    """The cheapest tilings for a caller who pins one."""
+    from rich.table import Table
+
+    shown = Table(title="one tiling for all of these shapes, ÷ committed", title_justify="left", box=None)
+    for name in ("tiling", "at worst", "on average"):
+        shown.add_column(name, justify="left" if name == "tiling" else "right")
+    for cost in costs[:_SHOWN]:
+        shown.add_row(str(cost.config), f"{cost.worst:.2f}", f"{cost.mean:.2f}")
     return shown
