@@ -5,8 +5,8 @@
 The layer's own host code runs forward and backward on `meta` tensors for each architecture, tiling and dtype, the
 launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
 stack bytes (which is where spills go), shared memory against the chip's limit. Violations are a stack, a flush-to-zero
-instruction, which would break the decode of scale byte 0, and an instruction that touches registers of a wgmma in
-flight, or reads copies that are in flight or not sure to be seen (see `machine_code`); the exit status is then 1.
+instruction, which would break the decode of scale byte 0, and the hazards that `machine_code` finds; the exit status is
+then 1.
 """
 
 from __future__ import annotations
@@ -31,15 +31,7 @@ from mxref.kernels.autograd import parallel_linear_lora
 from mxref.kernels.configs import SHARED_MEMORY, Config, reachable_configs
 from mxref.kernels.dequant import dequantize_experts
 from mxref.kernels.launch import INTERPRETED, Launch, recording
-from mxref.kernels.machine_code import (
-    Resources,
-    disassemble,
-    lasting_barriers,
-    resources,
-    touched_in_flight,
-    unseen_copies,
-    unwaited_copies,
-)
+from mxref.kernels.machine_code import Resources, disassemble, hazards, resources
 from mxref.weights import MXWeights
 
 __all__ = ["Compiled", "Unit", "build", "compile_unit", "main", "units"]
@@ -118,48 +110,24 @@ class Compiled:
         unit: what was compiled.
         resources: registers a thread and stack bytes.
         shared: bytes of shared memory.
-        flushes: it flushes subnormals to zero.
-        touched: instructions that write to registers of a wgmma in flight, or read its accumulator.
-        unwaited: waits that leave the copies in flight that are read next; of kernels that wait by hand.
-        unseen: products that are not sure to see the copies that they multiply; of the same kernels.
-        lasting: barriers that are never invalidated.
+        hazards: what makes results wrong, if only now and then, in words.
     """
 
     unit: Unit
     resources: Resources
     shared: int
-    flushes: bool
-    touched: tuple[str, ...]
-    unwaited: tuple[str, ...]
-    unseen: tuple[str, ...]
-    lasting: int
+    hazards: tuple[str, ...]
 
     @property
     def violations(self) -> list[str]:
-        """What must not be, in words."""
+        """What must not be, in words: the hazards, spills, and more shared memory than there is."""
         limit = SHARED_MEMORY[self.unit.architecture]
         found = []
         if self.resources.stack:
             found.append(f"{self.resources.stack} bytes of stack")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, limit {limit}")
-        return found + self.hazards
-
-    @property
-    def hazards(self) -> list[str]:
-        """Those of them that make results wrong, if only now and then."""
-        found = []
-        if self.flushes:
-            found.append("flushes subnormals to zero")
-        if self.touched:
-            found.append(f"touches registers of a wgmma in flight: {self.touched[0]}")
-        if self.unwaited:
-            found.append(f"reads copies that it has not waited for: {self.unwaited[0]}")
-        if self.unseen:
-            found.append(f"multiplies copies that it may not see yet: {self.unseen[0]}")
-        if self.lasting:
-            found.append(f"never invalidates {self.lasting} of its barriers")
-        return found
+        return [*found, *self.hazards]
 
 
 def units(architecture: str) -> Iterator[Unit]:
@@ -260,19 +228,11 @@ def build(unit: Unit) -> Any:
 def compile_unit(unit: Unit) -> Compiled:
     """Compile one unit for its architecture and read the compiler's own resource account."""
     compiled = build(unit)
-    cubin, flushes = compiled.asm["cubin"], ".ftz" in compiled.asm["ptx"]
-    sass = disassemble(cubin)
-    by_hand = _function(unit).is_gluon()
-    return Compiled(
-        unit,
-        resources(cubin),
-        compiled.metadata.shared,
-        flushes,
-        tuple(touched_in_flight(sass)),
-        tuple(unwaited_copies(sass)) if by_hand else (),
-        tuple(unseen_copies(sass)) if by_hand else (),
-        lasting_barriers(sass),
-    )
+    cubin = compiled.asm["cubin"]
+    found = hazards(disassemble(cubin), waits_by_hand=_function(unit).is_gluon())
+    if ".ftz" in compiled.asm["ptx"]:
+        found.append("flushes subnormals to zero")
+    return Compiled(unit, resources(cubin), compiled.metadata.shared, tuple(found))
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ import triton
 __all__ = [
     "Resources",
     "disassemble",
+    "hazards",
     "lasting_barriers",
     "resources",
     "touched_in_flight",
@@ -63,6 +64,25 @@ def resources(cubin: bytes) -> Resources:
 def disassemble(cubin: bytes) -> str:
     """SASS, as cuobjdump prints it."""
     return _cuobjdump(cubin, "-sass")
+
+
+def hazards(sass: str, waits_by_hand: bool) -> list[str]:
+    """What makes results wrong, if only now and then, in words.
+
+    Args:
+        sass: a kernel's machine code.
+        waits_by_hand: its source starts the copies and waits for them, not the compiler.
+    """
+    found = []
+    if touched := touched_in_flight(sass):
+        found.append(f"touches registers of a wgmma in flight: {touched[0]}")
+    if waits_by_hand and (unwaited := unwaited_copies(sass)):
+        found.append(f"reads copies that it has not waited for: {unwaited[0]}")
+    if waits_by_hand and (unseen := unseen_copies(sass)):
+        found.append(f"multiplies copies that it may not see yet: {unseen[0]}")
+    if lasting := lasting_barriers(sass):
+        found.append(f"never invalidates {lasting} of its barriers")
+    return found
 
 
 def touched_in_flight(sass: str) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import EVIDENCE, choose_device, matches, seed
+from mxref.verification.options import EVIDENCE, choose_device, matches, positive, seed
 from mxref.verification.usage import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument(
-        "--processes", metavar="N", type=int, help="that share an implementation's steps (default: 1; up to 8 on a GPU)"
+        "--processes",
+        metavar="N",
+        type=positive,
+        help="that share an implementation's steps (default: 1; up to 8 on a GPU)",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for scoreboard.json and scoreboard.md"

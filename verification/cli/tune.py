@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import choose_device
+from mxref.verification.options import choose_device, positive
 from mxref.verification.usage import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def add_to(commands: Any) -> None:
         "change to it goes through the gate like any other.",
     )
     parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
-    parser.add_argument("--jobs", type=int, default=8, metavar="N", help="processes that compile ahead (default: 8)")
+    parser.add_argument(
+        "--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes that compile ahead"
+    )
     parser.set_defaults(run=run)
 
 
