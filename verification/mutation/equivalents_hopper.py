@@ -19,6 +19,8 @@ _AGAIN = (
     "Every tile is computed at the height that is right for it, and at others besides; the chain is the same at every "
     "height, and rows from `end` on are masked."
 )
+_COPIES = "Rows that do not come as a box come by copies of 16 bytes: the same numbers, later."
+_EVEN = "EVEN says that the masks left out are true everywhere."
 _ODD = "Not ALIGNED: K/32 is odd, and so is `left`, from which only even numbers are taken: never 0, never 2."
 _SURPLUS = "A surplus tile is expert 0's without rows: nothing of it is stored."
 
@@ -34,10 +36,10 @@ HOPPER: tuple[Equivalent, ...] = (
         "grouped_matmul",
         _BOX.format("rows_in", "fan_in is None"),
         _BOX.format("rows_in", "False"),
-        "Rows that do not come as a box come by copies of 16 bytes: the same numbers, later.",
+        _COPIES,
     ),
-    *each("copy_rows", "if EVEN:", ("if False:",), "EVEN says that the masks left out are true everywhere."),
-    *each("copy_bytes", "if EVEN:", ("if False:",), "EVEN says that the masks left out are true everywhere."),
+    *each("copy_rows", "if EVEN:", ("if False:",), _EVEN),
+    *each("copy_bytes", "if EVEN:", ("if False:",), _EVEN),
     *each(
         "packed_tile",
         _LORA_FIRST.format("low is not None and BLOCK_R > 16"),
@@ -152,7 +154,7 @@ HOPPER: tuple[Equivalent, ...] = (
         "packed_matmul_kernel",
         _BOXED.format("h == 0"),
         (_BOXED.format("False"), _BOXED.format("h == (0 - 1)")),
-        "Rows that do not come as a box come by copies of 16 bytes: the same numbers, later.",
+        _COPIES,
     ),
     Equivalent(
         "load_scales",
