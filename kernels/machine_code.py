@@ -89,7 +89,7 @@ def touched_in_flight(sass: str) -> list[str]:
     """Instructions that write to a register of a wgmma in flight, or read its accumulator; empty when all is well."""
     code = _instructions(sass)
     found: dict[str, None] = {}
-    for first, last in _innermost(code, lambda opcode: opcode.startswith("HGMMA")):
+    for first, last in _innermost(code, _is_product):
         found |= dict.fromkeys(_conflicts([*code[first : last + 1], *code[first:]]))
     return list(found)
 
@@ -120,9 +120,9 @@ def unseen_copies(sass: str) -> list[str]:
     `cp.async` alone fills the ring.
     """
     code, found = _instructions(sass), []
-    for first, last in _innermost(code, lambda opcode: opcode.startswith("HGMMA")):
+    for first, last in _innermost(code, _is_product):
         opcodes = [opcode for _, opcode, _ in code[first : last + 1]]
-        product = next(i for i, opcode in enumerate(opcodes) if opcode.startswith("HGMMA"))
+        product = next(i for i, opcode in enumerate(opcodes) if _is_product(opcode))
         needed = "SYNCS.PHASECHK" if any(map(_is_box, opcodes)) else "FENCE.VIEW.ASYNC"
         if any(map(_is_copy, opcodes)) and not any(opcode.startswith(needed) for opcode in opcodes[:product]):
             found.append(f"{_text(code[first + product])}, no {needed} before it")
@@ -163,6 +163,10 @@ def _innermost(code: list[_Instruction], holds: Callable[[str], bool]) -> list[t
         for first, last in loops
         if not any((first, last) != inner and first <= inner[0] and inner[1] <= last for inner in loops)
     ]
+
+
+def _is_product(opcode: str) -> bool:
+    return opcode.startswith("HGMMA")
 
 
 def _is_box(opcode: str) -> bool:

@@ -20,7 +20,6 @@ from mxref.verification.candidates import Candidate
 from mxref.verification.guards import integer_guard
 from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding
-from mxref.weights import MXWeights
 
 __all__ = ["cliff_guard"]
 
@@ -80,17 +79,7 @@ class _Edges(Allocations):
 
     def sample(self, sample: Sample) -> Sample:
         """The sample with every operand at an edge."""
-        replaced: dict[str, Any] = {}
-        for name, operand in sample.problem.arguments().items():
-            if isinstance(operand, MXWeights):
-                packed, scales = self._moved(operand.packed), self._moved(operand.scales)
-                replaced[name] = replace(operand, packed=packed, scales=scales)
-            elif isinstance(operand, Tensor):
-                replaced[name] = self._moved(operand)
-        return replace(sample, problem=replace(sample.problem, **replaced), grad_out=self._moved(sample.grad_out))
-
-    def _moved(self, operand: Tensor) -> Tensor:
-        return self.place(operand).copy_(operand.detach())
+        return sample.mapped(lambda _, operand: self.place(operand).copy_(operand.detach()))
 
 
 class _Location(ctypes.Structure):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxref.verification.sampling import Sample
-from mxref.weights import MXWeights
 
-__all__ = ["Fence", "fenced", "uninitialised_memory"]
+__all__ = ["Fence", "bytes_of", "fenced", "uninitialised_memory"]
 
 _ZONE_ROWS = 256  # a tile that overshoots by its whole height still lands in the zone
 _ZONE = (1 << 12, 1 << 20)  # least and most elements of one zone
@@ -31,16 +29,18 @@ class Fence:
         self.inside = self._buffer[zone : zone + operand.numel()].view(operand.shape)
         self.inside.copy_(operand.detach())
         self.numel, self._zone = operand.numel(), zone
-        self._before = self._bytes().clone()
-
-    def _bytes(self) -> Tensor:
-        return self._buffer.view(torch.uint8).view(self._buffer.numel(), -1)
+        self._before = bytes_of(self._buffer).clone()
 
     def changed(self) -> tuple[int, int]:
         """Bytes that differ from what was there at first: inside the operand, and around it."""
-        different = (self._bytes() != self._before).sum(1)
+        different = (bytes_of(self._buffer) != self._before).sum(1)
         inner = int(different[self._zone : self._zone + self.numel].sum())
         return inner, int(different.sum()) - inner
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, uint8 [elements, bytes an element]."""
+    return x.view(torch.uint8).view(x.numel(), -1)
 
 
 def fenced(sample: Sample) -> tuple[Sample, dict[str, Fence]]:
@@ -49,26 +49,20 @@ def fenced(sample: Sample) -> tuple[Sample, dict[str, Fence]]:
     Around numbers lies NaN, around packed weights and scales 0xFF (code −6, scale NaN), around index tensors the first
     value out of range: a position that would reach into a zone, the sentinel's id, one row too many.
     """
-    problem = sample.problem
     poison: dict[str, float] = {
-        "sorted_expert_idxs": problem.E,
-        "sorted_scattered_idxs": problem.P,
-        "expert_offsets": problem.P + 1,
+        "packed": 0xFF,
+        "scales": 0xFF,
+        "sorted_expert_idxs": sample.problem.E,
+        "sorted_scattered_idxs": sample.problem.P,
+        "expert_offsets": sample.problem.P + 1,
     }
     fences: dict[str, Fence] = {}
 
-    def fence(name: str, operand: Tensor, value: float = float("nan")) -> Tensor:
-        fences[name] = Fence(operand, value)
+    def fence(name: str, operand: Tensor) -> Tensor:
+        fences[name] = Fence(operand, poison.get(name, float("nan")))
         return fences[name].inside
 
-    replaced: dict[str, Any] = {}
-    for name, operand in problem.arguments().items():
-        if isinstance(operand, MXWeights):
-            packed, scales = fence("packed", operand.packed, 0xFF), fence("scales", operand.scales, 0xFF)
-            replaced[name] = replace(operand, packed=packed, scales=scales)
-        elif isinstance(operand, Tensor):
-            replaced[name] = fence(name, operand, poison.get(name, float("nan")))
-    return Sample(sample.case, replace(problem, **replaced), fence("grad_out", sample.grad_out)), fences
+    return sample.mapped(fence), fences
 
 
 @contextmanager

@@ -19,18 +19,12 @@ from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.allocations import Allocations
 from mxref.verification.candidates import Candidate
-from mxref.verification.fences import fenced
+from mxref.verification.fences import bytes_of, fenced
 from mxref.verification.guards import integer_guard, reference
 from mxref.verification.sampling import Sample
 from mxref.verification.verdicts import Finding, Status
 
-__all__ = [
-    "Margins",
-    "foreign_rows_guard",
-    "margins_guard",
-    "wild_offsets_guard",
-    "wild_positions_guard",
-]
+__all__ = ["Margins", "foreign_rows_guard", "margins_guard", "wild_offsets_guard", "wild_positions_guard"]
 
 _WIDTH = 1 << 14
 """Elements on either side: more than one tile's rows of any case here."""
@@ -53,7 +47,7 @@ class Margins(Allocations):
         """What was written outside, in words; "" for nothing."""
         for buffer in self._buffers:
             outside = torch.cat([buffer[:_WIDTH], buffer[-_WIDTH:]])
-            intact = _bytes(outside) == _bytes(_garbage(outside.numel(), outside))
+            intact = bytes_of(outside) == bytes_of(_garbage(outside.numel(), outside))
             if not intact.all():
                 size, count = buffer.numel() - 2 * _WIDTH, int((~intact.all(1)).sum())
                 return f"{count} elements written outside a {buffer.dtype} tensor of {size}"
@@ -161,7 +155,3 @@ def _garbage(size: int, like: Tensor) -> Tensor:
         return torch.full((size * like.element_size(),), 0xFF, dtype=torch.uint8, device=like.device).view(like.dtype)
     largest = True if like.dtype == torch.bool else torch.iinfo(like.dtype).max
     return torch.full((size,), largest, dtype=like.dtype, device=like.device)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.view(torch.uint8).view(x.numel(), -1)

@@ -7,7 +7,8 @@ case and seed give the same numbers on every device: everything is drawn on the 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -123,13 +124,20 @@ class Sample:
     problem: Problem
     grad_out: Tensor
 
+    def mapped(self, place: Callable[[str, Tensor], Tensor]) -> Sample:
+        """The sample with `place(name, tensor)` for every tensor: each operand, `packed` and `scales`, `grad_out`."""
+        replaced: dict[str, Any] = {}
+        for name, operand in self.problem.arguments().items():
+            if isinstance(operand, MXWeights):
+                packed, scales = place("packed", operand.packed), place("scales", operand.scales)
+                replaced[name] = replace(operand, packed=packed, scales=scales)
+            elif isinstance(operand, Tensor):
+                replaced[name] = place(name, operand)
+        return Sample(self.case, replace(self.problem, **replaced), place("grad_out", self.grad_out))
+
     def to(self, device: torch.device | str) -> Sample:
         """The same numbers on another device; what is there already is not copied."""
-        operands: dict[str, Any] = {
-            name: operand.to(device) if isinstance(operand, Tensor | MXWeights) else operand
-            for name, operand in self.problem.arguments().items()
-        }
-        return Sample(self.case, Problem(**operands), self.grad_out.to(device))
+        return self.mapped(lambda _, tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)

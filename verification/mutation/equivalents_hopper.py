@@ -38,8 +38,8 @@ HOPPER: tuple[Equivalent, ...] = (
         _BOX.format("rows_in", "False"),
         _COPIES,
     ),
-    *each("copy_rows", "if EVEN:", ("if False:",), _EVEN),
-    *each("copy_bytes", "if EVEN:", ("if False:",), _EVEN),
+    Equivalent("copy_rows", "if EVEN:", "if False:", _EVEN),
+    Equivalent("copy_bytes", "if EVEN:", "if False:", _EVEN),
     *each(
         "packed_tile",
         _LORA_FIRST.format("low is not None and BLOCK_R > 16"),
@@ -69,20 +69,19 @@ HOPPER: tuple[Equivalent, ...] = (
         "return hopper.warpgroup_mma_wait((0 + 1), [acc]) * s",
         "The assembler sees the accumulator read too early, and then waits after every wgmma by itself.",
     ),
-    *each(
+    Equivalent(
         "packed_tile",
         "async_copy.wait_group(STAGES - 2)",
-        ("async_copy.wait_group(STAGES - (2 + 1))",),
+        "async_copy.wait_group(STAGES - (2 + 1))",
         "More copies are waited for than the next products need.",
     ),
     *(
-        equivalent
+        Equivalent(
+            "packed_tile", wait.format("1"), wait.format("(1 - 1)"), "More products are waited for than need be."
+        )
         for wait in (
             "acc, a1 = hopper.warpgroup_mma_wait({}, [acc, a1])",
             "acc, a0 = hopper.warpgroup_mma_wait({}, [acc, a0])",
-        )
-        for equivalent in each(
-            "packed_tile", wait.format(1), (wait.format("(1 - 1)"),), "More products are waited for than need be."
         )
     ),
     *each(
@@ -91,10 +90,10 @@ HOPPER: tuple[Equivalent, ...] = (
         ("async_copy.wait_group((0 + 1))", "async_copy.wait_group((0 - 1))"),
         "Every turn waits for the copies that it reads; the groups that are open behind the last turn are empty.",
     ),
-    *each(
+    Equivalent(
         "packed_tile",
         "mbarrier.wait(filled.index(stage), (i // 2) // STAGES & 1)",
-        ("mbarrier.wait(filled.index(stage), ((i // 2) // STAGES))",),
+        "mbarrier.wait(filled.index(stage), ((i // 2) // STAGES))",
         "The instruction takes the parity from the highest bit of a register, to which the assembler shifts the lowest "
         "one of whatever it is given.",
     ),
@@ -112,13 +111,8 @@ HOPPER: tuple[Equivalent, ...] = (
         'acc += gl.load(bias + expert * J + j, mask=j < J, other=float("nan")).to(gl.float32)[:, None]',
         "Columns from J on are computed and not stored.",
     ),
-    *each(
-        "packed_matmul_kernel",
-        "if begin >= end:",
-        ("if False:", "if ((begin) > (end)):"),
-        _SURPLUS,
-    ),
-    *each("packed_matmul_kernel", "return", ("pass",), _SURPLUS, "if expert >= E:"),
+    *each("packed_matmul_kernel", "if begin >= end:", ("if False:", "if ((begin) > (end)):"), _SURPLUS),
+    Equivalent("packed_matmul_kernel", "return", "pass", _SURPLUS, "if expert >= E:"),
     Equivalent(
         "packed_matmul_kernel",
         "for first in range(0, HEIGHTS[0], 16):",
@@ -180,5 +174,5 @@ HOPPER: tuple[Equivalent, ...] = (
         (_LOW.format("((left) >= (0))"), _LOW.format("left > (0 - 1)")),
         _ODD,
     ),
-    *each("load_scales", _HIGH.format("1"), (_HIGH.format("(1 + 1)"),), _ODD),
+    Equivalent("load_scales", _HIGH.format("1"), _HIGH.format("(1 + 1)"), _ODD),
 )
