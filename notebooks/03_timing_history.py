@@ -21,11 +21,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from mxref.verification import evidence
 from mxref.verification.bench import plots
 from mxref.verification.bench.history import FLOOR, judge, load_history
 from mxref.verification.bench.timing import Ceilings
-from mxref.verification.options import EVIDENCE
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records import evidence
 
 plt.rcParams |= {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
 records = {path.parent.name: evidence.load(path) for path in sorted(EVIDENCE.glob("*/bench.json"))}

@@ -51,11 +51,11 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 
 from mxref import encode_mxfp4
-from mxref.kernels.experts import PROJECTIONS, PackedExperts
-from mxref.kernels.loading import load_packed_model
-from mxref.kernels.peft_adapters import get_peft_model
-from mxref.verification import evidence
-from mxref.verification.options import EVIDENCE
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.loading import load_packed_model
+from mxref.kernels.models.peft import get_peft_model
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records import evidence
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--record", metavar="DIR", nargs="?", type=Path, const=EVIDENCE)

@@ -14,8 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mxref.verification import evidence
-from mxref.verification.options import EVIDENCE
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records import evidence
 
 # `python -m pytest` puts the repository root first on sys.path; the room `kernels/` would then hide Hugging Face's
 # package of the same import name from transformers.

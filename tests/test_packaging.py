@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = "import mxref, mxref.kernels, mxref.verification, mxref.checkpoint, mxref.blocks"
+IMPORTS = "import mxref, mxref.kernels, mxref.verification, mxref.checkpoints.gpt_oss, mxref.blocks"
 
 pytest.importorskip("build")
 pytest.importorskip("setuptools")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from mxref.verification.baselines import architecture_name
 from mxref.verification.bench import report, workloads
 from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
 from mxref.verification.bench.paths import every_path
 from mxref.verification.bench.racing import Effort
 from mxref.verification.bench.timing import clock_for, measure_ceilings
-from mxref.verification.gate import describe_device
+from mxref.verification.gate.run import describe_device
+from mxref.verification.records.ulp_baseline import architecture_name
 
 _HERE = Path(__file__).resolve().parent
 _BENCH = pytest.StashKey[Bench]()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mxref.verification.candidates import Candidate, shipped
-from mxref.verification.cases import integer_cases
-from mxref.verification.steps import Step, case_steps, suite_steps
-from mxref.verification.verdicts import Status
+from mxref.verification.candidates.candidate import Candidate, shipped
+from mxref.verification.cases.suites import integer_cases
+from mxref.verification.checks.finding import Status
+from mxref.verification.gate.plan import Step, case_steps, suite_steps
 
 pytestmark = pytest.mark.gpu
 

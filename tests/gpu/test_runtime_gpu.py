@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mxref import Problem, kernels
-from mxref.verification.sampling import Case, Sample
+from mxref.verification.cases.case import Case, Sample
 
 pytestmark = pytest.mark.gpu
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mxref import encode_mxfp4, flatten_sort_count
-from mxref.kernels import autograd
-from mxref.kernels import operands as kernel_operands
-from mxref.kernels.experts import PackedExperts
-from mxref.kernels.library import expert_linear, scattermoe_lora, scattermoe_lora_backward
-from mxref.kernels.packing import pack_experts
-from mxref.kernels.peft_adapters import get_peft_model
+from mxref.kernels.layer import autograd
+from mxref.kernels.layer import operands as kernel_operands
+from mxref.kernels.layer.library import expert_linear, scattermoe_lora, scattermoe_lora_backward
+from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.peft import get_peft_model
 
 E, K, N, M, R = 3, 64, 32, 5, 2
 CPU = torch.device("cpu")

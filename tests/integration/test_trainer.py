@@ -13,9 +13,9 @@ from moe_models import assert_near
 from peft.utils import get_peft_model_state_dict
 from transformers import GptOssForCausalLM, Mxfp4Config, Trainer, TrainingArguments
 
-from mxref.kernels.loading import load_packed_model
-from mxref.kernels.packing import pack_experts
-from mxref.kernels.peft_adapters import get_peft_model
+from mxref.kernels.models.loading import load_packed_model
+from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.peft import get_peft_model
 
 IDS = torch.arange(12)
 STEPS = 3

@@ -11,8 +11,8 @@ import torch
 import mxref
 from mxref import MXWeights, kernels
 from mxref.kernels import Config, ScatterMoELoRA
-from mxref.kernels.configs import TABLE, config_for, reachable_configs
-from mxref.kernels.launch import recording
+from mxref.kernels.device.configs import TABLE, config_for, reachable_configs
+from mxref.kernels.device.launch import recording
 
 FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 

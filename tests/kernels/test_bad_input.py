@@ -12,11 +12,11 @@ from moe_models import make, tiny_gpt_oss
 from torch import nn
 
 from mxref import encode_mxfp4
-from mxref.kernels.experts import LoRA, PackedExperts
-from mxref.kernels.interop import mxfp4_param, selective_expert_weights
-from mxref.kernels.layers import expert_major, sigmoid_topk, softmax_topk
-from mxref.kernels.packing import experts_modules, pack_experts
-from mxref.kernels.peft_adapters import get_peft_model
+from mxref.kernels.models.experts import LoRA, PackedExperts
+from mxref.kernels.models.moe_block import expert_major, sigmoid_topk, softmax_topk
+from mxref.kernels.models.packing import experts_modules, pack_experts
+from mxref.kernels.models.peft import get_peft_model
+from mxref.kernels.models.torchao import mxfp4_param, selective_expert_weights
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 X, INDEX, GATES = torch.randn(5, 64), torch.randint(4, (5, 2)), torch.rand(5, 2)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mxref.kernels.configs import SHARED_MEMORY, TABLE, Config, config_for, reachable_configs
+from mxref.kernels.device.configs import SHARED_MEMORY, TABLE, Config, config_for, reachable_configs
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 HOPPER = Config(64, 128, 128, num_warps=8, num_stages=3, hopper=True)

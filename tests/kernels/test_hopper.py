@@ -10,8 +10,9 @@ from uninterpreted import run_python
 STEP = """
 import json, sys, torch
 from mxref import MXWeights
-from mxref.kernels import aot, parallel_linear_lora
-from mxref.kernels.launch import recording
+from mxref.kernels import parallel_linear_lora
+from mxref.kernels.compiled import ahead_of_time as aot
+from mxref.kernels.device.launch import recording
 
 rows, ordered, N, compiles = json.loads(sys.argv[1])
 E, K, k = 2, 96, 1 if ordered else 2

@@ -13,9 +13,9 @@ from moe_models import assert_near, tiny_gpt_oss
 from peft.utils import get_peft_model_state_dict
 
 from mxref import decode_mxfp4
-from mxref.kernels.experts import PROJECTIONS, LoRA
-from mxref.kernels.packing import experts_modules, pack_experts
-from mxref.kernels.peft_adapters import get_peft_model, load_peft_model
+from mxref.kernels.models.experts import PROJECTIONS, LoRA
+from mxref.kernels.models.packing import experts_modules, pack_experts
+from mxref.kernels.models.peft import get_peft_model, load_peft_model
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(6)[None]

@@ -12,8 +12,8 @@ from torch import nn
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
 from mxref import decode_mxfp4, encode_mxfp4
-from mxref.kernels import interop
-from mxref.kernels.experts import PackedExperts
+from mxref.kernels.models import torchao as interop
+from mxref.kernels.models.experts import PackedExperts
 
 FP4 = torch.float4_e2m1fn_x2
 W = torch.randn(4, 64, 96, generator=torch.Generator().manual_seed(0))

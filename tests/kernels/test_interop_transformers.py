@@ -15,11 +15,11 @@ from torch import nn
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from mxref import decode_mxfp4, encode_mxfp4
-from mxref.checkpoint import write_expert_weights
-from mxref.kernels.experts import PROJECTIONS, PackedExperts
-from mxref.kernels.interop import mxfp4_param
-from mxref.kernels.packing import experts_modules, pack_experts
-from mxref.kernels.transformers_experts import NAME, use_mxref_experts
+from mxref.checkpoints.gpt_oss import write_expert_weights
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.packing import experts_modules, pack_experts
+from mxref.kernels.models.torchao import mxfp4_param
+from mxref.kernels.models.transformers import NAME, use_mxref_experts
 
 FAMILIES = ("gpt_oss", "qwen3_experts", "deepseek_v4")
 TOKENS = 5

@@ -11,9 +11,15 @@ from moe_models import EXPERTS, HIDDEN, TOP_K, assert_near, make
 from torch import nn
 
 from mxref import decode_mxfp4, encode_mxfp4
-from mxref.kernels.experts import PROJECTIONS
-from mxref.kernels.layers import HFScatterMoEGatedMLP, expert_major, sigmoid_topk, softmax_topk, unwrap_adapters
-from mxref.kernels.packing import pack_experts
+from mxref.kernels.models.experts import PROJECTIONS
+from mxref.kernels.models.moe_block import (
+    HFScatterMoEGatedMLP,
+    expert_major,
+    sigmoid_topk,
+    softmax_topk,
+    unwrap_adapters,
+)
+from mxref.kernels.models.packing import pack_experts
 
 BLOCKS = ("qwen2_moe", "qwen3_moe", "deepseek_v3")
 TARGETS = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]

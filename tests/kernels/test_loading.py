@@ -17,10 +17,10 @@ from moe_models import assert_near, make, tiny_gpt_oss
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
-from mxref.checkpoint import INDEX_NAME
-from mxref.kernels.loading import load_packed_model, save_packed_model
-from mxref.kernels.packing import pack_experts
-from mxref.kernels.peft_adapters import get_peft_model
+from mxref.checkpoints.gpt_oss import INDEX_NAME
+from mxref.kernels.models.loading import load_packed_model, save_packed_model
+from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.peft import get_peft_model
 
 IDS = torch.arange(7)[None]
 
@@ -99,7 +99,7 @@ from pathlib import Path
 def memory(field):
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 
-from mxref.kernels.loading import load_packed_model
+from mxref.kernels.models.loading import load_packed_model
 load_packed_model(sys.argv[1], rank=0)  # imports what loading imports late
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
 before = memory("VmRSS")

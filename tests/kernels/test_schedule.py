@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mxref.kernels.schedule import Routing, tile_bound
+from mxref.kernels.device.schedule import Routing, tile_bound
 
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 15, 16, 17, 64, 300]), min_size=1, max_size=9)
 settings.register_profile(

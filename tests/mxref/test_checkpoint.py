@@ -11,7 +11,7 @@ import torch
 from gpt_oss_checkpoint import PROJECTIONS, make_gpt_oss_checkpoint
 from safetensors.torch import load_file, save_file
 
-from mxref.checkpoint import (
+from mxref.checkpoints.gpt_oss import (
     INDEX_NAME,
     ExpertTensor,
     list_expert_tensors,
@@ -71,7 +71,7 @@ class TestRead:
             assert torch.equal(scales, tensors[f"{name}_scales"])
 
     def test_one_projection_is_read_at_a_time(self, checkpoint, monkeypatch):
-        import mxref.checkpoint as module
+        import mxref.checkpoints.gpt_oss as module
 
         read: list[str] = []
         original = module._Files.read

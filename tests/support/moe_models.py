@@ -13,8 +13,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
-from mxref.kernels.experts import PackedExperts
-from mxref.kernels.packing import pack_experts
+from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.packing import pack_experts
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 64, 32, 2
 

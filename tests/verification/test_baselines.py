@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mxref.verification import baselines
-from mxref.verification.baselines import Baseline, accept, baseline_guard, baseline_path, environment
-from mxref.verification.verdicts import Finding, Status
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.records import ulp_baseline as baselines
+from mxref.verification.records.ulp_baseline import Baseline, accept, baseline_guard, baseline_path, environment
 
 CPU = torch.device("cpu")
 RUN = [

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 import mxref
-from mxref.verification import candidates
-from mxref.verification.accumulation import ACCUMULATIONS
-from mxref.verification.behaviour import (
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.candidates import candidate as candidates
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.memory.red_zones import Fence, fenced, uninitialised_memory
+from mxref.verification.cases.suites import Case, Sample
+from mxref.verification.checks.bits import (
     BEHAVIOURS,
     configuration_guard,
     determinism_guard,
@@ -21,10 +24,7 @@ from mxref.verification.behaviour import (
     row_guard,
     second_backward_guard,
 )
-from mxref.verification.candidates import Candidate
-from mxref.verification.cases import Case, Sample
-from mxref.verification.fences import Fence, fenced, uninitialised_memory
-from mxref.verification.verdicts import Finding, Status
+from mxref.verification.checks.finding import Finding, Status
 
 CPU = torch.device("cpu")
 BLOCKS = ACCUMULATIONS["fp32-blocks-64"]

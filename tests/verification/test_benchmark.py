@@ -41,7 +41,7 @@ from mxref.verification.bench.paths import COPY, DEQUANTISED, Path, every_path, 
 from mxref.verification.bench.racing import Effort, runnable, time_shape
 from mxref.verification.bench.timing import EventClock, WallClock
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
-from mxref.verification.cases import usual_dtype
+from mxref.verification.cases.suites import usual_dtype
 from mxref.verification.cli import main
 
 

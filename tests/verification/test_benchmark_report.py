@@ -22,13 +22,13 @@ from races import (
 )
 from rich.console import Console
 
-from mxref.verification import evidence
 from mxref.verification.bench import racing, report
 from mxref.verification.bench.benchmark import run_benchmark
 from mxref.verification.bench.paths import DEQUANTISED, Path
 from mxref.verification.bench.racing import Row
 from mxref.verification.bench.workloads import MEASURES
-from mxref.verification.options import EVIDENCE
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records import evidence
 
 
 @pytest.fixture

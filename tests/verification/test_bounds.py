@@ -15,10 +15,18 @@ from torch import Tensor
 
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
-from mxref.verification.accumulation import ACCUMULATIONS, Accumulation, Accumulator, Order, gamma
-from mxref.verification.bounds import Interval, intervals, rho
-from mxref.verification.cases import Case, Sample, integer_cases, quick_cases
-from mxref.verification.emulation import Dot, Emulated, blocks, fused_chain, position, r32, tensor_core
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Accumulator, Order, gamma
+from mxref.verification.arithmetic.bounds import Interval, intervals, rho
+from mxref.verification.cases.suites import Case, Sample, integer_cases, quick_cases
+from mxref.verification.studies.conforming.emulation import (
+    Dot,
+    Emulated,
+    blocks,
+    fused_chain,
+    position,
+    r32,
+    tensor_core,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

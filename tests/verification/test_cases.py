@@ -9,10 +9,10 @@ import torch
 
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
-from mxref.verification.cases import Case, full_cases, integer_cases, quick_cases, sample_for_weights
-from mxref.verification.exhaustive import all_elements, finite_bytes, finite_sample, nonfinite_samples
-from mxref.verification.integer import is_exact_everywhere
-from mxref.verification.sampling import Gauge, Sample, scale_bytes
+from mxref.verification.cases.case import Gauge, Sample, scale_bytes
+from mxref.verification.cases.elements import all_elements, finite_bytes, finite_sample, nonfinite_samples
+from mxref.verification.cases.integer import is_exact_everywhere
+from mxref.verification.cases.suites import Case, full_cases, integer_cases, quick_cases, sample_for_weights
 from mxref.weights import MXWeights, decode_mxfp4
 
 SUITES = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mxref import MXWeights, encode_mxfp4
-from mxref.checkpoint import write_expert_weights
+from mxref.checkpoints.gpt_oss import write_expert_weights
 from mxref.verification.cli import main
 
 PLANTED = """

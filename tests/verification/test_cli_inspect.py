@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxref import MXWeights, encode_mxfp4
-from mxref.checkpoint import write_expert_weights
-from mxref.deepseek_checkpoint import (
+from mxref.checkpoints.deepseek_v4 import (
     is_deepseek_checkpoint,
     list_deepseek_expert_tensors,
     read_deepseek_expert_weights,
 )
+from mxref.checkpoints.gpt_oss import write_expert_weights
+from mxref.checkpoints.statistics import BlockStatistics, inspect_checkpoint
 from mxref.verification.cli import main
-from mxref.verification.inspection import BlockStatistics, inspect_checkpoint
 
 NAME = "model.layers.0.mlp.experts.down_proj"
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, expert_order_inputs
-from mxref.verification import candidates
-from mxref.verification.accumulation import ACCUMULATIONS, Accumulation
-from mxref.verification.cases import Case, Sample, quick_cases
-from mxref.verification.drift import drift_guard, slopes_of
-from mxref.verification.emulation import Emulated, blocks, tensor_core
-from mxref.verification.guards import Expectation, expect
-from mxref.verification.thresholds import ON_A_GRID, critical_z, directed_loss, residual_variance
-from mxref.verification.verdicts import DriftMap, Finding, Status
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
+from mxref.verification.arithmetic.thresholds import ON_A_GRID, critical_z, directed_loss, residual_variance
+from mxref.verification.candidates import candidate as candidates
+from mxref.verification.cases.suites import Case, Sample, quick_cases
+from mxref.verification.checks.drift import drift_guard, slopes_of
+from mxref.verification.checks.exact import Expectation, expect
+from mxref.verification.checks.finding import DriftMap, Finding, Status
+from mxref.verification.studies.conforming.emulation import Emulated, blocks, tensor_core
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HOPPER = ACCUMULATIONS["tensor-core-sm90"]

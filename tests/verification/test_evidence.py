@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mxref.verification import evidence, syntax
-from mxref.verification.candidates import golden
+from mxref.verification.candidates.candidate import golden
 from mxref.verification.cli import main
-from mxref.verification.gate import run_gate, suite_steps
-from mxref.verification.options import EVIDENCE
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.gate.run import run_gate, suite_steps
+from mxref.verification.records import evidence
+from mxref.verification.records import sources as syntax
 
 SOURCE = '''
 """What it is."""
@@ -52,7 +53,12 @@ def test_every_kind_of_evidence_is_there() -> None:
 
 def test_the_digest_covers_what_decides_a_result() -> None:
     names = evidence.sources()
-    assert {"kernels/decode.py", "kernels/configs.py", "kernels/launch.py", "kernels/autograd.py"} <= names.keys()
+    assert {
+        "kernels/device/decode.py",
+        "kernels/device/configs.py",
+        "kernels/device/launch.py",
+        "kernels/layer/autograd.py",
+    } <= names.keys()
     assert {"formats.py", "weights.py", "routing.py", "problem.py", "rounding.py"} <= names.keys()
     assert not {"kernels/aot.py", "kernels/layers.py", "verification/gate.py", "scattermoe.py"} & names.keys()
 
@@ -129,20 +135,21 @@ def test_fresh_records_are_fine(records: Path) -> None:
 
 def test_a_changed_kernel_names_file_and_command(records: Path) -> None:
     texts = evidence.sources()
-    texts["kernels/decode.py"] += "\nbyte = 0\n"
+    texts["kernels/device/decode.py"] += "\nbyte = 0\n"
     problems = evidence.check(records, texts)
     assert len(problems) == len(evidence.COMMANDS)
     gate = next(problem for problem in problems if "gate.json" in problem)
     assert (
-        gate == "nvidia-h200/gate.json is older than kernels/decode.py; run on a GPU: mxref gate --require-gpu --record"
+        gate
+        == "nvidia-h200/gate.json is older than kernels/device/decode.py; run on a GPU: mxref gate --require-gpu --record"
     )
 
 
 def test_a_new_or_a_lost_file_counts(records: Path) -> None:
     texts = evidence.sources()
     assert "kernels/new.py" in evidence.check(records, {**texts, "kernels/new.py": ""})[0]
-    del texts["kernels/decode.py"]
-    assert "kernels/decode.py" in evidence.check(records, texts)[0]
+    del texts["kernels/device/decode.py"]
+    assert "kernels/device/decode.py" in evidence.check(records, texts)[0]
 
 
 def test_missing_records(records: Path) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import mxref
 from mxref.problem import Problem
-from mxref.verification import candidates
-from mxref.verification.accumulation import ACCUMULATIONS, Accumulation
-from mxref.verification.candidates import Candidate
-from mxref.verification.cases import Case, integer_cases
-from mxref.verification.gate import GateResult, Step, case_steps, decode_steps, run_gate
-from mxref.verification.verdicts import Finding, Status
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
+from mxref.verification.candidates import candidate as candidates
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.cases.suites import Case, integer_cases
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.gate.run import GateResult, Step, case_steps, decode_steps, run_gate
 
 CPU = torch.device("cpu")
 SMALL = Case("small", 2, 64, 96, 9, 2, 4, bias=True, gate_slots=2)

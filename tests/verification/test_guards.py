@@ -13,10 +13,10 @@ from mxref import parallel_linear_lora
 from mxref.formats import fp4_codebook
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
-from mxref.verification.accumulation import ACCUMULATIONS
-from mxref.verification.cases import Case, Sample, integer_cases, quick_cases
-from mxref.verification.guards import decode_guard, integer_guard, interval_guard
-from mxref.verification.verdicts import Finding, Status
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.cases.suites import Case, Sample, integer_cases, quick_cases
+from mxref.verification.checks.exact import decode_guard, integer_guard, interval_guard
+from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mxref.verification import evidence
 from mxref.verification.bench import plots
 from mxref.verification.bench.history import FLOOR, Entry, judge, load_history, noise
 from mxref.verification.cli import main
+from mxref.verification.records import evidence
 
 KEY = ("thin", "step", "automatic")
 

@@ -14,10 +14,10 @@ import torch
 
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints, expert_order_inputs, forward
-from mxref.verification.accumulation import ACCUMULATIONS
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.cli import main
-from mxref.verification.emulation import Emulated, blocks, tensor_core
-from mxref.verification.honest import Honest, data_cases, emulated, judge
+from mxref.verification.studies.conforming.emulation import Emulated, blocks, tensor_core
+from mxref.verification.studies.conforming.implementations import Honest, data_cases, emulated, judge
 
 BF16 = torch.bfloat16
 IMPLEMENTATIONS = emulated()

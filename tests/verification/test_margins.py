@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mxref.verification.margins import Margins
+from mxref.verification.candidates.memory.margins import Margins
 
 
 def test_fresh_memory_is_nan_and_copies_keep_their_values() -> None:

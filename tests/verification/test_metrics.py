@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxref.rounding import round_to
-from mxref.verification.metrics import pow2_floor, ratio_statistics, rms, ulp, ulp_error
+from mxref.verification.arithmetic.metrics import pow2_floor, ratio_statistics, rms, ulp, ulp_error
 
 NUMPY = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}
 

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from mxref.verification.gate import GUARDS
-from mxref.verification.mutants import BUGS, catalogue, read_sources, stratified
-from mxref.verification.mutation import compiled, equivalents, record
-from mxref.verification.mutation.equivalence import Equivalent
-from mxref.verification.mutation.layers import Layer, Trial, gate_layers, layers
-from mxref.verification.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate
-from mxref.verification.mutation.runner import run
-from mxref.verification.mutation.samples import fixtures
-from mxref.verification.mutation.session import EQUIVALENT_SHARE, FalseKillError, Fate, Judged, Session, judge
-from mxref.verification.mutation.sweep import OPERATORS, sweep
-from mxref.verification.verdicts import Finding, Status
+from mxref.verification.cases.small import fixtures
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.gate.run import GUARDS
+from mxref.verification.studies.mutation import compiled, equivalents, record
+from mxref.verification.studies.mutation.equivalence import Equivalent
+from mxref.verification.studies.mutation.layers import Layer, Trial, gate_layers, layers
+from mxref.verification.studies.mutation.mutant import Bug, Mutant, Source, StaleMutantError, locate
+from mxref.verification.studies.mutation.mutants import BUGS, catalogue, read_sources, stratified
+from mxref.verification.studies.mutation.runner import run
+from mxref.verification.studies.mutation.session import EQUIVALENT_SHARE, FalseKillError, Fate, Judged, Session, judge
+from mxref.verification.studies.mutation.sweep import OPERATORS, sweep
 
 SOURCES = read_sources()
 
@@ -82,8 +82,10 @@ def test_every_declared_equivalent_is_in_the_catalogue() -> None:
 
 
 def test_a_stale_mutant_is_named() -> None:
-    bug = Bug("gone", "decode.py", "no such text", "", "decode", "")
-    with pytest.raises(StaleMutantError, match=r"'gone' is stale: its snippet occurs 0 times in kernels/decode.py"):
+    bug = Bug("gone", "device/decode.py", "no such text", "", "decode", "")
+    with pytest.raises(
+        StaleMutantError, match=r"'gone' is stale: its snippet occurs 0 times in kernels/device/decode.py"
+    ):
         locate(bug, SOURCES)
     with pytest.raises(StaleMutantError, match=r"there is no kernels/other\.py"):
         locate(replace(bug, file="other.py"), SOURCES)
@@ -258,7 +260,9 @@ def test_rejected_sources_stop_the_run() -> None:
 
 
 def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    respelt = Bug("respelt", "decode.py", "tl.constexpr(2.0**126)", "tl.constexpr(float(2**126))", "decode", "the same")
+    respelt = Bug(
+        "respelt", "device/decode.py", "tl.constexpr(2.0**126)", "tl.constexpr(float(2**126))", "decode", "the same"
+    )
     harmless, harmful = locate(respelt, SOURCES), _named("bias twice")
     blind = [_layer("blind", lambda _: [_finding(True)])]
     entries = tuple(Equivalent(m.function, *m.edit(SOURCES[m.file].text), "an argument") for m in (harmless, harmful))
@@ -349,10 +353,14 @@ def test_a_record_tells_what_happened_and_when_it_is_stale(tmp_path: Path) -> No
     assert [judged.mutant for judged in record.judged_before(entry, mutants)] == mutants[:1]
     with pytest.raises(ValueError, match="another catalogue"):
         record.unexplained(entry, [*mutants, _named("sign bit lost")], SOURCES)
-    commented = SOURCES | {"decode.py": Source("decode.py", SOURCES["decode.py"].text + "# a comment\n")}
+    commented = SOURCES | {
+        "device/decode.py": Source("device/decode.py", SOURCES["device/decode.py"].text + "# a comment\n")
+    }
     assert record.stale(entry, mutants, commented) == ""
-    changed = SOURCES | {"decode.py": Source("decode.py", SOURCES["decode.py"].text + "x = 1\n")}
-    assert "older than kernels/decode.py; refresh it: mxref mutants --all" in record.stale(entry, mutants, changed)
+    changed = SOURCES | {"device/decode.py": Source("device/decode.py", SOURCES["device/decode.py"].text + "x = 1\n")}
+    assert "older than kernels/device/decode.py; refresh it: mxref mutants --all" in record.stale(
+        entry, mutants, changed
+    )
 
 
 def test_the_record_of_the_whole_catalogue() -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import mxref
-from mxref.verification import outside
-from mxref.verification.accumulation import ACCUMULATIONS
-from mxref.verification.candidates import Candidate, load
-from mxref.verification.cases import integer_cases, quick_cases
-from mxref.verification.exhaustive import all_elements
-from mxref.verification.guards import integer_guard, interval_guard
-from mxref.verification.sampling import Case
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.candidates import foreign as outside
+from mxref.verification.candidates.candidate import Candidate, load
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.elements import all_elements
+from mxref.verification.cases.suites import integer_cases, quick_cases
+from mxref.verification.checks.exact import integer_guard, interval_guard
 from mxref.weights import decode_mxfp4
 
 CPU = {case.name: case for case in quick_cases("cpu")}

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mxref.verification import candidates
-from mxref.verification.accumulation import ACCUMULATIONS
-from mxref.verification.gate import GUARDS, GateResult
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.candidates import candidate as candidates
+from mxref.verification.checks.finding import Counterexample, DriftMap, ErrorSample, Finding, Status
+from mxref.verification.gate.run import GUARDS, GateResult
 from mxref.verification.report import plots, plots_drift, terminal
 from mxref.verification.report.page import as_html, failures, headline, share_text, write
-from mxref.verification.verdicts import Counterexample, DriftMap, ErrorSample, Finding, Status
 
 PASSED = Finding("interval", "small", "Y", Status.PASS, "inside", 96, 0, 1.5, 0.4, 0.25)
 FAILED = Finding(

@@ -9,14 +9,14 @@ from textwrap import dedent
 import pytest
 import torch
 
-from mxref.verification import evidence
+from mxref.verification.candidates.known import ENTRIES, entry
+from mxref.verification.cases.elements import all_elements, finite_sample, nonfinite_samples
+from mxref.verification.cases.weights_behind import weight_at, witnesses
+from mxref.verification.checks.finding import Status
 from mxref.verification.cli import main
-from mxref.verification.entries import ENTRIES, entry
-from mxref.verification.exhaustive import all_elements, finite_sample, nonfinite_samples
-from mxref.verification.scoreboard import Board, run_scoreboard
-from mxref.verification.scoreboard_report import as_json, as_markdown, write
-from mxref.verification.verdicts import Status
-from mxref.verification.witness import weight_at, witnesses
+from mxref.verification.records import evidence
+from mxref.verification.studies.scoreboard.report import as_json, as_markdown, write
+from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
 BROKEN = """
     import os

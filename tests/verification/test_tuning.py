@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from mxref.kernels import Config
-from mxref.kernels.configs import config_for
+from mxref.kernels.device.configs import config_for
 from mxref.verification.bench import tuning
 from mxref.verification.bench.timing import WallClock
 from mxref.verification.bench.workloads import Shape

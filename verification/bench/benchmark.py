@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxref.verification import candidates
 from mxref.verification.bench.paths import Path
 from mxref.verification.bench.racing import Effort, Row, time_shape
 from mxref.verification.bench.timing import Ceilings, Clock
 from mxref.verification.bench.workloads import Shape
-from mxref.verification.cases import integer_cases, usual_dtype
-from mxref.verification.gate import GateResult, case_steps, decode_steps, run_gate
-from mxref.verification.sampling import Case
+from mxref.verification.candidates import candidate as candidates
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.suites import integer_cases, usual_dtype
+from mxref.verification.gate.run import GateResult, case_steps, decode_steps, run_gate
 from mxref.weights import decode_mxfp4
 
 __all__ = ["Bench", "gate_paths", "run_benchmark"]

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mxref.verification import evidence
-from mxref.verification.options import EVIDENCE
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records import evidence
 
 __all__ = ["FLOOR", "Change", "Entry", "Key", "judge", "load_history", "noise"]
 

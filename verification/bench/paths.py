@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxref.verification import outside
 from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
+from mxref.verification.candidates import foreign as outside
 from mxref.weights import MXWeights
 
 __all__ = ["COMPOSITE", "COPY", "DEQUANTISED", "REFERENCES", "Path", "every_path", "our_paths", "peers", "reference"]
@@ -144,8 +144,8 @@ def _strategy_a(
 
 
 def _active(positions: Tensor, offsets: Tensor) -> Tensor:
-    from mxref.kernels.dequant import active_or_sentinel
-    from mxref.kernels.schedule import Routing
+    from mxref.kernels.device.dequant import active_or_sentinel
+    from mxref.kernels.device.schedule import Routing
 
     return active_or_sentinel(Routing(positions, offsets))
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mxref.verification import evidence
 from mxref.verification.bench.benchmark import Bench
 from mxref.verification.bench.racing import AGREEMENT, Row
 from mxref.verification.bench.summary import eager_mark, markdown_line, once, summary
-from mxref.verification.options import EVIDENCE
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records import evidence
 
 __all__ = ["as_json", "as_markdown", "print_bench", "readme_block", "record", "update_readme"]
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from mxref.kernels import Config, parallel_linear_lora
-from mxref.kernels.configs import HOPPER_HEIGHTS, config_for, shape_class
-from mxref.kernels.launch import architecture
+from mxref.kernels.device.configs import HOPPER_HEIGHTS, config_for, shape_class
+from mxref.kernels.device.launch import architecture
 from mxref.verification.bench.racing import AGREEMENT
 from mxref.verification.bench.timing import Clock
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
-from mxref.verification.cases import usual_dtype
+from mxref.verification.cases.suites import usual_dtype
 
 __all__ = ["Pinned", "Timing", "candidates", "compile_ahead", "pinned_costs", "tune_shape"]
 

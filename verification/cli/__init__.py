@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mxref.verification.cli import bench, gate, history, honest, inspect, mutants, scoreboard, tune
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.usage import UsageError
 
 __all__ = ["main"]
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import EVIDENCE, choose_device
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.options import EVIDENCE, choose_device
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> Bench:
     from mxref.verification.bench.paths import every_path
     from mxref.verification.bench.racing import Effort
     from mxref.verification.bench.timing import clock_for, measure_ceilings
-    from mxref.verification.gate import describe_device
+    from mxref.verification.gate.run import describe_device
 
     shapes = workloads.QUICK if arguments.quick else workloads.CASES + (workloads.LARGE if arguments.large else ())
     if arguments.shape:

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import EVIDENCE, choose_device, matches, seed
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.options import EVIDENCE, choose_device, matches, seed
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from mxref.checkpoint import ExpertTensor
-    from mxref.verification.candidates import Candidate
-    from mxref.verification.gate import GateResult, Step
+    from mxref.checkpoints.gpt_oss import ExpertTensor
+    from mxref.verification.candidates.candidate import Candidate
+    from mxref.verification.gate.run import GateResult, Step
 
 __all__ = ["add_to"]
 
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     if accepted is not None:
         console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None:
-        from mxref.verification import evidence
+        from mxref.verification.records import evidence
 
         kept = evidence.record(arguments.record, "gate", evidence.gate_summary(result))
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
@@ -150,7 +150,7 @@ def _own(arguments: argparse.Namespace) -> bool:
 
 def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:
     """Hold the shipped kernels' errors against the accepted ones, or accept them if all is well; the written file."""
-    from mxref.verification import baselines
+    from mxref.verification.records import ulp_baseline as baselines
 
     if not _own(arguments):
         return None
@@ -174,7 +174,7 @@ def _check_record(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def _candidate(arguments: argparse.Namespace, device: torch.device) -> Candidate:
-    from mxref.verification import candidates
+    from mxref.verification.candidates import candidate as candidates
 
     points = None
     if arguments.points is not None:
@@ -194,7 +194,7 @@ def _candidate(arguments: argparse.Namespace, device: torch.device) -> Candidate
 
 def _steps(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Step], str]:
     """What will be judged, and what to call it."""
-    from mxref.verification import gate
+    from mxref.verification.gate import run as gate
 
     if arguments.weights is not None:
         tensors, suite = _checkpoint(arguments.weights, arguments.layers)
@@ -217,7 +217,7 @@ def _steps(arguments: argparse.Namespace, device: torch.device) -> tuple[list[St
 
 def _checkpoint(path: Path, layers: str | None) -> tuple[list[ExpertTensor], str]:
     """The projections of the chosen layers, and what to call them."""
-    from mxref.checkpoint import list_expert_tensors
+    from mxref.checkpoints.gpt_oss import list_expert_tensors
 
     try:
         tensors = list_expert_tensors(path)
@@ -276,7 +276,7 @@ def _judge(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from mxref.verification.gate import run_gate
+    from mxref.verification.gate.run import run_gate
 
     columns = (
         SpinnerColumn(), TextColumn("{task.fields[guard]:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import EVIDENCE
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,14 +15,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import choose_device, matches, positive
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.options import choose_device, matches, positive
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from mxref.verification.cases import Case
-    from mxref.verification.honest import Honest
+    from mxref.verification.cases.suites import Case
+    from mxref.verification.studies.conforming.implementations import Honest
 
 __all__ = ["add_to"]
 
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     from rich.console import Console
 
-    from mxref.verification.honest import data_cases
+    from mxref.verification.studies.conforming.implementations import data_cases
 
     start = time.monotonic()
     chosen = [h for h in _implementations(device) if matches(h.name, arguments.name)]
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @cache
 def _implementations(device: torch.device) -> Sequence[Honest]:
-    from mxref.verification.honest import emulated, on_gpu
+    from mxref.verification.studies.conforming.implementations import emulated, on_gpu
 
     return emulated() if device.type == "cpu" else on_gpu(device)
 
@@ -140,7 +140,7 @@ def _mapped(
 def _judge_draw(draw: _Draw, device: torch.device, names: list[str]) -> list[Judgement]:
     import torch
 
-    from mxref.verification.honest import judge
+    from mxref.verification.studies.conforming.implementations import judge
 
     torch.set_num_threads(1)
     case = draw.case

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from mxref.verification.inspection import BlockStatistics
+    from mxref.checkpoints.statistics import BlockStatistics
 
 __all__ = ["add_to"]
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from mxref.verification.inspection import inspect_checkpoint
+    from mxref.checkpoints.statistics import inspect_checkpoint
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)

@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import EVIDENCE, choose_device, matches, positive, seed
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from mxref.verification.mutation.mutant import Mutant, Source
-    from mxref.verification.mutation.session import Session
+    from mxref.verification.studies.mutation.mutant import Mutant, Source
+    from mxref.verification.studies.mutation.session import Session
 
 __all__ = ["add_to"]
 
@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from rich.console import Console
 
-    from mxref.verification.mutants import catalogue, read_sources
-    from mxref.verification.mutation import record
-    from mxref.verification.mutation.tables import print_list, print_session
+    from mxref.verification.studies.mutation import record
+    from mxref.verification.studies.mutation.mutants import catalogue, read_sources
+    from mxref.verification.studies.mutation.tables import print_list, print_session
 
     sources = read_sources()
     mutants = _selected(arguments, sources, device)
@@ -127,8 +127,8 @@ def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
 
 def _record_of(device: torch.device) -> Path:
     """The record's path. A process of its own asks for the GPU's name: this one must not touch the GPU."""
-    from mxref.verification import baselines
-    from mxref.verification.mutation import record
+    from mxref.verification.records import ulp_baseline as baselines
+    from mxref.verification.studies.mutation import record
 
     if device.type == "cpu":
         return record.RECORD
@@ -138,8 +138,8 @@ def _record_of(device: torch.device) -> Path:
 
 
 def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:
-    from mxref.verification.mutants import catalogue, stratified
-    from mxref.verification.mutation import record
+    from mxref.verification.studies.mutation import record
+    from mxref.verification.studies.mutation.mutants import catalogue, stratified
 
     mutants = [
         mutant
@@ -173,10 +173,10 @@ def _judge(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from mxref.verification.mutation.layers import gate_layers, layers
-    from mxref.verification.mutation.runner import Outcome
-    from mxref.verification.mutation.samples import fixtures
-    from mxref.verification.mutation.session import judge
+    from mxref.verification.cases.small import fixtures
+    from mxref.verification.studies.mutation.layers import gate_layers, layers
+    from mxref.verification.studies.mutation.runner import Outcome
+    from mxref.verification.studies.mutation.session import judge
 
     torch.set_num_threads(1)
     judges = gate_layers if arguments.gate else layers

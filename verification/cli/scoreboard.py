@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import EVIDENCE, choose_device, matches, positive, seed
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from mxref.verification.scoreboard import Board
+    from mxref.verification.studies.scoreboard.run import Board
 
 __all__ = ["add_to"]
 
@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     from rich.console import Console
 
-    from mxref.verification import evidence, scoreboard_report
+    from mxref.verification.records import evidence
+    from mxref.verification.studies.scoreboard import report as scoreboard_report
 
     names = _names(arguments.candidates)
     if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _names(text: str | None) -> list[str]:
-    from mxref.verification.entries import ENTRIES, entry
+    from mxref.verification.candidates.known import ENTRIES, entry
 
     if text is None:
         return [name for name in ENTRIES if name != "golden"]
@@ -108,7 +109,7 @@ def _names(text: str | None) -> list[str]:
 
 
 def _check_cases(arguments: argparse.Namespace, device: torch.device) -> None:
-    from mxref.verification.steps import suite_steps
+    from mxref.verification.gate.plan import suite_steps
 
     steps = suite_steps(device, arguments.full, arguments.seed, every_guard=True)
     if not any(matches(step.case, arguments.case or ()) for step in steps):
@@ -120,7 +121,7 @@ def _judge(names: list[str], device: torch.device, arguments: argparse.Namespace
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from mxref.verification.scoreboard import run_scoreboard
+    from mxref.verification.studies.scoreboard.run import run_scoreboard
 
     columns = (
         SpinnerColumn(), TextColumn("{task.fields[name]:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -7,8 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.options import choose_device, positive
-from mxref.verification.usage import UsageError
+from mxref.verification.cli.options import choose_device, positive
+from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
         "tune",
         help="time every tiling beside the table's choice (needs a GPU)",
         description="Time a whole training step under every tiling that fits this GPU, shape by shape, and print the "
-        f"{_SHOWN} fastest beside the one that kernels/configs.py chooses; then what it costs to pin one tiling for "
+        f"{_SHOWN} fastest beside the one that kernels/device/configs.py has; then what it costs to pin one tiling for "
         "all of them, so that a row's bits do not depend on the batch. Nothing is written: the table is source, and a "
         "change to it goes through the gate like any other.",
     )
@@ -47,11 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mxref.kernels.launch import architecture
+    from mxref.kernels.device.launch import architecture
     from mxref.verification.bench.timing import clock_for
     from mxref.verification.bench.tuning import candidates, compile_ahead, pinned_costs, tune_shape
     from mxref.verification.bench.workloads import CASES
-    from mxref.verification.cases import usual_dtype
+    from mxref.verification.cases.suites import usual_dtype
 
     wanted = arguments.shape or [""]
     shapes = [shape for shape in CASES if any(text in shape.name for text in wanted)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mxref.verification.bounds import TENSORS
+from mxref.verification.arithmetic.bounds import TENSORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

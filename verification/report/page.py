@@ -11,11 +11,11 @@ from typing import Any
 
 import jinja2
 
-from mxref.verification.bounds import TENSORS
-from mxref.verification.candidates import describe
-from mxref.verification.gate import GUARDS, GateResult
+from mxref.verification.arithmetic.bounds import TENSORS
+from mxref.verification.candidates.candidate import describe
+from mxref.verification.checks.finding import DriftMap, Finding, Status
+from mxref.verification.gate.run import GUARDS, GateResult
 from mxref.verification.report import plots, plots_drift
-from mxref.verification.verdicts import DriftMap, Finding, Status
 
 __all__ = [
     "as_html", "as_json", "facts", "failures", "finding_json", "headline", "share_text", "tensor_order", "ulp_text",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mxref.verification.checks.finding import ErrorSample
 from mxref.verification.report.canvas import FAIL, MUTED, SERIES, in_order, panels, squares, svg, title
-from mxref.verification.verdicts import ErrorSample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

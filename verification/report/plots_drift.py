@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mxref.verification.checks.finding import DriftMap
 from mxref.verification.report.canvas import FAIL, INK, MUTED, SERIES, WEAK, in_order, panels, squares, svg, title
-from mxref.verification.verdicts import DriftMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

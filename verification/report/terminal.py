@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mxref.verification.gate import GateResult
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.gate.run import GateResult
 from mxref.verification.report.page import facts, failures, headline, share_text, tensor_order, ulp_text
-from mxref.verification.verdicts import Finding, Status
 
 __all__ = ["print_result"]
 

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation, and what the machine code shows."""

@@ -1,0 +1,272 @@
+"""Ahead-of-time compilation of every launch the dispatch can make, for GPUs that this machine does not have.
+
+    python -m mxref.kernels.compiled.ahead_of_time [--arch sm_90]
+
+The layer's own host code runs forward and backward on `meta` tensors for each architecture, tiling and dtype, the
+launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
+stack bytes (which is where spills go), shared memory against the chip's limit. Violations are a stack, a flush-to-zero
+instruction, which would break the decode of scale byte 0, and the hazards that `machine_code` finds; the exit status is
+then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mxref.kernels.compiled.machine_code import Resources, disassemble, hazards, resources
+from mxref.kernels.device.configs import SHARED_MEMORY, Config, reachable_configs
+from mxref.kernels.device.dequant import dequantize_experts
+from mxref.kernels.device.launch import INTERPRETED, Launch, recording
+from mxref.kernels.layer.autograd import parallel_linear_lora
+from mxref.weights import MXWeights
+
+__all__ = ["Compiled", "Unit", "build", "compile_unit", "main", "units"]
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+_POINTER = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: a kernel of this package, specialised as its launch would specialise it; picklable.
+
+    Attributes:
+        architecture: such as "sm_90".
+        label: what the launch does, for the report.
+        module, kernel: where the jitted function lives.
+        signature: argument name -> Triton type, "constexpr" for constants.
+        constants: argument name -> value.
+        divisible: indices of the arguments that are multiples of 16.
+        num_warps, num_stages: compile options.
+    """
+
+    architecture: str
+    label: str
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
+        """Specialise one launch the way Triton's run time does."""
+        signature, constants, divisible = [], [], []
+        for index, parameter in enumerate(launch.kernel.params):
+            name, value = parameter.name, launch.arguments[parameter.name]
+            number = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (number and value == 1):
+                signature.append((name, "constexpr"))
+                constants.append((name, value))
+                continue
+            signature.append((name, _type_of(value)))
+            if not parameter.do_not_specialize_on_alignment and (
+                isinstance(value, Tensor) or (number and value % 16 == 0)
+            ):
+                divisible.append(index)
+        function = launch.kernel.fn
+        return cls(
+            architecture,
+            label,
+            function.__module__,
+            function.__name__,
+            tuple(signature),
+            tuple(constants),
+            tuple(divisible),
+            launch.num_warps,
+            launch.num_stages,
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a unit.
+
+    Attributes:
+        unit: what was compiled.
+        resources: registers a thread and stack bytes.
+        shared: bytes of shared memory.
+        hazards: what makes results wrong, if only now and then, in words.
+    """
+
+    unit: Unit
+    resources: Resources
+    shared: int
+    hazards: tuple[str, ...]
+
+    @property
+    def violations(self) -> list[str]:
+        """What must not be, in words: the hazards, spills, and more shared memory than there is."""
+        limit = SHARED_MEMORY[self.unit.architecture]
+        found = []
+        if self.resources.stack:
+            found.append(f"{self.resources.stack} bytes of stack")
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, limit {limit}")
+        return [*found, *self.hazards]
+
+
+def units(architecture: str) -> Iterator[Unit]:
+    """Every distinct compilation of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
+    seen: set[Any] = set()
+    for dtype, config, rank, steps, sizes in _settings(architecture):
+        for step in steps:
+            for launch in _launches(architecture, dtype, config, rank, step, sizes):
+                unit = Unit.of(architecture, f"{step} {str(dtype).removeprefix('torch.')} r{rank}", launch)
+                key = (
+                    unit.kernel,
+                    unit.signature,
+                    str(unit.constants),
+                    unit.divisible,
+                    unit.num_warps,
+                    unit.num_stages,
+                )
+                if key not in seen:
+                    seen.add(key)
+                    yield unit
+
+
+_GPT_OSS = (2880, 5760)
+_OTHER_SIZES = ((2048, 1024), (1056, 1056))
+"""K and N: whole steps both ways, and an odd number of blocks, for which `hopper` is compiled differently."""
+
+
+def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...], tuple[int, int]]]:
+    """dtype, tiling, rank, steps and sizes: the largest rank in the largest tiling, which holds the most at once."""
+    tilings = reachable_configs(architecture)
+    for config in tilings:
+        yield torch.bfloat16, config, 16, ("fused", "unfused", "dense"), _GPT_OSS
+        for sizes in _OTHER_SIZES:
+            yield torch.bfloat16, config, 16, ("fused",), sizes
+    yield torch.bfloat16, tilings[-1], 128, ("fused", "dense"), _GPT_OSS
+    yield torch.float16, reachable_configs(architecture, torch.float16)[-1], 16, ("fused",), _GPT_OSS
+    for rank in (16, 128):
+        yield torch.float32, reachable_configs(architecture, torch.float32)[0], rank, ("fused",), _GPT_OSS
+
+
+def _launches(
+    architecture: str, dtype: torch.dtype, config: Config, rank: int, step: str, sizes: tuple[int, int]
+) -> list[Launch]:
+    """The launches of one training step of 32 experts, 512 tokens.
+
+    `fused` and `unfused` read packed weights and take the flag combination of that name: with gates on rows of tokens,
+    and without on rows in expert order. `dense` reads dense weights.
+    """
+    E, (K, N), M, k = 32, sizes, 512, 4
+    with recording(architecture) as recorder:
+        weights: Tensor | MXWeights = torch.empty(E, N, K, dtype=dtype, device="meta").mT
+        if step != "dense":
+            codes, scales = (torch.empty(E, N, K // d, dtype=torch.uint8, device="meta") for d in (2, 32))
+            weights = MXWeights(codes, scales, K, N)
+            dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
+        ids = torch.empty(M * k, dtype=torch.int64, device="meta")
+        ordered = step == "unfused"
+        x, A, B, bias, gates = (
+            torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+            for shape in ((M * k if ordered else M, K), (E * rank, K), (N, E * rank), (E, N), (M, k))
+        )
+        y = parallel_linear_lora(
+            x, weights, 1 if ordered else k, ids, ids, ids[:E], A, B, 0.5, bias, gates if step == "fused" else None,
+            grouped_in=ordered, use_fused_dX=step == "fused", use_fused_gather=not ordered, config=config,
+        )  # fmt: skip
+        y.backward(torch.empty_like(y))
+    return recorder.launches
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTER[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_POINTER[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _function(unit: Unit) -> Any:
+    return getattr(import_module(unit.module), unit.kernel)
+
+
+def build(unit: Unit) -> Any:
+    """Triton's compiled kernel, from the module that is imported under the unit's name."""
+    function = _function(unit)
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(
+        function,
+        dict(unit.signature),
+        dict(unit.constants),
+        {(index,): [["tt.divisibility", 16]] for index in unit.divisible},
+    )
+    target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
+    options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_unit(unit: Unit) -> Compiled:
+    """Compile one unit for its architecture and read the compiler's own resource account."""
+    compiled = build(unit)
+    cubin = compiled.asm["cubin"]
+    found = hazards(disassemble(cubin), waits_by_hand=_function(unit).is_gluon())
+    if ".ftz" in compiled.asm["ptx"]:
+        found.append("flushes subnormals to zero")
+    return Compiled(unit, resources(cubin), compiled.metadata.shared, tuple(found))
+
+
+def main() -> int:
+    """Compile everything, print the table, and return the exit status."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="one architecture; may be repeated")
+    chosen = parser.parse_args().arch or ARCHITECTURES
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set; unset it, interpreted kernels cannot be compiled")
+    work = [unit for architecture in chosen for unit in units(architecture)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(compile_unit, work))
+    columns = ("arch", "kernel", "for", "tile", "warps", "stages", "registers", "stack", "shared", "verdict")
+    table = Table(*columns, title=f"triton {triton.__version__}: {len(results)} compilations")
+    for result in results:
+        unit = result.unit
+        tile = " ".join(f"{n[6:]}{v}" for n, v in unit.constants if n.startswith("BLOCK_"))
+        cells = (unit.architecture, unit.kernel, unit.label, tile, unit.num_warps, unit.num_stages)
+        account = (
+            result.resources.registers,
+            result.resources.stack,
+            result.shared,
+            "; ".join(result.violations) or "ok",
+        )
+        table.add_row(*map(str, cells + account), style="red" if result.violations else None)
+    console = Console(width=160)
+    console.print(table)
+    violations = sum(bool(result.violations) for result in results)
+    console.print(f"{violations} violations")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

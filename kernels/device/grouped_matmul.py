@@ -1,0 +1,262 @@
+"""The grouped product: every routed row times its expert's matrix. One kernel is Y, D (the routed rows of dX), Z
+and V.
+
+    out[p, j] = R( s · Σ_r low[p, r] · factor_e[r, j]  +  Σ_c in[p, c] · W_e[c, j]  +  bias_e[j] )
+
+            in     W_e [C, J]        low   factor_e [r, J]    bias
+    Z       x      A_eᵀ  [K, r]
+    Y       x      W_e   [K, N]      Z     B_eᵀ               yes
+    V       dY     B_e   [N, r]
+    D       dY     W_eᵀ  [N, K]      V     A_e
+
+W_e is dense, any strides, or packed MXFP4, decoded tile by tile from the one packed buffer in both directions: by the
+portable kernel of this module, or for bf16 on Hopper by the one of `hopper`.
+
+The accumulation chain is one fp32 accumulator, in this order: the LoRA product (a single step over the zero-padded
+rank), one multiply by s in fp32, the base product in steps of BLOCK_K with c ascending in its natural order, one
+addition of the bias, one rounding. Rows of a tile belong to one expert and do not meet, so a row's bits depend on
+no other row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mxref.kernels.device.configs import Config, padded_rank
+from mxref.kernels.device.decode import load_mxfp4_tile, narrow
+from mxref.kernels.device.hopper import HEIGHTS, ROWS_LAYOUT, TALLEST, packed_matmul_kernel
+from mxref.kernels.device.launch import aligned, launch
+from mxref.kernels.device.schedule import Routing, source_rows
+from mxref.weights import MXWeights
+
+__all__ = ["LowRank", "PackedMatrix", "grouped_matmul"]
+
+DENSE = tl.constexpr(0)
+PACKED_ALONG_C = tl.constexpr(1)  # the 32-blocks run along the contraction: forward
+PACKED_ALONG_J = tl.constexpr(2)  # the 32-blocks run along the output: dX
+
+_TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def grouped_matmul_kernel(
+    out,
+    rows_in,
+    weight,
+    scales,
+    low,
+    factor,
+    bias,
+    positions,
+    tiles,
+    P,
+    E,
+    C,
+    J,
+    RANK,
+    s,
+    fan_in,
+    fan_out,
+    stride_we,
+    stride_wc,
+    stride_wj,
+    stride_fe,
+    stride_fr,
+    stride_fj,
+    STORAGE: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program computes one row tile times BLOCK_N columns; column blocks of a row tile are neighbours.
+
+    rows_in [*, C], low [P, RANK], out [*, J] and bias [E, J] are contiguous; `fan_in` and `fan_out` say where a
+    routed row lies in rows_in and out, see `source_rows`. Tiles of group E (sentinels) write zeros and read nothing
+    else.
+    """
+    blocks = tl.cdiv(J, BLOCK_N)
+    tile = tl.program_id(0) // blocks
+    j0 = (tl.program_id(0) % blocks) * BLOCK_N
+    expert = tl.load(tiles + tile * 3).to(tl.int64)
+    begin = tl.load(tiles + tile * 3 + 1).to(tl.int64)
+    end = tl.load(tiles + tile * 3 + 2).to(tl.int64)
+    if begin >= end:
+        return
+
+    rows = begin + tl.arange(0, BLOCK_M)
+    j = (j0 + tl.arange(0, BLOCK_N)).to(tl.int64)
+    in_J = j < J
+    target, keep = source_rows(rows, rows < end, positions, fan_out, P)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+    if expert < E:
+        if low is not None:
+            r = tl.arange(0, BLOCK_R)
+            in_R = r < RANK
+            l_tile = tl.load(
+                low + rows[:, None] * RANK + r[None, :], mask=(rows < end)[:, None] & in_R[None, :], other=0
+            )
+            f_tile = tl.load(
+                factor + expert * stride_fe + r[:, None] * stride_fr + j[None, :] * stride_fj,
+                mask=in_R[:, None] & in_J[None, :],
+                other=0,
+            )
+            acc = tl.dot(l_tile, f_tile, acc, input_precision="ieee") * s
+
+        source, live = source_rows(rows, rows < end, positions, fan_in, P)
+        for c0 in range(0, C, BLOCK_K):
+            c = (c0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+            in_C = c < C
+            x = tl.load(rows_in + source[:, None] * C + c[None, :], mask=live[:, None] & in_C[None, :], other=0)
+            if STORAGE == DENSE:
+                w = tl.load(
+                    weight + expert * stride_we + c[:, None] * stride_wc + j[None, :] * stride_wj,
+                    mask=in_C[:, None] & in_J[None, :],
+                    other=0,
+                )
+            elif STORAGE == PACKED_ALONG_C:
+                tile_jc = load_mxfp4_tile(weight, scales, expert, j, c0, J, C, WEIGHT_DTYPE, BLOCK_N, BLOCK_K)
+                w = tl.trans(narrow(tile_jc, x.dtype))
+            else:
+                tile_cj = load_mxfp4_tile(weight, scales, expert, c, j0, C, J, WEIGHT_DTYPE, BLOCK_K, BLOCK_N)
+                w = narrow(tile_cj, x.dtype)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+
+        if bias is not None:
+            acc += tl.load(bias + expert * J + j, mask=in_J, other=0).to(tl.float32)[None, :]
+
+    tl.store(
+        out + target[:, None] * J + j[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=keep[:, None] & in_J[None, :],
+    )
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """MXFP4 weights as the right operand of a product.
+
+    Attributes:
+        weights: the packed stack.
+        dtype: the dtype whose precision a decoded weight has: the activations'.
+        transposed: False: W_e is [K, N], the forward's; True: W_eᵀ [N, K], dX's. Both read the same bytes.
+    """
+
+    weights: MXWeights
+    dtype: torch.dtype
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, C, J]."""
+        w = self.weights
+        return (w.E, w.N, w.K) if self.transposed else (w.E, w.K, w.N)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An adapter's share of a product, s · low · factor_e: low [P, r] in expert order, factor a view [E, r, J]."""
+
+    low: Tensor
+    factor: Tensor
+    scaling: float
+
+
+def grouped_matmul(
+    rows_in: Tensor,
+    weight: Tensor | PackedMatrix,
+    routing: Routing,
+    config: Config,
+    out: Tensor,
+    fan_in: int | None = None,
+    fan_out: int | None = None,
+    lora: LowRank | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Fill `out` with every routed row times its expert's matrix; rows that no expert owns become zero.
+
+    Args:
+        rows_in: contiguous [*, C].
+        weight: dense [E, C, J], any strides, or packed.
+        routing: which rows belong to which expert.
+        config: the tiling.
+        out: contiguous [P, J], filled and returned.
+        fan_in: None if rows_in is in expert order; otherwise a routed row is row position // fan_in of it.
+        fan_out: None leaves `out` in expert order; 1 puts each routed row at its position.
+        lora: an adapter's share, added first.
+        bias: contiguous [E, J], added last.
+    """
+    E, C, J = weight.shape
+    if not isinstance(weight, PackedMatrix) or C % 16:  # Hopper copies 16 bytes; Triton knows multiples of 16 elements
+        config = config.dense()
+    low, factor = (lora.low, lora.factor) if lora else (None, None)
+    rank = factor.shape[1] if factor is not None else 0
+    factor_strides = factor.stride() if factor is not None else (0, 0, 0)
+    tiles = routing.tiles(config.BLOCK_M)
+    common: dict[str, Any] = {
+        "out": out, "rows_in": rows_in, "low": low, "factor": factor, "bias": bias,
+        "positions": routing.positions, "tiles": tiles, "P": routing.P, "E": E, "C": C, "J": J,
+        "RANK": rank, "s": float(lora.scaling) if lora else 1.0, "fan_in": fan_in, "fan_out": fan_out,
+        "stride_fe": factor_strides[0], "stride_fr": factor_strides[1], "stride_fj": factor_strides[2],
+        "BLOCK_R": padded_rank(rank),
+    }  # fmt: skip
+    if config.hopper:
+        assert isinstance(weight, PackedMatrix)
+        common["rows_in"] = rows_in = aligned(rows_in)
+        kernel, own = packed_matmul_kernel, _hopper_arguments(rows_in if fan_in is None else None, weight, config)
+    else:
+        kernel, own = grouped_matmul_kernel, _portable_arguments(weight, config)
+    launch(
+        kernel,
+        tiles.shape[0] * triton.cdiv(J, config.BLOCK_N),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **common,
+        **own,
+    )
+    return out
+
+
+def _portable_arguments(weight: Tensor | PackedMatrix, config: Config) -> dict[str, Any]:
+    """What `grouped_matmul_kernel` takes beside the operands of every product."""
+    blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
+    strides: tuple[int, ...] = (0, 0, 0)
+    if isinstance(weight, PackedMatrix):
+        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
+        storage: dict[str, Any] = {"weight": weight.weights.packed, "scales": weight.weights.scales}
+        storage |= {"STORAGE": along.value, "WEIGHT_DTYPE": _TRITON_DTYPE[weight.dtype]}
+    else:
+        storage = {"weight": weight, "scales": None, "STORAGE": DENSE.value, "WEIGHT_DTYPE": None}
+        strides = weight.stride()
+    return storage | blocks | dict(zip(("stride_we", "stride_wc", "stride_wj"), strides, strict=True))
+
+
+def _hopper_arguments(ordered: Tensor | None, weight: PackedMatrix, config: Config) -> dict[str, Any]:
+    """What `packed_matmul_kernel` takes beside them; `ordered`: the rows, if they lie in expert order.
+
+    A box pays where row tiles are tall: few rows are bound by other things, and its descriptor costs the host time.
+    """
+    packed, scales = aligned(weight.weights.packed), aligned(weight.weights.scales)
+    box = None
+    if ordered is not None and ordered.numel() and config.BLOCK_M == TALLEST:
+        box = TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT.value)
+    return {
+        "rows_box": box,
+        "packed": packed,
+        "scales": scales,
+        "PITCH": packed.shape[2],
+        "TRANSPOSED": weight.transposed,
+        "EVEN": weight.shape[1] % config.BLOCK_K == 0,
+        "ALIGNED": scales.shape[2] % 2 == 0,
+        "HEIGHTS": HEIGHTS[config.BLOCK_M],
+        "STAGES": config.num_stages,
+    }

@@ -1,0 +1,136 @@
+"""Between routed rows and tokens: the sum over a token's slots and, backwards, each slot's share.
+
+    combine   out[t] = R( Σ_slots gate[t, slot] · rows[row of (t, slot)] )       forward with gates; dX without
+    spread    dY[p]  = R( gate[p] · dOut[token of p] ),   dgate[p] = R( ⟨Y[p], dOut[token of p]⟩ )
+
+Slots that a sentinel holds are skipped, not multiplied by zero, so that nothing in a foreign gate can spread.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxref.kernels.device.launch import launch
+from mxref.kernels.device.schedule import Routing, source_rows
+
+__all__ = ["combine", "spread"]
+
+
+@triton.jit
+def combine_kernel(out, rows_in, inverse, gates, tokens, slots, J, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program sums the slots, in ascending order in fp32, for BLOCK_T tokens and BLOCK_N columns."""
+    blocks = tl.cdiv(J, BLOCK_N)
+    t = ((tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    j = ((tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for slot in range(0, slots):
+        row = tl.load(inverse + t * slots + slot, mask=t < tokens, other=-1).to(tl.int64)
+        live = row >= 0
+        value = tl.load(rows_in + row[:, None] * J + j, mask=live[:, None] & (j < J), other=0).to(tl.float32)
+        if gates is not None:
+            gate = tl.load(gates + t * slots + slot, mask=live, other=0).to(tl.float32)
+            value = gate[:, None] * value
+        acc += value
+    tl.store(out + t[:, None] * J + j, acc.to(out.dtype.element_ty), mask=(t < tokens)[:, None] & (j < J))
+
+
+@triton.jit
+def spread_kernel(
+    out,
+    dgates,
+    source,
+    y,
+    gates,
+    positions,
+    offsets,
+    P,
+    E,
+    J,
+    fan,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program takes BLOCK_M routed rows in expert order, all columns; rows that no expert owns stay untouched."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    owned = rows < tl.minimum(tl.load(offsets + E - 1).to(tl.int64), P)
+    position, live = source_rows(rows, owned, positions, 1, P)
+    dot = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for j0 in range(0, J, BLOCK_N):
+        j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+        mask = live[:, None] & (j < J)
+        value = tl.load(source + (position // fan)[:, None] * J + j, mask=mask, other=0).to(tl.float32)
+        if dgates is not None:
+            dot += tl.load(y + rows[:, None] * J + j, mask=mask, other=0).to(tl.float32) * value
+        if gates is not None:
+            value = tl.load(gates + position, mask=live, other=0).to(tl.float32)[:, None] * value
+        tl.store(out + rows[:, None] * J + j, value.to(out.dtype.element_ty), mask=mask)
+    if dgates is not None:
+        tl.store(dgates + position, tl.sum(dot, axis=1).to(dgates.dtype.element_ty), mask=live)
+
+
+def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None = None) -> Tensor:
+    """Sum routed rows [P, J], in expert order, over the slots of each token, gated if `gates` [P] is given.
+
+    `out` [tokens, J] is filled and returned; P / tokens is the number of slots.
+    """
+    tokens, J = out.shape
+    launch(
+        combine_kernel,
+        triton.cdiv(tokens, 16) * triton.cdiv(J, 128),
+        num_warps=4,
+        num_stages=1,
+        out=out,
+        rows_in=rows_in,
+        inverse=routing.inverse(),
+        gates=gates,
+        tokens=tokens,
+        slots=routing.P // max(tokens, 1),
+        J=J,
+        BLOCK_T=16,
+        BLOCK_N=128,
+    )
+    return out
+
+
+def spread(
+    source: Tensor,
+    routing: Routing,
+    out: Tensor,
+    fan: int,
+    gates: Tensor | None = None,
+    y: Tensor | None = None,
+    dgates: Tensor | None = None,
+) -> Tensor:
+    """Give each routed row, in expert order, its row of `source`, gated if `gates` is given.
+
+    Args:
+        source: contiguous [P / fan, J]; a routed row is row position // fan of it.
+        routing: positions and offsets.
+        out: [P, J], filled and returned; rows that no expert owns are left as they are.
+        fan: slots per row of `source`.
+        gates: [P] by position.
+        y: [P, J] in expert order, the rows that the gates multiplied; read for `dgates`.
+        dgates: [P] by position, filled where an expert owns the row.
+    """
+    launch(
+        spread_kernel,
+        triton.cdiv(routing.P, 16),
+        num_warps=4,
+        num_stages=1,
+        out=out,
+        dgates=dgates,
+        source=source,
+        y=y,
+        gates=gates,
+        positions=routing.positions,
+        offsets=routing.offsets,
+        P=routing.P,
+        E=routing.E,
+        J=out.shape[1],
+        fan=fan,
+        BLOCK_M=16,
+        BLOCK_N=128,
+    )
+    return out

@@ -1,0 +1,1 @@
+"""The differentiable layer: operands in, gradients out."""

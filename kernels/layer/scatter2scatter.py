@@ -1,0 +1,138 @@
+"""The two big products on routed rows, Y and D, with their adapters; both read the one packed buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxref.kernels.device.grouped_matmul import PackedMatrix, grouped_matmul
+from mxref.kernels.layer.operands import Adapter, check_problem, operand, routing_of
+from mxref.problem import Problem
+from mxref.weights import MXWeights
+
+__all__ = ["scatter2scatter_lora_dX_mx", "scatter2scatter_lora_mx"]
+
+
+def scatter2scatter_lora_mx(
+    X: Tensor,
+    W_mx: MXWeights,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    k: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    b: Tensor | None = None,
+    x_grouped: bool = False,
+    y_grouped: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Y = R(s·Z·Bᵀ + X·W + bias) for every routed row, straight from packed weights; not differentiable.
+
+    Args:
+        X: [P / k, K], or [P, K] in expert order with `x_grouped` (then k = 1).
+        W_mx: the packed stack.
+        sorted_expert_idxs: integer [P], ascending, sentinels ≥ E last.
+        sorted_scattered_idxs: integer [P], position of each routed row.
+        k: rows of the output that each row of X feeds.
+        lora_A: [E·r, K].
+        lora_B: [N, E·r].
+        scaling: s.
+        b: biases [E, N].
+        x_grouped: X is in expert order.
+        y_grouped: leave Y in expert order instead of putting each row at its position.
+        out: contiguous [P, N] to fill; sentinel rows become zero in it too.
+
+    Returns:
+        [P, N] of X's dtype (fp32 under the interpreter).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `check_problem`.
+    """
+    offsets = _offsets(sorted_expert_idxs, W_mx)
+    problem = Problem(
+        X, W_mx, k, sorted_expert_idxs, sorted_scattered_idxs, offsets, lora_A, lora_B, scaling, b, None, x_grouped
+    )
+    config = check_problem(problem)
+    routing = routing_of(sorted_scattered_idxs, offsets)
+    rows, fan_in = operand(X), None if x_grouped else k
+    out = _output(out, rows, problem.P, W_mx.N)
+    adapter = Adapter.of(lora_A, lora_B, scaling, problem.E, X.dtype)
+    lora = adapter.share(adapter.project(rows, routing, config, fan_in)) if adapter else None
+    bias = None if b is None else operand(b)
+    weight = PackedMatrix(W_mx, X.dtype)
+    return grouped_matmul(rows, weight, routing, config, out, fan_in, None if y_grouped else 1, lora, bias)
+
+
+def scatter2scatter_lora_dX_mx(
+    DY: Tensor,
+    W_mx: MXWeights,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    k: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dy_grouped: bool = True,
+    dx_grouped: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """D = R(s·V·A + DY·Wᵀ) for every routed row, straight from the forward's packed weights; not differentiable.
+
+    Args:
+        DY: [P, N] in expert order, or [P / k, N] by position with `dy_grouped=False`.
+        W_mx: the packed stack.
+        sorted_expert_idxs: integer [P], ascending, sentinels ≥ E last.
+        sorted_scattered_idxs: integer [P], position of each routed row.
+        k: routed rows that each row of DY feeds; 1 with `dy_grouped`.
+        lora_A: [E·r, K].
+        lora_B: [N, E·r].
+        scaling: s.
+        dy_grouped: DY is in expert order.
+        dx_grouped: leave D in expert order instead of putting each row at its position.
+        out: contiguous [P, K] to fill; sentinel rows become zero in it too.
+
+    Returns:
+        [P, K] of DY's dtype (fp32 under the interpreter), one row a routed row: the sum over slots is the caller's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `check_problem`; there `inputs` stands for the rows of dX.
+    """
+    offsets = _offsets(sorted_expert_idxs, W_mx)
+    P = sorted_expert_idxs.shape[0]
+    if dy_grouped and k != 1:
+        raise ValueError(f"k is {k} with dy_grouped; grouped rows are one a routed row, so k must be 1")
+    if DY.ndim != 2 or DY.shape[0] * k != P or DY.shape[1] != W_mx.N:
+        raise ValueError(f"DY has shape {tuple(DY.shape)}; expected [P / k, N] with P = {P}, k = {k}, N = {W_mx.N}")
+    dx_stand_in = DY.new_empty(1, 1).expand(P, W_mx.K)
+    problem = Problem(dx_stand_in, W_mx, 1, sorted_expert_idxs, sorted_scattered_idxs, offsets, lora_A, lora_B, scaling)
+    config = check_problem(problem)
+    routing = routing_of(sorted_scattered_idxs, offsets)
+    rows, fan_in = operand(DY), None if dy_grouped else k
+    out = _output(out, rows, P, W_mx.K)
+    adapter = Adapter.of(lora_A, lora_B, scaling, problem.E, DY.dtype)
+    adapter = adapter.transposed() if adapter else None
+    lora = adapter.share(adapter.project(rows, routing, config, fan_in)) if adapter else None
+    weight = PackedMatrix(W_mx, DY.dtype, transposed=True)
+    return grouped_matmul(rows, weight, routing, config, out, fan_in, None if dx_grouped else 1, lora)
+
+
+def _offsets(sorted_expert_idxs: Tensor, weights: MXWeights) -> Tensor:
+    """Inclusive cumulative counts of ids below E, counted on the device."""
+    if not isinstance(weights, MXWeights):
+        raise TypeError(f"W_mx is {type(weights).__name__}; expected an MXWeights")
+    if not isinstance(sorted_expert_idxs, Tensor) or sorted_expert_idxs.ndim != 1:
+        raise TypeError("sorted_expert_idxs is not a tensor of one dimension; see flatten_sort_count")
+    ids = torch.arange(weights.E, device=sorted_expert_idxs.device, dtype=sorted_expert_idxs.dtype)
+    return torch.searchsorted(sorted_expert_idxs.contiguous(), ids, right=True)
+
+
+def _output(out: Tensor | None, rows: Tensor, P: int, columns: int) -> Tensor:
+    if out is None:
+        return rows.new_empty(P, columns)
+    if out.shape != (P, columns) or out.dtype != rows.dtype or out.device != rows.device or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}; expected contiguous {rows.dtype} "
+            f"{(P, columns)} on {rows.device}"
+        )
+    return out

@@ -1,0 +1,1 @@
+"""Packed experts in the modules of transformers and PEFT."""

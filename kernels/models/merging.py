@@ -1,0 +1,128 @@
+"""Merging adapters into packed weights on request: W + s·B·A is quantised again, and what that loses is reported.
+
+    from mxref.kernels.models.merging import merge_adapters
+    model, losses = merge_adapters(model)
+
+MXFP4 has two significant bits, and an adapter is small beside its weights: much of it falls between the grid's points.
+So nothing merges by itself, and `MergeLoss` says what is left. A block's scale must not follow its largest element
+either: a weight of 6 that grows a little would double it, and so move all 32. Each block takes the scale, of those
+that the four modes of `encode_mxfp4` choose, that loses least, or keeps its bytes: no block ends further from W + Δ
+than it was without the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
+from mxref.kernels.models.experts import PROJECTIONS, LoRA, PackedExperts
+from mxref.kernels.models.moe_block import unwrap_adapters
+from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
+
+__all__ = ["MergeLoss", "merge_adapters"]
+
+
+@dataclass(frozen=True)
+class MergeLoss:
+    """What quantising W + Δ again did to one projection, Δ = s·B·A, Ŵ the weights after; norms are Frobenius norms.
+
+    Attributes:
+        name: of the projection.
+        weights: ‖Ŵ − (W + Δ)‖ / ‖W + Δ‖.
+        adapter: ‖Ŵ − (W + Δ)‖ / ‖Δ‖, at most 1: leaving the adapter out.
+        kept: ⟨Ŵ − W, Δ⟩ / ‖Δ‖², the share of the adapter that is in the new weights; 1 is all of it.
+    """
+
+    name: str
+    weights: float
+    adapter: float
+    kept: float
+
+    def __str__(self) -> str:
+        errors = f"{self.adapter:.3g} ‖Δ‖ = {self.weights:.3g} ‖W + Δ‖"
+        return f"{self.name}: kept {self.kept:.1%} of the adapter, error {errors}"
+
+
+def merge_adapters(model: nn.Module) -> tuple[nn.Module, list[MergeLoss]]:
+    """Merge the active adapters into the packed weights, in place, by quantising the sums again.
+
+    Args:
+        model: a `PeftModel` with packed experts, whose other adapters PEFT merges as always; or a model whose packed
+            experts own their adapters.
+
+    Returns:
+        The model without adapters, and the loss of every projection that had one.
+
+    Raises:
+        ValueError: no packed experts have an active adapter.
+    """
+    found = {name: unwrap_adapters(module) for name, module in model.named_modules() if _is_outermost(name, module)}
+    found |= {
+        name: (module, module.own_adapters())
+        for name, module in model.named_modules()
+        if isinstance(module, PackedExperts) and module.rank
+    }
+    if not any(adapters for _, adapters in found.values()):
+        raise ValueError("model has no packed experts with an active adapter; there is nothing to merge")
+    losses = []
+    for name, (experts, adapters) in found.items():
+        for projection in (p for p in PROJECTIONS if p in adapters):
+            losses.append(_merge(f"{name}.{projection}", experts, projection, adapters[projection]))
+        if experts.rank:
+            experts.remove_lora()
+        else:
+            model.set_submodule(name, experts)
+    merge_and_unload: Any = getattr(model, "merge_and_unload", None)
+    return model if merge_and_unload is None else merge_and_unload(), losses
+
+
+def _is_outermost(name: str, module: nn.Module) -> bool:
+    """Whether a module is PEFT's wrapper around packed experts, and in no other such wrapper."""
+    if not hasattr(module, "parameter_name") or name.endswith(".base_layer"):
+        return False
+    return isinstance(unwrap_adapters(module)[0], PackedExperts)
+
+
+@torch.no_grad()
+def _merge(name: str, experts: PackedExperts, projection: str, lora: LoRA) -> MergeLoss:
+    """One projection, expert by expert, in fp64."""
+    stack = experts.packed_weights(projection)
+    A, B = (part.detach().double() for part in (lora.A, lora.B))
+    A, B = A.unflatten(0, (stack.E, -1)), B.unflatten(1, (stack.E, -1))
+    error = total = delta_norm = kept = 0.0
+    for e in range(stack.E):
+        before = stack.select(torch.tensor([e], device=stack.device))
+        W, delta = decode_mxfp4(before, torch.float64), (lora.scaling * B[:, e] @ A[e])[None]
+        after = _nearest(before, W, W + delta)
+        stack.packed[e], stack.scales[e] = after.packed[0], after.scales[0]
+        gained = decode_mxfp4(after, torch.float64) - W
+        error += float((gained - delta).square().sum())
+        total += float((W + delta).square().sum())
+        delta_norm += float(delta.square().sum())
+        kept += float((gained * delta).sum())
+    if not delta_norm:
+        return MergeLoss(name, 0.0, 0.0, 1.0)
+    return MergeLoss(name, math.sqrt(error / total), math.sqrt(error / delta_norm), kept / delta_norm)
+
+
+def _nearest(before: MXWeights, W: Tensor, wanted: Tensor) -> MXWeights:
+    """The MXFP4 weights nearest to `wanted`, block by block, among what the scale modes give and the bytes before."""
+    packed, scales, least = before.packed, before.scales, _block_errors(W, wanted)
+    for mode in SCALE_MODES:
+        after = encode_mxfp4(wanted, mode)
+        error = _block_errors(decode_mxfp4(after, torch.float64), wanted)
+        better = error < least
+        packed = torch.where(better.repeat_interleave(MX_BLOCK_SIZE // 2, -1), after.packed, packed)
+        scales, least = torch.where(better, after.scales, scales), torch.where(better, error, least)
+    return MXWeights(packed, scales, before.K, before.N)
+
+
+def _block_errors(got: Tensor, wanted: Tensor) -> Tensor:
+    """Squared distance of every block, [E, N, K/32]."""
+    squares: Tensor = (got - wanted).square().unflatten(-1, (-1, MX_BLOCK_SIZE))
+    return squares.sum(-1)

@@ -1,0 +1,194 @@
+"""From a transformers model to packed experts: which modules are covered, and the one-line replacement.
+
+`pack_experts(model, checkpoint, rank=16)` gives every MoE layer packed weights and adapters of rank 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxref.checkpoints.deepseek_v4 import (
+    is_deepseek_checkpoint,
+    list_deepseek_expert_tensors,
+    read_deepseek_expert_weights,
+)
+from mxref.checkpoints.gpt_oss import ExpertTensor, list_expert_tensors, read_expert_biases, read_expert_weights
+from mxref.formats import SCALE_MODES
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, check_adapter
+from mxref.kernels.models.torchao import is_mxfp4_param
+from mxref.weights import MXWeights, encode_mxfp4
+
+__all__ = ["experts_modules", "pack_experts"]
+
+
+def experts_modules(model: nn.Module) -> dict[str, Any]:
+    """The experts modules of a transformers model by name, each checked to be one that the kernels cover.
+
+    Covered: a stack of weights `gate_up_proj` and `down_proj` with the model's own `_apply_gate` between them, in
+    either orientation, gate and up halves or interleaved, with or without biases.
+
+    Raises:
+        TypeError: `model` is no module, or an experts module is of another kind; the message says which and why.
+        ValueError: the model has no experts module, or its experts are packed already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a transformers model")
+    if packed := next((name for name, m in model.named_modules() if isinstance(m, PackedExperts)), None):
+        raise ValueError(f"{packed} is packed already")
+    found = {name: m for name, m in model.named_modules() if hasattr(m, "down_proj") and _is_stack(m.down_proj)}
+    for name, module in found.items():
+        if "base_layer" in name.split("."):
+            raise TypeError(f"{name} is wrapped by PEFT already; pack or choose the experts first, then add adapters")
+        if reason := _not_covered(module):
+            raise TypeError(f"{name} ({type(module).__name__}) is not covered: {reason}")
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no experts module that stores its experts as stacked gate_up_proj and "
+            "down_proj; a list of separate expert modules is not covered"
+        )
+    return found
+
+
+def pack_experts(
+    model: nn.Module,
+    checkpoint: str | Path | None = None,
+    rank: int = 16,
+    alpha: float | None = None,
+    *,
+    lora_dtype: torch.dtype = torch.float32,
+    scale_mode: str = "floor",
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Replace every experts module of a transformers model by `PackedExperts`; returns the same model.
+
+    Everything is checked before the first module is replaced. Dense weights are let go one layer at a time; they may
+    lie on the meta device when a checkpoint is given.
+
+    Args:
+        model: a transformers MoE model.
+        checkpoint: file or directory with gpt-oss or DeepSeek-V4 names, whose bytes are taken as they are; the layers
+            must be the model's. By default torchao MXTensor parameters are taken as they are and dense weights are
+            quantised.
+        rank: of the adapters; 0 for none (as when PEFT adds its own).
+        alpha: scaling is alpha / rank; alpha = rank by default.
+        lora_dtype: of the adapters.
+        scale_mode: of the quantisation, see `encode_mxfp4`.
+        device: where packed weights and adapters go; by default where a module's dense weights lie, or the CPU if that
+            is the meta device.
+
+    Raises:
+        TypeError, ValueError: as `experts_modules` and `check_adapter`; also for an unknown `scale_mode`, and a
+            checkpoint that does not fit the model.
+        FileNotFoundError: `checkpoint` does not exist.
+    """
+    modules = experts_modules(model)
+    if rank != 0:
+        check_adapter(rank, alpha, lora_dtype)
+    if scale_mode not in SCALE_MODES:
+        raise ValueError(f"scale_mode is {scale_mode!r}; expected one of {', '.join(SCALE_MODES)}")
+    read = read_expert_weights
+    if checkpoint is not None:
+        deepseek = is_deepseek_checkpoint(checkpoint)
+        read = read_deepseek_expert_weights if deepseek else read_expert_weights
+        listed = list_deepseek_expert_tensors(checkpoint) if deepseek else list_expert_tensors(checkpoint)
+        _check_checkpoint(modules, listed, checkpoint)
+    else:
+        for name, module in modules.items():
+            _check_encodable(name, module)
+    for name, module in modules.items():
+        source = {f"{name}.{p}": p for p in PROJECTIONS}
+        home = _home(module) if device is None else torch.device(device)
+        if checkpoint is not None:
+            packed = {source[key]: _own_copy(w, home) for key, w in read(checkpoint, source)}
+        else:
+            packed = {p: _encode(module, p, scale_mode).to(home) for p in PROJECTIONS}
+        biases = _biases(module, name, checkpoint, home)
+        for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
+            delattr(module, parameter)  # the module lives on behind its activation, without weights
+        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], module._apply_gate, biases)
+        if rank:
+            experts.add_lora(rank, alpha, lora_dtype)
+        experts.train(module.training)
+        model.set_submodule(name, experts)
+    return model
+
+
+def _is_stack(parameter: Any) -> bool:
+    return isinstance(parameter, Tensor) and parameter.ndim == 3
+
+
+def _not_covered(module: nn.Module) -> str:
+    """Why the kernels do not cover an experts module; empty if they do."""
+    if not getattr(module, "has_gate", True) or not _is_stack(getattr(module, "gate_up_proj", None)):
+        return "it has no stacked gate_up_proj; experts without a gate or with separate gate and up are not covered"
+    if not callable(getattr(module, "_apply_gate", None)):
+        return "it has no _apply_gate, so its activation is unknown"
+    if getattr(module, "has_post_expert_norm", False):
+        return "it normalises each expert's output before the gates"
+    for name in PROJECTIONS:
+        weight = getattr(module, name)
+        if not is_mxfp4_param(weight) and (not weight.is_floating_point() or weight.element_size() < 2):
+            return f"{name} is {weight.dtype}; expected bf16, fp16, fp32 or a torchao MXTensor of FP4"
+    return ""
+
+
+def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """(E, K, N) of a dense or MXTensor projection."""
+    E, first, second = getattr(module, name).shape
+    return (E, first, second) if getattr(module, "is_transposed", False) else (E, second, first)
+
+
+def _check_checkpoint(modules: Mapping[str, nn.Module], listed: Iterable[ExpertTensor], checkpoint: str | Path) -> None:
+    held = {entry.name: (entry.E, entry.K, entry.N) for entry in listed}
+    for name, module in modules.items():
+        for projection in PROJECTIONS:
+            key, expected = f"{name}.{projection}", _matrix_shape(module, projection)
+            if held.get(key) != expected:
+                found = f"has [E, K, N] = {held[key]}" if key in held else "is missing"
+                raise ValueError(f"{key} {found} in {checkpoint}; the model needs {expected}")
+
+
+def _check_encodable(name: str, module: nn.Module) -> None:
+    for projection in PROJECTIONS:
+        weight, (_, K, _) = getattr(module, projection), _matrix_shape(module, projection)
+        if weight.is_meta:
+            raise ValueError(f"{name}.{projection} lies on the meta device; give the checkpoint to read it from")
+        if K % 32:
+            raise ValueError(f"{name}.{projection} has K = {K}; MXFP4 needs a multiple of 32")
+        if is_mxfp4_param(weight) and getattr(module, "is_transposed", False):
+            raise ValueError(
+                f"{name}.{projection} is an MXTensor in a module that stores [E, K, N], so its blocks run along N; "
+                "the kernels need blocks along K"
+            )
+
+
+def _encode(module: nn.Module, name: str, scale_mode: str) -> MXWeights:
+    weight = getattr(module, name).detach()
+    if is_mxfp4_param(weight):
+        return MXWeights.from_torchao(weight)
+    return encode_mxfp4((weight.mT if getattr(module, "is_transposed", False) else weight).contiguous(), scale_mode)
+
+
+def _biases(module: nn.Module, name: str, checkpoint: str | Path | None, device: torch.device) -> dict[str, Tensor]:
+    """The biases that the module has; a checkpoint stands in for those on the meta device."""
+    own = {p: bias.detach() for p in PROJECTIONS if (bias := getattr(module, f"{p}_bias", None)) is not None}
+    meta = {f"{name}.{p}": p for p, bias in own.items() if bias.is_meta}
+    stored = read_expert_biases(checkpoint, meta) if meta and checkpoint is not None else ()
+    read = {meta[key]: bias.to(device, own[meta[key]].dtype, copy=True) for key, bias in stored}
+    return {p: read[p] if p in read else bias.to(device) for p, bias in own.items()}
+
+
+def _own_copy(weights: MXWeights, device: torch.device) -> MXWeights:
+    """The weights in memory of their own: what safetensors reads is a window on the file, which may change."""
+    packed, scales = (buffer.to(device, copy=True) for buffer in (weights.packed, weights.scales))
+    return MXWeights(packed, scales, weights.K, weights.N, orig_dtype=weights.orig_dtype)
+
+
+def _home(module: Any) -> torch.device:
+    device: torch.device = module.down_proj.device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -1,0 +1,1 @@
+"""Pure functions: declared rounding points and accumulation, bounds, thresholds, metrics."""

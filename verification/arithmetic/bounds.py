@@ -1,0 +1,317 @@
+"""Every threshold of the gate: which values of each output an honest implementation can produce.
+
+The reference gives each quantity's exact value q from operands at their *centres*; `accumulation` bounds by e how far
+an fp32 accumulator can be from q. What is then rounded by R has the centre R(q) and the radius
+
+    ρ(q, e) = max(|R(q + e) − R(q)|, |R(q − e) − R(q)|)
+
+and enters later formulas with both. An output is accepted in [R(q − e), R(q + e)]; R is monotonic, so nothing honest
+lies outside. Nothing here is calibrated against an implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxref.problem import Problem
+from mxref.rounding import round_to
+from mxref.scattermoe import (
+    Backward,
+    Forward,
+    Rounded,
+    RoundingPoints,
+    expert_order_gates,
+    expert_order_inputs,
+    owned_rows,
+)
+from mxref.verification.arithmetic.accumulation import (
+    ACCUMULATIONS,
+    UNDERFLOW,
+    Accumulation,
+    Accumulator,
+    Product,
+    U,
+    gamma,
+)
+
+__all__ = ["ACCUMULATIONS", "TENSORS", "Accumulation", "Interval", "intervals", "rho"]
+
+TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What is accepted for one output: low ≤ got ≤ high, elementwise; all fp64 in the caller's layout.
+
+    exact: the reference before the output's own rounding. Where it is NaN or infinite the class decides, not the ends.
+    radius: how far an honest implementation can be from `exact` before that rounding; None where equality is asked for.
+    """
+
+    low: Tensor
+    high: Tensor
+    exact: Tensor
+    radius: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.low.shape == self.high.shape == self.exact.shape
+
+
+def rho(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Radius around R(q) that holds R(q + δ) for every |δ| ≤ e; e itself where R is the identity (dtype None)."""
+    if dtype is None:
+        return e
+    centre = round_to(q, dtype)
+    up, down = round_to(q + e, dtype) - centre, round_to(q - e, dtype) - centre
+    return torch.maximum(up.abs(), down.abs())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity known up to a radius: centre and radius, fp64, one shape."""
+
+    centre: Tensor
+    radius: Tensor
+
+    @property
+    def reach(self) -> Tensor:
+        """The largest magnitude that it may have."""
+        return self.centre.abs() + self.radius
+
+    def __getitem__(self, index: slice | Tensor) -> Estimate:
+        return Estimate(self.centre[index], self.radius[index])
+
+
+def intervals(
+    problem: Problem,
+    fwd: Forward,
+    bwd: Backward | None,
+    grad_out: Tensor,
+    points: RoundingPoints,
+    accumulation: Accumulation,
+) -> dict[str, Interval]:
+    """Accepted intervals of the output and of every gradient that the problem has.
+
+    Args:
+        problem: the operands.
+        fwd, bwd: the reference's passes under the same `points`; without `bwd`, only "Y" is returned.
+        grad_out: dOut, the gradient of the output.
+        points: declared rounding points.
+        accumulation: declared accumulation.
+
+    Returns:
+        From "Y", "dX", "dA", "dB", "dbias", "dgates" to intervals in the caller's layout, on the problem's device.
+    """
+    judge = _Propagation(problem, fwd, grad_out.detach().double(), points, accumulation)
+    return judge.output() if bwd is None else judge.output() | judge.gradients(bwd)
+
+
+class _Propagation:
+    """Walks one call in the order of its data, expert by expert: one decoded weight matrix is alive at a time."""
+
+    def __init__(
+        self, problem: Problem, fwd: Forward, grad_out: Tensor, points: RoundingPoints, how: Accumulation
+    ) -> None:
+        self.problem, self.fwd, self.grad_out, self.points, self.how = problem, fwd, grad_out, points, how
+        self.x = expert_order_inputs(problem)
+        self.y_error = torch.zeros_like(fwd.y.exact)
+        self.z_radius = None if fwd.z is None else torch.zeros_like(fwd.z.exact)
+        for e, start, end in problem.segments():
+            self._forward(e, slice(start, end))
+        self.y = self._rows_of_y()
+
+    def accumulator(self, rows: int, columns: int) -> Accumulator:
+        return Accumulator(self.how, self.problem.dtype, rows, columns, self.x.device)
+
+    def product(
+        self, name: Product, P: Tensor, Q: Tensor, P_radius: Tensor | None = None, Q_radius: Tensor | None = None
+    ) -> Accumulator:
+        accumulator = self.accumulator(P.shape[0], Q.shape[1])
+        accumulator.dot(P, Q, name, P_radius, Q_radius)
+        return accumulator
+
+    def adapters(self, e: int) -> tuple[Tensor, Tensor, float]:
+        """A, B and the factor still to be applied to their products, as declared."""
+        A, B = self.problem.expert_lora(e)
+        if self.points.scaling_in_B:
+            return A, self.points.R(self.problem.scaling * B).value, 1.0
+        return A, B, self.problem.scaling
+
+    def inner(self, q: Tensor, e: Tensor) -> Estimate:
+        """Z or V after its rounding point, if it has one."""
+        dtype = self.points.dtype if self.points.z else None
+        return Estimate(round_to(q, dtype), rho(q, e, dtype))
+
+    def _forward(self, e: int, rows: slice) -> None:
+        """r_Y = E_K(x, W) + |s|·(r_Z·|B|ᵀ + E_r(Z, B)) + what the chain adds, with |Z| + r_Z inside E."""
+        x, problem = self.x[rows], self.problem
+        bias = None if problem.expert_biases is None else problem.expert_biases[e].detach().double()[None, :]
+        low = None
+        if self.fwd.z is not None and self.z_radius is not None:
+            A, B, s = self.adapters(e)
+            z = self.inner(self.fwd.z.exact[rows], self.product("Z", x, A.T).radius())
+            self.z_radius[rows] = z.radius
+            low = (z, B.T, s)
+        self.y_error[rows] = self.chain("Y", (x, problem.expert_weight(e), None), low, bias)
+
+    def chain(
+        self,
+        name: Product,
+        base: tuple[Tensor, Tensor, Tensor | None],
+        low: tuple[Estimate, Tensor, float] | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Radius of Y or D before its rounding: the base product and LoRA's, brought together as declared."""
+        P, Q, P_radius = base
+        main = self.accumulator(P.shape[0], Q.shape[1])
+        inside = self.how.bias_inside and bias is not None
+        if low is None:
+            if inside and bias is not None:
+                main.add(bias.expand_as(main.value))
+            main.dot(P, Q, name, P_radius)
+        else:
+            inner, factor, s = low
+            first = self.how.lora == "first" and not self.points.lora_after_output
+            side = main if first else self.accumulator(P.shape[0], Q.shape[1])
+            side.dot(inner.centre, factor, None, inner.radius)
+            if first:
+                side.scale(s)
+            if inside and bias is not None:
+                main.add(bias.expand_as(main.value))
+            main.dot(P, Q, name, P_radius)
+            if self.points.lora_after_output:
+                if bias is not None and not inside:
+                    main.add(bias)
+                return self._rounded_apart(main, side, s)
+            if not first:
+                side.scale(s)
+                main.add(side)
+        if bias is not None and not inside:
+            main.add(bias)
+        return main.radius()
+
+    def _rounded_apart(self, main: Accumulator, side: Accumulator, s: float) -> Tensor:
+        """Declared: R(base) + R(s·R(low)), one fp32 addition of two values of the activation dtype."""
+        dtype = self.points.dtype
+        base = Estimate(round_to(main.value, dtype), rho(main.value, main.radius(), dtype))
+        low = Estimate(round_to(side.value, dtype), rho(side.value, side.radius(), dtype))
+        scaled, error = s * low.centre, abs(s) * (low.radius + 2 * U * low.reach)
+        low = Estimate(round_to(scaled, dtype), rho(scaled, error, dtype))
+        return base.radius + low.radius + 2 * U * (base.reach + low.reach)
+
+    def _rows_of_y(self) -> Estimate:
+        """Y as the gates meet it."""
+        y = self.fwd.y
+        if self.points.gates_before_output:
+            return Estimate(y.exact, self.y_error)
+        return Estimate(y.value, rho(y.exact, self.y_error, self.points.dtype))
+
+    def output(self) -> dict[str, Interval]:
+        """The caller's output; with gates Σ|g|·r_Y + γ_(g+1)·Σ|g·Y|, a product and g − 1 additions a slot."""
+        problem, error = self.problem, self.y_error
+        if problem.gates is None:
+            error = error if problem.grouped_out else self.by_position(error)
+        else:
+            gates = expert_order_gates(problem).abs()[:, None]
+            slots = problem.gates.shape[1]
+            each = gates * (self.y.radius + gamma(slots + 1) * self.y.reach) + UNDERFLOW
+            each = torch.where(owned_rows(problem)[:, None], each, 0.0)
+            error = self.by_position(each).view(*problem.gates.shape, problem.N).sum(1)
+        return {"Y": self.accept(self.fwd.out, error, self.points.dtype)}
+
+    def gradients(self, bwd: Backward) -> dict[str, Interval]:
+        """Every gradient that the problem has."""
+        problem, points = self.problem, self.points
+        dy, results = self._split(bwd)
+        d_error = torch.zeros_like(bwd.d.exact)
+        errors = {
+            name: None if rounded is None else torch.zeros_like(rounded.exact)
+            for name, rounded in (("dA", bwd.dA), ("dB", bwd.dB), ("dbias", bwd.dbias))
+        }
+        for e, start, end in problem.segments():
+            rows = slice(start, end)
+            self._backward(e, rows, dy[rows], bwd, d_error[rows], errors)
+        d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
+        results["dX"] = self.accept(bwd.dx, self._sum_over_fan_out(d), points.dtype)
+        for name, rounded, parameter in (
+            ("dA", bwd.dA, problem.lora_A),
+            ("dB", bwd.dB, problem.lora_B),
+            ("dbias", bwd.dbias, problem.expert_biases),
+        ):
+            error = errors[name]
+            if rounded is not None and parameter is not None and error is not None:
+                results[name] = self.accept(rounded, error, self.stored(parameter))
+        return results
+
+    def _split(self, bwd: Backward) -> tuple[Estimate, dict[str, Interval]]:
+        """dY and, with gates, their gradient: Σ|dOut|·r_Y + γ_(N+1)·Σ|Y·dOut|, and ρ(g·dOut, u·|g·dOut|)."""
+        problem = self.problem
+        if problem.gates is None or bwd.dgates is None:
+            return Estimate(bwd.dy.value, torch.zeros_like(bwd.dy.value)), {}
+        owned = owned_rows(problem)[:, None]
+        incoming = self.grad_out[problem.row_positions() // problem.gates.shape[1]].abs()
+        each = incoming * (self.y.radius + gamma(problem.N + 1) * self.y.reach) + UNDERFLOW
+        error = torch.where(owned, each, 0.0).sum(1)
+        error = self.by_position(error).view(problem.gates.shape)
+        dy = Estimate(bwd.dy.value, rho(bwd.dy.exact, U * bwd.dy.exact.abs() + UNDERFLOW, self.points.dtype))
+        return dy, {"dgates": self.accept(bwd.dgates, error, self.stored(problem.gates))}
+
+    def _backward(
+        self,
+        e: int,
+        rows: slice,
+        dy: Estimate,
+        bwd: Backward,
+        d_error: Tensor,
+        errors: dict[str, Tensor | None],
+    ) -> None:
+        """V, D and the parameters of one expert; d_error [its rows, K] and its share of `errors` are filled."""
+        problem, points, x = self.problem, self.points, self.x[rows]
+        dbias, dA, dB = errors["dbias"], errors["dA"], errors["dB"]
+        n = dy.centre.shape[0]
+        if dbias is not None:
+            dbias[e] = dy.radius.sum(0) + gamma(n) * dy.reach.sum(0)
+        low = None
+        if bwd.v is not None and self.fwd.z is not None and self.z_radius is not None:
+            A, B, s = self.adapters(e)
+            v = self.inner(bwd.v.exact[rows], self.product("V", dy.centre, B, dy.radius).radius())
+            low = (v, A, s)
+            own = slice(e * problem.rank, (e + 1) * problem.rank)
+            if dA is not None:
+                of_A = self.product("dA", v.centre.T, x, v.radius.T)
+                of_A.scale(s)
+                dA[own] = of_A.radius()
+            if dB is not None:
+                z_dtype = points.dtype if points.z else None
+                z = round_to(self.fwd.z.exact[rows], z_dtype)
+                of_B = self.product("dB", dy.centre.T, z, dy.radius.T, self.z_radius[rows])
+                of_B.scale(problem.scaling)
+                dB[:, own] = of_B.radius()
+        d_error[:] = self.chain("D", (dy.centre, problem.expert_weight(e).T, dy.radius), low)
+
+    def _sum_over_fan_out(self, d: Estimate) -> Tensor:
+        """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where there is anything to add up."""
+        problem = self.problem
+        if problem.grouped_in or problem.k == 1:
+            return d.radius if problem.grouped_in else self.by_position(d.radius)
+        each = self.by_position(d.radius + gamma(problem.k) * d.reach)
+        return each.view(problem.inputs.shape[0], problem.k, problem.K).sum(1)
+
+    def by_position(self, rows: Tensor) -> Tensor:
+        """From expert order to position order."""
+        scattered = torch.empty_like(rows)
+        scattered[self.problem.row_positions()] = rows
+        return scattered
+
+    def stored(self, parameter: Tensor) -> torch.dtype | None:
+        """The dtype that a parameter's gradient is rounded to; None where that is fp32 or where nothing is rounded."""
+        narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+        return parameter.dtype if narrow and self.points.dtype is not None else None
+
+    @staticmethod
+    def accept(rounded: Rounded, error: Tensor, dtype: torch.dtype | None) -> Interval:
+        """[R(q − e), R(q + e)] around a reference value."""
+        exact = rounded.exact
+        return Interval(round_to(exact - error, dtype), round_to(exact + error, dtype), exact, error)

@@ -1,0 +1,113 @@
+"""What the statistical and behavioural guards decide by, each number with its derivation; intervals are in `bounds`.
+
+Drift is a mean relative error: an implementation's rounding errors average out over a stratum, a wrong factor does not.
+A fitted slope β with standard error SE fails if |β| > z·SE + b. SE and z come from the errors that honest arithmetic
+makes at random, b from those that it makes in one direction.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from mxref.rounding import precision_bits
+from mxref.verification.arithmetic.accumulation import Accumulation
+
+__all__ = [
+    "ALPHA",
+    "ANY",
+    "FEW",
+    "INTERPRETED_RUNS",
+    "NAMED",
+    "ON_A_GRID",
+    "RMS_TOLERANCE",
+    "RUNS",
+    "SINGULAR",
+    "TILE",
+    "UNIFORM",
+    "critical_z",
+    "directed_loss",
+    "residual_variance",
+    "rounding_pull",
+]
+
+ALPHA = 1e-5
+"""Probability that a whole run of honest arithmetic shows drift anywhere, all strata of all its cases together."""
+
+TILE = 64
+"""Columns of a stratum: two MX blocks, and no wider than any kernel's own tile, so that a bad tile fills a stratum."""
+
+SINGULAR = 2.0**-30
+"""A joint fit is skipped where 1 − cos² between its two terms is below this: the fp64 sums behind it, of 2^20 terms
+with an error of 2^-53 each, would no longer determine the slopes."""
+
+NAMED = 2.0**-7
+"""A fitted factor this near to 0, −1 or a power of two is called by that name; it decides nothing."""
+
+RUNS = 10
+"""Runs that must agree by bits: a race that shows in every third run stays hidden in 0.67^9, 3 % of such tests."""
+
+INTERPRETED_RUNS = 3
+"""The same under the interpreter, which runs one program after the other: nothing can race, only memory can differ."""
+
+RMS_TOLERANCE = 1e-9
+"""Relative slack on a baseline's RMS error: an fp64 sum of at most 2^23 squares in another order moves by less than
+2^23·2^-53. A largest error is compared exactly."""
+
+
+def critical_z(strata: int, alpha: float = ALPHA) -> float:
+    """Two-sided quantile Φ⁻¹(1 − α/2G) for G slopes judged in one run (Bonferroni: whatever their dependence).
+
+    A rounding error is bounded, and a sum of bounded uniform errors has lighter tails than the normal law: α is kept.
+    """
+    return NormalDist().inv_cdf(1 - alpha / (2 * max(1, strata)))
+
+
+UNIFORM, ON_A_GRID, ANY = 1 / 12, 1 / 8, 1 / 4
+"""Variance of one rounding in units of the output's spacing h squared, by what is rounded.
+
+UNIFORM: a sum of many products; the error is uniform in ±h/2.
+ON_A_GRID: a sum of values that lie on a grid of spacing h/m. The error takes m values only, ties among them:
+    (1 + 2/m²)/12 for even m, 1/8 for m = 2 (and 0 for m = 1).
+ANY: FEW products or less. Their error follows from a few mantissas, over and over in an outer product; what is left is
+    that it is at most h/2.
+"""
+
+FEW = 3
+
+
+def residual_variance(ulp: Tensor, radius: Tensor, rounding: Tensor | float = UNIFORM) -> Tensor:
+    """Largest honest variance of an output's residual: its rounding's plus its accumulation's; fp64, elementwise.
+
+    Args:
+        ulp: h, spacing of the output's format at each element.
+        radius: how far the accumulator can be from the exact value; its standard deviation is at most that.
+        rounding: variance of the rounding in units of h², one of UNIFORM, ON_A_GRID, ANY for each element.
+    """
+    return ulp.square() * rounding + radius.square()
+
+
+def rounding_pull(dtype: torch.dtype) -> float:
+    """Largest slope that rounding to `dtype` alone produces: 2^-2p / 3 for p significant bits; 0 for fp32.
+
+    Where a density f falls, more values are rounded away from its peak than towards it: the mean error in a cell of
+    width h is −h²/12·f'/f, for a normal law +h²/12·y/σ² (Sheppard's correction). Weighted by 1/h², the slope is
+    E[y²/σ²] / (12·E[y²/h²]), and |y|/h ≥ 2^(p−1).
+    """
+    return 2.0 ** (-2 * precision_bits(dtype)) / 3 if dtype in (torch.bfloat16, torch.float16) else 0.0
+
+
+def directed_loss(how: Accumulation, dtype: torch.dtype, terms: int, resident: bool = False) -> float:
+    """Largest slope that truncation produces in a sum of `terms` products; 0 for accumulators that round to nearest.
+
+    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32), always towards zero. What grows evenly
+    over T steps has t/T of itself in the accumulator at step t, hence (T + 1)/2 such losses; what was there before the
+    first step (`resident`) has T of them. An undeclared sum of 16-bit operands may be any tensor core's: steps of 8.
+    """
+    if how.kind == "fp32_blocks" or (how.kind == "undeclared" and dtype not in (torch.bfloat16, torch.float16)):
+        return 0.0
+    steps = math.ceil(terms / (how.step if how.kind == "tensor_core" else 8))
+    return steps * 2.0**-24 if resident else (steps + 1) * 2.0**-25

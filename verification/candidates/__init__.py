@@ -1,0 +1,1 @@
+"""Who answers: the shipped kernels, PyTorch baselines, foreign callables. Nothing here judges."""

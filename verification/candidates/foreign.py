@@ -1,0 +1,246 @@
+"""Implementations that this project did not write, as candidates of its gate. Each is imported only when asked for.
+
+    grouped_mm   torchao's dequantize and torch._grouped_mm, differentiated by autograd: the composite to beat
+    axolotl      axolotl's ScatterMoELoRA on its own MXWeights
+
+Their authors declare nothing; what is said here about their arithmetic was read in their code. Both callables carry
+it as attributes, so `mxref gate --kernel mxref.verification.outside:axolotl` judges one alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxref.verification.arithmetic.accumulation import Accumulation
+from mxref.weights import MXWeights
+
+__all__ = ["axolotl", "grouped_mm", "load_axolotl", "torchao_decode"]
+
+
+def torchao_decode(weights: MXWeights, dtype: torch.dtype) -> Tensor:
+    """Torchao's own decode: [E, N, K] of `dtype`.
+
+    Raises:
+        ModuleNotFoundError: torchao is not installed.
+    """
+    decoded: Tensor = weights.to_torchao().dequantize(dtype)
+    return decoded
+
+
+def grouped_mm(
+    inputs: Tensor,
+    expert_weights: Tensor | MXWeights,
+    k: int,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    expert_biases: Tensor | None = None,
+    gates: Tensor | None = None,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+    *,
+    sentinels: bool = True,
+) -> Tensor:
+    """The layer as a composite of torch operations, without a host synchronisation: operands as in `Problem`.
+
+    The base product and LoRA's two are one `torch._grouped_mm` each; so are autograd's products for dX, dA, dB. In bf16
+    on sm_90 and later these are single CUTLASS launches; other dtypes and chips take torch's loop over experts. It
+    writes only the activation dtype, which decides the rounding points: LoRA's term meets the base after both are
+    rounded, s is folded into B, and a bias is added to the rounded sum.
+
+    Args:
+        inputs, expert_weights, k: as in `Problem`; packed weights are decoded by torchao on every call, so pass a dense
+            [E, K, N] to leave that out. A transposed view of [E, N, K] is as good.
+        sorted_expert_idxs, sorted_scattered_idxs, expert_offsets: as in `Problem`.
+        lora_A, lora_B, scaling, expert_biases, gates, grouped_in, grouped_out: as in `Problem`.
+        sentinels: rows of other ranks may occur. False saves masking their rows, which `_grouped_mm` leaves unwritten.
+
+    Raises:
+        ModuleNotFoundError: the weights are packed and torchao is not installed.
+    """
+    dtype, E = inputs.dtype, expert_offsets.numel()
+    dense = torchao_decode(expert_weights, dtype).mT if isinstance(expert_weights, MXWeights) else expert_weights
+    ends, order = expert_offsets.int(), sorted_scattered_idxs.long()
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    owned = sorted_expert_idxs < E if sentinels else None  # in expert order
+    if grouped_in:
+        x = _expert_order(inputs, owned)
+    else:
+        x = _gather(inputs, order, inverse, k, owned)
+    y = torch._grouped_mm(x, dense, offs=ends)
+    if lora_A is not None and lora_B is not None:
+        A = lora_A.to(dtype).reshape(E, -1, lora_A.shape[1])
+        B = (scaling * lora_B).to(dtype).reshape(lora_B.shape[0], E, -1).transpose(0, 1)  # [E, N, r]
+        lacking = -A.shape[1] % (16 // dtype.itemsize)  # rows of 16 bytes, as the kernel's loads want them
+        if lacking:
+            A, B = F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking))
+        z = torch._grouped_mm(x, A.mT, offs=ends)
+        y = y + torch._grouped_mm(z, B.mT, offs=ends)
+    if expert_biases is not None:
+        y = y + _bias_rows(expert_biases.to(dtype), sorted_expert_idxs.long().clamp(max=E - 1), ends)
+    if owned is not None:
+        y = y.masked_fill(~owned[:, None], 0.0)
+    if grouped_out:
+        return y
+    y = _gather(y, inverse, order, 1, None)
+    if gates is None:
+        return y
+    slots = y.view(*gates.shape, y.shape[1])
+    return torch.bmm(gates.to(dtype)[:, None, :], slots)[:, 0]  # one fp32 sum over the slots
+
+
+grouped_mm.mxref_points = ("lora-after-output", "scaling-in-B")  # type: ignore[attr-defined]
+grouped_mm.mxref_decode = torchao_decode  # type: ignore[attr-defined]
+
+
+class _Gathered(torch.autograd.Function):
+    """x[index // fan], whose gradient is a gather too: g[inverse], summed over each row's `fan` uses in fp32.
+
+    Autograd's own gradient of indexing sorts, and rounds after every addition.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, fan: int, owned: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, owned)
+        ctx.fan = fan
+        return x[index // fan if fan > 1 else index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, owned = ctx.saved_tensors
+        rows = gradient[inverse]
+        if owned is not None:
+            rows.masked_fill_(~owned[inverse][:, None], 0.0)
+        if ctx.fan > 1:
+            rows = rows.view(-1, ctx.fan, rows.shape[1]).sum(1)
+        return rows, None, None, None, None
+
+
+class _Grouped(torch.autograd.Function):
+    """x itself; its gradient is zero where no expert owns the row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owned: Tensor | None) -> Tensor:
+        ctx.save_for_backward(owned)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (owned,) = ctx.saved_tensors
+        return (gradient if owned is None else gradient.masked_fill(~owned[:, None], 0.0)), None
+
+
+class _BiasRows(torch.autograd.Function):
+    """biases[experts]; the gradient sums each expert's rows, as a grouped product with ones: fp32, no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, biases: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(ends)
+        return biases[experts]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (ends,) = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        ones = gradient.new_ones(gradient.shape[0], 16 // gradient.itemsize)
+        return torch._grouped_mm(ones.mT, gradient, offs=ends)[:, 0], None, None
+
+
+_gather: Callable[..., Tensor] = _Gathered.apply
+_expert_order: Callable[..., Tensor] = _Grouped.apply
+_bias_rows: Callable[..., Tensor] = _BiasRows.apply
+
+
+def axolotl(
+    inputs: Tensor,
+    expert_weights: Tensor | MXWeights,
+    k: int,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    expert_biases: Tensor | None = None,
+    gates: Tensor | None = None,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+    use_fused_dX: bool = False,
+    use_fused_gather: bool = False,
+) -> Tensor:
+    """One call of axolotl's `ScatterMoELoRA`, which has our operands and our order of arguments.
+
+    Its kernels for packed weights need an adapter; where the call has none, zeros of rank 16 stand in.
+
+    Raises:
+        ImportError: see `load_axolotl`.
+        NotImplementedError: the routing holds rows of other ranks, which axolotl drops before this call.
+    """
+    layer, container = load_axolotl()
+    E = expert_offsets.numel()
+    if int(expert_offsets[-1]) < sorted_expert_idxs.numel():
+        raise NotImplementedError("axolotl drops rows of other ranks before this call")
+    weights: Any = expert_weights
+    if isinstance(expert_weights, MXWeights):
+        weights = container(expert_weights.packed, expert_weights.scales, expert_weights.K, expert_weights.N)
+        if lora_A is None or lora_B is None:
+            lora_A = inputs.new_zeros(16 * E, expert_weights.K)
+            lora_B = inputs.new_zeros(expert_weights.N, 16 * E)
+    y: Tensor = layer(
+        inputs, weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling,
+        expert_biases, gates, grouped_in, grouped_out, use_fused_dX, use_fused_gather,
+    )  # fmt: skip
+    return y
+
+
+axolotl.mxref_accumulation = Accumulation("tensor_core", lora="apart")  # type: ignore[attr-defined]
+
+_AXOLOTL_KERNELS = "axolotl.integrations.kernels"
+_AXOLOTL_TILING = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+
+
+@cache
+def load_axolotl() -> tuple[Any, Any]:
+    """Axolotl's `parallel_linear_lora` and `MXWeights`, without the training framework around them.
+
+    A bare package stands in for `axolotl.integrations.kernels`, whose own `__init__` imports the plugin system; so only
+    torch and triton load, and axolotl's plugins cannot be imported in this process any more.
+
+    Raises:
+        ImportError: axolotl is not installed, or this version has no such layer.
+    """
+    integrations: Any = importlib.import_module("axolotl.integrations")
+    if _AXOLOTL_KERNELS not in sys.modules:
+        stand_in = ModuleType(_AXOLOTL_KERNELS)
+        stand_in.__path__ = [str(Path(folder) / "kernels") for folder in integrations.__path__]
+        sys.modules[_AXOLOTL_KERNELS] = integrations.kernels = stand_in
+    library = f"{_AXOLOTL_KERNELS}.libs.scattermoe_lora"
+    layer = importlib.import_module(f"{library}.parallel_linear_lora").parallel_linear_lora
+    container = importlib.import_module(f"{library}.mx_weights").MXWeights
+    _pin(importlib.import_module(f"{library}.kernels.lora_ops"))
+    return layer, container
+
+
+def _pin(module: ModuleType) -> None:
+    """Leave each autotuned kernel one tiling of its own list: tuning takes minutes a shape, and decides no rounding.
+
+    The tiling is the one that axolotl's `AXOLOTL_MX_DX_SAFE_CONFIG` names.
+    """
+    for kernel in vars(module).values():
+        if hasattr(kernel, "configs"):
+            safe = [config for config in kernel.configs if _AXOLOTL_TILING.items() <= config.all_kwargs().items()]
+            kernel.configs = (safe or kernel.configs)[:1]

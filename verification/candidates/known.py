@@ -1,0 +1,71 @@
+"""Who takes part in the scoreboard, and what each one comes from. Nothing is imported before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+
+import torch
+
+from mxref.verification.candidates import foreign as outside
+from mxref.verification.candidates.candidate import Candidate, golden, load, shipped, torch_composite
+
+__all__ = ["ENTRIES", "Entry", "entry"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One implementation.
+
+    Attributes:
+        about: what it is, for the table.
+        make: the candidate on a device; raises ImportError where it cannot be had.
+        package: the distribution that it comes from; empty for a file of the user's.
+        devices: where it can run.
+    """
+
+    about: str
+    make: Callable[[torch.device], Candidate]
+    package: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def version(self) -> str:
+        """The package's version; empty when that is not known."""
+        try:
+            return metadata.version(self.package) if self.package else ""
+        except metadata.PackageNotFoundError:
+            return ""
+
+
+def _axolotl(device: torch.device) -> Candidate:
+    outside.load_axolotl()
+    return load(f"{outside.__name__}:axolotl")
+
+
+def _grouped_mm(device: torch.device) -> Candidate:
+    import_module("torchao")
+    return load(f"{outside.__name__}:grouped_mm")
+
+
+ENTRIES: dict[str, Entry] = {
+    "mxref.kernels": Entry("this project's Triton kernels", shipped, "mxref"),
+    "axolotl": Entry("ScatterMoELoRA on MXWeights, Triton", _axolotl, "axolotl", ("cuda",)),
+    "grouped_mm": Entry("torchao dequantize + torch._grouped_mm", _grouped_mm, "torchao"),
+    "composite": Entry("plain PyTorch, fp32 products", lambda _: torch_composite(), "torch"),
+    "golden": Entry("the golden model, fp64", lambda _: golden(), "mxref"),
+}
+"""By the name that `--candidates` takes, in the table's order."""
+
+
+def entry(name: str) -> Entry:
+    """An entry by name, or a user's own, `module:callable` or `path/to/file.py:callable`.
+
+    Raises:
+        ValueError: the name is neither.
+    """
+    if name in ENTRIES:
+        return ENTRIES[name]
+    if ":" not in name:
+        raise ValueError(f"{name!r} is unknown; choose from {', '.join(ENTRIES)}, or give module:callable")
+    return Entry("", lambda _: load(name))

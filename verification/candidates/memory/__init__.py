@@ -1,0 +1,1 @@
+"""Memory that candidates run in: red zones, guard pages, a watched interpreter."""

@@ -1,0 +1,142 @@
+"""Memory that ends: on a GPU, tensors whose last byte lies right before addresses that nothing is mapped to.
+
+A load behind a tensor's end usually finds some other tensor and a mask drops what it brings, so that no result tells.
+Here it faults, as it would one day for a user whose tensor lies at the end of a segment. CUDA's virtual memory gives
+the addresses: a range is reserved, and all of it but the last piece is backed by memory. A fault ends the use of the
+GPU in its process, so this guard is asked last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.memory.allocations import Allocations
+from mxref.verification.cases.case import Sample
+from mxref.verification.checks.exact import integer_guard
+from mxref.verification.checks.finding import Finding
+
+__all__ = ["cliff_guard"]
+
+_ALIGNMENT = 16
+"""Bytes: kernels are compiled for operands that begin at such multiples, so up to fifteen bytes lie before the edge."""
+
+
+def cliff_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """An integer fixture comes out right when every operand, and whatever is allocated, lies at an edge.
+
+    Args:
+        candidate: what to judge.
+        sample: on a GPU.
+    """
+    edges = _Edges(sample.problem.device)
+    try:
+        findings = integer_guard(_AtEdges(candidate, edges), edges.sample(sample))
+    finally:
+        edges.release()
+    return [replace(finding, guard="cliffs") for finding in findings]
+
+
+@dataclass(frozen=True)
+class _AtEdges:
+    """A candidate whose own tensors lie at edges too."""
+
+    candidate: Candidate
+    edges: _Edges
+
+    def run(self, sample: Sample) -> dict[str, Tensor | None]:
+        with self.edges:
+            return self.candidate.run(sample)
+
+
+class _Edges(Allocations):
+    """While active, what Python code allocates or clones on the device lies at an edge."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device, self._pieces = device, list[_Mapped]()
+
+    def place(self, fresh: Tensor) -> Tensor:
+        """Garbage, at an edge."""
+        size = fresh.numel() * fresh.element_size()
+        if not size or fresh.device.type != "cuda":
+            return fresh
+        self._pieces.append(piece := _Mapped(size, self._device))
+        memory = torch.as_tensor(piece, device=self._device).fill_(0xFF)  # as a number NaN, as an index −1
+        start = (memory.numel() - size) // _ALIGNMENT * _ALIGNMENT
+        return memory[start : start + size].view(fresh.dtype).view(fresh.shape)
+
+    def release(self) -> None:
+        """Unmap everything; nothing that lies here may be used again."""
+        torch.cuda.synchronize(self._device)
+        for piece in self._pieces:
+            piece.release()
+
+    def sample(self, sample: Sample) -> Sample:
+        """The sample with every operand at an edge."""
+        return sample.mapped(lambda _, operand: self.place(operand).copy_(operand.detach()))
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _Properties(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int), ("handles", ctypes.c_int), ("location", _Location), ("metadata", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    )  # fmt: skip
+
+
+class _Access(ctypes.Structure):
+    _fields_ = (("location", _Location), ("flags", ctypes.c_int))
+
+
+_PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3
+_Address, _Size = ctypes.c_ulonglong, ctypes.c_size_t
+
+
+class _Mapped:
+    """At least `size` bytes of a GPU's memory, then addresses without any.
+
+    Source: CUDA driver API, «Virtual Memory Management».
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        location = _Location(_ON_DEVICE, device.index or 0)
+        properties = _Properties(_PINNED, 0, location)
+        piece, self._base, self._handle = _Size(), _Address(), _Address()
+        _driver("cuMemGetAllocationGranularity", ctypes.byref(piece), ctypes.byref(properties), ctypes.c_int(0))
+        self._size = -(-size // piece.value) * piece.value
+        self._reserved = _Size(self._size + piece.value)
+        _driver("cuMemAddressReserve", ctypes.byref(self._base), self._reserved, _Size(0), _Address(0), _Address(0))
+        _driver("cuMemCreate", ctypes.byref(self._handle), _Size(self._size), ctypes.byref(properties), _Address(0))
+        _driver("cuMemMap", self._base, _Size(self._size), _Size(0), self._handle, _Address(0))
+        access = _Access(location, _READ_WRITE)
+        _driver("cuMemSetAccess", self._base, _Size(self._size), ctypes.byref(access), _Size(1))
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (self._size,), "typestr": "|u1", "data": (self._base.value, False), "version": 3}
+
+    def release(self) -> None:
+        """Give everything back."""
+        _driver("cuMemUnmap", self._base, _Size(self._size))
+        _driver("cuMemRelease", self._handle)
+        _driver("cuMemAddressFree", self._base, self._reserved)
+
+
+def _driver(function: str, *arguments: Any) -> None:
+    """Call CUDA's driver.
+
+    Raises:
+        RuntimeError: it returns an error.
+    """
+    error: int = getattr(ctypes.CDLL("libcuda.so.1"), function)(*arguments)
+    if error:
+        raise RuntimeError(f"{function} failed with CUDA error {error}")

@@ -1,0 +1,183 @@
+"""What a kernel does with addresses, seen by looking over the interpreter's shoulder.
+
+    memory      every load and store stays inside the tensors of its launch; no two programs write the same element
+    indices     products of two sizes are 64 bits wide
+
+A mask that is missing or too wide often changes no result: what it lets in is dropped later, or multiplied by zero; on
+a GPU it may still fault. A 32-bit offset is right until a tensor has 2^31 elements, which no test has time for. So the
+arithmetic itself is watched: the sizes of a case stay far below a limit and their products go beyond it, and any 32-bit
+sum or product beyond the limit is one that would overflow where the sizes are larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.memory.margins import Margins
+from mxref.verification.cases.case import Sample
+from mxref.verification.checks.exact import raised
+from mxref.verification.checks.finding import Finding, Status
+from mxref.weights import MXWeights
+
+__all__ = ["INDEX_LIMIT", "checked_memory", "decode_index_guard", "index_guard", "memory_guard"]
+
+INDEX_LIMIT = 3 << 12
+"""What a 32-bit sum or product may reach in `index_guard`: more than any one size of its sample, or a block's width."""
+
+
+def memory_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """One forward and one backward pass whose every load and store stays inside the tensors; interpreted only."""
+    name = sample.case.name
+    try:
+        with Margins(), checked_memory() as touched:
+            candidate.run(sample)
+    except Exception as error:  # whatever a candidate raises is a finding about it
+        return [raised("memory", name, error)]
+    reason = f"{touched.count:,} addresses, all inside their launch's tensors"
+    return [Finding("memory", name, "all", Status.PASS, reason, touched.count, 0)]
+
+
+def index_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
+    """No 32-bit sum or product goes beyond INDEX_LIMIT, in either pass; interpreted only.
+
+    Where rows times rank go beyond it the forward pass alone is judged: dA and dB loop over rows, and a loop's variable
+    is Python's here, not the 64-bit one that it is on a GPU. What stays small by contract may have 32 bits: a size, an
+    element of one matrix.
+
+    Args:
+        candidate: what to judge.
+        sample: sizes well below INDEX_LIMIT, rows times columns and experts times columns beyond it.
+    """
+    run = candidate.trace if sample.problem.P * sample.problem.rank > INDEX_LIMIT else candidate.run
+    return _indices(sample.case.name, lambda: run(sample))
+
+
+def decode_index_guard(candidate: Candidate, stack: MXWeights) -> list[Finding]:
+    """The same for a candidate's own decode: one expert's matrix below INDEX_LIMIT, all their scales beyond it."""
+    decode = candidate.decode
+    return [] if decode is None else _indices("decode", lambda: decode(stack, torch.float32))
+
+
+def _indices(name: str, call: Callable[[], object]) -> list[Finding]:
+    try:
+        with _checked_indices():
+            call()
+    except Exception as error:  # whatever a candidate raises is a finding about it
+        return [raised("indices", name, error)]
+    return [Finding("indices", name, "all", Status.PASS, "products of two sizes are 64 bits wide", 0, 0)]
+
+
+@contextmanager
+def _checked_indices() -> Iterator[None]:
+    compute = interpreter.InterpreterBuilder.binary_op
+
+    def checked(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = compute(self, lhs, rhs, op)
+        if op in (np.add, np.subtract, np.multiply) and result.data.dtype == np.int32:
+            largest = int(np.abs(result.data.astype(np.int64)).max(initial=0))
+            if largest > INDEX_LIMIT:
+                raise OverflowError(f"a 32-bit {op.__name__} reaches {largest}, beyond every size of this case")
+        return result
+
+    def checked_load(self: Any, ptrs: Any, *rest: Any) -> Any:
+        if ptrs.get_element_ty().name in ("int8", "int16"):
+            raise OverflowError(f"reads indices of type {ptrs.get_element_ty().name}, too narrow for a row")
+        return load(self, ptrs, *rest)
+
+    builder = interpreter.InterpreterBuilder
+    load = builder.create_masked_load
+    with patch.object(builder, "binary_op", checked), patch.object(builder, "create_masked_load", checked_load):
+        yield
+
+
+class _Touched:
+    """The tensors of the launch that runs now, as sorted ranges of addresses, and how many addresses were checked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._starts = self._ends = np.zeros(0, np.int64)
+        self._written: dict[tuple[int, ...], list[npt.NDArray[np.int64]]] = {}
+
+    def enter(self, arguments: list[Any]) -> None:
+        """A launch begins, and the one before has ended."""
+        self.leave()
+        spans = sorted(_span(argument) for argument in arguments if isinstance(argument, Tensor))
+        self._starts = np.array([start for start, _ in spans], np.int64)
+        self._ends = np.maximum.accumulate(np.array([end for _, end in spans], np.int64))
+
+    def leave(self) -> None:
+        """Raise an IndexError if two programs of the launch wrote the same element: the later one would win."""
+        own = [np.unique(np.concatenate(parts)) for parts in self._written.values()]
+        self._written = {}
+        conflicts = sum(each.size for each in own) - np.unique(np.concatenate([*own, np.zeros(0, np.int64)])).size
+        if conflicts:
+            raise IndexError(f"programs of one launch write {conflicts} elements that another one writes too")
+
+    def write(self, program: tuple[int, ...], live: npt.NDArray[np.int64]) -> None:
+        """A program stores to these addresses."""
+        self._written.setdefault(program, []).append(live.ravel())
+
+    def check(self, what: str, addresses: npt.NDArray[Any], mask: npt.NDArray[Any], size: int) -> npt.NDArray[np.int64]:
+        """The addresses with a mask; an IndexError unless `size` bytes at each of them lie inside a tensor."""
+        live: npt.NDArray[np.int64] = addresses.astype(np.int64)[np.broadcast_to(mask.astype(bool), addresses.shape)]
+        self.count += live.size
+        tensor = np.searchsorted(self._starts, live, side="right") - 1
+        outside = (tensor < 0) | (live + size > self._ends[tensor])
+        if outside.any():
+            raise IndexError(f"{what} {int(outside.sum())} of {live.size} elements outside the launch's tensors")
+        return live
+
+
+@contextmanager
+def checked_memory() -> Iterator[_Touched]:
+    """Within this context an interpreted kernel that leaves its tensors raises an IndexError."""
+    touched = _Touched()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, to_host = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        touched.check("reads", ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return load(self, ptrs, mask, *rest)
+
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        touched.write(tuple(self.grid_idx), touched.check("writes", ptrs.data, mask.data, size))
+        return store(self, ptrs, value, mask, *rest)
+
+    def entering(self: Any, args: Any, kwargs: Any) -> Any:
+        if not callable(self.grid) and min(self.grid) < 1:
+            raise ValueError(f"a launch of {self.grid} programs, which no GPU starts")
+        host = to_host(self, args, kwargs)
+        touched.enter([*host[0], *host[1].values()])
+        return host
+
+    replacements: dict[tuple[Any, str], Callable[..., Any]] = {
+        (builder, "create_masked_load"): checked_load,
+        (builder, "create_masked_store"): checked_store,
+        (executor, "_init_args_hst"): entering,
+    }
+    patches = [patch.object(owner, name, new) for (owner, name), new in replacements.items()]
+    for each in patches:
+        each.start()
+    try:
+        yield touched
+        touched.leave()
+    finally:
+        for each in reversed(patches):
+            each.stop()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address of a tensor's elements, and one past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1 if tensor.numel() else 0) * tensor.element_size()

@@ -1,0 +1,1 @@
+"""What is asked: cases as data, and the numbers drawn for them. Nothing here judges."""

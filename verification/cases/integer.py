@@ -1,0 +1,116 @@
+"""Integer fixtures: samples whose every intermediate is exact, so that any order of summation gives the same bits.
+
+x and dOut have four nonzeros ±1 a row, dealt round-robin over the columns; A has at most two nonzeros ±1 a column and
+B at most two a row; all 16 codes are dense in W; biases are −4..4, gates 1 or 2, s a power of two. All sums are then
+small multiples of 1/4. A gauge (see `sampling.Gauge`) spreads the scale bytes over 2^±120 without touching any of this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mxref.problem import Problem
+from mxref.routing import flatten_sort_count
+from mxref.scattermoe import Backward, Forward, Rounded, RoundingPoints, backward, forward
+from mxref.weights import MXWeights
+
+if TYPE_CHECKING:
+    from mxref.verification.cases.case import Case, Sample
+
+__all__ = ["integer_sample", "is_exact_everywhere"]
+
+_NONZEROS = 4
+_ATTEMPTS = 40
+
+
+def integer_sample(case: Case, device: torch.device | str, seed: int) -> Sample:
+    """Draw until every rounding point of the reference leaves its value alone.
+
+    fp32 activations are held to the bf16 grid too, so that one fixture is exact wherever it runs.
+
+    Raises:
+        ValueError: forty draws failed; the case is too large for the activation dtype.
+    """
+    from mxref.verification.cases.case import Sample
+
+    strictest = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
+    draw = torch.Generator().manual_seed(case.draw_seed(seed))
+    for _ in range(_ATTEMPTS):
+        problem, grad_out = _draw(case, draw)
+        if is_exact_everywhere(problem, grad_out, RoundingPoints.contract(strictest)):
+            return Sample(case, problem, grad_out).to(device)
+    raise ValueError(
+        f"{case.name}: no draw of {_ATTEMPTS} is exact in {strictest}; use fewer tokens, a smaller rank, more columns, "
+        "or a scaling that is a power of two"
+    )
+
+
+def is_exact_everywhere(problem: Problem, grad_out: Tensor, points: RoundingPoints) -> bool:
+    """Whether R(v) = v at every rounding point of the reference's two passes."""
+    fwd = forward(problem, points)
+    bwd = backward(problem, fwd, grad_out, points)
+    return all(torch.equal(point.exact, point.value) for point in _rounding_points(fwd, bwd))
+
+
+def _rounding_points(fwd: Forward, bwd: Backward) -> list[Rounded]:
+    return [point for trace in (fwd, bwd) for point in vars(trace).values() if isinstance(point, Rounded)]
+
+
+def _draw(case: Case, draw: torch.Generator) -> tuple[Problem, Tensor]:
+    from mxref.verification.cases.case import draw_gauge, draw_routing, scale_bytes
+
+    E, K, N, r = case.experts, case.K, case.N, case.rank
+    gauge = draw_gauge(case, draw, 3 if case.dtype == torch.float16 else 60)
+    packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
+    scales = scale_bytes(gauge).to(torch.uint8).expand(E, -1, -1).contiguous()
+    own = case.parameter_dtype or case.dtype
+    lora_A = lora_B = bias = gates = None
+    if r:
+        A = _at_most(2, E, r, K, draw).flatten(0, 1)  # [E·r, K]
+        B = _at_most(2, E, r, N, draw).permute(2, 0, 1).flatten(1)  # [N, E·r]
+        lora_A, lora_B = (A * gauge.u).to(own), (B * gauge.t[:, None]).to(own)
+    if case.bias:
+        bias = (torch.randint(-4, 5, (E, N), generator=draw) * gauge.t).to(own)
+    if case.gate_slots:
+        gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own)
+    problem = Problem(
+        (_dealt(case.input_rows, K, draw) / gauge.u).to(case.dtype),
+        MXWeights(packed, scales, K, N),
+        case.k,
+        *flatten_sort_count(draw_routing(case, draw), E),
+        lora_A,
+        lora_B,
+        case.scaling,
+        bias,
+        gates,
+        case.grouped_in,
+        case.grouped_out,
+    )
+    problem.validate(check_values=True)
+    return problem, (_dealt(*case.output_shape, draw) / gauge.t).to(case.dtype)
+
+
+def _dealt(rows: int, columns: int, draw: torch.Generator) -> Tensor:
+    """Four nonzeros ±1 a row, the columns dealt like cards, so that each gets its fair share: fp64 [rows, columns]."""
+    deck = [torch.randperm(columns, generator=draw) for _ in range(-(-rows * _NONZEROS // columns))]
+    x = torch.zeros(rows, columns, dtype=torch.float64)
+    if deck:
+        cards = torch.cat(deck)[: rows * _NONZEROS].view(rows, _NONZEROS)
+        x.scatter_(1, cards, _signs(rows, _NONZEROS, draw))
+    return x
+
+
+def _at_most(count: int, experts: int, rank: int, columns: int, draw: torch.Generator) -> Tensor:
+    """At most `count` nonzeros ±1 in each column of each expert: fp64 [E, r, columns]."""
+    x = torch.zeros(experts, rank, columns, dtype=torch.float64)
+    for _ in range(count):
+        where = torch.randint(0, rank, (experts, 1, columns), generator=draw)
+        x.scatter_(1, where, _signs(experts, columns, draw)[:, None, :])
+    return x
+
+
+def _signs(rows: int, columns: int, draw: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (rows, columns), generator=draw).double() * 2 - 1

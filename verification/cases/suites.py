@@ -1,0 +1,206 @@
+"""What an implementation is tried on: cases as data, enumerated by hand.
+
+On a CPU, kernels run interpreted in fp32 without rounding points, so cases there have fp32 activations whose *values*
+lie on the bf16 grid; rounding to 16 bits is judged on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mxref.verification.cases.case import Case, Sample, sample_for_weights
+from mxref.weights import MXWeights, decode_mxfp4
+
+__all__ = [
+    "FULL_OF_COLUMNS",
+    "Case",
+    "Sample",
+    "behaviour_cases",
+    "configuration_cases",
+    "full_cases",
+    "integer_cases",
+    "quick_cases",
+    "sample_for_weights",
+    "usual_dtype",
+    "with_dense_weights",
+]
+
+_FUSED = {"use_fused_dX": True, "use_fused_gather": True}
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+FULL_OF_COLUMNS = 132 * 4 * 128
+"""N for which one row tile is more programs of 128 columns than an H100 runs at once: the next tile's begin later."""
+
+
+def usual_dtype(device_type: str) -> torch.dtype:
+    """Of activations where nothing says otherwise: bf16; on a CPU fp32, because kernels are interpreted there."""
+    return _FP32 if device_type == "cpu" else _BF16
+
+
+def quick_cases(device_type: str) -> list[Case]:
+    """The suite that a commit is judged by: minutes interpreted on a CPU, seconds on a GPU."""
+    if device_type == "cpu":
+        return _grid(_FP32)
+    both = {"odd sizes", "balanced", "boundary scales", "wide scales", "block down"}
+    master = Case("fp32 parameters", 4, 256, 320, 65, 2, 16, _BF16, _FP32, bias=True, gate_slots=2)
+    return [
+        *(_like(case, f"{case.name}, bf16") for case in _grid(_BF16)),
+        *(_like(case, f"{case.name}, fp16") for case in _grid(_FP16) if case.name in both),
+        *(_like(case, f"{case.name}, fp32") for case in _grid(_FP32) if case.name in both),
+        master,
+        _like(master, "fp32 parameters, fused", **_FUSED),
+    ]
+
+
+def full_cases(device_type: str) -> list[Case]:
+    """The suite that a release is judged by: the quick one, longer sums, and on a GPU the shapes of real models."""
+    if device_type == "cpu":
+        return [
+            *quick_cases(device_type),
+            Case("block gate_up, 64 tokens", 8, 512, 512, 64, 2, 16, bias=True, grouped_out=True),
+            Case("long K", 2, 2048, 64, 16, 1, 16, data="balanced"),
+            Case("long N", 2, 64, 2048, 16, 1, 16, data="balanced", use_fused_dX=True),
+            Case("long expert", 1, 64, 64, 700, 1, 16, data="balanced", use_fused_gather=True),
+            Case("tens of experts", 40, 64, 64, 60, 4, 8, routing="ten_active"),
+            Case("odd sizes, long", 3, 416, 352, 131, 2, 20, bias=True, gate_slots=2),
+        ]
+    dense = Case("dense E128 K2048 N1024", 128, 2048, 1024, 4096, 8, 16, _BF16)
+    sparse = Case("sparse E256, 10 active", 256, 2048, 512, 512, 8, 16, _BF16, routing="ten_active")
+    gpt_oss = Case("gpt-oss gate_up E32 K2880 N5760", 32, 2880, 5760, 256, 4, 16, _BF16, bias=True, grouped_out=True)
+    return [
+        *quick_cases(device_type),
+        dense,
+        _like(dense, "dense E128, fused", tokens=1024, **_FUSED),
+        sparse,
+        _like(sparse, "sparse E256, 10 active, fp16", dtype=_FP16, tokens=256, use_fused_dX=True),
+        gpt_oss,
+        Case(
+            "gpt-oss down E32 K2880 N2880", 32, 2880, 2880, 256, 4, 16, _BF16, bias=True, grouped_in=True, gate_slots=4
+        ),
+        Case("block gate_up, 512 tokens, fp16", 8, 512, 512, 512, 2, 16, _FP16, data="balanced"),
+        Case("long expert", 1, 256, 256, 5000, 1, 128, _BF16, data="balanced"),
+    ]
+
+
+def integer_cases(device_type: str) -> list[Case]:
+    """Fixtures that are exact in any order of summation: every option, every routing, scale bytes over 2^±120."""
+    if device_type == "cpu":
+        return _integers(_FP32)
+    return [_like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
+            for case in _integers(dtype)]  # fmt: skip
+
+
+def with_dense_weights(sample: Sample) -> Sample:
+    """The same numbers with weights that are decoded already, as a view [E, K, N]."""
+    weights = sample.problem.expert_weights
+    assert isinstance(weights, MXWeights)
+    decoded = decode_mxfp4(weights, sample.problem.dtype).mT
+    case = replace(sample.case, name=f"{sample.case.name}, dense")
+    return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
+
+
+def _grid(dtype: torch.dtype) -> list[Case]:
+    """Every routing, tail, option and kind of data once, small enough for the interpreter."""
+    odd = Case("odd sizes", 4, 96, 160, 37, 2, 16, dtype)  # K, N and M are multiples of no tile
+    small = Case("small", 4, 64, 96, 24, 2, 16, dtype)
+    edge = _like(small, "boundary scales", K=192, data="boundary", bias=True)
+    return [
+        Case("block gate_up", 8, 512, 512, 16, 2, 16, dtype, grouped_out=True),
+        Case("block down", 8, 256, 512, 16, 2, 16, dtype, grouped_in=True, gate_slots=2),
+        Case("balanced", 2, 256, 256, 24, 2, 16, dtype, data="balanced"),
+        odd,
+        _like(odd, "odd sizes, fused dX", use_fused_dX=True, bias=True),
+        _like(odd, "odd sizes, fused gather", use_fused_gather=True),
+        _like(odd, "odd sizes, fused", **_FUSED, grouped_out=True),
+        _like(small, "empty experts", experts=6, routing="empty_experts"),
+        _like(small, "one expert", tokens=40, top_k=1, routing="one_expert", bias=True),
+        _like(small, "sentinels", routing="sentinels", bias=True),
+        _like(small, "sentinels, fused", routing="sentinels", **_FUSED),
+        _like(small, "sentinels, gates", routing="sentinels", bias=True, gate_slots=2),
+        _like(small, "sentinels, grouped in", routing="sentinels", grouped_in=True, grouped_out=True),
+        edge,
+        _like(edge, "boundary scales, fused", **_FUSED),
+        _like(small, "wide scales", K=128, data="wide", bias=True, gate_slots=2),
+        _like(small, "k 1", tokens=33, top_k=1, grouped_out=True),
+        _like(small, "k 8", experts=12, tokens=6, top_k=8),
+        _like(small, "k 1, gates of 4 slots", tokens=12, top_k=4, fan_out=1, gate_slots=4, bias=True),
+        _like(small, "grouped in, by position", grouped_in=True, bias=True),
+        _like(small, "grouped in, fused", grouped_in=True, gate_slots=2, **_FUSED),
+        *(_like(small, f"rank {r}", rank=r, data="balanced") for r in (1, 3, 20, 128)),
+        _like(small, "no LoRA", rank=0, bias=True, gate_slots=2),
+        _like(small, "scaling one third", scaling=1 / 3, data="balanced"),
+        *_crossings("", Case("", 2, 32, 32, 24, 1, 4, dtype, data="balanced")),
+        _like(small, "one token", tokens=1),
+        _like(small, "no tokens", tokens=0, bias=True),
+    ]
+
+
+def _integers(dtype: torch.dtype) -> list[Case]:
+    base = Case("integer", 4, 64, 96, 20, 2, 4, dtype, data="integer", scaling=0.5, bias=True)
+    full = Case(
+        "integer, a GPU full of columns", 2, 32, FULL_OF_COLUMNS, 6, 2, 0, dtype, data="integer", routing="sentinels"
+    )
+    return [
+        base,
+        _like(base, "integer, gates", gate_slots=2, scaling=2.0),
+        _like(base, "integer, fused dX", use_fused_dX=True, scaling=1.0, routing="sentinels"),
+        _like(base, "integer, fused gather", use_fused_gather=True, scaling=0.25, grouped_out=True),
+        _like(base, "integer, fused", **_FUSED, rank=3, K=96, N=160),
+        _like(base, "integer, grouped in", grouped_in=True, gate_slots=2, routing="sentinels"),
+        _like(base, "integer, grouped through", grouped_in=True, grouped_out=True, use_fused_gather=True),
+        _like(base, "integer, k 8", experts=10, top_k=8, tokens=5, bias=False),
+        _like(base, "integer, empty experts", experts=7, routing="empty_experts", rank=16),
+        _like(base, "integer, one expert", top_k=1, tokens=33, routing="one_expert", rank=20),
+        _like(base, "integer, no LoRA", rank=0, gate_slots=2),
+        _like(base, "integer, 1032 columns", K=32, N=1032, tokens=9, use_fused_dX=True),
+        *_crossings("integer, ", Case("", 2, 32, 32, 24, 1, 4, dtype, data="integer")),
+        _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1),
+        *([] if dtype == _FP32 else [full]),  # interpreted, programs run one after another
+    ]
+
+
+def _crossings(prefix: str, base: Case) -> list[Case]:
+    """One size at a time past the tiles and the byte that an implementation may have in mind, all others tiny.
+
+    And, but for the interpreter, whose tiles are never tall, tall tiles of two sizes along more steps than a ring of
+    copies holds.
+    """
+    tall = {"experts": 3, "K": 544, "N": 544, "grouped_in": True, "grouped_out": True}
+    heights = () if base.dtype == _FP32 else (300, 520)
+    return [
+        _like(base, f"{prefix}hundreds of rows an expert", experts=3, tokens=291, routing="one_expert"),
+        _like(base, f"{prefix}long K", K=1312, use_fused_dX=True),
+        _like(base, f"{prefix}long N", N=1312, use_fused_dX=True),
+        *(_like(base, f"{prefix}tall tiles in expert order, {M} rows", **tall, tokens=M) for M in heights),
+    ]
+
+
+def _like(case: Case, name: str, **changes: Any) -> Case:
+    return replace(case, name=name, **changes)
+
+
+def behaviour_cases(device_type: str) -> list[Case]:
+    """What a candidate is compared with itself on: every path once, tiny in the interpreter, many tiles on a GPU."""
+    if device_type == "cpu":
+        plain = Case("plain", 3, 64, 64, 9, 2, 4)
+        grouped = Case("grouped", 4, 32, 64, 12, 1, 3, routing="empty_experts", grouped_in=True, grouped_out=True)
+    else:
+        plain = Case("plain", 8, 512, 768, 300, 2, 16, torch.bfloat16)
+        grouped = Case("grouped", 8, 768, 512, 700, 1, 16, torch.float16, routing="empty_experts")
+        grouped = replace(grouped, grouped_in=True, grouped_out=True)
+    everything = replace(plain, name="everything", routing="sentinels", bias=True, gate_slots=2)
+    return [plain, replace(everything, use_fused_dX=True, use_fused_gather=True), grouped]
+
+
+def configuration_cases(device_type: str) -> list[Case]:
+    """What each reachable configuration is judged on: integer fixtures, and one case of ordinary numbers a dtype."""
+    if device_type == "cpu":
+        fixtures = [case for case in integer_cases("cpu") if case.name in ("integer, gates", "integer, fused")]
+        return [*fixtures, Case("configurations", 3, 96, 160, 12, 2, 4, bias=True)]
+    odd = Case("configurations", 4, 416, 352, 131, 2, 20, torch.bfloat16, bias=True, gate_slots=2, use_fused_dX=True)
+    fixtures = integer_cases(device_type)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return [*fixtures, *(replace(odd, name=f"configurations, {tag}", dtype=dtype) for tag, dtype in dtypes.items())]

@@ -1,0 +1,1 @@
+"""Each check compares outputs with an expectation and returns findings."""

@@ -1,0 +1,333 @@
+"""Drift: errors too small for any one element to show, seen by their mean over many.
+
+    drift       slopes of the residual ŷ − y on the base term, on LoRA's and on their sum, by expert and column tile
+    sign        no sign may differ where the accepted interval lies on one side of zero
+    exponent    log2 |ŷ/y| rounds to 0 everywhere; what it rounds to instead names the bug
+
+The base and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on
+the sum, and in slopes fitted apart, but stands out in its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxref.problem import Problem
+from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs, owned_rows
+from mxref.verification.arithmetic.accumulation import Accumulation
+from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.arithmetic.metrics import ratio_statistics, ulp
+from mxref.verification.arithmetic.thresholds import (
+    ALPHA,
+    ANY,
+    FEW,
+    NAMED,
+    ON_A_GRID,
+    SINGULAR,
+    TILE,
+    UNIFORM,
+    critical_z,
+    directed_loss,
+    residual_variance,
+    rounding_pull,
+)
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.checks.exact import Expectation, Judged, attempt, expect, malformed
+from mxref.verification.checks.finding import DriftMap, Finding, Status
+from mxref.verification.checks.ratios import exponent_finding, log2_counts, sign_finding
+
+__all__ = ["drift_guard", "slopes_of"]
+
+_TENSORS = ("Y", "dX", "dA", "dB")
+_BASE, _LORA, _TOTAL = range(3)
+_TERM = ("the base term", "LoRA's term", "the whole")
+_LEGACY_SPREAD, _LEGACY_TOLERANCE = 0.5, 1e-2  # history, not thresholds: nothing is decided by them
+
+
+def slopes_of(case: Case) -> int:
+    """The most slopes that a case can have fitted: what a run sums up before it judges its first case."""
+    columns = {"Y": case.N, "dX": case.K} | ({"dA": case.K, "dB": case.N} if case.rank else {})
+    per_stratum = {"Y": 3, "dX": 3, "dA": 1, "dB": 1} if case.rank else {"Y": 1, "dX": 1}
+    return sum((case.experts + 1) * (-(-columns[t] // TILE) + 1) * per_stratum[t] for t in columns)
+
+
+def drift_guard(
+    candidate: Judged,
+    sample: Sample,
+    points: RoundingPoints,
+    accumulation: Accumulation,
+    slopes: int | None = None,
+    alpha: float = ALPHA,
+    expected: Expectation | None = None,
+) -> tuple[list[Finding], list[DriftMap]]:
+    """No stratum's mean relative error is larger than honest arithmetic makes it; signs and exponents agree.
+
+    Args:
+        candidate: what to judge.
+        sample: ordinary data, no integer fixture: rounding errors must be there to average out.
+        points: declared rounding points.
+        accumulation: declared accumulation.
+        slopes: how many slopes the whole run fits, `slopes_of` summed over its cases; None: only this case is judged.
+        alpha: probability that honest arithmetic fails anywhere in that run.
+        expected: `expect(sample, points, accumulation)`, where it is there already.
+
+    Returns:
+        Findings of the guards "drift", "sign" and "exponent" for Y, dX, dA and dB, and a map of each tensor's strata.
+    """
+    outputs = attempt("drift", candidate, sample)
+    if isinstance(outputs, Finding):
+        return [outputs], []
+    expected = expected or expect(sample, points, accumulation)
+    critical = critical_z(slopes if slopes is not None else slopes_of(sample.case), alpha)
+    findings: list[Finding] = []
+    maps = []
+    for tensor in (name for name in _TENSORS if name in expected.accepted):
+        form = malformed("drift", sample, tensor, outputs)
+        if form is not None:
+            findings.append(form)
+            continue
+        got = outputs[tensor]
+        assert got is not None
+        interval = expected.accepted[tensor]
+        fit = _fit(sample.problem, tensor, got, expected, points, accumulation)
+        name = sample.case.name
+        if fit is not None:
+            findings.append(_drift_finding(name, tensor, got, interval, fit, critical))
+            maps.append(fit.map(name, tensor, critical, log2_counts(got, interval)))
+        findings += [sign_finding(name, tensor, got, interval), exponent_finding(name, tensor, got, interval)]
+    return findings, maps
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are judged together, an expert's or all; terms and residual in units of the residual's σ, [R, C]."""
+
+    label: str
+    base: Tensor
+    lora: Tensor | None
+    residual: Tensor
+    rows: int  # routed rows: terms in a sum over them
+
+    def sums(self) -> Tensor:
+        """Σbase², Σbase·lora, Σlora², Σbase·residual, Σlora·residual by column tile, then of all: fp64 [5, T+1]."""
+        lora = torch.zeros_like(self.base) if self.lora is None else self.lora
+        pairs = (
+            (self.base, self.base), (self.base, lora), (lora, lora), (self.base, self.residual), (lora, self.residual)
+        )  # fmt: skip
+        columns = torch.stack([(a * b).sum(0) for a, b in pairs])
+        tiles = torch.nn.functional.pad(columns, (0, -columns.shape[1] % TILE)).view(len(pairs), -1, TILE).sum(2)
+        return torch.cat((tiles, tiles.sum(1, keepdim=True)), 1)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Slopes on the base term, on LoRA's and on their sum: β, its standard error, and the b that arithmetic explains.
+
+    All fp64 [G, T+1, 3] on the CPU; NaN where a slope was not fitted.
+    """
+
+    groups: list[str]
+    columns: list[str]
+    slope: Tensor
+    error: Tensor
+    loss: Tensor
+    skipped: int  # strata without a joint fit
+
+    def excess(self) -> Tensor:
+        """(|β| − b) / SE, to be held against z; −inf where nothing was fitted."""
+        return ((self.slope.abs() - self.loss) / self.error).nan_to_num(nan=-math.inf, posinf=math.inf)
+
+    def resolution(self, critical: float, term: int) -> float | None:
+        """A uniform slope that stays visible in the whole tensor whatever the noise: twice z·SE + b."""
+        smallest = 2 * (critical * self.error[-1, -1, term] + self.loss[-1, -1, term])
+        return float(smallest) if torch.isfinite(smallest) else None
+
+    def map(self, case: str, tensor: str, critical: float, log2_ratio: dict[int, int]) -> DriftMap:
+        """Each stratum's most significant slope."""
+        z = self.slope / self.error
+        worst = z.abs().nan_to_num(nan=-1.0).argmax(2, keepdim=True)
+        strongest = z.gather(2, worst)[..., 0].numpy()
+        return DriftMap(case, tensor, self.groups, self.columns, strongest, critical, log2_ratio)
+
+    def describe(self, where: tuple[int, int, int]) -> str:
+        """One slope in words, named after the bug that it looks like."""
+        group, tile, term = where
+        factor, spread = 1 + float(self.slope[where]), float(self.error[where])
+        place = f"{self.groups[group]}, {self.columns[tile]}"
+        if abs(factor) <= NAMED:
+            return f"{_TERM[term]} is missing in {place}"
+        sign = " with its sign flipped" if factor < 0 else ""
+        exponent = round(math.log2(abs(factor)))
+        if exponent and abs(abs(factor) / 2.0**exponent - 1) <= NAMED:
+            return f"exponent bug: {_TERM[term]} is scaled by 2^{exponent:+d}{sign} in {place}"
+        if abs(factor + 1) <= NAMED:
+            return f"{_TERM[term]} has its sign flipped in {place}"
+        return f"{_TERM[term]} is scaled by {factor:.7g} ± {spread:.1g} in {place}"
+
+
+def _drift_finding(case: str, tensor: str, got: Tensor, interval: Interval, fit: _Fit, critical: float) -> Finding:
+    excess = fit.excess()
+    fitted, failed = int(torch.isfinite(fit.slope).sum()), int((excess > critical).sum())
+    skipped = f"; {fit.skipped} strata with terms too alike for a joint fit" if fit.skipped else ""
+    lost = int((~torch.isfinite(got) & torch.isfinite(interval.exact)).sum())
+    details: dict[str, float | str] = {"slopes": fitted, "skipped strata": fit.skipped, "critical z": critical}
+    for term, name in ((_TOTAL, "resolution"), (_LORA, "resolution, LoRA")):
+        resolution = fit.resolution(critical, term)
+        if resolution is not None:
+            details[name] = resolution
+    details |= _legacy(got, interval.exact)
+    if lost:
+        reason = f"{lost} of {got.numel()} elements are NaN or infinite where the reference is a number"
+        return Finding("drift", case, tensor, Status.FAIL, reason, got.numel(), lost, details=details)
+    if not fitted:
+        reason = "nothing to fit: every term is zero"
+        return Finding("drift", case, tensor, Status.PASS, reason, got.numel(), 0, details=details)
+    worst = int(excess.argmax())
+    where = (worst // 3 // excess.shape[1], worst // 3 % excess.shape[1], worst % 3)
+    share = max(0.0, float(excess[where]) / critical)
+    if failed:
+        seen = f"|z| = {float(excess[where]):.1f} > {critical:.1f} here, and too large in {failed} of {fitted} slopes"
+        text, status = f"{fit.describe(where)}; {seen}{skipped}", Status.FAIL
+    else:
+        text, status = f"no drift in {fitted} slopes, |z| ≤ {critical:.1f}{skipped}", Status.PASS
+    return Finding("drift", case, tensor, status, text, got.numel(), 0, bound_share=share, details=details)
+
+
+def _legacy(got: Tensor, exact: Tensor) -> dict[str, float | str]:
+    """The guards that this one replaces, as history; the spread passes a factor of two and any number of lost rows."""
+    mean, spread = ratio_statistics(got, exact)
+    within = (got.double() - exact).abs() <= _LEGACY_TOLERANCE * (1 + exact.abs())
+    return {
+        "legacy, not judged: ratio mean": mean,
+        "legacy, not judged: ratio std": spread,
+        f"legacy, not judged: ratio std < {_LEGACY_SPREAD}": "pass" if spread < _LEGACY_SPREAD else "fail",
+        f"legacy, not judged: allclose, rtol = atol = {_LEGACY_TOLERANCE}": "pass" if bool(within.all()) else "fail",
+    }
+
+
+def _fit(
+    problem: Problem, tensor: str, got: Tensor, expected: Expectation, points: RoundingPoints, how: Accumulation
+) -> _Fit | None:
+    """Every stratum's slopes; None for a problem without a routed row."""
+    interval = expected.accepted[tensor]
+    assert interval.radius is not None
+    dtype = got.dtype if got.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    rounding = _rounding(problem, tensor, points)
+    sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding).sqrt()
+    usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
+    residual = torch.where(usable, (got.double() - interval.exact) / sigma, 0.0)
+    inverse = torch.where(usable, 1 / sigma, 0.0)
+    make = _gradient_groups if tensor in ("dA", "dB") else _row_groups
+    labels, sums, losses = [], [], []
+    for group in make(problem, tensor, expected, inverse, residual):
+        labels.append(group.label)
+        sums.append(group.sums().cpu())
+        losses.append(_losses(problem, tensor, group.rows, how))
+    if not sums:
+        return None
+    loss = torch.tensor(losses, dtype=torch.float64)[:, None, :] + rounding_pull(dtype)
+    C = got.shape[0] if tensor == "dB" else got.shape[1]
+    columns = [f"columns {c}–{min(c + TILE, C) - 1}" for c in range(0, C, TILE)] + ["all columns"]
+    return _solve(labels, columns, torch.stack(sums), loss)
+
+
+def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor | float:
+    """Variance of the output's rounding: dX over slots sums rounded values, dA and dB may sum next to nothing."""
+    if tensor == "dX" and not problem.grouped_in and problem.k > 1 and points.dtype is not None:
+        return ON_A_GRID
+    if tensor not in ("dA", "dB"):
+        return UNIFORM
+    rows = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1))
+    by_expert = torch.where(rows <= FEW, ANY, UNIFORM).double().repeat_interleave(problem.rank)
+    return by_expert[:, None] if tensor == "dA" else by_expert
+
+
+def _solve(groups: list[str], columns: list[str], sums: Tensor, loss: Tensor) -> _Fit:
+    """Weighted least squares from the normal equations [G, 5, T+1] of all strata at once."""
+    bb, bl, ll, bq, lq = sums.unbind(1)
+    determinant = bb * ll - bl.square()
+    joint = determinant > SINGULAR * bb * ll
+    determinant = torch.where(joint, determinant, torch.nan)
+    total = bb + 2 * bl + ll
+    total = torch.where(total > 0, total, torch.nan)
+    slope = torch.stack(((ll * bq - bl * lq) / determinant, (bb * lq - bl * bq) / determinant, (bq + lq) / total), -1)
+    error = torch.stack(((ll / determinant).sqrt(), (bb / determinant).sqrt(), total.rsqrt()), -1)
+    skipped = int((~joint & (bb > 0) & (ll > 0)).sum())
+    return _Fit(groups, columns, slope, error, loss.expand_as(slope), skipped)
+
+
+def _losses(problem: Problem, tensor: str, rows: int, how: Accumulation) -> tuple[float, float, float]:
+    """b of each slope. LoRA's term has lost along Z or V too, and, if it comes first, all through the base product."""
+
+    def lost(terms: int, resident: bool = False) -> float:
+        return directed_loss(how, problem.dtype, terms, resident)
+
+    K, N, r = problem.K, problem.N, problem.rank
+    if tensor in ("dA", "dB"):
+        own = lost(rows) + lost(N if tensor == "dA" else K)
+        return own, own, own
+    base, inner = (K, K) if tensor == "Y" else (N, N)
+    lora = lost(inner) + lost(r) + (lost(base, resident=True) if how.lora == "first" else 0.0) if r else 0.0
+    return lost(base), lora, max(lost(base), lora)
+
+
+def _gradient_groups(
+    problem: Problem, tensor: str, expected: Expectation, inverse: Tensor, residual: Tensor
+) -> Iterator[_Group]:
+    """dA [E·r, K] and dB, turned to [E·r, N], by expert: one term only."""
+    exact = expected.accepted[tensor].exact
+    if tensor == "dB":
+        exact, inverse, residual = exact.T, inverse.T, residual.T
+    scaled = torch.where(inverse > 0, exact * inverse, 0.0)
+    r, most = problem.rank, 0
+    for e, start, end in problem.segments():
+        own = slice(e * r, (e + 1) * r)
+        yield _Group(f"expert {e}", scaled[own], None, residual[own], end - start)
+        most = max(most, end - start)
+    if most:
+        yield _Group("all experts", scaled, None, residual, most)
+
+
+def _row_groups(
+    problem: Problem, tensor: str, expected: Expectation, inverse: Tensor, residual: Tensor
+) -> Iterator[_Group]:
+    """Y and dX by expert: its own share of each row that it has a part in, then all shares together."""
+    target = _targets(problem, tensor)
+    base = torch.zeros_like(expected.fwd.y.exact if tensor == "Y" else expected.bwd.d.exact)
+    x, dy = expert_order_inputs(problem), expected.bwd.dy.value
+    for e, start, end in problem.segments():
+        own, W = slice(start, end), problem.expert_weight(e)
+        base[own] = x[own] @ W if tensor == "Y" else dy[own] @ W.T
+        if tensor == "Y" and problem.expert_biases is not None:
+            base[own] += problem.expert_biases[e].detach().double()
+    lora = (expected.fwd.y.exact if tensor == "Y" else expected.bwd.d.exact) - base if problem.rank else None
+    if tensor == "Y" and problem.gates is not None:
+        gates = expert_order_gates(problem)[:, None]
+        base, lora = gates * base, None if lora is None else gates * lora
+    groups = [(f"expert {e}", torch.arange(start, end, device=x.device)) for e, start, end in problem.segments()]
+    if groups:
+        groups.append(("all experts", owned_rows(problem).nonzero()[:, 0]))
+    for label, rows in groups:
+        into, slot = torch.unique(target[rows], return_inverse=True)
+        scale = inverse[into]
+
+        def share(term: Tensor, rows: Tensor = rows, slot: Tensor = slot, scale: Tensor = scale) -> Tensor:
+            summed = torch.zeros_like(scale).index_add_(0, slot, term[rows])
+            return torch.where(scale > 0, summed * scale, 0.0)
+
+        yield _Group(label, share(base), None if lora is None else share(lora), residual[into], rows.numel())
+
+
+def _targets(problem: Problem, tensor: str) -> Tensor:
+    """Row of Y or dX that each routed row, in expert order, has a part in: int64 [P]."""
+    positions = problem.row_positions()
+    if tensor == "dX":
+        return problem.row_sources()
+    if problem.gates is not None:
+        return positions // problem.gates.shape[1]
+    return torch.arange(problem.P, device=problem.device) if problem.grouped_out else positions

@@ -1,0 +1,1 @@
+"""Which checks on which cases, and the verdict."""

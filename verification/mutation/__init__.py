@@ -1,1 +1,0 @@
-"""Planted bugs in the kernels' sources, and whether the gate sees them. `mxref mutants` runs them."""

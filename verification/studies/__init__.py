@@ -1,0 +1,1 @@
+"""Studies of the gate itself and of other implementations."""

@@ -1,0 +1,1 @@
+"""Implementations that conform to the contract, which no check may reject."""

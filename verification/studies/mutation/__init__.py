@@ -1,0 +1,1 @@
+"""Bugs planted in the kernels' sources, and whether the gate sees them."""

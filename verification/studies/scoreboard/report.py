@@ -1,0 +1,163 @@
+"""A scoreboard as JSON, as Markdown for the README, and in a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mxref.verification.checks.finding import Status
+from mxref.verification.report.page import finding_json
+from mxref.verification.studies.scoreboard.run import Board, Failure, Row
+
+__all__ = ["as_json", "as_markdown", "print_board", "write"]
+
+SCHEMA = "mxref.scoreboard/1"
+_SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT_COVERED: "–", Status.PASS: "✓"}
+_STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black", "✓": "green"}
+
+
+def as_json(board: Board) -> dict[str, Any]:
+    """Counts of every implementation and guard, and every failure in full."""
+    guards = board.guards()
+    return {
+        "schema": SCHEMA,
+        "device": board.device,
+        "suite": board.suite,
+        "seed": board.seed,
+        "only": list(board.only),
+        "started": board.started,
+        "rows": [
+            {
+                "name": row.name,
+                "about": row.about,
+                "package": row.package,
+                "unavailable": row.unavailable or None,
+                "rounding_points": list(row.points),
+                "accumulation": row.accumulation,
+                "seconds": round(row.seconds, 1),
+                "counts": {guard: {str(status): row.counts(guard)[status] for status in Status} for guard in guards},
+                "failures": [_failure_json(failure) for failure in row.failures],
+            }
+            for row in board.rows
+        ],
+    }
+
+
+def as_markdown(board: Board) -> str:
+    """The table, what its signs mean, and the first counterexample of each failure."""
+    lines = [
+        f"| guard | {' | '.join(_title(row) for row in board.rows)} |",
+        f"|---|{'---|' * len(board.rows)}",
+        *(f"| {guard} | {' | '.join(cell_text(row, guard) for row in board.rows)} |" for guard in board.guards()),
+    ]
+    lines += [
+        "",
+        "✓ judgements that agree with the contract · ≈ only within the order-free bound · ✗ that contradict it · "
+        "– not covered. A judgement is one tensor of one case.",
+        "",
+        f"{board.device}; {board.suite} suite{_only(board)}, seed {board.seed}, {board.started}.",
+    ]
+    for row in board.rows:
+        lines += _failures_markdown(row, board)
+    return "\n".join(lines) + "\n"
+
+
+def print_board(board: Board, console: Console) -> None:
+    """The table and the first counterexamples."""
+    table = Table("guard", box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
+    for row in board.rows:
+        table.add_column(Text.assemble((row.name, "bold"), f"\n{row.package}"))
+    for guard in board.guards():
+        table.add_row(guard, *(_coloured(cell_text(row, guard)) for row in board.rows))
+    console.print(table)
+    for row in board.rows:
+        if row.points:
+            console.print(Text(f"{row.name} is judged by its own rounding points: {', '.join(row.points)}"))
+        for failure, count in row.first_failures():
+            console.print(Text.assemble((f"✗ {row.name} ", "red"), _headline(failure, count)))
+            for line in _details(failure):
+                console.print(Text(f"    {line}"))
+
+
+def write(board: Board, folder: Path) -> tuple[Path, Path]:
+    """Write scoreboard.json and scoreboard.md; the paths, in this order.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / "scoreboard.json", folder / "scoreboard.md"
+    data.write_text(json.dumps(as_json(board), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    page.write_text(as_markdown(board), encoding="utf-8")
+    return data, page
+
+
+def cell_text(row: Row, guard: str) -> str:
+    """One cell: counts by status, the worst first, or why there are none."""
+    if row.unavailable:
+        return row.unavailable
+    counts = row.counts(guard)
+    return " ".join(f"{sign} {counts[status]}" for status, sign in _SIGN.items() if counts[status])
+
+
+def _only(board: Board) -> str:
+    return f", cases matching {' or '.join(board.only)}" if board.only else ""
+
+
+def _title(row: Row) -> str:
+    """A column's heading: the name, what it is, and what it comes from."""
+    about = f"**{row.name}**" + (f"<br>{row.about}" if row.about else "")
+    return about + (f"<br>{row.package}" if row.package else "")
+
+
+def _coloured(cell: str) -> Text:
+    words = Text()
+    style = "bright_black"
+    for word in cell.split():
+        style = _STYLE.get(word, style)
+        words.append(f"{word} ", style=style)
+    return words
+
+
+def _failures_markdown(row: Row, board: Board) -> list[str]:
+    """An implementation's section: how it is judged, and where it first contradicts the contract."""
+    firsts = row.first_failures()
+    reasons = Counter(finding.reason for finding in row.findings if finding.status is Status.NOT_COVERED)
+    if not firsts and not reasons:
+        return []
+    lines = ["", f"### {row.name}", ""]
+    if row.points:
+        lines += [f"Judged by its own rounding points: {', '.join(row.points)}.", ""]
+    lines += [f"- – {count} not covered: {reason}" for reason, count in reasons.items()]
+    for failure, count in firsts:
+        lines.append(f"- ✗ {_headline(failure, count)}")
+        lines += [f"  <br>{line}" for line in _details(failure)]
+    return lines
+
+
+def _headline(failure: Failure, count: int) -> str:
+    finding = failure.finding
+    others = f" (and {count - 1} more of {finding.guard} · {finding.tensor})" if count > 1 else ""
+    return f"{finding.guard} · {finding.case} · {finding.tensor}: {finding.reason}{others}"
+
+
+def _details(failure: Failure) -> list[str]:
+    """Input bytes, got, expected."""
+    example = failure.finding.counterexample
+    if example is None:
+        return []
+    where = ", ".join(map(str, example.coordinate))
+    accepted = f", accepted [{example.low:.9g}, {example.high:.9g}]" if example.low != example.high else ""
+    got = f"{failure.finding.tensor}[{where}]: got {example.got:.9g}, expected {example.expected:.9g}{accepted}"
+    return [*(f"input {weight}" for weight in failure.weights), got]
+
+
+def _failure_json(failure: Failure) -> dict[str, Any]:
+    return finding_json(failure.finding) | {"weights": [vars(weight) for weight in failure.weights]}
