@@ -9,7 +9,8 @@ The result is an ordinary `PeftModel`: `save_pretrained`, `add_adapter`, `load_a
 weights (A [r·E, in] expert-major, B [out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a
 dequantised model, and the reverse; `load_peft_model` reads it back. Rank and alpha are each adapter's own; active at
 once, adapters add up if their scalings differ by powers of two (see `LoRA.joined`). Merging is refused: packed weights
-cannot take a low-rank sum; `mxref.kernels.models.merging.merge_adapters` quantises it again, on request, and reports the loss.
+cannot take a low-rank sum; `mxref.kernels.models.merging.merge_adapters` quantises it again, on request, and reports
+the loss.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     use_mxref_experts(model)        # checks every MoE layer, then model.set_experts_implementation("mxref")
 
 It serves experts modules with dense, frozen weights; for packed weights see
-`mxref.kernels.models.packing.pack_experts`, whose modules need no implementation to be chosen. Importing this module registers the name and nothing else.
+`mxref.kernels.models.packing.pack_experts`, whose modules need no implementation to be chosen. Importing this module
+registers the name and nothing else.
 """
 
 from __future__ import annotations

@@ -6,12 +6,25 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
-from mxref.verification.cli import bench, gate, history, honest, inspect, mutants, scoreboard, tune
 from mxref.verification.cli.usage import UsageError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "gate": "judge an implementation against the golden model",
+    "scoreboard": "judge implementations from elsewhere by the gate's checks",
+    "mutants": "plant bugs in the kernels and see whether the checks notice",
+    "honest": "judge implementations that are right: no check may reject one",
+    "inspect": "count the blocks of a packed checkpoint",
+    "bench": "time the kernels beside the composite (needs a GPU)",
+    "tune": "time every tiling beside the table's choice (needs a GPU)",
+    "history": "speed over commits; fails on a slowdown",
+}
+"""Every subcommand and what it does; each is a module of this package with `add_arguments(parser)` and
+`run(arguments)`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,18 +36,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; its exit code."""
-    parser = _Parser(prog="mxref", description="MXFP4 ScatterMoE-LoRA: judge an implementation by the golden model.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    gate.add_to(commands)
-    scoreboard.add_to(commands)
-    mutants.add_to(commands)
-    honest.add_to(commands)
-    inspect.add_to(commands)
-    bench.add_to(commands)
-    tune.add_to(commands)
-    history.add_to(commands)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parser.parse_args(argv)
+        arguments = _parse(argv)
         return int(arguments.run(arguments))
     except UsageError as error:
         print(f"mxref: error: {error}", file=sys.stderr)
@@ -45,3 +49,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Only the subcommand's own module is imported, after it is known whether kernels will be interpreted."""
+    parser = _Parser(prog="mxref", description="MXFP4 ScatterMoE-LoRA: judge an implementation by the golden model.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, about in COMMANDS.items():
+        if argv[:1] != [name]:
+            commands.add_parser(name, help=about)
+            continue
+        _choose_interpreter(argv)
+        module = import_module(f"{__name__}.{name}")
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def _choose_interpreter(argv: list[str]) -> None:
+    """Triton decides when kernels are imported: interpret them where the device is a CPU, compile them elsewhere."""
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # looking for a GPU must not spoil it for forked processes
+    from torch import cuda
+
+    wanted = argv[argv.index("--device") + 1 :][:1] if "--device" in argv else []
+    wanted += [word.partition("=")[2] for word in argv if word.startswith("--device=")]
+    if wanted == ["cpu"] or not cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)

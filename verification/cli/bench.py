@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxref.verification.cli.options import EVIDENCE, choose_device
 from mxref.verification.cli.usage import UsageError
@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
     from mxref.verification.bench.benchmark import Bench
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 README = EVIDENCE.parent.parent / "README.md"
 
-_EPILOG = """\
+DESCRIPTION = (
+    "Judge this project's ways to compute the layer, then time them beside torch._grouped_mm on bf16 "
+    "weights and against the limit measured in the same run. No speed is printed on a red gate."
+)
+
+EPILOG = """\
 examples:
   mxref bench                     the main shapes on this GPU: gate, table, bench.json
   mxref bench --record            the same, kept as evidence, and put into the README
@@ -31,16 +36,8 @@ exit codes: 0 timed, 1 the gate is red or one of our ways failed, 2 wrong use
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "bench",
-        help="time the kernels beside the composite (needs a GPU)",
-        description="Judge this project's ways to compute the layer, then time them beside torch._grouped_mm on bf16 "
-        "weights and against the limit measured in the same run. No speed is printed on a red gate.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three shapes only: dense, sparse, thin")
     size.add_argument("--large", action="store_true", help="DeepSeek-V4-like shapes too: 40 GB and more")
@@ -53,7 +50,6 @@ def add_to(commands: Any) -> None:
         "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence"
     )
     parser.add_argument("--readme", action="store_true", help="only write the README's table from the evidence")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

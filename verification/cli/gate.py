@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxref.verification.cli.options import EVIDENCE, choose_device, matches, seed
 from mxref.verification.cli.usage import UsageError
@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from mxref.verification.candidates.candidate import Candidate
     from mxref.verification.gate.run import GateResult, Step
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
-_EPILOG = """\
+DESCRIPTION = (
+    "Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, "
+    "and derived error intervals on a grid of cases."
+)
+
+EPILOG = """\
 examples:
   mxref gate                                    judge this project's kernels, quick suite
   mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
@@ -37,16 +42,8 @@ exit codes: 0 pass, 1 fail, 2 wrong use
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "gate",
-        help="judge an implementation against the golden model",
-        description="Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, "
-        "and derived error intervals on a grid of cases.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     what = parser.add_argument_group("what is judged")
     what.add_argument(
         "--kernel",
@@ -98,7 +95,6 @@ def add_to(commands: Any) -> None:
         const=EVIDENCE,
         help="make this run's errors the baseline of its architecture",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxref.verification.cli.options import EVIDENCE
 from mxref.verification.cli.usage import UsageError
@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
     from mxref.verification.bench.history import Change, Entry
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
-_EPILOG = """\
+DESCRIPTION = (
+    "Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its "
+    "ratios to the composite and to the limit, and fail where it is slower beyond the noise."
+)
+
+EPILOG = """\
 The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %; for the
 limit's ratio also what the two runs' limits differ by.
 
@@ -28,22 +33,13 @@ exit codes: 0 nothing is slower, 1 something is, 2 wrong use
 _SHOWN = 6
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "history",
-        help="speed over commits; fails on a slowdown",
-        description="Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its "
-        "ratios to the composite and to the limit, and fail where it is slower beyond the noise.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("--evidence", metavar="DIR", type=Path, default=EVIDENCE, help="one folder a GPU")
     parser.add_argument("--gpu", metavar="NAME", help="only the GPUs whose folder name holds it")
     parser.add_argument("--baseline", metavar="START", help="the run to hold against: a date, commit or digest")
     parser.add_argument("--plot", metavar="DIR", type=Path, help="for history-<gpu>.png")
     parser.add_argument("--verbose", action="store_true", help="print every ratio, not only what changed")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from mxref.verification.cases.suites import Case
     from mxref.verification.studies.conforming.implementations import Honest
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
-_EPILOG = """\
+DESCRIPTION = "Judge implementations that are right, each under its true declaration; no check may reject one."
+
+EPILOG = """\
 examples:
   mxref honest                               every implementation on ten kinds of data, 5 draws of each
   mxref honest --data cancelling --seeds 50  one kind of data, many draws
@@ -52,22 +54,14 @@ class _Draw:
     seed: int
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "honest",
-        help="judge implementations that are right: no guard may reject one",
-        description=__doc__.split(": ", 1)[1],
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only these implementations")
     parser.add_argument("--data", metavar="PATTERN", action="append", default=[], help="only these kinds of data")
     parser.add_argument("--seeds", metavar="N", type=positive, default=5, help="draws of each kind (default: 5)")
     parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes, on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write honest.json there")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxref.verification.cli.usage import UsageError
 
@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
     from mxref.checkpoints.statistics import BlockStatistics
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
-_EPILOG = """\
+DESCRIPTION = (
+    "Per expert projection: its shape, how its scale bytes are spread, and the share of blocks that "
+    "are zero, saturated (hold ±6, the largest code) or NaN (scale byte 255)."
+)
+
+EPILOG = """\
 examples:
   mxref inspect model.safetensors          one file, gpt-oss names (*_blocks, *_scales)
   mxref inspect ./gpt-oss-20b              a directory of shards; DeepSeek-V4 names are read too
@@ -27,18 +32,9 @@ _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "inspect",
-        help="count the blocks of a packed checkpoint",
-        description="Per expert projection: its shape, how its scale bytes are spread, and the share of blocks that "
-        "are zero, saturated (hold ±6, the largest code) or NaN (scale byte 255).",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("file", metavar="FILE", type=Path, help="a safetensors file, or a directory that holds them")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
 from mxref.verification.cli.usage import UsageError
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from mxref.verification.studies.mutation.mutant import Mutant, Source
     from mxref.verification.studies.mutation.session import Session
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 _SAMPLE = 120
 
-_EPILOG = f"""\
+DESCRIPTION = "Plant bugs in the kernels' sources, one at a time, and see whether the gate's guards notice."
+
+EPILOG = f"""\
 examples:
   mxref mutants                          {_SAMPLE} mutants across all functions and kinds of mistake
   mxref mutants --all --jobs 8           the whole catalogue
@@ -37,15 +39,8 @@ exit codes: 0 every mutant is killed or known to change nothing, 1 not so, 2 wro
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "mutants",
-        help="plant bugs in the kernels and see whether the guards notice",
-        description="Plant bugs in the kernels' sources, one at a time, and see whether the gate's guards notice.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     which = parser.add_argument_group("which mutants")
     size = which.add_mutually_exclusive_group()
     size.add_argument("--all", action="store_true", help="the whole catalogue")
@@ -66,7 +61,6 @@ def add_to(commands: Any) -> None:
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     how.add_argument("--out", metavar="DIR", type=Path, help="write mutants.json there")
     how.add_argument("--record", action="store_true", help="keep the result of the whole catalogue as evidence")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

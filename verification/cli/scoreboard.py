@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
 from mxref.verification.cli.usage import UsageError
@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
     from mxref.verification.studies.scoreboard.run import Board
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
-_EPILOG = """\
+DESCRIPTION = (
+    "Judge this project's kernels and implementations from elsewhere by the same steps, each in a "
+    "process of its own, and print one table with the first counterexample of every failure."
+)
+
+EPILOG = """\
 examples:
   mxref scoreboard                                       everything that is installed, quick suite
   mxref scoreboard --candidates axolotl,grouped_mm       two of them
@@ -28,16 +33,8 @@ exit codes: 0 the comparison ran, whatever it found; 2 wrong use
 """
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "scoreboard",
-        help="judge implementations from elsewhere by the same steps",
-        description="Judge this project's kernels and implementations from elsewhere by the same steps, each in a "
-        "process of its own, and print one table with the first counterexample of every failure.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument(
         "--candidates", metavar="NAMES", help="comma-separated, module:callable too (default: all but golden)"
     )
@@ -59,7 +56,6 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence of this GPU"
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

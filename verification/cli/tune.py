@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mxref.verification.cli.options import choose_device, positive
 from mxref.verification.cli.usage import UsageError
@@ -15,26 +15,27 @@ if TYPE_CHECKING:
 
     from mxref.verification.bench.tuning import Pinned, Timing
 
-__all__ = ["add_to"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 _SHOWN = 5
 
 
-def add_to(commands: Any) -> None:
-    """Add the subcommand to argparse's subparsers."""
-    parser = commands.add_parser(
-        "tune",
-        help="time every tiling beside the table's choice (needs a GPU)",
-        description="Time a whole training step under every tiling that fits this GPU, shape by shape, and print the "
-        f"{_SHOWN} fastest beside the one that kernels/device/configs.py has; then what it costs to pin one tiling for "
-        "all of them, so that a row's bits do not depend on the batch. Nothing is written: the table is source, and a "
-        "change to it goes through the gate like any other.",
-    )
+DESCRIPTION = (
+    "Time a whole training step under every tiling that fits this GPU, shape by shape, and print the "
+    f"{_SHOWN} fastest beside the one that kernels/device/configs.py has; then what it costs to pin one tiling for "
+    "all of them, so that a row's bits do not depend on the batch. Nothing is written: the table is source, and a "
+    "change to it goes through the gate like any other."
+)
+
+EPILOG = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
     parser.add_argument(
         "--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes that compile ahead"
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
