@@ -67,7 +67,7 @@ def schedule_guard(kernels: ModuleType, device: torch.device) -> list[Finding]:
 def _routing(kernels: ModuleType, P: int, offsets: list[int], device: torch.device) -> Any:
     positions = torch.randperm(P, generator=torch.Generator().manual_seed(P)).to(device)
     fenced = Fence(torch.tensor(offsets, device=device), P + 1)
-    return kernels.schedule.Routing(Fence(positions, P).inside, fenced.inside)
+    return kernels.device.schedule.Routing(Fence(positions, P).inside, fenced.inside)
 
 
 def _tiles(P: int, ends: list[int], height: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`mxref mutants`: plant bugs in the kernels' sources and see whether the guards notice."""
+"""`mxref mutants`: plant bugs in the kernels' sources and see whether the checks notice."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from rich.console import Console
+
+from mxref.verification.cases.small import fixtures
 from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
+from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from mxref.verification.studies.mutation.mutant import Mutant, Source
-    from mxref.verification.studies.mutation.session import Session
+from mxref.verification.records import ulp_baseline
+from mxref.verification.studies.mutation import record
+from mxref.verification.studies.mutation.catalogue import catalogue, stratified
+from mxref.verification.studies.mutation.layers import gate_layers, layers
+from mxref.verification.studies.mutation.locate import StaleMutantError
+from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.runner import Outcome, Setting
+from mxref.verification.studies.mutation.session import TRIAL_SECONDS, FalseKillError, Session, judge
+from mxref.verification.studies.mutation.sources import Source, read_sources
+from mxref.verification.studies.mutation.tables import print_list, print_session
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
@@ -55,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--gate", action="store_true", help="judge by the quick gate's own steps, slower")
     how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
-    how.add_argument("--compile", action="store_true", help="compile the survivors: the sources' code, or none?")
+    how.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the survivors: the sources' code, or none? (default: yes)",
+    )
     how.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes at once")
     how.add_argument("--minutes", metavar="N", type=float, default=math.inf, help="begin no mutant after so many")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
@@ -70,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: an argument does not fit this machine or the others.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not spoil it for forked processes
+    torch.set_num_threads(1)
     device = choose_device(arguments.device)
     if arguments.gpu_only and device.type == "cpu" and not arguments.list:
         raise UsageError("--gpu-only: torch sees no CUDA GPU on this machine")
@@ -79,24 +92,18 @@ def run(arguments: argparse.Namespace) -> int:
             "--record keeps --all or adds --rest: in the interpreter, or on a GPU with --gpu-only; leave out what else "
             "narrows it"
         )
-    from rich.console import Console
-
-    from mxref.verification.studies.mutation import record
-    from mxref.verification.studies.mutation.mutants import catalogue, read_sources
-    from mxref.verification.studies.mutation.tables import print_list, print_session
-
-    sources = read_sources()
-    mutants = _selected(arguments, sources, device)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    if arguments.list:
-        print_list(mutants, console)
-        return 0
-    if arguments.out is not None:
-        try:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
-    session = _judge(mutants, sources, device, arguments)
+    sources = read_sources()
+    try:
+        mutants = _selected(arguments, sources, device)
+        if arguments.list:
+            print_list(mutants, console)
+            return 0
+        _make_folder(arguments.out)
+        session = _judge(mutants, sources, device, arguments)
+    except (StaleMutantError, FalseKillError) as error:
+        print(f"mxref: error: {error}", file=sys.stderr)
+        return 1
     print_session(session, sources, console)
     if arguments.out is not None:
         path = arguments.out / "mutants.json"
@@ -113,6 +120,14 @@ def run(arguments: argparse.Namespace) -> int:
     return session.exit_code
 
 
+def _make_folder(path: Path | None) -> None:
+    if path is not None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {path}: {error.strerror or error}") from None
+
+
 def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
     narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.list, arguments.gate)
     whole: bool = (arguments.all or arguments.rest) and not any(narrowed)
@@ -121,20 +136,14 @@ def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
 
 def _record_of(device: torch.device) -> Path:
     """The record's path. A process of its own asks for the GPU's name: this one must not touch the GPU."""
-    from mxref.verification.records import ulp_baseline as baselines
-    from mxref.verification.studies.mutation import record
-
     if device.type == "cpu":
         return record.RECORD
-    ask = f"import torch; from {baselines.__name__} import *; print(architecture_name(torch.device('cuda')))"
+    ask = f"import torch; from {ulp_baseline.__name__} import *; print(architecture_name(torch.device('cuda')))"
     told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
     return EVIDENCE / told.stdout.strip() / record.RECORD.name
 
 
 def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:
-    from mxref.verification.studies.mutation import record
-    from mxref.verification.studies.mutation.mutants import catalogue, stratified
-
     mutants = [
         mutant
         for mutant in catalogue(sources)
@@ -152,48 +161,33 @@ def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device:
             raise UsageError(f"--rest: {error}") from None
     if not mutants:
         raise UsageError("no mutant matches; --list prints those that do")
-    return (
-        mutants
-        if arguments.all or arguments.rest or arguments.list
-        else stratified(mutants, arguments.sample, arguments.seed)
-    )
+    if arguments.all or arguments.rest or arguments.list:
+        return mutants
+    return stratified(mutants, arguments.sample, arguments.seed)
 
 
 def _judge(
     mutants: list[Mutant], sources: dict[str, Source], device: torch.device, arguments: argparse.Namespace
 ) -> Session:
-    """Run behind a progress bar on stderr."""
-    import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    from mxref.verification.cases.small import fixtures
-    from mxref.verification.studies.mutation.layers import gate_layers, layers
-    from mxref.verification.studies.mutation.runner import Outcome
-    from mxref.verification.studies.mutation.session import judge
-
-    torch.set_num_threads(1)
+    """Judge behind a progress meter."""
     judges = gate_layers if arguments.gate else layers
-    columns = (
-        SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[tally]}"),
-        TextColumn("{task.description}", style="bright_black"),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    killed = survived = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(mutants), tally="")
-
-        def on_start(what: str) -> None:
-            progress.update(task, description=what)
+    setting = Setting(sources, device, arguments.matrix, arguments.jobs, TRIAL_SECONDS[device.type])
+    killed = alive = 0
+    with Meter(len(mutants)) as meter:
 
         def on_judged(outcome: Outcome) -> None:
-            nonlocal killed, survived
-            killed, survived = killed + outcome.killed, survived + (not outcome.killed)
+            nonlocal killed, alive
+            killed, alive = killed + outcome.killed, alive + (not outcome.killed)
             name = outcome.mutant.name if outcome.mutant is not None else ""
-            progress.update(task, advance=1, description=name, tally=f"{killed} killed, {survived} alive")
+            meter.advance(f"{killed} killed, {alive} alive: {name}")
 
         return judge(
-            mutants, sources, judges(device, arguments.seed), fixtures(device, arguments.seed), device,
-            matrix=arguments.matrix, jobs=arguments.jobs, seconds=60 * arguments.minutes,
-            compile_survivors=arguments.compile, on_start=on_start, on_judged=on_judged,
-        )  # fmt: skip
+            mutants,
+            judges(device, arguments.seed),
+            fixtures(device, arguments.seed),
+            setting,
+            seconds=60 * arguments.minutes,
+            compile_survivors=arguments.compile,
+            on_start=meter.show,
+            on_judged=on_judged,
+        )

@@ -1,4 +1,4 @@
-"""What a mutant's own process does: build `mxref.kernels` from the edited sources, ask the layers, report."""
+"""What a mutant's own process does: build `mxref.kernels` from the edited sources, ask the checks, say what they find."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import faulthandler
 import importlib.util
 import os
 import resource
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,13 +20,17 @@ from triton.runtime import interpreter
 
 import mxref
 from mxref.verification.candidates.candidate import Candidate, shipped
-from mxref.verification.studies.mutation.layers import Layer, Trial
-from mxref.verification.studies.mutation.mutant import Mutant, Source
+from mxref.verification.studies.mutation.layers import Question, Trial
+from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["Task", "import_kernels", "run_child", "write_sources"]
+__all__ = ["IMPORT", "Said", "Task", "import_kernels", "run_child", "write_sources"]
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
+
+IMPORT = -1
+"""In the place of a question's number: the import of the edited sources."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,33 @@ class Task:
     Attributes:
         mutant: which; None for the sources as they are.
         sources: the kernels', by file name.
-        layers: what to ask, in this order.
-        device: what the layers were made for.
+        questions: what to ask, in this order.
+        device: what the questions were made for.
         gpu: the one to see, as CUDA_VISIBLE_DEVICES names it; None for what is visible anyway.
-        trial_seconds: processor time after which a trial counts as hung.
-        matrix: ask every layer; otherwise the first rejection ends it.
+        matrix: ask every check; otherwise the first rejection ends it.
     """
 
     mutant: Mutant | None
     sources: Mapping[str, Source]
-    layers: Sequence[Layer]
+    questions: Sequence[Question]
     device: torch.device
     gpu: str | None
-    trial_seconds: float
     matrix: bool
 
 
-def run_child(task: Task, folder: Path, messages: Connection) -> None:
-    """Build in `folder`, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant.
+@dataclass(frozen=True)
+class Said:
+    """A child's message: question `number` begins, or with a reason, it rejects the mutant."""
 
-    The first rejection ends it; in a matrix it ends the questions to that layer.
+    number: int
+    reason: str | None = None
+
+
+def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
+    """Build in `folder`, judge, report. A check that has rejected the mutant is asked nothing more.
+
+    Raises:
+        MemoryError, OSError: the import failed for want of memory or disk space, which tells nothing of the mutant.
     """
     _quiet()
     if task.gpu is not None:
@@ -67,18 +75,20 @@ def run_child(task: Task, folder: Path, messages: Connection) -> None:
         write_sources(task.mutant, task.sources, folder)
         import_kernels(folder)
         candidate = shipped(task.device)
+    except (MemoryError, OSError):
+        raise
     except Exception:
-        messages.send(("import", traceback.format_exc(limit=1).strip().splitlines()[-1]))
+        send(Said(IMPORT, traceback.format_exc(limit=1).strip().splitlines()[-1]))
         return
     killed = set[str]()
-    for layer in task.layers:
-        if layer.name in killed:
+    for number, question in enumerate(task.questions):
+        if question.check in killed:
             continue
-        messages.send((layer.name, None))
-        trials = (_reject(trial, candidate, task.trial_seconds) for trial in layer.trials)
-        if (reason := next(filter(None, trials), None)) is not None:
-            messages.send((layer.name, reason))
-            killed.add(layer.name)
+        send(Said(number))
+        reason = _reject(question.trial, candidate)
+        if reason is not None:
+            send(Said(number, reason))
+            killed.add(question.check)
             if not task.matrix:
                 return
 
@@ -120,8 +130,7 @@ def _interpret_only() -> None:
 def write_sources(mutant: Mutant | None, sources: Mapping[str, Source], folder: Path) -> None:
     """The kernels' sources with the mutant's edit, as files: Triton reads a function's source from its file."""
     for name, source in sources.items():
-        edited = mutant is not None and mutant.file == name
-        text = mutant.apply(source.text) if mutant is not None and edited else source.text
+        text = mutant.apply(source.text) if mutant is not None and mutant.place.file == name else source.text
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -141,31 +150,10 @@ def import_kernels(folder: Path) -> None:
     mxref.kernels = kernels
 
 
-def _reject(trial: Trial, candidate: Candidate, seconds: float) -> str | None:
+def _reject(trial: Trial, candidate: Candidate) -> str | None:
     """Why the trial rejects the candidate, or None."""
     try:
-        with _time_limit(seconds):
-            findings = trial.judge(candidate)
+        findings = trial.judge(candidate)
     except Exception as error:
         return f"{trial.name}: {type(error).__name__}: {error}"[:300]
     return next((f"{finding}"[:300] for finding in findings if not finding.ok), None)
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after so much processor time: a busy machine makes nothing look hung.
-
-    Python cannot interrupt who spins in a library, waiting for a GPU: a little later the system ends the process.
-    """
-
-    def expired(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"hung: no result in {seconds:.0f} s of processor time")
-
-    signal.signal(signal.SIGPROF, expired)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 1.2 * seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)

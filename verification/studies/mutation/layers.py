@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from types import ModuleType
 
 import torch
@@ -44,7 +45,7 @@ from mxref.verification.checks.schedule import schedule_guard
 from mxref.verification.gate.plan import Step, suite_steps
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
-__all__ = ["Layer", "Trial", "gate_layers", "layers"]
+__all__ = ["Layer", "Question", "Trial", "gate_layers", "layers", "questions"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,6 +68,22 @@ class Layer:
     name: str
     trials: tuple[Trial, ...]
     slow: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """One trial, and the check that it belongs to."""
+
+    check: str
+    trial: Trial
+
+
+def questions(asked: Sequence[Layer]) -> list[Question]:
+    """The first trial of every layer, then the second of every layer, and so on, the slow layers last."""
+    one_by_one = {layer.name: [Question(layer.name, trial) for trial in layer.trials] for layer in asked}
+    rounds = zip_longest(*(one_by_one[layer.name] for layer in asked if not layer.slow))
+    quick = [question for each in rounds for question in each if question is not None]
+    return quick + [question for layer in asked if layer.slow for question in one_by_one[layer.name]]
 
 
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:

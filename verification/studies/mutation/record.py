@@ -16,8 +16,9 @@ from typing import Any
 
 from mxref.verification.cli.options import EVIDENCE
 from mxref.verification.records.sources import digests
-from mxref.verification.studies.mutation.mutant import Mutant, Source
+from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.session import Fate, Judged, Session
+from mxref.verification.studies.mutation.sources import Source
 from mxref.verification.studies.mutation.tables import kill_table
 
 __all__ = ["COMMANDS", "RECORD", "judged_before", "stale", "unexplained", "write"]
@@ -46,14 +47,14 @@ def write(session: Session, sources: Mapping[str, Source], path: Path = RECORD) 
     entry = {
         "schema": _SCHEMA,
         "command": COMMANDS[session.device] + (" --matrix" if session.matrix else ""),
-        "sources": _digests([*(judged.mutant for judged in session.judged), *session.unjudged], sources),
+        "sources": _digests((judged.mutant for judged in session.judged), sources),
         "matrix": session.matrix,
         "layers": session.layers,
         "counts": {fate.value: len(fates[fate]) for fate in Fate},
         "killed": {judged.mutant.name: list(judged.kills) for judged in fates[Fate.KILLED]},
         "equivalent": {judged.mutant.name: judged.reason for judged in fates[Fate.EQUIVALENT]},
         "survived": [judged.mutant.name for judged in fates[Fate.SURVIVED]],
-        "unjudged": [mutant.name for mutant in session.unjudged],
+        "unjudged": [judged.mutant.name for judged in fates[Fate.UNJUDGED]],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -95,7 +96,9 @@ def judged_before(entry: Mapping[str, Any], mutants: Iterable[Mutant]) -> list[J
 
 def _digests(mutants: Iterable[Mutant], sources: Mapping[str, Source]) -> dict[str, str]:
     """Of the syntax trees of all files that hold mutants."""
-    return digests({f"kernels/{file}": sources[file].text for file in sorted({mutant.file for mutant in mutants})})
+    return digests(
+        {f"kernels/{file}": sources[file].text for file in sorted({mutant.place.file for mutant in mutants})}
+    )
 
 
 def _markdown(session: Session, sources: Mapping[str, Source], entry: Mapping[str, Any]) -> Iterator[str]:
@@ -107,7 +110,7 @@ def _markdown(session: Session, sources: Mapping[str, Source], entry: Mapping[st
     yield ""
     yield (
         f"**{counts[Fate.KILLED]} of {total} mutants killed, {counts[Fate.EQUIVALENT]} equivalent "
-        f"({counts[Fate.EQUIVALENT] / total:.1%}), {counts[Fate.SURVIVED]} survived, {len(session.unjudged)} not "
+        f"({counts[Fate.EQUIVALENT] / total:.1%}), {counts[Fate.SURVIVED]} survived, {counts[Fate.UNJUDGED]} not "
         f"judged.** {_WHERE[session.device]}"
     )
     yield ""
@@ -138,6 +141,6 @@ def _group(reason: str, group: Iterable[Judged], sources: Mapping[str, Source]) 
         yield from (reason, "")
     yield "```diff"
     for judged in group:
-        before, after = judged.mutant.edit(sources[judged.mutant.file].text)
-        yield from (f"# kernels/{judged.mutant.file}, {judged.mutant.function}", f"-{before}", f"+{after}")
+        before, after = judged.mutant.edit(sources[judged.mutant.place.file].text)
+        yield from (f"# kernels/{judged.mutant.place.file}, {judged.mutant.place.function}", f"-{before}", f"+{after}")
     yield from ("```", "")

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import sha256
 from typing import Any
@@ -16,18 +16,19 @@ import torch
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.studies.mutation.catalogue import arguments
 from mxref.verification.studies.mutation.compiled import same_code
-from mxref.verification.studies.mutation.equivalents import argument_for
-from mxref.verification.studies.mutation.layers import Layer, Trial
-from mxref.verification.studies.mutation.mutant import Mutant, Source, fingerprint
-from mxref.verification.studies.mutation.runner import Outcome, run
+from mxref.verification.studies.mutation.layers import Layer, Trial, questions
+from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.runner import Outcome, Setting, run
+from mxref.verification.studies.mutation.sources import Source, fingerprint
 
-__all__ = ["EQUIVALENT_SHARE", "FalseKillError", "Fate", "Judged", "Session", "judge"]
+__all__ = ["EQUIVALENT_SHARE", "TRIAL_SECONDS", "FalseKillError", "Fate", "Judged", "Session", "judge"]
 
 EQUIVALENT_SHARE = 0.05
 """At most this part of the mutants may be equivalent: more, and the operators plant bugs that are none."""
 
-_TRIAL_SECONDS = {"cpu": 15.0, "cuda": 25.0}
+TRIAL_SECONDS = {"cpu": 15.0, "cuda": 25.0}
 """A mutant's trial that takes more processor time than this hangs."""
 
 
@@ -41,16 +42,17 @@ class Fate(StrEnum):
     KILLED = "killed"
     EQUIVALENT = "equivalent"
     SURVIVED = "survived"
+    UNJUDGED = "not judged"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A mutant, its fate, and why: the first layer's reason, or the argument for its equivalence."""
+    """A mutant, its fate, and why: the first layer's reason, the argument for its equivalence, or why nobody knows."""
 
     mutant: Mutant
     fate: Fate
-    kills: Mapping[str, str]
-    seconds: float
+    kills: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
     reason: str = ""
 
 
@@ -64,7 +66,6 @@ class Session:
         matrix: whether every layer judged every mutant; otherwise the first that rejects one ends its trial.
         layers: names, in the order in which they judge.
         judged: one a mutant.
-        unjudged: mutants for which there was no time.
         baseline_seconds, seconds: the unmutated sources' time, and the whole run's.
     """
 
@@ -73,7 +74,6 @@ class Session:
     matrix: bool
     layers: list[str]
     judged: list[Judged] = field(default_factory=list)
-    unjudged: list[Mutant] = field(default_factory=list)
     baseline_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -90,7 +90,7 @@ class Session:
         """0 if all are judged, every survivor is explained, and few need to be; 1 otherwise."""
         counts = self.counts()
         many = counts[Fate.EQUIVALENT] > max(1, EQUIVALENT_SHARE * len(self.judged))
-        return int(bool(counts[Fate.SURVIVED] or self.unjudged) or many)
+        return int(bool(counts[Fate.SURVIVED] or counts[Fate.UNJUDGED]) or many)
 
     def as_json(self, sources: Mapping[str, Source]) -> dict[str, Any]:
         """Plain data, complete."""
@@ -100,7 +100,7 @@ class Session:
             "sources": self.sources,
             "matrix": self.matrix,
             "layers": self.layers,
-            "counts": {fate.value: self.counts()[fate] for fate in Fate} | {"unjudged": len(self.unjudged)},
+            "counts": {fate.value: self.counts()[fate] for fate in Fate},
             "killed only by": {layer: len(self.only(layer)) for layer in self.layers} if self.matrix else None,
             "seconds": round(self.seconds, 1),
             "mutants": [_as_json(judged, sources) for judged in self.judged],
@@ -109,13 +109,10 @@ class Session:
 
 def judge(
     mutants: Sequence[Mutant],
-    sources: Mapping[str, Source],
     layers: Sequence[Layer],
     fixtures: Sequence[Sample],
-    device: torch.device,
+    setting: Setting,
     *,
-    matrix: bool = False,
-    jobs: int = 1,
     seconds: float = math.inf,
     compile_survivors: bool = False,
     on_start: Callable[[str], None] = lambda what: None,
@@ -125,84 +122,84 @@ def judge(
 
     Args:
         mutants: of the catalogue.
-        sources: the kernels' sources.
         layers: what judges, from `layers`.
         fixtures: on which an equivalent mutant must give the same bits.
-        device: where.
-        matrix: see `Session`.
-        jobs: processes at once.
+        setting: how.
         seconds: after so many no further mutant is begun.
         compile_survivors: also ask the compiler whether a survivor's code is the unmutated one's.
         on_start: told what begins.
         on_judged: called as each mutant is done.
 
     Raises:
-        FalseKillError: a layer rejects the unmutated sources.
+        FalseKillError: a layer rejects the unmutated sources, or gives no answer about them.
     """
     start = time.monotonic()
-    session = Session(device.type, fingerprint(sources), matrix, [layer.name for layer in layers])
+    names = [layer.name for layer in layers]
+    session = Session(setting.device.type, fingerprint(setting.sources), setting.matrix, names)
     on_start("mutants, and the sources as they are")
 
     def judged(outcome: Outcome) -> None:
         if outcome.mutant is not None:
             on_judged(outcome)
-        for layer, reason in outcome.kills.items() if outcome.mutant is None else ():
+            return
+        for layer, reason in outcome.kills.items():
             raise FalseKillError(f"layer {layer!r} rejects the unmutated sources, so no kill would count: {reason}")
+        for layer, reason in outcome.unjudged.items():
+            raise FalseKillError(f"layer {layer!r} gives no answer about the unmutated sources: {reason}")
 
-    limit = _TRIAL_SECONDS[device.type]
-    outcomes = run(
-        [None, *mutants], sources, layers, device=device, matrix=matrix, apart=True, jobs=jobs, trial_seconds=limit,
-        until=start + seconds, on_outcome=judged,
-    )  # fmt: skip
+    asked = questions(layers)
+    outcomes = run([None, *mutants], asked, setting, apart=True, until=start + seconds, on_outcome=judged)
     session.baseline_seconds = sum(outcome.seconds for outcome in outcomes if outcome.mutant is None)
-    begun = [(outcome.mutant, outcome) for outcome in outcomes if outcome.mutant is not None]
-    names = {mutant.name for mutant, _ in begun}
-    session.unjudged = [mutant for mutant in mutants if mutant.name not in names]
-    survivors = [mutant for mutant, outcome in begun if not outcome.killed]
-    reasons, broken = _explain(survivors, sources, fixtures, device, jobs, limit, compile_survivors, on_start)
-    for mutant, outcome in begun:
+    begun = {outcome.mutant.name: outcome for outcome in outcomes if outcome.mutant is not None}
+    alive = [mutant for mutant in mutants if mutant.name in begun and not begun[mutant.name].killed]
+    reasons, broken = _explain(alive, fixtures, setting, compile_survivors, on_start)
+    for mutant in mutants:
+        outcome = begun.get(mutant.name, Outcome(mutant, unjudged={"": "there was no time for it"}))
         if mutant.name in broken:
             outcome.kills["compile"] = "does not compile for a GPU, or only with a hazard"
-        reason = next(iter(outcome.kills.values()), reasons.get(mutant.name, ""))
-        fate = Fate.KILLED if outcome.killed else Fate.EQUIVALENT if reason else Fate.SURVIVED
-        session.judged.append(Judged(mutant, fate, outcome.kills, outcome.seconds, reason))
+        session.judged.append(_judged(mutant, outcome, reasons.get(mutant.name, "")))
     session.seconds = time.monotonic() - start
     return session
 
 
+def _judged(mutant: Mutant, outcome: Outcome, explanation: str) -> Judged:
+    """What an outcome means."""
+    if outcome.killed:
+        fate, reason = Fate.KILLED, next(iter(outcome.kills.values()))
+    elif explanation:
+        fate, reason = Fate.EQUIVALENT, explanation
+    elif outcome.unjudged:
+        fate, reason = Fate.UNJUDGED, next(iter(outcome.unjudged.values()))
+    else:
+        fate, reason = Fate.SURVIVED, ""
+    return Judged(mutant, fate, outcome.kills, outcome.seconds, reason)
+
+
 def _explain(
     survivors: Sequence[Mutant],
-    sources: Mapping[str, Source],
     fixtures: Sequence[Sample],
-    device: torch.device,
-    jobs: int,
-    limit: float,
+    setting: Setting,
     compile_survivors: bool,
     on_start: Callable[[str], None],
 ) -> tuple[dict[str, str], set[str]]:
     """Name -> why the survivor is equivalent, for those that are; and the names of those that do not compile."""
-    declared = [mutant for mutant in survivors if argument_for(mutant, sources)]
+    declared = arguments(survivors, setting.sources)
     reasons, broken = dict[str, str](), set[str]()
     if declared:
         on_start("bits of the equivalent mutants")
-        told = run(
-            [None, *declared],
-            sources,
-            [_bits(fixtures, device)],
-            device=device,
-            jobs=jobs,
-            trial_seconds=60 + 20 * limit,
-        )
-        expected = told[0].kills["bits"]
-        for outcome in told[1:]:
-            assert outcome.mutant is not None
-            if outcome.kills.get("bits") == expected:
-                reasons[outcome.mutant.name] = argument_for(outcome.mutant, sources) or ""
+        whom = [None, *(mutant for mutant in survivors if mutant.name in declared)]
+        patient = replace(setting, trial_seconds=60 + 20 * setting.trial_seconds)
+        told = run(whom, questions([_bits(fixtures, setting.device)]), patient)
+        expected = told[0].kills.get("bits")
+        if expected is None:
+            raise FalseKillError(f"the unmutated sources give no results: {told[0].unjudged}")
+        same = {outcome.mutant.name for outcome in told if outcome.mutant and outcome.kills.get("bits") == expected}
+        reasons = {name: argument for name, argument in declared.items() if name in same}
     rest = [mutant for mutant in survivors if mutant.name not in reasons]
     if compile_survivors and rest:
         on_start("compiled code of the survivors")
-        same, broken = same_code(rest, sources, jobs)
-        reasons |= dict.fromkeys(same, "compiles to the unmutated sources' code")
+        unchanged, broken = same_code(rest, setting.sources, setting.jobs)
+        reasons |= dict.fromkeys(unchanged, "compiles to the unmutated sources' code")
     return reasons, broken
 
 
@@ -223,11 +220,11 @@ def _bits(fixtures: Sequence[Sample], device: torch.device) -> Layer:
 
 def _as_json(judged: Judged, sources: Mapping[str, Source]) -> dict[str, Any]:
     mutant = judged.mutant
-    before, after = mutant.edit(sources[mutant.file].text)
+    before, after = mutant.edit(sources[mutant.place.file].text)
     return {
         "name": mutant.name,
-        "file": mutant.file,
-        "function": mutant.function,
+        "file": mutant.place.file,
+        "function": mutant.place.function,
         "line": mutant.line,
         "category": mutant.category,
         "by hand": mutant.by_hand,

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mxref.verification.studies.mutation.mutant import Mutant, Source
+from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.session import Fate, Judged, Session
+from mxref.verification.studies.mutation.sources import Source
 
 __all__ = ["kill_table", "print_list", "print_session"]
 
@@ -26,7 +27,7 @@ def print_session(session: Session, sources: Mapping[str, Source], console: Cons
     console.print(
         f"[bold {colour}]{counts[Fate.KILLED]} of {total} mutants killed[/], {counts[Fate.EQUIVALENT]} equivalent, "
         f"{counts[Fate.SURVIVED]} survived without an explanation"
-        f"{f', {len(session.unjudged)} not judged' if session.unjudged else ''}; {session.seconds:.0f} s",
+        f"{f', {counts[Fate.UNJUDGED]} not judged' if counts[Fate.UNJUDGED] else ''}; {session.seconds:.0f} s",
         highlight=False,
     )
 
@@ -35,7 +36,7 @@ def print_list(mutants: Sequence[Mutant], console: Console) -> None:
     """The catalogue, one line a mutant."""
     table = Table("mutant", "kind", "where", "", box=None, header_style="bright_black")
     for mutant in mutants:
-        place = f"{mutant.file}:{mutant.line} {mutant.function}"
+        place = f"{mutant.place.file}:{mutant.line} {mutant.place.function}"
         table.add_row(escape(mutant.name), mutant.category, place, "GPU only" if mutant.gpu_only else "")
     console.print(table)
 
@@ -78,9 +79,9 @@ def _row(kind: str, members: Sequence[Judged], layers: Sequence[str]) -> list[st
 
 def _print_survivor(judged: Judged, sources: Mapping[str, Source], console: Console) -> None:
     mutant = judged.mutant
-    before, after = mutant.edit(sources[mutant.file].text)
-    colour = "red" if judged.fate is Fate.SURVIVED else "bright_black"
-    place = f"kernels/{mutant.file}:{mutant.line}"
+    before, after = mutant.edit(sources[mutant.place.file].text)
+    colour = "bright_black" if judged.fate is Fate.EQUIVALENT else "red"
+    place = f"kernels/{mutant.place.file}:{mutant.line}"
     console.print(f"[{colour}]{judged.fate}[/] {escape(mutant.name)}  {place}", highlight=False)
     console.print(f"  [red]-[/] {escape(before)}\n  [green]+[/] {escape(after)}", highlight=False)
     if judged.reason or mutant.why:

@@ -6,15 +6,11 @@ hurts nobody else. A step that kills the process is that implementation's failur
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
@@ -29,6 +25,7 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.cli.options import matches
 from mxref.verification.gate.plan import Step, suite_steps
 from mxref.verification.gate.run import describe_device
+from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
 __all__ = ["Board", "Failure", "Row", "run_scoreboard"]
 
@@ -170,76 +167,95 @@ def _judge(row: Row, jobs: Sequence[_Job], on_step: OnStep) -> None:
         on_step(row.name, len(answers), total, answer[0][-1].case if answer[0] else "")
 
     on_step(row.name, 0, total, "")
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        list(pool.map(lambda job: _finish(row, job, answered), jobs))
+    with Pool[_Progress](len(jobs), "spawn") as pool:
+        pool.waiting.extend(_start(_Progress(job, deque(job.steps()))) for job in jobs)
+        for job, said in pool:
+            if isinstance(said, Ended):
+                pool.waiting.extend(_go_on(job.about, said, answered))
+            elif isinstance(said, _Unavailable):
+                row.unavailable = said.reason
+                job.about.waiting.clear()
+            elif isinstance(said, _Declared):
+                row.points, row.accumulation = said.points, said.accumulation
+            elif isinstance(said, _Lost):
+                job.about.loss = said.reason
+            else:
+                answered(job.about.waiting.popleft(), said)
     for number in sorted(answers):
         findings, failures = answers[number]
         row.findings += findings
         row.failures += failures
 
 
-def _finish(row: Row, job: _Job, answered: Callable[[int, Answer], None]) -> None:
-    """Run a job, in another process after each that is lost."""
-    for _ in range(_MOST_LOSSES):
-        steps = job.steps()
-        lost, loss = _one_process(row, job, list(steps), answered)
-        if row.unavailable or lost is None:
-            return
-        finding = Finding(steps[lost].guard, steps[lost].case, "all", Status.FAIL, loss, 0, 0)
-        answered(lost, ([finding], [Failure(finding)]))
-        job = replace(job, first=lost + job.of)
+@dataclass
+class _Progress:
+    """A job: the steps that it has not answered, the processes that it has lost, and why the last one is lost."""
+
+    job: _Job
+    waiting: deque[int]
+    losses: int = 0
+    loss: str = ""
+
+
+def _start(progress: _Progress) -> Job[_Progress]:
+    """A process for what is left of a job."""
+    job = replace(progress.job, first=progress.waiting[0])
+    return Job(progress, _work, (job,), Limits(silence=_SILENCE))
+
+
+def _go_on(progress: _Progress, ended: Ended, answered: Callable[[int, Answer], None]) -> list[Job[_Progress]]:
+    """Once a process has ended: its step is the implementation's failure if it was lost, another process goes on."""
+    if not progress.waiting:
+        return []
+    steps, lost = progress.job.steps(), progress.waiting.popleft()
+    loss = progress.loss or (
+        f"no answer in {_SILENCE:.0f} s" if ended.over else f"its process ended with code {ended.code}"
+    )
+    finding = Finding(steps[lost].guard, steps[lost].case, "all", Status.FAIL, loss, 0, 0)
+    answered(lost, ([finding], [Failure(finding)]))
+    progress.losses, progress.loss = progress.losses + 1, ""
+    if progress.losses < _MOST_LOSSES:
+        return [_start(progress)] if progress.waiting else []
     reason = f"not run: {_MOST_LOSSES} processes were lost before"
-    for number, step in job.steps().items():
-        answered(number, ([Finding(step.guard, step.case, "all", Status.NOT_COVERED, reason, 0, 0)], []))
+    for number in progress.waiting:
+        missing = Finding(steps[number].guard, steps[number].case, "all", Status.NOT_COVERED, reason, 0, 0)
+        answered(number, ([missing], []))
+    return []
 
 
-def _one_process(
-    row: Row, job: _Job, numbers: Sequence[int], answered: Callable[[int, Answer], None]
-) -> tuple[int | None, str]:
-    """One process for all of a job's steps: the step that it was lost in, if it was, and what happened."""
-    context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    process = context.Process(target=_work, args=(job, messages), daemon=True)
-    process.start()
-    waiting, heard = list(numbers), time.monotonic()
-    try:
-        while waiting:
-            try:
-                kind, content = messages.get(timeout=1.0)
-            except queue.Empty:
-                if time.monotonic() - heard > _SILENCE:
-                    return waiting[0], f"no answer in {_SILENCE:.0f} s"
-                if not process.is_alive() and messages.empty():
-                    return waiting[0], f"its process ended with code {process.exitcode}"
-                continue
-            heard = time.monotonic()
-            if kind == "lost":
-                return waiting[0], content
-            if kind == "unavailable":
-                row.unavailable = content
-                return None, ""
-            if kind == "declared":
-                row.points, row.accumulation = content
-            else:
-                answered(waiting.pop(0), content)
-        return None, ""
-    finally:
-        process.join(5.0)
-        if process.is_alive():
-            process.kill()
+@dataclass(frozen=True)
+class _Unavailable:
+    """An implementation cannot be made here."""
+
+    reason: str
 
 
-def _work(job: _Job, messages: Any) -> None:
+@dataclass(frozen=True)
+class _Declared:
+    """What an implementation declares, before its first step."""
+
+    points: tuple[str, ...]
+    accumulation: str
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A process cannot go on."""
+
+    reason: str
+
+
+def _work(send: Callable[[_Unavailable | _Declared | _Lost | Answer], None], job: _Job) -> None:
     """What a process does: one message a step. Ends early when the GPU no longer answers."""
     device, who = torch.device(job.device), entry(job.name)
     try:
         candidate = who.make(device)
     except (ImportError, ValueError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == who.package
-        messages.put(("unavailable", "not installed" if missing else str(error)))
+        send(_Unavailable("not installed" if missing else str(error)))
         return
     how = candidate.accumulation or ACCUMULATIONS[default_accumulation(device)]
-    messages.put(("declared", (candidate.declared_points, describe(how))))
+    send(_Declared(tuple(candidate.declared_points), describe(how)))
     if not candidate.complete:  # what was read in foreign code is tried first; the order-free bound is a second chance
         candidate = replace(candidate, accumulation=None)
     for step in job.steps().values():
@@ -248,9 +264,9 @@ def _work(job: _Job, messages: Any) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except RuntimeError as error:  # a guard never raises: only a GPU that no longer answers comes here
-            messages.put(("lost", f"its process could not go on: {str(error).splitlines()[0]}"))
+            send(_Lost(f"its process could not go on: {str(error).splitlines()[0]}"))
             return
-        messages.put(("step", answer))
+        send(answer)
 
 
 def _judge_step(candidate: Candidate, step: Step, how: Accumulation, job: _Job) -> Answer:
