@@ -98,8 +98,7 @@ class _Match:
         if isinstance(pattern, ast.Call) and isinstance(value, ast.Call) and _is_open(pattern):
             return self._fits_call(pattern, value)
         if isinstance(pattern, ast.AST):
-            parts = (part for part in pattern._fields if part != "ctx")
-            return all(self.fits(getattr(pattern, part, None), getattr(value, part, None)) for part in parts)
+            return all(self.fits(getattr(pattern, part), getattr(value, part)) for part in pattern._fields)
         return pattern == value
 
     def _fits_call(self, pattern: ast.Call, call: ast.Call) -> bool:
