@@ -41,7 +41,7 @@ from mxref.verification.bench.paths import COPY, DEQUANTISED, Path, every_path, 
 from mxref.verification.bench.racing import Effort, runnable, time_shape
 from mxref.verification.bench.timing import EventClock, WallClock
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.draw import draw
 from mxref.verification.cli import main
 
 
@@ -185,7 +185,7 @@ def test_the_gate_judges_each_of_our_ways(monkeypatch: pytest.MonkeyPatch) -> No
     results = gate_paths([GOLDEN, DECODER, Path("peer", "", unlucky, ours=False)], CPU)
     assert [result.candidate.name for result in results] == ["path: golden", "mxref.kernels"]
     assert results[0].exit_code == 0
-    assert {finding.guard for finding in results[0].findings} == {"integer", "interval"}
+    assert {finding.check for finding in results[0].findings} == {"integer", "interval"}
 
 
 def draw(shape: Shape, device: torch.device) -> Workload:

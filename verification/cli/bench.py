@@ -106,7 +106,7 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> Bench:
     from mxref.verification.bench.paths import every_path
     from mxref.verification.bench.racing import Effort
     from mxref.verification.bench.timing import clock_for, measure_ceilings
-    from mxref.verification.gate.run import describe_device
+    from mxref.verification.gate.result import describe_device
 
     shapes = workloads.QUICK if arguments.quick else workloads.CASES + (workloads.LARGE if arguments.large else ())
     if arguments.shape:

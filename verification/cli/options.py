@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,7 @@ from mxref.verification.cli.usage import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EVIDENCE", "choose_device", "matches", "positive", "seed"]
+__all__ = ["EVIDENCE", "choose_device", "positive", "seed"]
 
 EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
 """Where `--record` keeps what a GPU saw, one folder a GPU."""
@@ -54,12 +52,3 @@ def positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
-
-
-def matches(case: str, patterns: Sequence[str]) -> bool:
-    """Whether a case's name fits one of the patterns: a glob over the whole name; without wildcards, a part of it.
-
-    No patterns fit every name. Case is ignored.
-    """
-    wild = [pattern if re.search(r"[*?\[]", pattern) else f"*{pattern}*" for pattern in patterns]
-    return not wild or any(fnmatch.fnmatch(case.lower(), pattern.lower()) for pattern in wild)

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mxref.verification.bench.timing import clock_for
     from mxref.verification.bench.tuning import candidates, compile_ahead, pinned_costs, tune_shape
     from mxref.verification.bench.workloads import CASES
-    from mxref.verification.cases.suites import usual_dtype
+    from mxref.verification.cases.small import usual_dtype
 
     wanted = arguments.shape or [""]
     shapes = [shape for shape in CASES if any(text in shape.name for text in wanted)]

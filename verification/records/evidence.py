@@ -27,7 +27,7 @@ from mxref.verification.records.sources import digest, digests, imported
 from mxref.verification.records.ulp_baseline import architecture_name
 
 if TYPE_CHECKING:
-    from mxref.verification.gate.run import GateResult
+    from mxref.verification.gate.result import GateResult
 
 __all__ = ["COMMANDS", "check", "gate_summary", "load", "record", "sources", "versions"]
 
@@ -158,7 +158,7 @@ def gate_summary(result: GateResult) -> dict[str, Any]:
             tensors = ulps.setdefault(finding.case, {})
             tensors[finding.tensor] = max(tensors.get(finding.tensor, 0.0), finding.max_ulp)
         if finding.bound_share is not None and math.isfinite(finding.bound_share):
-            tensors = shares.setdefault(finding.guard, {})
+            tensors = shares.setdefault(finding.check, {})
             tensors[finding.tensor] = max(tensors.get(finding.tensor, 0.0), finding.bound_share)
     return {
         "passed": result.exit_code == 0,

@@ -169,7 +169,7 @@ def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder:
 def _errors(findings: Iterable[Finding]) -> Errors:
     errors: Errors = {}
     for finding in findings:
-        if finding.guard == _JUDGED and finding.max_ulp is not None and finding.rms_ulp is not None:
+        if finding.check == _JUDGED and finding.max_ulp is not None and finding.rms_ulp is not None:
             errors.setdefault(finding.case, {})[finding.tensor] = (finding.max_ulp, finding.rms_ulp)
     return errors
 
