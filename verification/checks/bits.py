@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, Finding, Status
 from mxref.verification.checks.values import equal, inside_intervals
 
-__all__ = ["a_configuration", "same_bits"]
+__all__ = ["a_configuration", "same_bits", "same_values"]
 
 _BITS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,6 +37,15 @@ def same_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]
             reason = "the candidate has no backward pass"
             findings[case, "all"] = Finding("", case, "all", Status.NOT_COVERED, reason, 0, 0)
     return list(findings.values())
+
+
+def same_values(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
+    """The same with −0 equal to 0: answers beside the golden model's."""
+    positive = [
+        replace(answer, outputs={name: None if x is None else x + 0.0 for name, x in answer.outputs.items()})
+        for answer in answers
+    ]
+    return same_bits(positive, expected)
 
 
 def a_configuration(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
