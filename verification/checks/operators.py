@@ -56,12 +56,11 @@ def right_tables(answers: Sequence[Answer], sample: TableSample) -> list[Finding
             findings.append(raised(answer, case.name))
             continue
         for table, got in answer.outputs.items():
-            assert got is not None
             if not case.known:
                 continue
             height = table.partition(" rows a tile")[0]
             value = _tiles(case, int(height)) if height.isdigit() else _rows(case)
-            findings.append(_equality(case.name, table, got.cpu(), value))
+            findings.append(_equality(case.name, table, None if got is None else got.cpu(), value))
         for written in answer.written:
             status = Status.FAIL if written.outside else Status.PASS
             reason = f"{written.outside} bytes written outside {written.note}" if written.outside else "as it was"
