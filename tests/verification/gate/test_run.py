@@ -1,34 +1,34 @@
-"""The gate adds findings up, gives undeclared candidates their second chance, and knows what it can judge."""
+"""The gate adds findings up, gives undeclared candidates their second chance, and runs a candidate once an item."""
 
 from __future__ import annotations
 
-import inspect
-import sys
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from judging import integers
 from torch import Tensor
 
 import mxref
-from mxref.problem import Problem
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.arithmetic.thresholds import critical_z
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.loading import declare, load
-from mxref.verification.candidates.shipped import golden, torch_composite
+from mxref.verification.candidates.loading import declare
+from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.case import Case
-from mxref.verification.cases.draw import draw
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.gate.run import GateResult, Step, case_steps, decode_steps, run_gate
+from mxref.verification.checks.registry import CHECKS
+from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
+from mxref.verification.gate.result import GateResult
+from mxref.verification.gate.run import run_gate
 
 CPU = torch.device("cpu")
 SMALL = Case("small", 2, 64, 96, 9, 2, 4, bias=True, gate_slots=2)
-BF16 = Case("bf16", 3, 64, 96, 21, 2, 4, torch.bfloat16, torch.float32, bias=True, gate_slots=2, routing="sentinels")
+VALUES = ("interval", "drift", "sign", "exponent")
 
 
 def judged(candidate: Candidate, *cases: Case, strict: bool = False) -> GateResult:
-    return run_gate(candidate, case_steps(cases, CPU, 0), CPU, suite="test", seed=0, strict=strict)
+    return run_gate(candidate, plan_cases(cases, CPU, 0), CPU, suite="test", seed=0, strict=strict)
 
 
 def result_of(*statuses: Status, strict: bool = False) -> GateResult:
@@ -51,30 +51,6 @@ def result_of(*statuses: Status, strict: bool = False) -> GateResult:
 def test_findings_add_up(statuses: list[Status], title: str, code: int, strict_code: int) -> None:
     assert (result_of(*statuses).title, result_of(*statuses).exit_code) == (title, code)
     assert result_of(*statuses, strict=True).exit_code == strict_code
-
-
-@pytest.mark.parametrize("case", [SMALL, BF16, *integers("cpu")], ids=lambda case: case.name)
-def test_composite_agrees_with_the_golden_model(case: Case) -> None:
-    result = judged(torch_composite(), case)
-    assert [f for f in result.findings if f.status is not Status.PASS] == []
-
-
-def test_composite_rounds_where_the_contract_does() -> None:
-    sample = draw(BF16, CPU, seed=3)
-    golden, composite = golden().run(sample), torch_composite().run(sample)
-    for tensor in ("Y", "dX"):
-        mine, theirs = composite[tensor], golden[tensor]
-        assert mine is not None
-        assert theirs is not None
-        assert mine.dtype == torch.bfloat16
-        assert torch.equal(mine, theirs), tensor
-
-
-def test_golden_decodes_exhaustively() -> None:
-    steps = decode_steps(CPU)
-    result = run_gate(golden(), steps, CPU, suite="decode", seed=0)
-    assert result.title == "PASS"
-    assert {finding.check for finding in result.findings} == {"decode"}
 
 
 def noisy(**operands: object) -> Tensor:
@@ -130,110 +106,64 @@ def test_what_a_complete_candidate_declines_is_a_failure() -> None:
     assert "not today" in finding.reason
 
 
-def test_a_keyword_the_callable_lacks_is_a_gap_only_where_it_matters() -> None:
-    signature = Problem.__annotations__.keys() - {"gates"}
-
-    def no_gates(**operands: object) -> Tensor:
-        assert operands.keys() <= signature
-        return mxref.parallel_linear_lora(**operands)  # type: ignore[arg-type]
-
-    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(signature)]
-    no_gates.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    plain = Case("plain", 2, 64, 96, 9, 2, 4, bias=True, use_fused_dX=True)
-    result = judged(Candidate("no gates", no_gates), plain, SMALL)
-    assert {f.status for f in result.findings if f.case == "plain"} == {Status.PASS}
-    assert [(f.status, "'gates'" in f.reason) for f in result.findings if f.case == "small"] == [
-        (Status.NOT_COVERED, True)
-    ]
-
-
-def test_a_detached_result_covers_the_forward_alone() -> None:
-    candidate = Candidate("detached", lambda **operands: mxref.parallel_linear_lora(**operands).detach())
-    statuses = {finding.tensor: finding.status for finding in judged(candidate, SMALL).findings}
-    assert statuses.pop("Y") is Status.PASS
-    assert set(statuses.values()) == {Status.NOT_COVERED}
-
-
-def test_the_candidate_works_on_copies() -> None:
-    def scribble(**operands: Tensor) -> Tensor:
-        out = mxref.parallel_linear_lora(**operands)  # type: ignore[arg-type]
-        operands["inputs"].detach().zero_()
-        return out.detach()
-
-    sample = draw(SMALL, CPU)
-    before = sample.problem.inputs.clone()
-    Candidate("scribble", scribble).run(sample)
-    assert torch.equal(sample.problem.inputs, before)
-
-
-def test_progress_is_told_before_each_step() -> None:
+def test_items_are_announced_before_they_are_judged() -> None:
     seen: list[str] = []
-    steps = [Step("integer", name, lambda candidate, how: ([], [])) for name in ("a", "b")]
-    run_gate(golden(), steps, CPU, suite="", seed=0, on_step=lambda step: seen.append(step.case))
-    assert seen == ["a", "b"]
+
+    def call(**operands: Any) -> Tensor:
+        seen.append("run")
+        return mxref.parallel_linear_lora(**operands)
+
+    items = plan_cases([SMALL, replace(SMALL, name="other")], CPU, 0)
+    run_gate(Candidate("", call), items, CPU, suite="", seed=0, on_item=lambda item: seen.append(item.name))
+    assert seen == ["small", "run", "other", "run"]
 
 
-@pytest.fixture
-def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def counting(runs: list[int]) -> Candidate:
+    def call(use_fused_dX: bool = False, use_fused_gather: bool = False, **operands: Any) -> Tensor:
+        runs.append(1)
+        return mxref.parallel_linear_lora(**operands)
+
+    return Candidate("counting", call)
 
 
-@pytest.mark.usefixtures("own_path")
-class TestLoad:
-    SOURCE = """
-from mxref import parallel_linear_lora
-def layer(**operands):
-    return parallel_linear_lora(**operands)
-layer.mxref_points = ("z-unrounded",)
-layer.mxref_accumulation = "fp32-blocks-32"
-class holder:
-    layer = staticmethod(layer)
-number = 3
-def odd(): ...
-odd.mxref_points = "rounded-twice"
-"""
-
-    def test_declarations_come_from_the_callable_or_the_caller(self, tmp_path: Path) -> None:
-        file = tmp_path / "mine.py"
-        file.write_text(self.SOURCE)
-        own = load(f"{file}:layer")
-        assert own.declared_points == ("z-unrounded",)
-        assert own.accumulation == ACCUMULATIONS["fp32-blocks-32"]
-        assert own.points(torch.bfloat16).z is False
-        told = load(f"{file}:holder.layer", [], "undeclared")
-        assert told.declared_points == ()
-        assert told.accumulation == ACCUMULATIONS["undeclared"]
-
-    def test_modules_of_the_current_folder_come_after_installed_ones(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (tmp_path / "kernels").mkdir()
-        (tmp_path / "kernels" / "__init__.py").write_text("")
-        (tmp_path / "only_here_layer.py").write_text(self.SOURCE)
-        monkeypatch.chdir(tmp_path)
-        before = list(sys.path)
-        assert load("only_here_layer:layer").name == "only_here_layer:layer"
-        assert sys.path == [*before, str(tmp_path)]
-
-    @pytest.mark.parametrize(
-        ("attribute", "message"),
-        [("absent", "has no 'absent'"), ("number", "expected a callable"), ("odd", "'rounded-twice' is unknown")],
-    )
-    def test_errors_say_what_is_wrong(self, tmp_path: Path, attribute: str, message: str) -> None:
-        file = tmp_path / "mine.py"
-        file.write_text(self.SOURCE)
-        with pytest.raises(ValueError, match=message):
-            load(f"{file}:{attribute}")
-
-    @pytest.mark.parametrize("source", ["import nothing_of_that_name", "def (", "import sys; sys.exit(0)"])
-    def test_a_file_that_does_not_import(self, tmp_path: Path, source: str) -> None:
-        file = tmp_path / "broken.py"
-        file.write_text(source)
-        with pytest.raises(ValueError, match="does not import"):
-            load(f"{file}:layer")
+@pytest.mark.parametrize(
+    ("names", "runs_a_case"), [(VALUES, 1), (("poison", "unmutated"), 2), (("integer",), 1)], ids=str
+)
+def test_checks_that_share_their_runs_run_the_candidate_once(names: tuple[str, ...], runs_a_case: int) -> None:
+    checks = [check for check in CHECKS if check.name in names]
+    items, runs = plan("small", CPU, 0, own=False, checks=checks), list[int]()
+    result = run_gate(counting(runs), items, CPU, suite="", seed=0)
+    assert len(runs) == runs_a_case * len(items)
+    assert {finding.check for finding in result.findings} == set(names)
 
 
-def test_accumulations_are_described() -> None:
-    assert candidates.describe(ACCUMULATIONS["fp32-blocks-64"]) == "fp32-blocks-64"
-    own = Accumulation("fp32_blocks", step=48, lora="apart")
-    assert candidates.describe(own) == "fp32 in blocks of 48, LoRA product apart, bias last"
+def test_a_false_alarm_of_drift_is_shared_by_the_whole_run() -> None:
+    cases = [SMALL, replace(SMALL, name="wider", N=256), Case("integer", 2, 32, 32, 4, 2, 3, data="integer")]
+    items = plan_cases(cases, CPU, 0, VALUES)
+    assert slopes_in(items) == items[0].slopes + items[1].slopes > items[0].slopes > 0
+
+    def critical(items: list[Item]) -> set[float | str]:
+        findings = run_gate(golden(), items, CPU, suite="", seed=0).findings
+        return {finding.details["critical z"] for finding in findings if finding.check == "drift"}
+
+    assert critical(items) == {critical_z(slopes_in(items))}
+    assert critical(items[:1]) == {critical_z(items[0].slopes)}
+
+
+def test_what_is_declined_everywhere_passes_nothing() -> None:
+    def declines(**operands: Any) -> Tensor:
+        raise NotImplementedError("nothing is supported")
+
+    result = run_gate(Candidate("nothing", declines), plan("small", CPU, 0, own=False), CPU, suite="", seed=0)
+    assert {finding.status for finding in result.findings} == {Status.NOT_COVERED}
+    assert (result.verdict, result.exit_code) == (Status.NOT_COVERED, 1)
+
+
+def exits(**operands: Any) -> Tensor:
+    raise SystemExit(0)
+
+
+def test_a_candidate_that_ends_its_process_fails() -> None:
+    """Its exit code, 0, would read as a pass."""
+    (finding,) = judged(Candidate("exits", exits), SMALL).findings
+    assert (finding.status, finding.reason) == (Status.FAIL, "raised SystemExit: 0")
