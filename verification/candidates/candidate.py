@@ -80,7 +80,7 @@ class Candidate:
 
         Raises:
             NotImplementedError: the candidate does not cover this call.
-            TypeError: the candidate returned something else than a tensor.
+            TypeError: the candidate returned something else than a dense tensor on the sample's device.
             Exception: whatever else the candidate raises.
         """
         y, leaves = self.trace(sample)
@@ -107,6 +107,8 @@ class Candidate:
                 y = self.call(**arguments)
         if not isinstance(y, Tensor):
             raise TypeError(f"{self.name} returned {type(y).__name__}; expected one tensor")
+        if y.layout is not torch.strided or y.device != problem.device:
+            raise TypeError(f"{self.name} returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
         return y, leaves
 
     def gradients(

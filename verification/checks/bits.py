@@ -16,8 +16,6 @@ from mxref.verification.checks.values import equal, inside_intervals
 
 __all__ = ["a_configuration", "same_bits", "same_values"]
 
-_BITS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def same_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every answer that is to be like another one has its bits: one finding a case and tensor, a failure if any."""
@@ -31,7 +29,8 @@ def same_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]
         if first is None or first.error is not None:
             continue
         for finding in _compare(case, first.outputs, answer.outputs, answer.circumstance):
-            if findings.get((case, finding.tensor), finding).ok:
+            earlier = findings.get((case, finding.tensor))
+            if earlier is None or earlier.ok:
                 findings[case, finding.tensor] = finding
         if not first.outputs:
             reason = "the candidate has no backward pass"
@@ -74,15 +73,15 @@ def _compare(case: str, expected: Outputs, got: Outputs, circumstance: str) -> l
             reason = "no gradient, alike" if same else f"other bits {circumstance}: no such tensor, or of another form"
             findings.append(Finding("", case, tensor, Status.PASS if same else Status.FAIL, reason, 0, 0))
             continue
-        different = _bits(x) != _bits(again)
+        different = (_bytes_of(x) != _bytes_of(again)).any(-1)
         count = int(different.sum())
         if not count:
             reason = f"the same bits {circumstance}"
             findings.append(Finding("", case, tensor, Status.PASS, reason, x.numel(), 0))
             continue
         where = tuple(int(index) for index in different.nonzero()[0])
-        value, other = float(x[where]), float(again[where])
-        fresh = int((torch.isnan(again) & ~torch.isnan(x)).sum())
+        value, other = float(x[where].double()), float(again[where].double())
+        fresh = int((again.double().isnan() & ~x.double().isnan()).sum())
         reason = f"other bits {circumstance}: {count} of {x.numel()} elements"
         reason += f", {fresh} of them NaN" if fresh else ""
         shown = Counterexample(where, other, value, value, value)
@@ -94,5 +93,6 @@ def _same(a: Outputs, b: Outputs) -> bool:
     return all(finding.ok for finding in _compare("", a, b, ""))
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.detach().contiguous().view(_BITS[x.element_size()])
+def _bytes_of(x: Tensor) -> Tensor:
+    """The bytes of each element: uint8, one dimension more."""
+    return x.detach().flatten().view(torch.uint8).view(*x.shape, x.element_size())
