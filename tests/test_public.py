@@ -33,7 +33,7 @@ SIGNATURES = {  # the arguments by position; keywords may follow
     "mxref:MXWeights": "packed scales K N layout block_size num_experts orig_dtype",
     "mxref:ScatterMoELoRA.forward": f"ctx x {_LAYER}",
     "mxref:flatten_sort_count": "expert_idxs num_experts",
-    "mxref.fp4_codebook": "device",
+    "mxref:fp4_codebook": "device",
     "mxref:get_active_experts": "sorted_expert_idxs num_experts",
     "mxref:parallel_linear_lora": f"inputs {_LAYER}",
     "mxref:remap_expert_indices": "sorted_expert_idxs expert_offsets active_experts num_experts",
@@ -81,7 +81,7 @@ def test_signatures(path: str) -> None:
 
 
 def test_the_seeds_layout_keeps_its_number() -> None:
-    assert MXLayout.FWD == 0
+    assert MXLayout.FWD.value == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)
