@@ -88,7 +88,7 @@ def parallel_linear_lora(
         ValueError: an operand does not fit the others, or the weights require a gradient.
         RuntimeError: no kernel can run on the operands' device.
     """
-    out = ScatterMoELoRA.apply(
+    out = ScatterMoELoRA.apply(  # type: ignore[no-untyped-call]
         inputs,
         expert_weights,
         k,
@@ -283,10 +283,10 @@ class ScatterMoELoRA(torch.autograd.Function):
             dx = _input_gradient(call, x, dy, fan, lora)
         if need_A and v is not None:
             dA = call.gradient("lora_A")
-            grouped_outer(v, x, routing, config, call.scaling, dA.unflatten(0, (routing.E, -1)), fan_in)
+            grouped_outer(v, x, routing, config, call.scaling, dA.view(routing.E, -1, x.shape[1]), fan_in)
         if need_B:
             dB = call.gradient("lora_B")
-            views = dB.unflatten(1, (routing.E, -1)).permute(1, 2, 0)
+            views = dB.view(dB.shape[0], routing.E, -1).permute(1, 2, 0)
             grouped_outer(z, dy, routing, config, call.scaling, views, fan)
         if need_bias:
             dbias = call.gradient("expert_biases")

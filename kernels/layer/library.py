@@ -114,7 +114,7 @@ def scattermoe_lora(
 
 
 @scattermoe_lora.register_fake
-def _(x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):
+def _(x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):  # type: ignore[no-untyped-def]
     P, N = experts.shape[0], weight.shape[2] if scales is None else weight.shape[1]
     dtype = compute_dtype(x.dtype)
     out = x.new_empty(P if gates is None else gates.shape[0], N, dtype=dtype)
@@ -180,7 +180,7 @@ def scattermoe_lora_backward(
 
 
 @scattermoe_lora_backward.register_fake
-def _(grad, z, y, needs, x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):
+def _(grad, z, y, needs, x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):  # type: ignore[no-untyped-def]
     operands = zip((x, A, B, bias, gates), needs, strict=True)
     return [
         x.new_empty(0) if operand is None or not needed else operand.new_empty(operand.shape)

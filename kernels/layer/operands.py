@@ -77,8 +77,8 @@ class Adapter:
         """The forward's adapter from lora_A [E·r, K] and lora_B [N, E·r], rounded to the activation dtype."""
         if lora_A is None or lora_B is None:
             return None
-        A = operand(lora_A.to(dtype)).unflatten(0, (experts, -1))
-        B = operand(lora_B.to(dtype)).unflatten(1, (experts, -1))
+        A = operand(lora_A.to(dtype)).view(experts, -1, lora_A.shape[1])
+        B = operand(lora_B.to(dtype)).view(lora_B.shape[0], experts, -1)
         return cls(A.mT, B.permute(1, 2, 0), s)
 
     def transposed(self) -> Adapter:
