@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mxref.formats import MXFP4
 from mxref.kernels.compiled.machine_code import Resources, disassemble, hazards, resources
 from mxref.kernels.device.configs import SHARED_MEMORY, Config, reachable_configs
 from mxref.kernels.device.dequant import dequantize_experts
@@ -180,8 +181,8 @@ def _launches(
     with recording(architecture) as recorder:
         weights: Tensor | MXWeights = torch.empty(E, N, K, dtype=dtype, device="meta").mT
         if step != "dense":
-            codes, scales = (torch.empty(E, N, K // d, dtype=torch.uint8, device="meta") for d in (2, 32))
-            weights = MXWeights(codes, scales, K, N)
+            shapes = MXFP4.packed_shape(E, N, K), MXFP4.scales_shape(E, N, K)
+            weights = MXWeights(*(torch.empty(s, dtype=torch.uint8, device="meta") for s in shapes), K, N)
             dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
         ids = torch.empty(M * k, dtype=torch.int64, device="meta")
         ordered = step == "unfused"

@@ -12,6 +12,7 @@ from mxref.kernels.device.grouped_matmul import LowRank, grouped_matmul
 from mxref.kernels.device.launch import architecture, compute_dtype
 from mxref.kernels.device.schedule import Routing
 from mxref.problem import Problem
+from mxref.weights import MXLayout, MXWeights
 
 __all__ = ["Adapter", "check_problem", "operand", "routing_of"]
 
@@ -37,6 +38,8 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
         raise TypeError("inputs is torch.float64; the kernels take bf16, fp16 or fp32: use the golden mxref for fp64")
     if problem.rank > MAX_RANK:
         raise ValueError(f"lora_A has rank {problem.rank}; the kernels take ranks 1 to {MAX_RANK}")
+    if isinstance(problem.expert_weights, MXWeights):
+        problem.expert_weights.require_layout(MXLayout.FWD, "the kernel")
     arch = architecture(problem.device)
     if config is None:
         return config_for(arch, problem.P, problem.E, problem.dtype)
