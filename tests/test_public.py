@@ -6,9 +6,12 @@ import argparse
 from importlib import import_module
 from inspect import signature
 from pkgutil import resolve_name
+from types import ModuleType
 
 import pytest
+import torch
 
+import mxref.kernels
 from mxref import MXLayout, moved
 from mxref.verification import cli
 
@@ -31,13 +34,11 @@ _LAYER = (
 )
 SIGNATURES = {  # the arguments by position; keywords may follow
     "mxref:MXWeights": "packed scales K N layout block_size num_experts orig_dtype",
-    "mxref:ScatterMoELoRA.forward": f"ctx x {_LAYER}",
     "mxref:flatten_sort_count": "expert_idxs num_experts",
     "mxref:fp4_codebook": "device",
     "mxref:get_active_experts": "sorted_expert_idxs num_experts",
     "mxref:parallel_linear_lora": f"inputs {_LAYER}",
     "mxref:remap_expert_indices": "sorted_expert_idxs expert_offsets active_experts num_experts",
-    "mxref.kernels:ScatterMoELoRA.forward": f"ctx x {_LAYER}",
     "mxref.kernels:parallel_linear_lora": f"inputs {_LAYER}",
     "mxref.kernels:scatter2scatter_lora_mx": (
         "X W_mx sorted_expert_idxs sorted_scattered_idxs k lora_A lora_B scaling b x_grouped y_grouped out"
@@ -78,6 +79,17 @@ def test_names(module: str) -> None:
 def test_signatures(path: str) -> None:
     expected = SIGNATURES[path].split()
     assert list(signature(resolve_name(path)).parameters)[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("module", [mxref, mxref.kernels])
+def test_the_autograd_functions_take_the_layers_arguments_by_position(module: ModuleType) -> None:
+    x = torch.ones(2, 32, requires_grad=True)
+    weights = mxref.encode_mxfp4(torch.ones(1, 3, 32))
+    routing = mxref.flatten_sort_count(torch.zeros(2, 1, dtype=torch.int64), 1)
+    y = module.ScatterMoELoRA.apply(x, weights, 1, *routing, None, None, 1.0, None, None, False, False, False, False)
+    assert torch.equal(y, torch.full((2, 3), 32.0))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 32), 3.0))
 
 
 def test_the_seeds_layout_keeps_its_number() -> None:

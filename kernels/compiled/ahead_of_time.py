@@ -182,7 +182,8 @@ def _launches(
         weights: Tensor | MXWeights = torch.empty(E, N, K, dtype=dtype, device="meta").mT
         if step != "dense":
             shapes = MXFP4.packed_shape(E, N, K), MXFP4.scales_shape(E, N, K)
-            weights = MXWeights(*(torch.empty(s, dtype=torch.uint8, device="meta") for s in shapes), K, N)
+            codes, scales = (torch.empty(shape, dtype=torch.uint8, device="meta") for shape in shapes)
+            weights = MXWeights(codes, scales, K, N)
             dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
         ids = torch.empty(M * k, dtype=torch.int64, device="meta")
         ordered = step == "unfused"
