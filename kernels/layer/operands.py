@@ -12,7 +12,16 @@ from mxref.kernels.device.schedule import Routing
 from mxref.problem import Problem
 from mxref.weights import MXLayout, MXWeights
 
-__all__ = ["adapter_of", "check_problem", "frozen_weights", "operand", "project", "routing_of"]
+__all__ = [
+    "adapter_of",
+    "check_problem",
+    "columns_by_expert",
+    "frozen_weights",
+    "operand",
+    "project",
+    "routing_of",
+    "rows_by_expert",
+]
 
 MAX_RANK = 128
 """The largest LoRA rank: one tile holds all of it."""
@@ -62,12 +71,21 @@ def frozen_weights(weight: Tensor, scales: Tensor | None) -> Tensor | MXWeights:
     return weight if scales is None else MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1])
 
 
-def adapter_of(problem: Problem) -> tuple[Tensor, Tensor] | None:
-    """A [E, r, K] and B [E, N, r], views of the caller's where those need neither a cast nor another order."""
+def adapter_of(problem: Problem) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """lora_A and lora_B as kernel operands, rounded to the activation dtype."""
     if problem.lora_A is None or problem.lora_B is None:
-        return None
-    A, B = (operand(parameter.to(problem.dtype)) for parameter in (problem.lora_A, problem.lora_B))
-    return A.view(problem.E, problem.rank, problem.K), B.view(problem.N, problem.E, problem.rank).permute(1, 0, 2)
+        return None, None
+    return operand(problem.lora_A.to(problem.dtype)), operand(problem.lora_B.to(problem.dtype))
+
+
+def rows_by_expert(A: Tensor, experts: int) -> Tensor:
+    """[E·r, K] seen as [E, r, K]."""
+    return A.view(experts, -1, A.shape[1])
+
+
+def columns_by_expert(B: Tensor, experts: int) -> Tensor:
+    """[N, E·r] seen as [E, N, r]."""
+    return B.view(B.shape[0], experts, -1).permute(1, 0, 2)
 
 
 def project(rows: Tensor, down: Tensor, routing: Routing, config: Config, fan_in: int | None) -> Tensor:

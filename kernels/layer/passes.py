@@ -15,7 +15,16 @@ from mxref.kernels.device.grouped_outer import grouped_outer, grouped_sum
 from mxref.kernels.device.launch import compute_dtype
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.device.slots import combine, spread
-from mxref.kernels.layer.operands import adapter_of, check_problem, frozen_weights, operand, project, routing_of
+from mxref.kernels.layer.operands import (
+    adapter_of,
+    check_problem,
+    columns_by_expert,
+    frozen_weights,
+    operand,
+    project,
+    routing_of,
+    rows_by_expert,
+)
 from mxref.problem import Problem
 from mxref.weights import MXWeights
 
@@ -36,7 +45,7 @@ class Saved(NamedTuple):
     """The tensors that the backward pass reads; None where no gradient that is needed reads it.
 
     positions, offsets: the routing. rows: x. weight, scales: codes and scales, or dense weights without scales.
-    A, B: as `adapter_of` gives them. gate: the gates. z, y: the forward's Z and, in expert order, Y.
+    A, B: lora_A and lora_B. gate: the gates. z, y: the forward's Z and, in expert order, Y.
     """
 
     positions: Tensor
@@ -89,15 +98,16 @@ class Call:
         routing: which rows belong to which expert.
         rows: x.
         weight: the frozen weights.
-        adapter: A and B, see `adapter_of`.
-        bias, gate: as kernel operands.
+        A, B: lora_A and lora_B, as kernel operands like the next two.
+        bias, gate: biases and gates.
     """
 
     plan: Plan
     routing: Routing
     rows: Tensor
     weight: Tensor | MXWeights
-    adapter: tuple[Tensor, Tensor] | None
+    A: Tensor | None
+    B: Tensor | None
     bias: Tensor | None
     gate: Tensor | None
 
@@ -124,12 +134,14 @@ class Call:
             {name: (x.shape, x.dtype) for name, x in given.items()},
         )
         weights, bias, gates = problem.expert_weights, problem.expert_biases, problem.gates
+        A, B = adapter_of(problem)
         return cls(
             plan,
             routing_of(problem.sorted_scattered_idxs, problem.expert_offsets),
             operand(problem.inputs),
             weights if isinstance(weights, MXWeights) else _dense(weights),
-            adapter_of(problem),
+            A,
+            B,
             None if bias is None else operand(bias),
             None if gates is None else operand(gates.to(problem.dtype)),
         )
@@ -138,8 +150,8 @@ class Call:
         """The layer's output; Z; and Y [P, N], which is the output where there are no gates."""
         plan, routing, gate, weight = self.plan, self.routing, self.gate, self.weight
         z = lora = None
-        if self.adapter is not None:
-            A, B = self.adapter
+        if self.A is not None and self.B is not None:
+            A, B = rows_by_expert(self.A, routing.E), columns_by_expert(self.B, routing.E)
             z = project(self.rows, A.mT, routing, plan.config, plan.fan_in)
             lora = LowRank(z, B.mT, plan.scaling)
         matrix = PackedMatrix(weight, plan.dtype) if isinstance(weight, MXWeights) else weight
@@ -151,7 +163,6 @@ class Call:
 
     def saved(self, needs: Needs, z: Tensor | None, y: Tensor) -> Saved:
         """What the backward pass reads, given the forward's Z and Y."""
-        A, B = self.adapter or (None, None)
         W = self.weight
         weight, scales = (W.packed, W.scales) if isinstance(W, MXWeights) else (W, None)
         return Saved(
@@ -160,8 +171,8 @@ class Call:
             rows=self.rows if needs.lora_A else None,
             weight=weight if needs.inputs else None,
             scales=scales if needs.inputs else None,
-            A=A if needs.inputs else None,
-            B=B if needs.inputs or needs.lora_A else None,
+            A=self.A if needs.inputs else None,
+            B=self.B if needs.inputs or needs.lora_A else None,
             gate=self.gate,
             z=z if needs.lora_B else None,
             y=y if needs.gates else None,
@@ -177,20 +188,18 @@ def gradients(
         dgates = plan.gradient("gates", grad_out).zero_()
     dy, fan = _routed_gradient(plan, routing, operand(grad_out), saved, dgates)
     if saved.B is not None:
-        v = project(dy, saved.B, routing, config, fan)
+        v = project(dy, columns_by_expert(saved.B, routing.E), routing, config, fan)
     if needs.inputs:
         dx = _input_gradient(plan, routing, saved, dy, fan, v)
     if needs.lora_A:
         assert v is not None
         assert saved.rows is not None
         dA = plan.gradient("lora_A", dy)
-        by_expert = dA.view(routing.E, v.shape[1], dA.shape[1])
-        grouped_outer(v, saved.rows, routing, config, plan.scaling, by_expert, plan.fan_in)
+        grouped_outer(v, saved.rows, routing, config, plan.scaling, rows_by_expert(dA, routing.E), plan.fan_in)
     if needs.lora_B:
         assert saved.z is not None
         dB = plan.gradient("lora_B", dy)
-        by_expert = dB.view(dB.shape[0], routing.E, saved.z.shape[1]).permute(1, 2, 0)
-        grouped_outer(saved.z, dy, routing, config, plan.scaling, by_expert, fan)
+        grouped_outer(saved.z, dy, routing, config, plan.scaling, columns_by_expert(dB, routing.E).mT, fan)
     if needs.expert_biases:
         dbias = plan.gradient("expert_biases", dy)
         grouped_sum(dy, routing, dbias, fan)
@@ -230,7 +239,9 @@ def _input_gradient(
         matrix = PackedMatrix(weight, plan.dtype, transposed=True)
     else:
         matrix = operand(dequantize_experts(weight, active_or_sentinel(routing), plan.dtype))
-    lora = None if v is None or saved.A is None else LowRank(v, saved.A, plan.scaling)
+    lora = None
+    if v is not None and saved.A is not None:
+        lora = LowRank(v, rows_by_expert(saved.A, routing.E), plan.scaling)
     d = dy.new_empty(routing.P, matrix.shape[2])
     one_slot = plan.fan_in in (None, 1)
     grouped_matmul(dy, matrix, routing, plan.config, d, fan, plan.fan_in if one_slot else None, lora)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from mxref.kernels.device.grouped_matmul import LowRank, PackedMatrix, grouped_matmul
-from mxref.kernels.layer.operands import adapter_of, check_problem, operand, project, routing_of
+from mxref.kernels.layer.operands import (
+    adapter_of,
+    check_problem,
+    columns_by_expert,
+    operand,
+    project,
+    routing_of,
+    rows_by_expert,
+)
 from mxref.problem import Problem
 from mxref.weights import MXWeights
 
@@ -113,8 +121,9 @@ def _product(
     routing = routing_of(problem.sorted_scattered_idxs, problem.expert_offsets)
     rows, lora = operand(given), None
     out = _output(out, rows, problem.P, weight.shape[2])
-    if adapter := adapter_of(problem):
-        A, B = adapter
+    A, B = adapter_of(problem)
+    if A is not None and B is not None:
+        A, B = rows_by_expert(A, problem.E), columns_by_expert(B, problem.E)
         down, up = (B, A) if transposed else (A.mT, B.mT)
         lora = LowRank(project(rows, down, routing, config, fan_in), up, problem.scaling)
     bias = None if problem.expert_biases is None else operand(problem.expert_biases)
