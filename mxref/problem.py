@@ -237,7 +237,7 @@ class Problem:
 
     def _check_index_values(self) -> None:
         experts, positions, ends = (
-            self.sorted_expert_idxs.long(),
+            self.sorted_expert_idxs.long().contiguous(),
             self.sorted_scattered_idxs.long(),
             self.expert_offsets.long(),
         )

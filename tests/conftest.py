@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    pytest.register_assert_rewrite("legal_calls")
     if config.getoption("--require-gpu") and not torch.cuda.is_available():
         raise pytest.UsageError("--require-gpu: torch sees no CUDA GPU on this machine")
     folder = config.getoption("--record-evidence")
