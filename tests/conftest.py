@@ -14,8 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.records import evidence
+from mxref.verification.records.record import EVIDENCE, write
 
 # `python -m pytest` puts the repository root first on sys.path; the room `kernels/` would then hide Hugging Face's
 # package of the same import name from transformers.
@@ -73,7 +72,8 @@ class _Outcomes:
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         counts = Counter(self._tests.values())
         passed = exitstatus == 0 and counts["passed"] > 0
-        evidence.record(self._folder, "pytest", {"passed": passed, "counts": dict(counts), "tests": self._tests})
+        found = {"passed": passed, "counts": dict(counts), "tests": self._tests}
+        write("pytest", found, torch.device("cuda"), self._folder)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import EVIDENCE, choose_device, matches, seed
+from mxref.verification.cli.options import choose_device, matches, seed
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.records.record import EVIDENCE
 
 if TYPE_CHECKING:
     import torch
@@ -131,9 +132,10 @@ def run(arguments: argparse.Namespace) -> int:
     if accepted is not None:
         console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None:
-        from mxref.verification.records import evidence
+        from mxref.verification.records.gate_summary import gate_summary
+        from mxref.verification.records.record import write as write_record
 
-        kept = evidence.record(arguments.record, "gate", evidence.gate_summary(result))
+        kept = write_record("gate", gate_summary(result), device, arguments.record)
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
     return result.exit_code
 

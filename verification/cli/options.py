@@ -7,7 +7,6 @@ import fnmatch
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mxref.verification.cli.usage import UsageError
@@ -15,10 +14,7 @@ from mxref.verification.cli.usage import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EVIDENCE", "choose_device", "matches", "positive", "seed"]
-
-EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
-"""Where `--record` keeps what a GPU saw, one folder a GPU."""
+__all__ = ["choose_device", "matches", "positive", "seed"]
 
 
 def choose_device(wanted: str | None, require_gpu: bool = False) -> torch.device:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
+from mxref.verification.cli.options import choose_device, matches, positive, seed
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.records.record import EVIDENCE
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     from rich.console import Console
 
-    from mxref.verification.records import evidence
+    from mxref.verification.records.record import write
     from mxref.verification.studies.scoreboard import report as scoreboard_report
 
     names = _names(arguments.candidates)
@@ -84,8 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     data, page = scoreboard_report.write(board, arguments.out)
     console.print(f"table: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None:
-        kept = evidence.record(arguments.record, "scoreboard", scoreboard_report.as_json(board))
-        kept.with_suffix(".md").write_text(scoreboard_report.as_markdown(board), encoding="utf-8")
+        found, page_text = scoreboard_report.as_json(board), scoreboard_report.as_markdown(board)
+        kept = write("scoreboard", found, device, arguments.record, page=lambda _: page_text)
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
     return 0
 

@@ -13,24 +13,21 @@ elsewhere.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from mxref.verification.arithmetic.thresholds import RMS_TOLERANCE
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records.record import EVIDENCE, folder_name, read, record_path, write
 
-__all__ = ["Baseline", "accept", "architecture_name", "baseline_guard", "baseline_path", "environment"]
+__all__ = ["Baseline", "accept", "baseline_guard", "baseline_path", "environment"]
 
-_SCHEMA = "mxref.ulp-baseline/1"
+_KIND = "ulp_baseline"
 _GUARD = "baseline"
 _JUDGED = "interval"  # the guard whose errors are kept
 
@@ -57,40 +54,27 @@ class Baseline:
         """The baseline in a file; None where there is no file.
 
         Raises:
-            ValueError: the file is no baseline.
+            ValueError: the file is no record; see `record.read`.
         """
         if not path.is_file():
             return None
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
-            raise ValueError(f"{path} is no baseline of schema {_SCHEMA}; accept a new one")
+        entry = read(path)
         errors = {
-            case: {tensor: (float(pair["max"]), float(pair["rms"])) for tensor, pair in tensors.items()}
-            for case, tensors in data["ulp"].items()
+            case: {tensor: (largest, rms) for tensor, (largest, rms) in tensors.items()}
+            for case, tensors in entry["ulp"].items()
         }
-        return cls(int(data["seed"]), dict(data["environment"]), errors)
+        return cls(entry["seed"], entry["environment"], errors)
 
-    def write(self, path: Path) -> None:
-        """Write the file, in a stable order, so that a diff shows what changed."""
-        ulp: dict[str, Any] = {
-            case: {tensor: {"max": largest, "rms": rms} for tensor, (largest, rms) in sorted(tensors.items())}
-            for case, tensors in sorted(self.errors.items())
-        }
-        data = {"schema": _SCHEMA, "seed": self.seed, "environment": self.environment, "ulp": ulp}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def architecture_name(device: torch.device) -> str:
-    """The folder's name: "interpreter-cpu", or the GPU's name as in "nvidia-h200"."""
-    if device.type == "cpu":
-        return "interpreter-cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    def write(self, device: torch.device, folder: Path) -> Path:
+        """Keep it as a device's record, in a stable order, so that a diff shows what changed; the file."""
+        ulp = {case: dict(sorted(tensors.items())) for case, tensors in sorted(self.errors.items())}
+        found = {"seed": self.seed, "environment": self.environment, "ulp": ulp}
+        return write(_KIND, found, device, folder)
 
 
 def baseline_path(device: torch.device, folder: Path = EVIDENCE) -> Path:
     """Where the baseline of the device's architecture lies."""
-    return folder / architecture_name(device) / "ulp_baseline.json"
+    return record_path(_KIND, device, folder)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -115,7 +99,7 @@ def baseline_guard(
         WORSE for a tensor whose largest or RMS error grew in some case, PASS otherwise; NOT_COVERED for results
         without a baseline. Nothing for another seed, or for a run without errors to compare.
     """
-    name, here, errors = architecture_name(device), environment(device), _errors(findings)
+    name, here, errors = folder_name(device), environment(device), _errors(findings)
     baseline = Baseline.read(baseline_path(device, folder))
     if not errors or (baseline is not None and baseline.seed != seed):
         return []
@@ -156,14 +140,13 @@ def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder:
     errors = _errors(findings)
     if not errors:
         raise ValueError("the run holds no errors to accept; run the interval cases")
-    path, here = baseline_path(device, folder), environment(device)
+    here = environment(device)
     try:
-        before = Baseline.read(path)
-    except ValueError:  # another schema: replaced
+        before = Baseline.read(baseline_path(device, folder))
+    except ValueError:  # no record of this schema: replaced
         before = None
     kept = before.errors if before is not None and (before.seed, before.environment) == (seed, here) else {}
-    Baseline(seed, here, kept | errors).write(path)
-    return path
+    return Baseline(seed, here, kept | errors).write(device, folder)
 
 
 def _errors(findings: Iterable[Finding]) -> Errors:

@@ -24,7 +24,7 @@ _STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black",
 
 
 def as_json(board: Board) -> dict[str, Any]:
-    """Counts of every implementation and guard, and every failure in full."""
+    """Counts of every implementation and guard; the first failure of each guard and tensor, with how many there are."""
     guards = board.guards()
     return {
         "schema": SCHEMA,
@@ -43,7 +43,7 @@ def as_json(board: Board) -> dict[str, Any]:
                 "accumulation": row.accumulation,
                 "seconds": round(row.seconds, 1),
                 "counts": {guard: {str(status): row.counts(guard)[status] for status in Status} for guard in guards},
-                "failures": [_failure_json(failure) for failure in row.failures],
+                "failures": [_failure_json(failure) | {"count": count} for failure, count in row.first_failures()],
             }
             for row in board.rows
         ],
