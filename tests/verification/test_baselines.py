@@ -10,7 +10,7 @@ import torch
 
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.records.record import read
-from mxref.verification.records.ulp_baseline import Baseline, accept, baseline_guard, baseline_path, environment
+from mxref.verification.records.ulp_baseline import Baseline, accept, baseline_findings, baseline_path, environment
 
 CPU = torch.device("cpu")
 RUN = [
@@ -22,14 +22,14 @@ RUN = [
 
 
 def judged(run: list[Finding], folder: Path, seed: int = 0) -> dict[str, Finding]:
-    return {finding.tensor: finding for finding in baseline_guard(run, CPU, seed, folder)}
+    return {finding.tensor: finding for finding in baseline_findings(run, CPU, seed, folder)}
 
 
 def test_without_a_baseline_nothing_is_claimed(tmp_path: Path) -> None:
     (finding,) = judged(RUN, tmp_path).values()
     assert finding.status is Status.NOT_COVERED
     assert "--accept-baseline" in finding.reason
-    assert baseline_guard([RUN[3]], CPU, 0, tmp_path) == []
+    assert baseline_findings([RUN[3]], CPU, 0, tmp_path) == []
 
 
 def test_the_same_errors_pass_and_smaller_ones_too(tmp_path: Path) -> None:

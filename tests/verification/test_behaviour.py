@@ -12,10 +12,10 @@ from torch import Tensor
 
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
-from mxref.verification.candidates import candidate as candidates
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.memory.red_zones import Fence, fenced, uninitialised_memory
-from mxref.verification.cases.suites import Case, Sample
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.draw import draw
 from mxref.verification.checks.bits import (
     BEHAVIOURS,
     configuration_guard,
@@ -28,9 +28,9 @@ from mxref.verification.checks.finding import Finding, Status
 
 CPU = torch.device("cpu")
 BLOCKS = ACCUMULATIONS["fp32-blocks-64"]
-PLAIN = Case("plain", 3, 32, 64, 9, 2, 4).build()
-ALL = Case("everything", 3, 64, 32, 9, 2, 4, bias=True, gate_slots=2, routing="sentinels").build()
-GROUPED = Case("grouped", 4, 32, 32, 12, 1, 3, grouped_in=True, grouped_out=True, routing="empty_experts").build()
+PLAIN = draw(Case("plain", 3, 32, 64, 9, 2, 4))
+ALL = draw(Case("everything", 3, 64, 32, 9, 2, 4, bias=True, gate_slots=2, routing="sentinels"))
+GROUPED = draw(Case("grouped", 4, 32, 32, 12, 1, 3, grouped_in=True, grouped_out=True, routing="empty_experts"))
 SAMPLES = pytest.mark.parametrize("sample", [PLAIN, ALL, GROUPED], ids=lambda sample: sample.case.name)
 
 Call = Callable[..., Tensor]
@@ -47,7 +47,7 @@ def candidate(call: Call, **options: Any) -> Candidate:
 
 
 def failed(findings: list[Finding]) -> set[tuple[str, str]]:
-    return {(finding.guard, finding.tensor) for finding in findings if not finding.ok}
+    return {(finding.check, finding.tensor) for finding in findings if not finding.ok}
 
 
 class Gradient(torch.autograd.Function):
@@ -64,7 +64,7 @@ class Gradient(torch.autograd.Function):
 
 
 @SAMPLES
-@pytest.mark.parametrize("make", [candidates.golden, candidates.torch_composite])
+@pytest.mark.parametrize("make", [golden, torch_composite])
 def test_eager_implementations_behave(make: Callable[[], Candidate], sample: Sample) -> None:
     for guard in BEHAVIOURS.values():
         findings = guard(make(), sample)
@@ -74,8 +74,8 @@ def test_eager_implementations_behave(make: Callable[[], Candidate], sample: Sam
 
 @pytest.mark.parametrize("sample", [ALL, GROUPED], ids=lambda sample: sample.case.name)
 def test_shipped_kernels_behave(sample: Sample, device: torch.device) -> None:
-    sample = sample.case.build(device, 0)
-    kernels = candidates.shipped(device)
+    sample = draw(sample.case, device, 0)
+    kernels = shipped(device)
     findings = determinism_guard(kernels, sample, runs=2) + row_guard(kernels, sample)
     findings += poison_guard(kernels, sample) + second_backward_guard(kernels, sample)
     assert [str(finding) for finding in findings if finding.status is not Status.PASS] == []
@@ -85,8 +85,8 @@ def test_shipped_kernels_behave(sample: Sample, device: torch.device) -> None:
 
 
 def test_every_reachable_configuration_of_the_shipped_kernels(device: torch.device) -> None:
-    integer = Case("integer", 3, 32, 64, 8, 2, 2, data="integer", bias=True).build(device)
-    findings, errors = configuration_guard(candidates.shipped(device), [integer, PLAIN.case.build(device)], BLOCKS)
+    integer = draw(Case("integer", 3, 32, 64, 8, 2, 2, data="integer", bias=True), device)
+    findings, errors = configuration_guard(shipped(device), [integer, draw(PLAIN.case, device)], BLOCKS)
     assert [str(finding) for finding in findings if not finding.ok] == []
     assert {finding.tensor for finding in findings} == {"Y", "dX", "dA", "dB", "dbias", "dispatch"}
     assert errors
@@ -164,7 +164,7 @@ def test_operands_that_are_written_to() -> None:
 
     assert ("unmutated", "lora_A") in failed(poison_guard(candidate(writes_past_the_end), PLAIN))
     assert ("unmutated", "grad_out") in failed(poison_guard(candidate(scales_the_gradient_in_place), PLAIN))
-    own = PLAIN.case.build()
+    own = draw(PLAIN.case)
     assert ("unmutated", "packed") in failed(poison_guard(candidate(flips_a_code), own))
 
 
@@ -246,7 +246,7 @@ def test_a_smaller_batch_keeps_its_rows() -> None:
         {"grouped_out": True}, {"top_k": 4, "fan_out": 1, "gate_slots": 4}, {"grouped_in": True, "gate_slots": 2}
     ]  # fmt: skip
     for options in layouts:
-        sample = replace(Case("layout", 5, 32, 32, 12, 2, 4, bias=True), **options).build()
+        sample = draw(replace(Case("layout", 5, 32, 32, 12, 2, 4, bias=True), **options))
         findings = row_guard(pinned, sample)
         assert failed(findings) == set()
         assert all(finding.elements for finding in findings)

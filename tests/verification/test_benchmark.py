@@ -37,7 +37,7 @@ from mxref.verification.bench.paths import COPY, DEQUANTISED, Path, every_path, 
 from mxref.verification.bench.racing import Effort, runnable, time_shape
 from mxref.verification.bench.timing import EventClock, WallClock
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.small import usual_dtype
 from mxref.verification.cli import main
 
 
@@ -165,7 +165,7 @@ def test_a_peer_may_fail_and_we_may_not() -> None:
 
 
 def test_no_speed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "decode_steps", lambda device: [])
+    monkeypatch.setattr(benchmark, "decode_cases", lambda suite, device_type: [])
     gates = gate_paths([Path("broken", "", broken)], CPU)
     bench = Bench("a test", gates, EFFORT)
     clock = FakeClock()
@@ -177,11 +177,11 @@ def test_no_speed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_gate_judges_each_of_our_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "decode_steps", lambda device: [])
+    monkeypatch.setattr(benchmark, "decode_cases", lambda suite, device_type: [])
     results = gate_paths([GOLDEN, DECODER, Path("peer", "", unlucky, ours=False)], CPU)
     assert [result.candidate.name for result in results] == ["path: golden", "mxref.kernels"]
     assert results[0].exit_code == 0
-    assert {finding.guard for finding in results[0].findings} == {"integer", "interval"}
+    assert {finding.check for finding in results[0].findings} == {"integer", "interval"}
 
 
 def draw(shape: Shape, device: torch.device) -> Workload:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judging import integers, quick
 from torch import Tensor
 
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Accumulator, Order, gamma
 from mxref.verification.arithmetic.bounds import Interval, intervals, rho
-from mxref.verification.cases.suites import Case, Sample, integer_cases, quick_cases
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.draw import draw
 from mxref.verification.studies.conforming.emulation import (
     Dot,
     Emulated,
@@ -58,7 +60,7 @@ def outside(outputs: dict[str, Tensor], within: dict[str, Interval]) -> dict[str
 
 def small_cases(dtype: torch.dtype) -> list[Case]:
     """The quick suite's options at sizes that the emulation can afford."""
-    cases = [c for c in quick_cases("cpu") if not (c.use_fused_dX or c.use_fused_gather) and c.tokens > 1]
+    cases = [c for c in quick("cpu") if not (c.use_fused_dX or c.use_fused_gather) and c.tokens > 1]
     return [
         replace(
             c,
@@ -69,7 +71,7 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
             rank=min(c.rank, 20),
             dtype=dtype,
         )
-        for c in [*cases, *integer_cases("cpu")[:2]]
+        for c in [*cases, *integers("cpu")[:2]]
     ]
 
 
@@ -78,7 +80,7 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
 def test_emulated_tensor_cores_stay_inside_their_running_bound(case: Case, arch: str) -> None:
     how = ACCUMULATIONS[f"tensor-core-{arch}"]
     points = RoundingPoints.contract(BF16)
-    sample = case.build("cpu", 1)
+    sample = draw(case, "cpu", 1)
     outputs = Emulated(tensor_core(how.step, how.fraction_bits), BF16, points).run(sample)
     assert not any(outside(outputs, accepted(sample, points, how)).values())
     assert not any(outside(outputs, accepted(sample, points, ACCUMULATIONS["undeclared"])).values())
@@ -89,7 +91,7 @@ def test_honest_fp32_orders_stay_inside_the_order_free_bound(honest: str) -> Non
     points = RoundingPoints.contract(FP32)
     for case in small_cases(FP32):
         if case.name in ("odd sizes", "sentinels, gates", "boundary scales"):
-            sample = case.build("cpu", 2)
+            sample = draw(case, "cpu", 2)
             outputs = Emulated(HONEST[honest], None, points).run(sample)
             counts = outside(outputs, accepted(sample, points, ACCUMULATIONS["undeclared"]))
             assert not any(counts.values()), (case.name, counts)
@@ -97,7 +99,7 @@ def test_honest_fp32_orders_stay_inside_the_order_free_bound(honest: str) -> Non
 
 @pytest.mark.parametrize("case", small_cases(FP32), ids=lambda c: c.name)
 def test_declared_fp32_blocks_stay_inside_their_running_bound(case: Case) -> None:
-    points, sample = RoundingPoints.contract(FP32), case.build("cpu", 3)
+    points, sample = RoundingPoints.contract(FP32), draw(case, "cpu", 3)
     within = accepted(sample, points, ACCUMULATIONS["fp32-blocks-16"])
     for inner in ("sequential", "by size"):
         counts = outside(Emulated(blocks(16, inner=inner), None, points).run(sample), within)
@@ -107,7 +109,7 @@ def test_declared_fp32_blocks_stay_inside_their_running_bound(case: Case) -> Non
 @pytest.mark.parametrize("name", ["odd sizes", "wide scales", "sentinels, gates"])
 def test_a_declared_chain_of_fused_multiply_adds_stays_inside(name: str) -> None:
     case = next(c for c in small_cases(FP32) if c.name == name)
-    points, sample = RoundingPoints.contract(FP32), case.build("cpu", 3)
+    points, sample = RoundingPoints.contract(FP32), draw(case, "cpu", 3)
     outputs = Emulated(fused_chain(), None, points).run(sample)
     assert not any(outside(outputs, accepted(sample, points, ACCUMULATIONS["fp32-blocks-1"])).values())
 
@@ -121,7 +123,7 @@ FOREIGN = [
 @pytest.mark.parametrize("name", ["odd sizes", "sentinels, gates", "balanced", "scaling one third"])
 def test_declared_foreign_rounding_points(flags: dict[str, bool], name: str) -> None:
     case = next(c for c in small_cases(BF16) if c.name == name)
-    sample, points = case.build("cpu", 4), replace(RoundingPoints.contract(BF16), **flags)
+    sample, points = draw(case, "cpu", 4), replace(RoundingPoints.contract(BF16), **flags)
     how = ACCUMULATIONS["undeclared"]
     outputs = Emulated(blocks(32), BF16, points).run(sample)
     assert not any(outside(outputs, accepted(sample, points, how)).values())
@@ -129,7 +131,7 @@ def test_declared_foreign_rounding_points(flags: dict[str, bool], name: str) -> 
 
 def test_undeclared_foreign_rounding_points_are_seen() -> None:
     how = ACCUMULATIONS["tensor-core-sm90"]
-    sample = Case("foreign", 2, 128, 64, 24, 2, 16, BF16, data="balanced", scaling=1 / 3, gate_slots=2).build()
+    sample = draw(Case("foreign", 2, 128, 64, 24, 2, 16, BF16, data="balanced", scaling=1 / 3, gate_slots=2))
     contract = accepted(sample, RoundingPoints.contract(BF16), how)
     for flags in FOREIGN:
         points = replace(RoundingPoints.contract(BF16), **flags)
@@ -138,7 +140,7 @@ def test_undeclared_foreign_rounding_points_are_seen() -> None:
 
 
 def test_a_thousandth_a_dropped_step_and_a_shifted_scale_fail() -> None:
-    sample = Case("dense", 2, 256, 256, 16, 2, 16, BF16).build()
+    sample = draw(Case("dense", 2, 256, 256, 16, 2, 16, BF16))
     points = RoundingPoints.contract(BF16)
     honest = {name: t.value for name, t in vars(forward(sample.problem, points)).items() if t is not None}
     within = accepted(sample, points, ACCUMULATIONS["tensor-core-sm90"])["Y"]
@@ -159,7 +161,7 @@ def test_a_thousandth_a_dropped_step_and_a_shifted_scale_fail() -> None:
 
 
 def test_fp32_blocks_see_a_thousandth_in_nearly_every_element() -> None:
-    sample = Case("dense fp32", 2, 512, 512, 16, 2, 16).build()
+    sample = draw(Case("dense fp32", 2, 512, 512, 16, 2, 16))
     points = RoundingPoints.contract(FP32)
     running = accepted(sample, points, ACCUMULATIONS["fp32-blocks-64"])["Y"]
     weak = accepted(sample, points, ACCUMULATIONS["undeclared"])["Y"]
@@ -221,7 +223,7 @@ def test_split_k_and_permuted_orders_are_followed(kind: str) -> None:
 
 def test_other_chains_are_followed() -> None:
     """LoRA in an accumulator of its own, and the bias ahead of the base product."""
-    sample = Case("chains", 2, 96, 64, 12, 2, 16, BF16, data="balanced", bias=True).build()
+    sample = draw(Case("chains", 2, 96, 64, 12, 2, 16, BF16, data="balanced", bias=True))
     problem, points = sample.problem, RoundingPoints.contract(BF16)
     dot = tensor_core()
     for lora, bias_inside in (("apart", False), ("first", True), ("apart", True)):
@@ -254,12 +256,12 @@ def test_rho_by_brute_force() -> None:
 
 def test_experts_without_rows_and_sentinels_must_be_exactly_zero() -> None:
     case = Case("zeros", 5, 64, 64, 16, 2, 4, BF16, routing="sentinels", bias=True)
-    sample = replace(case, routing="empty_experts").build()
+    sample = draw(replace(case, routing="empty_experts"))
     within = accepted(sample, RoundingPoints.contract(BF16), ACCUMULATIONS["tensor-core-sm90"])
     for expert in (0, 2, 4):
         for ends in (within["dbias"].low[expert], within["dA"].high[expert * 4 : expert * 4 + 4]):
             assert not ends.any()
-    sample = case.build()
+    sample = draw(case)
     foreign = sample.problem.row_positions()[sample.problem.sorted_expert_idxs == 5]
     assert len(foreign) > 0
     within = accepted(sample, RoundingPoints.contract(BF16), ACCUMULATIONS["undeclared"])
@@ -302,7 +304,7 @@ def test_the_running_bound_of_fp32_blocks_is_nearly_reached(step: int) -> None:
 def test_gates_let_through_every_y_that_is_accepted() -> None:
     """Y at the ends of its interval, all on the same side: what the gates make of it must be accepted too."""
     case = Case("gated", 2, 256, 64, 12, 2, 16, BF16, data="balanced", gate_slots=2)
-    sample, points, how = case.build(), RoundingPoints.contract(BF16), ACCUMULATIONS["undeclared"]
+    sample, points, how = draw(case), RoundingPoints.contract(BF16), ACCUMULATIONS["undeclared"]
     problem = sample.problem
     bare = replace(sample, problem=replace(problem, gates=None), grad_out=torch.zeros(24, 64, dtype=BF16))
     rows, within = accepted(bare, points, how)["Y"], accepted(sample, points, how)
@@ -315,7 +317,7 @@ def test_gates_let_through_every_y_that_is_accepted() -> None:
 
 def test_the_rounding_of_gated_gradients_reaches_every_sum_over_them() -> None:
     case = Case("gated", 2, 64, 64, 12, 2, 16, FP32, gate_slots=2, bias=True)
-    sample, points, how = case.build(), RoundingPoints.contract(FP32), ACCUMULATIONS["fp32-blocks-16"]
+    sample, points, how = draw(case), RoundingPoints.contract(FP32), ACCUMULATIONS["fp32-blocks-16"]
     problem = sample.problem
     dy = backward(problem, forward(problem, points), sample.grad_out, points).dy.value
     bare = replace(sample, problem=replace(problem, gates=None, grouped_out=True), grad_out=dy)

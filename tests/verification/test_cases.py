@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from judging import integers, quick
 
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
-from mxref.verification.cases.case import Gauge, Sample, scale_bytes
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.draw import draw
 from mxref.verification.cases.elements import all_elements, finite_bytes, finite_sample, nonfinite_samples
 from mxref.verification.cases.integer import is_exact_everywhere
-from mxref.verification.cases.suites import Case, full_cases, integer_cases, quick_cases, sample_for_weights
 from mxref.weights import MXWeights, decode_mxfp4
 
 SUITES = {
-    "quick": quick_cases("cpu"), "integer": integer_cases("cpu"),
-    "quick, gpu": quick_cases("cuda"), "integer, gpu": integer_cases("cuda"),
+    "quick": quick("cpu"), "integer": integers("cpu"),
+    "quick, gpu": quick("cuda"), "integer, gpu": integers("cuda"),
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def same(a: Sample, b: Sample) -> bool:
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_case_builds_a_valid_sample(suite: str) -> None:
     for case in SUITES[suite]:
-        sample = case.build("cpu", 0)
+        sample = draw(case, "cpu", 0)
         problem = sample.problem
         problem.validate(check_values=True)
         assert (problem.E, problem.K, problem.N, problem.P, problem.rank) == (
@@ -57,15 +58,15 @@ def test_names_are_unique(suite: str) -> None:
 
 @pytest.mark.parametrize("name", ["block down", "wide scales", "sentinels"])
 def test_a_draw_depends_on_case_and_seed_alone(name: str) -> None:
-    case = next(c for c in quick_cases("cpu") if c.name == name)
-    assert same(case.build("cpu", 3), case.build("cpu", 3))
-    assert not same(case.build("cpu", 3), case.build("cpu", 4))
-    assert not same(case.build("cpu", 3), replace(case, name="another").build("cpu", 3))
+    case = next(c for c in quick("cpu") if c.name == name)
+    assert same(draw(case, "cpu", 3), draw(case, "cpu", 3))
+    assert not same(draw(case, "cpu", 3), draw(case, "cpu", 4))
+    assert not same(draw(case, "cpu", 3), draw(replace(case, name="another"), "cpu", 3))
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_quick_suite_has_every_option(device_type: str) -> None:
-    cases = quick_cases(device_type)
+    cases = quick(device_type)
     for option in ("bias", "grouped_in", "grouped_out", "use_fused_dX", "use_fused_gather", "gate_slots"):
         assert {bool(getattr(case, option)) for case in cases} == {True, False}
     assert {"uniform", "empty_experts", "one_expert", "sentinels"} <= {case.routing for case in cases}
@@ -79,23 +80,23 @@ def test_the_quick_suite_has_every_option(device_type: str) -> None:
 
 def test_routings_do_what_they_say() -> None:
     counts = {
-        case.name: torch.diff(case.build().problem.expert_offsets, prepend=torch.tensor([0]))
-        for case in quick_cases("cpu")
+        case.name: torch.diff(draw(case).problem.expert_offsets, prepend=torch.tensor([0]))
+        for case in quick("cpu")
         if case.name in ("empty experts", "one expert")
     }
     assert not counts["empty experts"][[0, 3, 5]].any()
     assert counts["empty experts"].sum() == 48
     assert counts["one expert"].tolist() == [0, 0, 40, 0]
-    sentinels = next(c for c in quick_cases("cpu") if c.name == "sentinels").build().problem
+    sentinels = draw(next(c for c in quick("cpu") if c.name == "sentinels")).problem
     assert 0 < int((sentinels.sorted_expert_idxs == sentinels.E).sum()) < sentinels.P / 2
-    ten = Case("ten", 40, 64, 64, 60, 4, routing="ten_active").build().problem
+    ten = draw(Case("ten", 40, 64, 64, 60, 4, routing="ten_active")).problem
     assert len(ten.segments()) == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_boundary_scales_reach_both_ends_and_stay_finite(dtype: torch.dtype) -> None:
     case = Case("boundary", 2, 192, 96, 16, dtype=dtype, data="boundary", bias=True)
-    sample = case.build()
+    sample = draw(case)
     scales = sample.problem.expert_weights.scales
     assert (int(scales.min()), int(scales.max())) == ((0, 252) if dtype == torch.bfloat16 else (104, 140))
     points = RoundingPoints.contract(dtype)
@@ -106,7 +107,7 @@ def test_boundary_scales_reach_both_ends_and_stay_finite(dtype: torch.dtype) -> 
 
 
 def test_balanced_data_makes_both_terms_alike() -> None:
-    problem = next(c for c in quick_cases("cpu") if c.name == "balanced").build().problem
+    problem = draw(next(c for c in quick("cpu") if c.name == "balanced")).problem
     x, points = expert_order_inputs(problem), RoundingPoints.exact()
     base = torch.cat([x[a:b] @ problem.expert_weight(e) for e, a, b in problem.segments()])
     low = forward(problem, points).y.exact - base
@@ -123,8 +124,8 @@ def test_a_gauge_moves_scales_and_nothing_else() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_integer_fixtures_are_exact_at_every_rounding_point(device_type: str, seed: int) -> None:
     spread = set()
-    for case in integer_cases(device_type):
-        sample = case.build("cpu", seed)
+    for case in integers(device_type):
+        sample = draw(case, "cpu", seed)
         strictest = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
         assert is_exact_everywhere(sample.problem, sample.grad_out, RoundingPoints.contract(strictest))
         spread |= set(sample.problem.expert_weights.scales.flatten().tolist())
@@ -135,7 +136,7 @@ def test_integer_fixtures_are_exact_at_every_rounding_point(device_type: str, se
 
 @pytest.mark.parametrize("seed", range(10))
 def test_integer_sums_agree_bit_for_bit_in_shuffled_fp32_orders(seed: int) -> None:
-    problem = integer_cases("cpu")[0].build("cpu", seed).problem
+    problem = draw(integers("cpu")[0], "cpu", seed).problem
     x = expert_order_inputs(problem).float()
     draw = torch.Generator().manual_seed(seed)
     for e, start, end in problem.segments():
@@ -152,7 +153,7 @@ def test_integer_sums_agree_bit_for_bit_in_shuffled_fp32_orders(seed: int) -> No
 
 def test_integer_data_that_cannot_be_exact_is_refused() -> None:
     with pytest.raises(ValueError, match="no draw of 40 is exact"):
-        Case("a third", 1, 32, 32, 8, 1, 4, data="integer", scaling=1 / 3).build()
+        draw(Case("a third", 1, 32, 32, 8, 1, 4, data="integer", scaling=1 / 3))
 
 
 def test_the_exhaustive_fixtures_hold_every_element() -> None:
@@ -190,7 +191,7 @@ def test_exhaustive_samples_return_the_weights_themselves(dtype: torch.dtype) ->
 
 
 def test_a_sample_around_given_weights() -> None:
-    weights = Case("given", 6, 64, 96).build().problem.expert_weights
+    weights = draw(Case("given", 6, 64, 96)).problem.expert_weights
     sample = sample_for_weights(weights, "layer 0", tokens=9, top_k=4, rank=8, bias=True, gate_slots=4)
     assert sample.problem.expert_weights is weights or torch.equal(sample.problem.expert_weights.packed, weights.packed)
     assert tuple(sample.grad_out.shape) == (9, 96)

@@ -195,7 +195,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("checkpoint")
 class TestWeights:
     def judged(self) -> set[str]:
-        return {finding["case"] for finding in verdict()["findings"] if finding["guard"] == "interval"}
+        return {finding["case"] for finding in verdict()["findings"] if finding["check"] == "interval"}
 
     def test_the_first_layer_and_four_experts_by_default(self) -> None:
         assert gate("--kernel", "composite", "--weights", "model.safetensors") == 0

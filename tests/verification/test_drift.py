@@ -9,16 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judging import quick
 from torch import Tensor
 
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, expert_order_inputs
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.arithmetic.thresholds import ON_A_GRID, critical_z, directed_loss, residual_variance
-from mxref.verification.candidates import candidate as candidates
-from mxref.verification.cases.suites import Case, Sample, quick_cases
+from mxref.verification.candidates.shipped import golden, torch_composite
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.draw import draw
 from mxref.verification.checks.drift import drift_guard, slopes_of
-from mxref.verification.checks.exact import Expectation, expect
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.studies.conforming.emulation import Emulated, blocks, tensor_core
 
@@ -59,7 +60,7 @@ def judge(
 ) -> tuple[dict[tuple[str, str], Finding], list[DriftMap]]:
     points = RoundingPoints.contract(sample.case.dtype)
     findings, maps = drift_guard(Fixed(outputs), sample, points, how, slopes, expected=expected)
-    return {(finding.guard, finding.tensor): finding for finding in findings}, maps
+    return {(finding.check, finding.tensor): finding for finding in findings}, maps
 
 
 def broken(findings: dict[tuple[str, str], Finding]) -> set[tuple[str, str]]:
@@ -69,13 +70,13 @@ def broken(findings: dict[tuple[str, str], Finding]) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 def test_plain_pytorch_never_drifts(dtype: torch.dtype) -> None:
     """fp32 sums in whatever order the machine's own product takes, on every option of the quick suite."""
-    composite, how = candidates.torch_composite(), ACCUMULATIONS["fp32-blocks-256" if dtype == FP32 else "undeclared"]
+    composite, how = torch_composite(), ACCUMULATIONS["fp32-blocks-256" if dtype == FP32 else "undeclared"]
     skipped = ("boundary scales", "boundary scales, fused", "wide scales") if dtype == FP16 else ()
-    for case in quick_cases("cpu"):
+    for case in quick("cpu"):
         if case.name in skipped or case.use_fused_dX or case.use_fused_gather:
             continue
         for seed in (1, 2) if dtype == BF16 else (1,):
-            sample = replace(case, dtype=dtype).build("cpu", seed)
+            sample = draw(replace(case, dtype=dtype), "cpu", seed)
             findings, _ = drift_guard(composite, sample, composite.points(dtype), how, RUN)
             assert [str(finding) for finding in findings if not finding.ok] == []
 
@@ -93,14 +94,14 @@ def test_plain_pytorch_never_drifts(dtype: torch.dtype) -> None:
 def test_truncating_tensor_cores_never_drift(case: Case) -> None:
     points = RoundingPoints.contract(case.dtype)
     for seed in range(3):
-        sample = case.build("cpu", seed)
+        sample = draw(case, "cpu", seed)
         findings, _ = judge(sample, stored(sample, Emulated(tensor_core(), case.dtype, points).run(sample)))
         assert [str(finding) for finding in findings.values() if not finding.ok] == []
 
 
 def test_blocks_in_any_order_never_drift() -> None:
     case, points = replace(BALANCED, dtype=FP32), RoundingPoints.contract(FP32)
-    sample = case.build("cpu", 3)
+    sample = draw(case, "cpu", 3)
     for order in ("forward", "backward", "shuffled"):
         outputs = stored(sample, Emulated(blocks(64, order), None, points).run(sample))
         findings, _ = judge(sample, outputs, ACCUMULATIONS["fp32-blocks-64"])
@@ -113,7 +114,7 @@ def test_two_ten_thousandths_on_lora_alone_are_seen(dtype: torch.dtype) -> None:
     case, caught = Case("tile", 1, 256, 64, 64, 1, 16, dtype, data="balanced"), 0
     how = HOPPER if dtype == BF16 else ACCUMULATIONS["fp32-blocks-64"]
     for seed in range(12):
-        sample = case.build("cpu", seed)
+        sample = draw(case, "cpu", seed)
         expected = expect(sample, RoundingPoints.contract(dtype), how)
         lora = expected.fwd.y.exact - expert_order_inputs(sample.problem) @ sample.problem.expert_weight(0)
         by_position = torch.empty_like(lora)
@@ -128,7 +129,7 @@ def test_two_ten_thousandths_on_lora_alone_are_seen(dtype: torch.dtype) -> None:
 
 
 def test_a_thousandth_in_one_tile_of_one_expert_is_seen_and_placed() -> None:
-    sample = Case("tiles", 2, 256, 192, 64, 2, 16, BF16, data="balanced").build("cpu", 5)
+    sample = draw(Case("tiles", 2, 256, 192, 64, 2, 16, BF16, data="balanced"), "cpu", 5)
     expected = expect(sample, RoundingPoints.contract(BF16), HOPPER)
     (_, start, end), *_ = [s for s in sample.problem.segments() if s[0] == 1]
     rows = sample.problem.row_positions()[start:end]
@@ -166,7 +167,7 @@ def zero_rows(x: Tensor) -> Tensor:
     ids=["doubled", "a quarter", "dropped", "shifted", "negated"],
 )
 def test_gross_bugs_are_named(change: Change, guards: set[str], words: str) -> None:
-    sample = BALANCED.build("cpu", 1)
+    sample = draw(BALANCED, "cpu", 1)
     expected = expect(sample, RoundingPoints.contract(BF16), HOPPER)
     outputs = honest_values(expected, BF16)
     outputs["Y"] = change(outputs["Y"])
@@ -184,7 +185,7 @@ def test_gross_bugs_are_named(change: Change, guards: set[str], words: str) -> N
 
 
 def test_a_missing_or_doubled_adapter_is_named() -> None:
-    sample = BALANCED.build("cpu", 2)
+    sample = draw(BALANCED, "cpu", 2)
     expected = expect(sample, RoundingPoints.contract(BF16), HOPPER)
     alone = Sample(sample.case, replace(sample.problem, scaling=0.0), sample.grad_out)
     without = expect(alone, RoundingPoints.contract(BF16), HOPPER).accepted["Y"].exact
@@ -194,7 +195,7 @@ def test_a_missing_or_doubled_adapter_is_named() -> None:
         assert words in judge(sample, outputs, expected=expected)[0]["drift", "Y"].reason
 
 
-PROMISE = BALANCED.build("cpu", 7)
+PROMISE = draw(BALANCED, "cpu", 7)
 PROMISED = expect(PROMISE, RoundingPoints.contract(BF16), HOPPER)
 
 
@@ -245,13 +246,13 @@ def test_legacy_columns_are_reported_and_decide_nothing() -> None:
 
 
 def test_nothing_to_fit_and_what_cannot_be_fitted() -> None:
-    empty = Case("no rows", 2, 64, 64, 0, 1, 4, BF16).build()
-    findings, _ = drift_guard(candidates.golden(), empty, RoundingPoints.contract(BF16), HOPPER)
+    empty = draw(Case("no rows", 2, 64, 64, 0, 1, 4, BF16))
+    findings, _ = drift_guard(golden(), empty, RoundingPoints.contract(BF16), HOPPER)
     assert all(finding.ok for finding in findings)
     zero = PROMISE.problem.lora_B
     assert zero is not None
     sample = Sample(PROMISE.case, replace(PROMISE.problem, lora_B=torch.zeros_like(zero)), PROMISE.grad_out)
-    findings, _ = drift_guard(candidates.golden(), sample, RoundingPoints.contract(BF16), HOPPER)
+    findings, _ = drift_guard(golden(), sample, RoundingPoints.contract(BF16), HOPPER)
     assert all(finding.ok for finding in findings)
     outputs = honest_values(PROMISED, BF16)
     outputs["Y"][3, 4] = torch.nan

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from mxref.verification.candidates.candidate import golden
+from mxref.verification.candidates.shipped import golden
 from mxref.verification.cli import main
-from mxref.verification.gate.run import run_gate, suite_steps
+from mxref.verification.gate.plan import plan
+from mxref.verification.gate.run import run_gate
 from mxref.verification.records import freshness
 from mxref.verification.records import sources as syntax
 from mxref.verification.records.freshness import problems, survey
@@ -237,8 +238,8 @@ def test_a_recorded_failure_stays_visible(records: Path, kind: str) -> None:
 
 
 def test_summary_of_a_gate() -> None:
-    steps = [step for step in suite_steps(CPU, False, 0) if step.case in ("integer", "no tokens")]
-    summary = gate_summary(run_gate(golden(), steps, CPU, suite="quick", seed=0))
+    items = [item for item in plan("quick", CPU, 0, own=False) if item.name in ("integer", "no tokens")]
+    summary = gate_summary(run_gate(golden(), items, CPU, suite="quick", seed=0))
     assert summary["passed"]
     assert summary["failures"] == []
     assert summary["max_ulp"]["integer"]["Y"] == 0.0

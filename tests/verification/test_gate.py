@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from judging import integers
 from torch import Tensor
 
 import mxref
 from mxref.problem import Problem
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
-from mxref.verification.candidates import candidate as candidates
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.cases.suites import Case, integer_cases
+from mxref.verification.candidates.loading import declare, load
+from mxref.verification.candidates.shipped import golden, torch_composite
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.run import GateResult, Step, case_steps, decode_steps, run_gate
 
@@ -31,7 +34,7 @@ def judged(candidate: Candidate, *cases: Case, strict: bool = False) -> GateResu
 def result_of(*statuses: Status, strict: bool = False) -> GateResult:
     findings = [Finding("interval", "case", f"T{i}", status, "", 1, 0) for i, status in enumerate(statuses)]
     how = ACCUMULATIONS["fp32-blocks-64"]
-    return GateResult(candidates.golden(), how, "device", "suite", 0, strict, findings)
+    return GateResult(golden(), how, "device", "suite", 0, strict, findings)
 
 
 @pytest.mark.parametrize(
@@ -50,15 +53,15 @@ def test_findings_add_up(statuses: list[Status], title: str, code: int, strict_c
     assert result_of(*statuses, strict=True).exit_code == strict_code
 
 
-@pytest.mark.parametrize("case", [SMALL, BF16, *integer_cases("cpu")], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [SMALL, BF16, *integers("cpu")], ids=lambda case: case.name)
 def test_composite_agrees_with_the_golden_model(case: Case) -> None:
-    result = judged(candidates.torch_composite(), case)
+    result = judged(torch_composite(), case)
     assert [f for f in result.findings if f.status is not Status.PASS] == []
 
 
 def test_composite_rounds_where_the_contract_does() -> None:
-    sample = BF16.build(CPU, seed=3)
-    golden, composite = candidates.golden().run(sample), candidates.torch_composite().run(sample)
+    sample = draw(BF16, CPU, seed=3)
+    golden, composite = golden().run(sample), torch_composite().run(sample)
     for tensor in ("Y", "dX"):
         mine, theirs = composite[tensor], golden[tensor]
         assert mine is not None
@@ -69,9 +72,9 @@ def test_composite_rounds_where_the_contract_does() -> None:
 
 def test_golden_decodes_exhaustively() -> None:
     steps = decode_steps(CPU)
-    result = run_gate(candidates.golden(), steps, CPU, suite="decode", seed=0)
+    result = run_gate(golden(), steps, CPU, suite="decode", seed=0)
     assert result.title == "PASS"
-    assert {finding.guard for finding in result.findings} == {"decode"}
+    assert {finding.check for finding in result.findings} == {"decode"}
 
 
 def noisy(**operands: object) -> Tensor:
@@ -95,7 +98,7 @@ def test_an_undeclared_candidate_gets_a_weak_second_chance() -> None:
 
 
 def test_a_declared_candidate_gets_none() -> None:
-    declared = candidates.declare(Candidate("noisy", noisy), None, "fp32-blocks-64")
+    declared = declare(Candidate("noisy", noisy), None, "fp32-blocks-64")
     assert judged(declared, NOISY_CASE).title == "FAIL"
 
 
@@ -157,7 +160,7 @@ def test_the_candidate_works_on_copies() -> None:
         operands["inputs"].detach().zero_()
         return out.detach()
 
-    sample = SMALL.build(CPU)
+    sample = draw(SMALL, CPU)
     before = sample.problem.inputs.clone()
     Candidate("scribble", scribble).run(sample)
     assert torch.equal(sample.problem.inputs, before)
@@ -166,7 +169,7 @@ def test_the_candidate_works_on_copies() -> None:
 def test_progress_is_told_before_each_step() -> None:
     seen: list[str] = []
     steps = [Step("integer", name, lambda candidate, how: ([], [])) for name in ("a", "b")]
-    run_gate(candidates.golden(), steps, CPU, suite="", seed=0, on_step=lambda step: seen.append(step.case))
+    run_gate(golden(), steps, CPU, suite="", seed=0, on_step=lambda step: seen.append(step.case))
     assert seen == ["a", "b"]
 
 
@@ -193,11 +196,11 @@ odd.mxref_points = "rounded-twice"
     def test_declarations_come_from_the_callable_or_the_caller(self, tmp_path: Path) -> None:
         file = tmp_path / "mine.py"
         file.write_text(self.SOURCE)
-        own = candidates.load(f"{file}:layer")
+        own = load(f"{file}:layer")
         assert own.declared_points == ("z-unrounded",)
         assert own.accumulation == ACCUMULATIONS["fp32-blocks-32"]
         assert own.points(torch.bfloat16).z is False
-        told = candidates.load(f"{file}:holder.layer", [], "undeclared")
+        told = load(f"{file}:holder.layer", [], "undeclared")
         assert told.declared_points == ()
         assert told.accumulation == ACCUMULATIONS["undeclared"]
 
@@ -209,7 +212,7 @@ odd.mxref_points = "rounded-twice"
         (tmp_path / "only_here_layer.py").write_text(self.SOURCE)
         monkeypatch.chdir(tmp_path)
         before = list(sys.path)
-        assert candidates.load("only_here_layer:layer").name == "only_here_layer:layer"
+        assert load("only_here_layer:layer").name == "only_here_layer:layer"
         assert sys.path == [*before, str(tmp_path)]
 
     @pytest.mark.parametrize(
@@ -220,14 +223,14 @@ odd.mxref_points = "rounded-twice"
         file = tmp_path / "mine.py"
         file.write_text(self.SOURCE)
         with pytest.raises(ValueError, match=message):
-            candidates.load(f"{file}:{attribute}")
+            load(f"{file}:{attribute}")
 
     @pytest.mark.parametrize("source", ["import nothing_of_that_name", "def (", "import sys; sys.exit(0)"])
     def test_a_file_that_does_not_import(self, tmp_path: Path, source: str) -> None:
         file = tmp_path / "broken.py"
         file.write_text(source)
         with pytest.raises(ValueError, match="does not import"):
-            candidates.load(f"{file}:layer")
+            load(f"{file}:layer")
 
 
 def test_accumulations_are_described() -> None:

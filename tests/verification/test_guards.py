@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from judging import integers, quick
 from torch import Tensor
 
 from mxref import parallel_linear_lora
@@ -14,14 +15,14 @@ from mxref.formats import fp4_codebook
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
-from mxref.verification.cases.suites import Case, Sample, integer_cases, quick_cases
-from mxref.verification.checks.exact import decode_guard, integer_guard, interval_guard
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.draw import draw
 from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LEAVES = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
-SAMPLE = Case("case", 3, 64, 64, 12, 2, 4, BF16, bias=True, gate_slots=2).build()
+SAMPLE = draw(Case("case", 3, 64, 64, 12, 2, 4, BF16, bias=True, gate_slots=2))
 Outputs = dict[str, Tensor | None]
 
 
@@ -77,13 +78,13 @@ def put(tensor: str, value: Tensor | None) -> Callable[[Outputs], None]:
 def test_the_golden_model_passes_every_guard(dtype: torch.dtype) -> None:
     assert {f.status for f in decode_guard(Golden(decode=decode_mxfp4), "cpu", dtype)} == {Status.PASS}
     how = "fp32-blocks-16" if dtype == FP32 else "tensor-core-sm90"
-    for case in quick_cases("cpu"):
+    for case in quick("cpu"):
         if case.rows * case.N <= 6000 and dtype != torch.float16:
-            findings = judge(Golden(), replace(case, dtype=dtype).build("cpu", 1), how)
+            findings = judge(Golden(), draw(replace(case, dtype=dtype), "cpu", 1), how)
             assert {f.status for f in findings.values()} == {Status.PASS}, case.name
-    for case in integer_cases("cpu" if dtype == FP32 else "cuda"):
+    for case in integers("cpu" if dtype == FP32 else "cuda"):
         if case.dtype == dtype:
-            assert {f.status for f in integer_guard(Golden(), case.build("cpu", 1))} == {Status.PASS}, case.name
+            assert {f.status for f in integer_guard(Golden(), draw(case, "cpu", 1))} == {Status.PASS}, case.name
 
 
 def test_a_finding_carries_the_numbers() -> None:
@@ -191,9 +192,9 @@ MISTAKES: dict[str, tuple[Callable[[Problem], Problem], set[str]]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_caught(mistake: str) -> None:
     before, tensors = MISTAKES[mistake]
-    sample = Case("balanced", 3, 64, 64, 24, 2, 4, BF16, data="balanced", bias=True).build()
+    sample = draw(Case("balanced", 3, 64, 64, 24, 2, 4, BF16, data="balanced", bias=True))
     assert tensors <= failed(judge(Golden(before=before), sample))
-    integers = integer_cases("cuda")[0].build()
+    integers = draw(integers("cuda")[0])
     if mistake != "scaling one per cent off":  # bf16 rounds this away from small integers
         assert {"Y"} <= failed(integer_guard(Golden(before=before), integers))
 
@@ -256,7 +257,7 @@ def test_a_decode_of_the_wrong_form_or_that_raises_is_a_finding() -> None:
 
 
 def test_nan_weights_must_stay_nan_and_infinite_ones_keep_their_sign() -> None:
-    sample = Case("poisoned", 2, 64, 64, 12, 2, 4, BF16).build()
+    sample = draw(Case("poisoned", 2, 64, 64, 12, 2, 4, BF16))
     weights = sample.problem.expert_weights
     scales, packed = weights.scales.clone(), weights.packed.clone()
     scales[0, 5, 0] = 255
@@ -279,7 +280,7 @@ def test_nan_weights_must_stay_nan_and_infinite_ones_keep_their_sign() -> None:
 
 
 def test_error_samples_are_thinned_and_finite() -> None:
-    sample = Case("many", 1, 32, 512, 96, 1, 4, BF16).build()
+    sample = draw(Case("many", 1, 32, 512, 96, 1, 4, BF16))
     points = RoundingPoints.contract(BF16)
     _, samples = interval_guard(Golden(), sample, points, ACCUMULATIONS["tensor-core-sm90"])
     by_tensor = {s.tensor: s for s in samples}

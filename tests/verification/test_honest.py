@@ -15,6 +15,7 @@ import torch
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints, expert_order_inputs, forward
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.cases.draw import draw
 from mxref.verification.cli import main
 from mxref.verification.studies.conforming.emulation import Emulated, blocks, tensor_core
 from mxref.verification.studies.conforming.implementations import Honest, data_cases, emulated, judge
@@ -25,7 +26,7 @@ IMPLEMENTATIONS = emulated()
 
 def complaints(honest: Honest, data: str, seed: int = 0) -> list[str]:
     case = next(case for case in data_cases(honest.dtype) if case.name == data)
-    [(_, findings)] = judge([honest], case.build(seed=seed))
+    [(_, findings)] = judge([honest], draw(case, seed=seed))
     assert findings
     return [str(finding) for finding in findings if not finding.ok]
 
@@ -35,7 +36,7 @@ def named(name: str) -> Honest:
 
 
 def drawn(data: str) -> Problem:
-    return next(case for case in data_cases(BF16) if case.name == data).build().problem
+    return draw(next(case for case in data_cases(BF16) if case.name == data)).problem
 
 
 def test_there_are_enough_of_both() -> None:

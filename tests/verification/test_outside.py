@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from judging import integers, quick
 
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates import foreign as outside
 from mxref.verification.candidates.candidate import Candidate, load
+from mxref.verification.candidates.loading import load
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
 from mxref.verification.cases.elements import all_elements
-from mxref.verification.cases.suites import integer_cases, quick_cases
-from mxref.verification.checks.exact import integer_guard, interval_guard
 from mxref.weights import decode_mxfp4
 
-CPU = {case.name: case for case in quick_cases("cpu")}
-BF16 = {case.name: case for case in quick_cases("cuda")}
+CPU = {case.name: case for case in quick("cpu")}
+BF16 = {case.name: case for case in quick("cuda")}
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +43,21 @@ def test_torchao_decodes_every_element(dtype: torch.dtype) -> None:
     assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("case", integer_cases("cpu"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", integers("cpu"), ids=lambda case: case.name)
 def test_composite_on_integers(composite: Candidate, case: Case) -> None:
-    assert not [str(finding) for finding in integer_guard(composite, case.build()) if not finding.ok]
+    assert not [str(finding) for finding in integer_guard(composite, draw(case)) if not finding.ok]
 
 
 @pytest.mark.parametrize("name", ["sentinels, gates", "grouped in, by position", "rank 3", "k 8", "empty experts"])
 def test_composite_within_its_declared_intervals(composite: Candidate, name: str) -> None:
-    sample = CPU[name].build()
+    sample = draw(CPU[name])
     points = composite.points(sample.problem.dtype)
     findings, _ = interval_guard(composite, sample, points, ACCUMULATIONS["undeclared"])
     assert not [str(finding) for finding in findings if not finding.ok]
 
 
 def test_composite_rounds_to_bf16_where_it_says(composite: Candidate) -> None:
-    sample = BF16["balanced, bf16"].build()
+    sample = draw(BF16["balanced, bf16"])
     how = ACCUMULATIONS["undeclared"]
     declared, _ = interval_guard(composite, sample, composite.points(torch.bfloat16), how)
     undeclared = replace(composite, declared_points=()).points(torch.bfloat16)
@@ -66,13 +67,13 @@ def test_composite_rounds_to_bf16_where_it_says(composite: Candidate) -> None:
 
 
 def test_composite_without_sentinels_saves_the_mask(composite: Candidate) -> None:
-    problem = CPU["odd sizes"].build().problem
+    problem = draw(CPU["odd sizes"]).problem
     y = outside.grouped_mm(**problem.arguments())
     assert torch.equal(outside.grouped_mm(**problem.arguments(), sentinels=False), y)
 
 
 def test_composite_takes_dense_weights(composite: Candidate) -> None:
-    problem = CPU["odd sizes"].build().problem
+    problem = draw(CPU["odd sizes"]).problem
     assert isinstance(problem.expert_weights, mxref.MXWeights)
     dense = decode_mxfp4(problem.expert_weights, problem.dtype).mT
     y = outside.grouped_mm(**problem.arguments())
@@ -133,7 +134,7 @@ def fake_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
 
 
 def test_axolotl_gets_our_operands_in_its_order(fake_axolotl: Any) -> None:
-    problem = CPU["odd sizes"].build().problem
+    problem = draw(CPU["odd sizes"]).problem
     outside.axolotl(**problem.arguments(), use_fused_dX=True)
     library = "axolotl.integrations.kernels.libs.scattermoe_lora"
     ((x, weights, k, *_, A, B, scaling, bias, gates, grouped_in, grouped_out, fused_dX, fused_gather),) = sys.modules[
@@ -147,7 +148,7 @@ def test_axolotl_gets_our_operands_in_its_order(fake_axolotl: Any) -> None:
 
 
 def test_axolotl_gets_zeros_for_an_adapter_that_is_not_there(fake_axolotl: Any) -> None:
-    problem = CPU["no LoRA"].build().problem
+    problem = draw(CPU["no LoRA"]).problem
     outside.axolotl(**problem.arguments())
     _, _, _, _, _, _, A, B, *_ = sys.modules[
         "axolotl.integrations.kernels.libs.scattermoe_lora.parallel_linear_lora"
@@ -160,4 +161,4 @@ def test_axolotl_gets_zeros_for_an_adapter_that_is_not_there(fake_axolotl: Any) 
 
 def test_axolotl_declines_rows_of_other_ranks(fake_axolotl: Any) -> None:
     with pytest.raises(NotImplementedError, match="drops rows of other ranks"):
-        outside.axolotl(**CPU["sentinels"].build().problem.arguments())
+        outside.axolotl(**draw(CPU["sentinels"]).problem.arguments())

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
-from mxref.verification.candidates import candidate as candidates
+from mxref.verification.candidates.shipped import golden
 from mxref.verification.checks.finding import Counterexample, DriftMap, ErrorSample, Finding, Status
 from mxref.verification.gate.run import GUARDS, GateResult
 from mxref.verification.report import plots, plots_drift, terminal
@@ -53,7 +53,7 @@ def drift(case: str, tensor: str, largest: float, experts: int = 3, tiles: int =
 
 
 def result_of(*findings: Finding, name: str = "candidate", strict: bool = False) -> GateResult:
-    candidate = replace(candidates.golden(), name=name, declared_points=("z-unrounded",))
+    candidate = replace(golden(), name=name, declared_points=("z-unrounded",))
     samples = [errors("Y"), errors("dX", 40.0)]
     how = ACCUMULATIONS["fp32-blocks-64"]
     return GateResult(

@@ -59,7 +59,7 @@ def test_a_process_that_dies_costs_one_step(board: Board) -> None:
 def test_a_counterexample_names_code_and_scale_byte(board: Board) -> None:
     row = board.rows[1]
     first, _ = row.first_failures()[0]
-    assert first.finding.guard == "decode"
+    assert first.finding.check == "decode"
     assert first.finding.counterexample is not None
     (weight,) = first.weights
     assert weight.scale_byte == 0

@@ -20,7 +20,7 @@ import torch
 from mxref.verification.bench.paths import Path, our_paths
 from mxref.verification.bench.racing import runnable
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.small import usual_dtype
 
 __all__ = ["first_call", "first_step"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mxref.verification.bench.paths import Path, reference
 from mxref.verification.bench.timing import Captured, Clock, Run
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.small import usual_dtype
 
 __all__ = ["AGREEMENT", "Effort", "Row", "digits", "distance", "runnable", "time_shape"]
 

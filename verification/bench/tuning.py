@@ -22,7 +22,7 @@ from mxref.kernels.device.launch import architecture
 from mxref.verification.bench.racing import AGREEMENT, distance
 from mxref.verification.bench.timing import Clock
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.small import usual_dtype
 
 __all__ = ["Pinned", "Timing", "candidates", "compile_ahead", "pinned_costs", "tune_shape"]
 

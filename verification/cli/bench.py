@@ -22,7 +22,7 @@ from mxref.verification.bench.workloads import CASES, DENSE, LARGE, QUICK, Shape
 from mxref.verification.cli.options import choose_device
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.run import describe_device
+from mxref.verification.gate.result import describe_device
 from mxref.verification.records.readme import update_readme
 from mxref.verification.records.record import EVIDENCE, folder_name, write
 

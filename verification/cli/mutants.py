@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import choose_device, matches, positive, seed
+from mxref.verification.cli.options import choose_device, positive, seed
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.gate.plan import matches
 from mxref.verification.records.record import EVIDENCE
 
 if TYPE_CHECKING:
@@ -168,13 +169,13 @@ def _judge(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from mxref.verification.cases.small import fixtures
-    from mxref.verification.studies.mutation.layers import gate_layers, layers
+    from mxref.verification.cases.draw import draw
+    from mxref.verification.cases.small import drawn_cases
+    from mxref.verification.studies.mutation.layers import layers
     from mxref.verification.studies.mutation.runner import Outcome
     from mxref.verification.studies.mutation.session import judge
 
     torch.set_num_threads(1)
-    judges = gate_layers if arguments.gate else layers
     columns = (
         SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[tally]}"),
         TextColumn("{task.description}", style="bright_black"),
@@ -194,7 +195,8 @@ def _judge(
             progress.update(task, advance=1, description=name, tally=f"{killed} killed, {survived} alive")
 
         return judge(
-            mutants, sources, judges(device, arguments.seed), fixtures(device, arguments.seed), device,
+            mutants, sources, layers(device, arguments.seed),
+            [draw(case, seed=arguments.seed) for case in drawn_cases(device.type)], device,
             matrix=arguments.matrix, jobs=arguments.jobs, seconds=60 * arguments.minutes,
             compile_survivors=arguments.compile, on_start=on_start, on_judged=on_judged,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from mxref.kernels.device.launch import architecture
 from mxref.verification.bench.timing import clock_for
 from mxref.verification.bench.tuning import Pinned, Timing, candidates, compile_ahead, pinned_costs, tune_shape
 from mxref.verification.bench.workloads import CASES
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.small import usual_dtype
 from mxref.verification.cli.options import choose_device, positive
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mxref.verification.gate.run import GateResult
+from mxref.verification.gate.result import GateResult
 
 __all__ = ["gate_summary"]
 
@@ -16,7 +16,7 @@ def gate_summary(result: GateResult) -> dict[str, Any]:
     shares: dict[str, dict[str, float]] = {}
     for finding in result.findings:
         _keep_largest(ulps.setdefault(finding.case, {}), finding.tensor, finding.max_ulp)
-        _keep_largest(shares.setdefault(finding.guard, {}), finding.tensor, finding.bound_share)
+        _keep_largest(shares.setdefault(finding.check, {}), finding.tensor, finding.bound_share)
     return {
         "passed": result.exit_code == 0,
         "verdict": str(result.verdict),

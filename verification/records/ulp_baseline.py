@@ -25,11 +25,11 @@ from mxref.verification.arithmetic.thresholds import RMS_TOLERANCE
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.records.record import EVIDENCE, folder_name, read, record_path, write
 
-__all__ = ["Baseline", "accept", "baseline_guard", "baseline_path", "environment"]
+__all__ = ["Baseline", "accept", "baseline_findings", "baseline_path", "environment"]
 
 _KIND = "ulp_baseline"
-_GUARD = "baseline"
-_JUDGED = "interval"  # the guard whose errors are kept
+_CHECK = "baseline"
+_JUDGED = "interval"  # the check whose errors are kept
 
 Errors = dict[str, dict[str, tuple[float, float]]]
 """case -> tensor -> (largest |error|, RMS error), both in ulp."""
@@ -84,7 +84,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return found | ({"fp32 products": _order_of_summation()} if device.type == "cpu" else {})
 
 
-def baseline_guard(
+def baseline_findings(
     findings: Iterable[Finding], device: torch.device, seed: int, folder: Path = EVIDENCE
 ) -> list[Finding]:
     """The errors of a run's interval findings against the accepted ones: one finding a tensor.
@@ -105,7 +105,7 @@ def baseline_guard(
         return []
     advice = "`mxref gate --accept-baseline` writes it"
     if baseline is None:
-        return [Finding(_GUARD, name, "all", Status.NOT_COVERED, f"no baseline for {name} yet; {advice}", 0, 0)]
+        return [Finding(_CHECK, name, "all", Status.NOT_COVERED, f"no baseline for {name} yet; {advice}", 0, 0)]
     judged = device.type != "cpu" or here == baseline.environment  # see this module's docstring
     before = baseline.environment
     moved = ", ".join(f"{key} {was} → {here.get(key, 'none')}" for key, was in before.items() if here.get(key) != was)
@@ -121,7 +121,7 @@ def baseline_guard(
     results = [_tensor_finding(name, tensor, pairs, judged, moved) for tensor, pairs in tensors.items()]
     if unknown:
         reason = f"{unknown} results have no baseline yet; {advice}"
-        results.append(Finding(_GUARD, name, "new results", Status.NOT_COVERED, reason, unknown, 0))
+        results.append(Finding(_CHECK, name, "new results", Status.NOT_COVERED, reason, unknown, 0))
     return results
 
 
@@ -152,7 +152,7 @@ def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder:
 def _errors(findings: Iterable[Finding]) -> Errors:
     errors: Errors = {}
     for finding in findings:
-        if finding.guard == _JUDGED and finding.max_ulp is not None and finding.rms_ulp is not None:
+        if finding.check == _JUDGED and finding.max_ulp is not None and finding.rms_ulp is not None:
             errors.setdefault(finding.case, {})[finding.tensor] = (finding.max_ulp, finding.rms_ulp)
     return errors
 
@@ -166,7 +166,7 @@ def _tensor_finding(
     if not worse:
         also = f", smaller in {better}" if better else ""
         reason = f"no error grew in {len(pairs)} cases{also}{since}"
-        return Finding(_GUARD, name, tensor, Status.PASS, reason, len(pairs), 0)
+        return Finding(_CHECK, name, tensor, Status.PASS, reason, len(pairs), 0)
     case, was, now = max(worse, key=lambda entry: _growth(entry[1], entry[2]))
     grew = (
         f"larger in {len(worse)} of {len(pairs)} cases; most in {case}: "
@@ -175,9 +175,9 @@ def _tensor_finding(
     details: dict[str, float | str] = {"case": case, "max was": was[0], "max is": now[0]}
     details |= {"rms was": was[1], "rms is": now[1]}
     if not judged:
-        return Finding(_GUARD, name, tensor, Status.PASS, f"information only: {grew}", len(pairs), 0, details=details)
+        return Finding(_CHECK, name, tensor, Status.PASS, f"information only: {grew}", len(pairs), 0, details=details)
     reason = f"{grew}; accept it on purpose, or undo it"
-    return Finding(_GUARD, name, tensor, Status.WORSE, reason, len(pairs), len(worse), details=details)
+    return Finding(_CHECK, name, tensor, Status.WORSE, reason, len(pairs), len(worse), details=details)
 
 
 def _worse(was: tuple[float, float], now: tuple[float, float]) -> bool:

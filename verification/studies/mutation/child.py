@@ -22,7 +22,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import mxref
-from mxref.verification.candidates.candidate import Candidate, shipped
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.shipped import shipped
 from mxref.verification.studies.mutation.layers import Layer, Trial
 from mxref.verification.studies.mutation.mutant import Mutant, Source
 
