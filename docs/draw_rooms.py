@@ -102,23 +102,31 @@ def drawn() -> str:
 
 
 def places(forward: list[tuple[str, str]]) -> dict[str, tuple[float, float]]:
-    """The centre of each room's box: a column a package, a line a generation, neighbours side by side."""
+    """The centre of each room's box: a column a package, a line a generation, below what it imports."""
     graph, at = nx.DiGraph(forward), {}
     for y, generation in enumerate(nx.topological_generations(graph)):
-        for top, (_, x) in _COLUMNS.items():
-            row = [name for name in ORDER if name in generation and name.partition("/")[0] == top]
-            for i, name in enumerate(row):
-                at[name] = (x + i, -float(y))
+        for top, (_, left) in _COLUMNS.items():
+            before = {name: [at[room] for room in graph.predecessors(name)] for name in ORDER if name in generation}
+            row = [name for name in before if _package(name) == top]
+            row.sort(key=lambda name: min((x for x, _ in before[name]), default=left))
+            above = [at[room][0] for name in row for room in graph.predecessors(name) if _package(room) == top]
+            half = (len(row) - 1) / 2
+            centre = max(left + half, sum(above) / len(above)) if above else left + half
+            at |= {name: (centre + i - half, -float(y)) for i, name in enumerate(row)}
     return at
+
+
+def _package(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def draw() -> None:
     """Write the picture."""
     forward, back = arrows()
     at = places(forward)
-    figure = Figure(figsize=(12, 8.2))
-    axes = figure.add_axes((0, 0, 1, 1))
     right, low = max(x for x, _ in at.values()), min(y for _, y in at.values())
+    figure = Figure(figsize=(2.35 * (right + 1.24), 1.05 * (1.5 - low)))
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.62, right + 0.62), ylim=(low - 0.55, 0.95))
     axes.axis("off")
     for top, (colour, x) in _COLUMNS.items():
@@ -135,13 +143,13 @@ def draw() -> None:
 
 def _column(axes: Axes, top: str, colour: str, x: float, at: dict[str, tuple[float, float]], low: float) -> None:
     """A package's background and its name."""
-    last = max(place for name, (place, _) in at.items() if name.partition("/")[0] == top)
+    last = max(place for name, (place, _) in at.items() if _package(name) == top)
     axes.add_patch(Rectangle((x - 0.5, low - 0.45), last - x + 1, -low + 1.3, color=colour, alpha=0.45, lw=0))
     axes.text(x - 0.43, 0.62, f"{top}/", fontsize=13, fontweight="bold", color="#333", va="center")
 
 
 def _box(axes: Axes, name: str, x: float, y: float) -> None:
-    colour, _ = _COLUMNS[name.partition("/")[0]]
+    colour, _ = _COLUMNS[_package(name)]
     corner, style = (x - _WIDTH / 2, y - _HEIGHT / 2), "round,pad=0,rounding_size=0.06"
     axes.add_patch(FancyBboxPatch(corner, _WIDTH, _HEIGHT, boxstyle=style, fc=colour, ec="#5b6770", lw=1, zorder=3))
     axes.text(x, y + 0.1, name.rpartition("/")[2], fontsize=12, fontweight="bold", ha="center", va="center", zorder=4)

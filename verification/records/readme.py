@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mxref.verification.bench.summary import markdown_table, summary
+from mxref.verification.checks.registry import BASELINE, CHECKS
 from mxref.verification.records.freshness import State, survey
 from mxref.verification.records.record import EVIDENCE, KINDS
 
@@ -15,9 +16,10 @@ README = EVIDENCE.parent.parent / "README.md"
 
 
 def blocks(root: Path = EVIDENCE) -> dict[str, str]:
-    """Markdown by name, from the records alone: the same on every machine."""
+    """Markdown by name, from the list of checks and the records alone: the same on every machine."""
     states = survey(root)
-    return {"records": "\n".join(_records(states)), "bench": "\n".join(_speed(states))}
+    parts = {"checks": _checks(), "records": _records(states), "bench": _speed(states)}
+    return {name: "\n".join(lines) for name, lines in parts.items()}
 
 
 def update_readme(readme: Path = README, root: Path = EVIDENCE) -> Path:
@@ -45,6 +47,11 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
             raise ValueError(f"the README has no {begin} … {end} to fill")
         text = f"{head}{begin}\n\n{part}\n\n{end}{tail}"
     return text
+
+
+def _checks() -> Iterator[str]:
+    rows = [[check.name, check.why, check.asked] for check in (*CHECKS, BASELINE)]
+    yield from markdown_table(["check", "what it sees", "who is asked"], rows, left=3)
 
 
 def _records(states: list[State]) -> Iterator[str]:
