@@ -13,8 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.records import evidence
+from mxref.verification.records.record import EVIDENCE, write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,7 +67,8 @@ class _Outcomes:
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         counts = Counter(self._tests.values())
         passed = exitstatus == 0 and counts["passed"] > 0
-        evidence.record(self._folder, "pytest", {"passed": passed, "counts": dict(counts), "tests": self._tests})
+        found = {"passed": passed, "counts": dict(counts), "tests": self._tests}
+        write("pytest", found, torch.device("cuda"), self._folder)
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,15 @@ from mxref.checkpoints.gpt_oss import ExpertTensor, list_expert_tensors
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
-from mxref.verification.cli.options import EVIDENCE, choose_device, seed
+from mxref.verification.cli.options import choose_device, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import Item, plan, plan_checkpoint
 from mxref.verification.gate.result import GateResult
 from mxref.verification.gate.run import run_gate
-from mxref.verification.records import evidence, ulp_baseline
+from mxref.verification.records import record, ulp_baseline
+from mxref.verification.records.gate_summary import gate_summary
+from mxref.verification.records.record import EVIDENCE
 from mxref.verification.report.page import write
 from mxref.verification.report.terminal import print_result
 
@@ -125,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     if accepted is not None:
         console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None:
-        kept = evidence.record(arguments.record, "gate", evidence.gate_summary(result))
+        kept = record.write("gate", gate_summary(result), device, arguments.record)
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
     return result.exit_code
 
@@ -141,7 +143,7 @@ def _baseline(result: GateResult, device: torch.device, arguments: argparse.Name
     if not _own(arguments):
         return None
     if arguments.accept_baseline is None:
-        result.findings += ulp_baseline.baseline_guard(result.findings, device, result.seed)
+        result.findings += ulp_baseline.baseline_findings(result.findings, device, result.seed)
         return None
     if any(not finding.ok for finding in result.findings):
         return None

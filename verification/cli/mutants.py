@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import EVIDENCE, choose_device, positive, seed
+from mxref.verification.cli.options import choose_device, positive, seed
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
+from mxref.verification.records.record import EVIDENCE
 
 if TYPE_CHECKING:
     import torch
@@ -122,12 +123,12 @@ def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
 
 def _record_of(device: torch.device) -> Path:
     """The record's path. A process of its own asks for the GPU's name: this one must not touch the GPU."""
-    from mxref.verification.records import ulp_baseline as baselines
+    from mxref.verification.records import record as records
     from mxref.verification.studies.mutation import record
 
     if device.type == "cpu":
         return record.RECORD
-    ask = f"import torch; from {baselines.__name__} import *; print(architecture_name(torch.device('cuda')))"
+    ask = f"import torch; from {records.__name__} import *; print(folder_name(torch.device('cuda')))"
     told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
     return EVIDENCE / told.stdout.strip() / record.RECORD.name
 

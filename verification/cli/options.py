@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mxref.verification.cli.usage import UsageError
@@ -13,10 +12,7 @@ from mxref.verification.cli.usage import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EVIDENCE", "choose_device", "positive", "seed"]
-
-EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
-"""Where `--record` keeps what a GPU saw, one folder a GPU."""
+__all__ = ["choose_device", "positive", "seed"]
 
 
 def choose_device(wanted: str | None, require_gpu: bool = False) -> torch.device:

@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 from mxref.verification.candidates.known import ENTRIES, OWN, entry
-from mxref.verification.cli.options import EVIDENCE, choose_device, positive, seed
+from mxref.verification.cli.options import choose_device, positive, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches, plan
-from mxref.verification.records import evidence
+from mxref.verification.records import record
+from mxref.verification.records.record import EVIDENCE
 from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
 from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
@@ -83,8 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     data, page = write(board, arguments.out)
     console.print(f"table: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None:
-        kept = evidence.record(arguments.record, "scoreboard", as_json(board))
-        kept.with_suffix(".md").write_text(as_markdown(board), encoding="utf-8")
+        kept = record.write(
+            "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
+        )
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
     return 0
 

@@ -12,7 +12,8 @@ import torch
 from mxref.verification.candidates.known import ENTRIES, entry
 from mxref.verification.checks.finding import Status
 from mxref.verification.cli import main
-from mxref.verification.records import evidence
+from mxref.verification.records.record import read
+from mxref.verification.records.record import write as write_record
 from mxref.verification.studies.scoreboard.report import as_json, as_markdown, write
 from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
@@ -110,9 +111,6 @@ def test_wrong_use(
 
 
 def test_a_recorded_table_is_evidence_that_loads(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
-    kept = evidence.record(tmp_path, "scoreboard", as_json(board))
-    entry = evidence.load(kept)
-    assert entry["schema"] == evidence.SCHEMA
+    entry = read(write_record("scoreboard", as_json(board), torch.device("cuda"), tmp_path))
     assert (entry["kind"], len(entry["rows"])) == ("scoreboard", len(board.rows))

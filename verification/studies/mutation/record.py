@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records.record import EVIDENCE
 from mxref.verification.records.sources import digests
 from mxref.verification.studies.mutation.mutant import Mutant, Source
 from mxref.verification.studies.mutation.session import Fate, Judged, Session

@@ -23,7 +23,7 @@ _STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black",
 
 
 def as_json(board: Board) -> dict[str, Any]:
-    """Counts of every implementation and check, and every failure in full."""
+    """Counts of every implementation and check; the first failure of each check and tensor, with how many there are."""
     checks = board.checks()
     return {
         "schema": SCHEMA,
@@ -42,7 +42,7 @@ def as_json(board: Board) -> dict[str, Any]:
                 "accumulation": row.accumulation,
                 "seconds": round(row.seconds, 1),
                 "counts": {check: {str(status): row.counts(check)[status] for status in Status} for check in checks},
-                "failures": [_failure_json(failure) for failure in row.failures],
+                "failures": [_failure_json(failure) | {"count": count} for failure, count in row.first_failures()],
             }
             for row in board.rows
         ],
