@@ -14,7 +14,7 @@ test: .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 bench: .venv/test.stamp
-	$(BIN)/pytest tests/bench -m gpu --require-gpu --benchmark-autosave --benchmark-columns=median,iqr,rounds
+	$(BIN)/mxref bench --samples .benchmarks
 
 check: .venv/check.stamp
 	$(BIN)/pre-commit run --all-files

@@ -22,13 +22,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from mxref.verification.bench import plots
-from mxref.verification.bench.history import FLOOR, judge, load_history
+from mxref.verification.bench.history import FLOOR, judge
 from mxref.verification.bench.timing import Ceilings
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.records import evidence
+from mxref.verification.cli.history import load_history
+from mxref.verification.records.record import EVIDENCE, read
 
 plt.rcParams |= {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
-records = {path.parent.name: evidence.load(path) for path in sorted(EVIDENCE.glob("*/bench.json"))}
+records = {path.parent.name: read(path) for path in sorted(EVIDENCE.glob("*/bench.json"))}
 history = load_history()
 
 for gpu, record in records.items():

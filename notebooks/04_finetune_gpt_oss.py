@@ -54,8 +54,7 @@ from mxref import encode_mxfp4
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.peft import get_peft_model
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.records import evidence
+from mxref.verification.records.record import EVIDENCE, write
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--record", metavar="DIR", nargs="?", type=Path, const=EVIDENCE)
@@ -363,6 +362,6 @@ if record is not None:
         "peak_bytes": {"packed": run.peak, "dequantised": reference.peak},
         "expert_bytes": {"packed": bytes_packed, "dequantised": bytes_dense},
     }
-    path = evidence.record(record, "finetune", found)
+    path = write("finetune", found, torch.device("cuda"), record)
     figure.savefig(path.with_suffix(".png"), dpi=120)
     print(f"recorded in {path}")

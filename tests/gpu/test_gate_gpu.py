@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from judging import integers
 
 from mxref.verification.candidates.candidate import Candidate, shipped
-from mxref.verification.cases.suites import integer_cases
+from mxref.verification.candidates.shipped import shipped
 from mxref.verification.checks.finding import Status
 from mxref.verification.gate.plan import Step, case_steps, suite_steps
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.gpu
 CUDA, SEED = torch.device("cuda"), 0
 STEPS = [
     *suite_steps(CUDA, full=True, seed=SEED, every_guard=True),
-    *case_steps(integer_cases("cpu"), CUDA, SEED),  # in fp32, which a GPU's own suite leaves to the intervals
+    *case_steps(integers("cpu"), CUDA, SEED),  # in fp32, which a GPU's own suite leaves to the intervals
 ]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxref import Problem, kernels
 from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.draw import draw
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +43,7 @@ def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("options", [FUSED, UNFUSED], ids=["fused", "unfused"])
 @pytest.mark.parametrize("case", [CASE, replace(CASE, name="long", tokens=4096, gate_slots=0)], ids=lambda c: c.name)
 def test_ten_runs_give_the_same_bits(device: torch.device, case: Case, options: dict[str, bool]) -> None:
-    sample = case.build(device)
+    sample = draw(case, device)
     first = both_passes(sample, **options)
     for _ in range(9):
         torch.randn(1 << 22, device=device).sort()  # other work in flight, other memory
@@ -51,7 +52,7 @@ def test_ten_runs_give_the_same_bits(device: torch.device, case: Case, options: 
 
 @pytest.mark.parametrize("options", [FUSED, UNFUSED], ids=["fused", "unfused"])
 def test_no_synchronisation(device: torch.device, options: dict[str, bool]) -> None:
-    sample = CASE.build(device)
+    sample = draw(CASE, device)
     expected = both_passes(sample, **options)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -64,7 +65,7 @@ def test_no_synchronisation(device: torch.device, options: dict[str, bool]) -> N
 @pytest.mark.parametrize("options", [FUSED, UNFUSED], ids=["fused", "unfused"])
 def test_cuda_graph_of_both_passes(device: torch.device, options: dict[str, bool]) -> None:
     """Captured once, replayed on other values and another routing in the same buffers."""
-    sample, other = CASE.build(device, seed=0), CASE.build(device, seed=1)
+    sample, other = draw(CASE, device, seed=0), draw(CASE, device, seed=1)
     both_passes(sample, **options)  # compiles
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

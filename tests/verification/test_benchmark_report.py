@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
@@ -22,45 +23,40 @@ from races import (
 )
 from rich.console import Console
 
-from mxref.verification.bench import racing, report
-from mxref.verification.bench.benchmark import run_benchmark
+from mxref.verification.bench import report
+from mxref.verification.bench.benchmark import Bench, run_benchmark
 from mxref.verification.bench.paths import DEQUANTISED, Path
-from mxref.verification.bench.racing import Row
+from mxref.verification.bench.samples import keep_samples
 from mxref.verification.bench.workloads import MEASURES
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.records import evidence
+from mxref.verification.records.readme import blocks
+from mxref.verification.records.record import read, write
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
-    monkeypatch.setattr(racing, "_release", lambda: None)
+
+
+def kept(root: File, bench: Bench) -> dict[str, Any]:
+    """The benchmark as a record that was written and read again."""
+    return read(write("bench", report.as_json(bench), torch.device("cuda"), root, page=report.as_markdown))
 
 
 @pytest.mark.usefixtures("gpu")
 class TestReport:
-    def test_evidence_and_readme(self, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = timed(GOLDEN, Path("large", "", out_of_memory))
-        path = report.record(bench, tmp_path / "evidence")
-        assert path == tmp_path / "evidence" / "nvidia-h200" / "bench.json"
-        kept = evidence.load(path)
-        assert kept["gpu"] == "NVIDIA H200"
-        assert [file.read_bytes() for file in (path.parent / "history").iterdir()] == [path.read_bytes()]
-        page = path.with_suffix(".md").read_text()
-        assert page == report.as_markdown(kept)
+    def test_the_page_is_made_from_the_record(self, tmp_path: File) -> None:
+        entry = kept(tmp_path, timed(GOLDEN, Path("large", "", out_of_memory)))
+        page = (tmp_path / "nvidia-h200" / "bench.md").read_text()
+        assert page == report.as_markdown(entry)
         assert "| tiny | golden | " in page
         assert "| tiny | large | out of memory |" in page
 
-        readme = tmp_path / "README.md"
-        readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-        assert report.update_readme(readme, tmp_path / "evidence")
-        text = readme.read_text()
-        assert text == f"before\n{report.readme_block(tmp_path / 'evidence')}\nafter\n"
-        for said in (bench.started[:10], "NVIDIA H200", f"torch {kept['versions']['torch']}", "| tiny | ", "1.00 ("):
+    def test_the_readme_s_part_is_made_from_the_record(self, tmp_path: File) -> None:
+        bench = timed(GOLDEN)
+        entry = kept(tmp_path, bench)
+        text = blocks(tmp_path)["bench"]
+        for said in (bench.started[:10], "NVIDIA H200", f"torch {entry['versions']['torch']}", "| tiny | ", "1.00 ("):
             assert said in text
-        readme.write_text("no markers")
-        assert not report.update_readme(readme, tmp_path / "evidence")
 
     def test_single_products_beside_the_best_of_others(self, tmp_path: File) -> None:
         ways = [replace(GOLDEN, name="automatic"), replace(GOLDEN, name="peer", ours=False)]
@@ -88,28 +84,10 @@ class TestReport:
         assert f"{said}composite 284 MB." in text
         assert "Extra memory is the peak beyond the operands and the results." in text
 
-    def test_early_records_render_without_what_they_lack(self, tmp_path: File) -> None:
-        entry = self.recorded(tmp_path, replace(GOLDEN, name="automatic"))
-        for lacking in ("first_call_seconds", "extra_beyond"):
-            del entry[lacking]
-        entry["rows"] = [row for row in entry["rows"] if row["measure"] not in ("base dX", "decode")]
-        for row in entry["rows"]:
-            del row["reference"]
-        text = report.as_markdown(entry)
-        assert "÷ composite" in text
-        assert "the peak beyond the operands, results included." in text
-        assert not any(said in text for said in ("Single base products", "First training step", "the dense shape's"))
-
     def recorded(self, root: File, *ways: Path, first_call: float | None = None, shape: str = "tiny") -> dict[str, Any]:
         bench = run_benchmark(green(), [replace(TINY, name=shape)], ways, CPU, FakeClock(), fixed_ceilings)
         bench.first_call = first_call
-        return evidence.load(report.record(bench, root))
-
-    def test_what_failed_is_no_evidence(self, tmp_path: File) -> None:
-        bench = green()
-        bench.rows = [Row("tiny", "step", "ours", "composite", True, 3.0, "disagrees")]
-        with pytest.raises(ValueError, match="not passed"):
-            report.record(bench, tmp_path)
+        return kept(root, bench)
 
 
 def test_terminal_shows_what_was_measured() -> None:
@@ -122,11 +100,16 @@ def test_terminal_shows_what_was_measured() -> None:
     assert "÷ copy" in text
     assert text.count("golden") == len(MEASURES) - 1
     assert "First training step of a fresh process, every kernel still to be compiled: 12.3 s." in text
-    assert json.loads(report.dumps(green()))["rows"] == []
 
 
-def test_the_readme_shows_the_evidence() -> None:
-    readme = EVIDENCE.parent.parent / "README.md"
-    if not any(EVIDENCE.glob("*/bench.json")):
-        pytest.skip("no GPU's benchmark is recorded")
-    assert report.readme_block() in readme.read_text(encoding="utf-8"), "stale; run: mxref bench --readme"
+def test_pytest_benchmark_compares_our_runs(tmp_path: File) -> None:
+    for _ in range(2):
+        keep_samples(timed(GOLDEN), tmp_path, "nvidia-h200")
+    first, second = sorted((tmp_path / "nvidia-h200").iterdir())
+    assert (first.name, second.name) == ("0001_abc.json", "0002_abc.json")
+    compare = ["--storage", f"file://{tmp_path}", "compare", "nvidia-h200/0001", "nvidia-h200/0002"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", *compare], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("'tiny, base': 4 tests") == 1
+    assert done.stdout.count("golden (0001_abc)") == len(MEASURES) - 1

@@ -8,16 +8,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mxref.verification.candidates.candidate import golden
+from mxref.verification.candidates.shipped import golden
 from mxref.verification.cli import main
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.gate.run import run_gate, suite_steps
-from mxref.verification.records import evidence
+from mxref.verification.gate.plan import plan
+from mxref.verification.gate.run import run_gate
+from mxref.verification.records import freshness
 from mxref.verification.records import sources as syntax
+from mxref.verification.records.freshness import problems, survey
+from mxref.verification.records.gate_summary import gate_summary
+from mxref.verification.records.kernel_sources import kernel_sources
+from mxref.verification.records.readme import README, blocks, filled
+from mxref.verification.records.record import EVIDENCE, KINDS, SCHEMA, folder_name, read, write
 
 SOURCE = '''
 """What it is."""
@@ -38,29 +44,35 @@ class Config:
 DIGEST = "acf076c92c5b950ad5e7cda05eedf180db3827b228e953af831ba6ce55210ff2"
 
 
-def test_gpu_evidence_belongs_to_these_kernels() -> None:
-    """Fails when a kernel, a configuration, a launcher or a container changed after the last GPU run."""
-    problems = evidence.check()
-    assert not problems, "\n".join(problems)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_every_kind_of_evidence_is_there() -> None:
-    """An expected failure, with the commands that end it, while a kind has not been recorded on any GPU."""
-    lacking = [command for kind, command in evidence.COMMANDS.items() if not list(EVIDENCE.glob(f"*/{kind}.json"))]
-    if lacking:
-        pytest.xfail(f"not recorded yet; run on a GPU: {'; '.join(lacking)}")
+def test_the_gate_has_seen_these_kernels() -> None:
+    """Fails when a kernel, a configuration, a launcher or a container changed after the last gate run on a GPU."""
+    found = problems()
+    assert not found, "\n".join(found)
+
+
+def test_the_readme_s_generated_parts_are_current() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert filled(text, blocks()) == text, "stale; run: mxref evidence --readme"
+
+
+def test_records_stay_small() -> None:
+    assert sum(path.stat().st_size for path in EVIDENCE.rglob("*.json")) < 1_000_000
 
 
 def test_the_digest_covers_what_decides_a_result() -> None:
-    names = evidence.sources()
+    names = kernel_sources().keys()
     assert {
         "kernels/device/decode.py",
         "kernels/device/configs.py",
         "kernels/device/launch.py",
         "kernels/layer/autograd.py",
-    } <= names.keys()
-    assert {"formats.py", "weights.py", "routing.py", "problem.py", "rounding.py"} <= names.keys()
-    assert not {"kernels/aot.py", "kernels/layers.py", "verification/gate.py", "scattermoe.py"} & names.keys()
+    } <= names
+    assert {"formats.py", "weights.py", "routing.py", "problem.py"} <= names
+    assert not any(name.startswith(("kernels/compiled/", "kernels/models/", "verification/")) for name in names)
+    assert "scattermoe.py" not in names
 
 
 def test_the_digest_is_the_same_in_every_python() -> None:
@@ -115,77 +127,167 @@ def test_other_pythons_on_this_machine_agree(version: str) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a GPU were here, so that records can be written."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
 
 
 @pytest.fixture
 def records(gpu: None, tmp_path: Path) -> Path:
-    for kind in evidence.COMMANDS:
-        evidence.record(tmp_path, kind, {"passed": True, "seed": 0})
+    for kind in KINDS:
+        write(kind, {"passed": True, "seed": 0, "rows": [{"a": 1}, {"b": 2.5}]}, GPU, tmp_path)
     return tmp_path
 
 
+def test_what_a_record_says_of_itself(records: Path) -> None:
+    entry = read(records / "nvidia-h200" / "gate.json")
+    assert (entry["schema"], entry["kind"], entry["device"]) == (SCHEMA, "gate", "NVIDIA H200")
+    assert entry["command"] == KINDS["gate"].command
+    assert {"torch", "triton", "driver", "ptxas", "cuda", "python", "mxref"} <= entry["versions"].keys()
+    assert entry["sources"] == syntax.digests(kernel_sources())
+    assert entry["rows"] == [{"a": 1, "b": None}, {"a": None, "b": 2.5}]
+
+
+def test_a_payload_cannot_say_it(gpu: None, tmp_path: Path) -> None:
+    path = write("gate", {"device": "another", "digest": "0"}, GPU, tmp_path)
+    assert read(path)["device"] == "NVIDIA H200"
+    assert read(path)["digest"] == syntax.digest(kernel_sources())
+
+
+def test_a_page_for_people_is_made_from_the_record(gpu: None, tmp_path: Path) -> None:
+    def page(entry: dict[str, Any]) -> str:
+        return f"{entry['device']}, {entry['x']}"
+
+    path = write("bench", {"x": 1}, GPU, tmp_path, name="history/one", page=page)
+    assert path == tmp_path / "nvidia-h200" / "history" / "one.json"
+    assert path.with_suffix(".md").read_text() == "NVIDIA H200, 1"
+
+
+def test_folders_are_named_after_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert folder_name(GPU) == "nvidia-a100-sxm4-80gb"
+    assert folder_name(CPU) == "interpreter-cpu"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].gpu_only])
+def test_what_a_gpu_sees_is_not_recorded_elsewhere(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="is what a GPU saw"):
+        write(kind, {}, CPU, tmp_path)
+
+
 def test_fresh_records_are_fine(records: Path) -> None:
-    assert evidence.check(records) == []
-    entry = evidence.load(records / "nvidia-h200" / "gate.json")
-    assert entry["gpu"] == "NVIDIA H200"
-    assert {"torch", "triton", "driver", "ptxas", "cuda", "python", "mxref"} == entry["versions"].keys()
+    assert problems(records) == []
+    states = survey(records)
+    assert {state.kind for state in states} == KINDS.keys()
+    assert all(state.fresh and not state.moved for state in states)
 
 
-def test_a_changed_kernel_names_file_and_command(records: Path) -> None:
-    texts = evidence.sources()
-    texts["kernels/device/decode.py"] += "\nbyte = 0\n"
-    problems = evidence.check(records, texts)
-    assert len(problems) == len(evidence.COMMANDS)
-    gate = next(problem for problem in problems if "gate.json" in problem)
-    assert gate.startswith("nvidia-h200/gate.json is older than kernels/device/decode.py; run on a GPU: mxref gate ")
+def changed(name: str = "kernels/device/decode.py") -> dict[str, str]:
+    texts = kernel_sources()
+    return texts | {name: texts[name] + "\nbyte = 0\n"}
 
 
-def test_a_new_or_a_lost_file_counts(records: Path) -> None:
-    texts = evidence.sources()
-    assert "kernels/new.py" in evidence.check(records, {**texts, "kernels/new.py": ""})[0]
+def test_a_changed_kernel_needs_the_gate_and_the_others_are_shown(records: Path) -> None:
+    (problem,) = problems(records, changed())
+    assert problem.startswith("nvidia-h200/gate.json is older than kernels/device/decode.py; run on a GPU: mxref gate ")
+    states = survey(records, changed())
+    assert len(states) == len(KINDS)
+    assert all(state.changed == ("kernels/device/decode.py",) for state in states)
+
+
+def test_a_lost_file_counts(records: Path) -> None:
+    texts = kernel_sources()
     del texts["kernels/device/decode.py"]
-    assert "kernels/device/decode.py" in evidence.check(records, texts)[0]
+    assert "kernels/device/decode.py" in problems(records, texts)[0]
 
 
-def test_missing_records(records: Path) -> None:
-    (records / "nvidia-h200" / "pytest.json").unlink()
-    assert not evidence.check(records)
+def test_other_versions_are_shown(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = read(records / "nvidia-h200" / "gate.json")["versions"]
+    monkeypatch.setattr(freshness, "versions", lambda: here | {"triton": "99.0", "torch": here["torch"] + "+another"})
+    assert survey(records)[0].moved == (f"triton {here['triton']} → 99.0",)
+
+
+def test_a_missing_gate_is_a_problem_and_nothing_else_is(records: Path) -> None:
     (records / "nvidia-h200" / "bench.json").unlink()
-    (problem,) = evidence.check(records)
-    assert "mxref bench --record" in problem
-    assert evidence.check(records / "nothing here")
+    assert not problems(records)
+    (records / "nvidia-h200" / "gate.json").unlink()
+    (problem,) = problems(records)
+    assert "mxref gate --require-gpu --record" in problem
 
 
-def test_an_edited_record_is_refused(records: Path) -> None:
-    path = records / "nvidia-h200" / "gate.json"
+@pytest.mark.parametrize("kind", ["gate", "pytest"])
+def test_an_edited_record_is_refused(records: Path, kind: str) -> None:
+    path = records / "nvidia-h200" / f"{kind}.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
-    (problem,) = evidence.check(records)
+    (problem,) = problems(records)
     assert "was changed by hand" in problem
+    with pytest.raises(ValueError, match="was changed by hand"):
+        read(path)
 
 
-def test_a_recorded_failure_stays_visible(gpu: None, records: Path) -> None:
-    evidence.record(records, "gate", {"passed": False})
-    (problem,) = evidence.check(records)
+@pytest.mark.parametrize(("text", "said"), [("{", "is no JSON"), ("{}", "is no record"), ("[]", "is no record")])
+def test_what_is_no_record_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "gate.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / "gate.json")
+
+
+@pytest.mark.parametrize("kind", ["gate", "pytest"])
+def test_a_recorded_failure_stays_visible(records: Path, kind: str) -> None:
+    write(kind, {"passed": False}, GPU, records)
+    (problem,) = problems(records)
     assert "records a failure on NVIDIA H200" in problem
 
 
-def test_no_evidence_without_a_gpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(RuntimeError, match="no CUDA GPU"):
-        evidence.record(tmp_path, "gate", {})
-
-
 def test_summary_of_a_gate() -> None:
-    device = torch.device("cpu")
-    steps = [step for step in suite_steps(device, False, 0) if step.case in ("integer", "no tokens")]
-    summary = evidence.gate_summary(run_gate(golden(), steps, device, suite="quick", seed=0))
+    items = [item for item in plan("quick", CPU, 0, own=False) if item.name in ("integer", "no tokens")]
+    summary = gate_summary(run_gate(golden(), items, CPU, suite="quick", seed=0))
     assert summary["passed"]
     assert summary["failures"] == []
     assert summary["max_ulp"]["integer"]["Y"] == 0.0
     json.dumps(summary, allow_nan=False)
+
+
+class TestCommand:
+    """`mxref evidence`."""
+
+    def test_fresh_records(self, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["evidence", "--evidence", str(records)]) == 0
+        out = capsys.readouterr().out
+        assert out.count("fresh") == len(KINDS)
+        assert "again:" not in out
+
+    def test_a_stale_record_names_its_command(self, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write("bench", {}, GPU, records, texts={"formats.py": "other = 1"})
+        assert main(["evidence", "--evidence", str(records)]) == 0
+        out = capsys.readouterr().out
+        assert "stale: 1 changed" in out
+        assert f"again: {KINDS['bench'].command}" in out
+
+    def test_a_stale_gate_fails(self, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write("gate", {}, GPU, records, texts={"formats.py": "other = 1"})
+        assert main(["evidence", "--evidence", str(records)]) == 1
+        assert "gate.json is older than formats.py" in capsys.readouterr().out
+
+    def test_wrong_use(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["evidence", "--evidence", str(tmp_path / "none")]) == 2
+        assert "is no folder" in capsys.readouterr().err
+
+
+def test_generated_parts_stand_between_markers() -> None:
+    text = "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb"
+    assert filled(text, {"x": "new \\1"}) == "a\n<!-- x:begin -->\n\nnew \\1\n\n<!-- x:end -->\nb"
+    with pytest.raises(ValueError, match="has no <!-- y:begin -->"):
+        filled(text, {"y": ""})
+
+
+def test_the_readme_s_table_shows_each_record_with_its_date(records: Path) -> None:
+    write("pytest", {}, GPU, records, texts={"formats.py": "other = 1"})
+    (records / "nvidia-h200" / "bench.json").unlink()
+    table = blocks(records)["records"].splitlines()
+    assert len(table) == 2 + len(KINDS) - 1
+    of = {kind: next(line for line in table if KINDS[kind].about in line) for kind in ("gate", "pytest")}
+    date = read(records / "nvidia-h200" / "gate.json")["recorded"][:10]
+    assert f"| nvidia-h200 | {date} | torch " in of["gate"]
+    assert (of["gate"][-7:], of["pytest"][-6:]) == ("| yes |", "| no |")
 
 
 @pytest.mark.parametrize("narrowed", [[], ["--case", "integer"], ["--kernel", "golden"]])

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path as File
 from typing import Any
 
 import pytest
 import torch
+from races import GOLDEN, out_of_memory, timed
 
 from mxref.verification.bench import plots
-from mxref.verification.bench.history import FLOOR, Entry, judge, load_history, noise
+from mxref.verification.bench.history import FLOOR, Entry, as_entry, judge, noise, ratios_of
+from mxref.verification.bench.paths import Path
 from mxref.verification.cli import main
-from mxref.verification.records import evidence
+from mxref.verification.cli.history import load_history
+from mxref.verification.records.record import write
 
 KEY = ("thin", "step", "automatic")
 
@@ -22,10 +26,10 @@ def row(ratio: float, limit: float | None = None, spread: float = 0.0, **changes
     """A row whose rounds lie `spread` apart."""
     limit = 2 * ratio if limit is None else limit
     return {
-        "shape": "thin", "measure": "step", "path": "automatic", "ours": True, "rows_per_expert": 8.0, "status": "ok",
-        "mode": "graph", "median": 1e-3 * ratio, "ratio": ratio, "limit_ratio": limit, "limit": 5e-4,
-        "ratio_rounds": [ratio * (1 - spread / 2), ratio, ratio * (1 + spread / 2)],
-        "limit_ratio_rounds": [limit * (1 - spread / 2), limit, limit * (1 + spread / 2)],
+        "shape": "thin", "measure": "step", "path": "automatic", "reference": "composite", "rows_per_expert": 8.0,
+        "status": "ok", "mode": "graph", "median": 1e-3 * ratio, "ratio": ratio, "limit_ratio": limit, "limit": 5e-4,
+        "ratio_low": ratio * (1 - spread / 2), "ratio_high": ratio * (1 + spread / 2),
+        "limit_ratio_low": limit * (1 - spread / 2), "limit_ratio_high": limit * (1 + spread / 2),
     } | changes  # fmt: skip
 
 
@@ -81,7 +85,6 @@ def test_a_pinned_baseline() -> None:
 
 def test_what_is_not_comparable_is_not_judged() -> None:
     assert judge([entry(1, row(1.0))]) == []
-    assert judge([entry(1, row(1.0)), entry(2, row(9.0, ours=False))]) == []
     assert judge([entry(1, row(1.0)), entry(2, row(9.0, mode="eager"))]) == []
     assert judge([entry(1), entry(2, row(9.0))]) == []
 
@@ -92,9 +95,17 @@ def test_rows_that_earlier_runs_lack_are_not_judged_and_change_nothing() -> None
     assert {change.key for change in judge([entry(1, row(1.0), *new), entry(2, row(1.0))])} == {KEY}
 
 
-def test_memory_is_not_judged() -> None:
-    changes = judge([entry(1, row(1.0, extra_bytes=1)), entry(2, row(1.0, extra_bytes=9))])
-    assert [(change.of, change.slower) for change in changes] == [("ratio", False), ("limit_ratio", False)]
+def test_the_history_keeps_our_ratios_with_their_rounds_range() -> None:
+    bench = timed(GOLDEN, replace(GOLDEN, name="peer", ours=False), Path("large", "", out_of_memory))
+    data = ratios_of(bench) | {"device": "a GPU", "digest": "d"}
+    entry = as_entry(json.loads(json.dumps(data)))
+    ours = [r for r in bench.rows if r.ours]
+    assert list(entry.rows) == [(r.shape, r.measure, r.path) for r in ours]
+    kept = entry.rows["tiny", "step", "golden"]
+    assert (kept["ratio_low"], kept["ratio"], kept["ratio_high"]) == (1.0, 1.0, 1.0)
+    assert kept["limit_ratio_low"] <= kept["limit_ratio"] <= kept["limit_ratio_high"]
+    assert entry.rows["tiny", "step", "large"]["status"] == "out of memory"
+    assert judge([entry, entry])
 
 
 def test_a_change_names_what_stood_beside() -> None:
@@ -105,32 +116,27 @@ def test_a_change_names_what_stood_beside() -> None:
 
 
 def test_a_row_that_lost_its_numbers_fails() -> None:
-    lost = {name: value for name, value in row(1.0).items() if name in ("shape", "measure", "path", "ours")}
+    lost = {name: value for name, value in row(1.0).items() if name in ("shape", "measure", "path", "reference")}
     changes = judge([entry(1, row(1.0)), entry(2, lost | {"status": "out of memory"})])
     assert all(change.slower for change in changes)
     assert str(changes[0]).startswith("automatic, thin, step: out of memory; was 1.000 × the composite")
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kept(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> File:
     """An evidence folder to fill with `keep`."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     return tmp_path
 
 
-def keep(root: Path, *entries: Entry) -> None:
+def keep(root: File, *entries: Entry) -> None:
     for each in entries:
-        payload = {"passed": True, "started": each.started, "commit": each.commit, "rows": list(each.rows.values())}
-        payload |= {"ceilings": {"drift": each.drift, "matmul_flops": 8e14, "copy_bytes": 3e12}}
-        path = evidence.record(root, "bench", payload)
-        folder = path.parent / "history"
-        folder.mkdir(exist_ok=True)
-        path.rename(folder / f"{each.commit}.json")
+        found = {"started": each.started, "commit": each.commit, "drift": each.drift, "rows": list(each.rows.values())}
+        write("history", found, torch.device("cuda"), root, name=f"history/{each.commit}")
 
 
 @pytest.mark.parametrize(("last", "code"), [(1.02, 0), (1.5, 1)])
-def test_the_command(kept: Path, last: float, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(kept: File, last: float, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     keep(kept, entry(2, row(last)), entry(1, row(1.0)))
     assert [e.commit for e in load_history(kept)["nvidia-h200"]] == ["c1", "c2"]
     assert main(["history", "--evidence", str(kept), "--plot", str(kept / "plots")]) == code
@@ -142,7 +148,7 @@ def test_the_command(kept: Path, last: float, code: int, capsys: pytest.CaptureF
     assert (kept / "plots" / "history-nvidia-h200.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrong_use(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use(kept: File, capsys: pytest.CaptureFixture[str]) -> None:
     def error(*arguments: str) -> str:
         assert main(["history", "--evidence", str(kept), *arguments]) == 2
         return capsys.readouterr().err

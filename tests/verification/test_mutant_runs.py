@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,17 +18,24 @@ from typing import Any
 import pytest
 import torch
 
-from mxref.verification.cases.small import fixtures
+from mxref.verification.candidates.asking import once
+from mxref.verification.cases.draw import draw
+from mxref.verification.cases.small import drawn_cases, smallest
+from mxref.verification.cases.tables import TableCase
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.gate.run import GUARDS
-from mxref.verification.studies.mutation import compiled, record, runner, session
+from mxref.verification.checks.registry import CHECKS, Asked, Check
+from mxref.verification.gate.plan import Item, plan
+from mxref.verification.records import record as records
+from mxref.verification.studies.mutation import compiled, runner, session
 from mxref.verification.studies.mutation.catalogue import catalogue, stratified
-from mxref.verification.studies.mutation.layers import Layer, Trial, gate_layers, layers, questions
 from mxref.verification.studies.mutation.locate import Edit, locate
 from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.questions import FOREIGN, questions
+from mxref.verification.studies.mutation.record import judged_before, left_open, payload, texts
 from mxref.verification.studies.mutation.runner import Outcome, Setting, run
 from mxref.verification.studies.mutation.session import EQUIVALENT_SHARE, FalseKillError, Fate, Judged, Session, judge
-from mxref.verification.studies.mutation.sources import Place, Source, read_sources
+from mxref.verification.studies.mutation.sources import Place, read_sources
+from mxref.verification.studies.mutation.tables import as_markdown, idle, kills_by_check, kills_by_kind
 from mxref.verification.studies.processes import Limits
 
 SOURCES = read_sources()
@@ -42,11 +48,24 @@ def everything() -> list[Mutant]:
 
 
 def _finding(ok: bool) -> Finding:
-    return Finding("toy", "case", "Y", Status.PASS if ok else Status.FAIL, "a reason", 1, int(not ok))
+    return Finding("", "case", "Y", Status.PASS if ok else Status.FAIL, "a reason", 1, int(not ok))
 
 
-def _layer(name: str, judge_by: object) -> Layer:
-    return Layer(name, (Trial("trial", judge_by),))  # type: ignore[arg-type]
+def passes(candidate: object) -> list[Finding]:
+    return [_finding(True)]
+
+
+def fails(candidate: object) -> list[Finding]:
+    return [_finding(False)]
+
+
+def _item(name: str, way: Callable[[object], list[Finding]]) -> Item:
+    """A question whose check finds what `way` returns."""
+    ask: Any = lambda candidate, _: way(candidate)  # noqa: E731
+    compare: Any = lambda found, _: list(found)  # noqa: E731
+    check = Check(name, "A toy.", "", Asked.OWN, lambda *_: [], ask, compare)
+    nothing: Any = lambda: None  # noqa: E731
+    return Item((check,), TableCase("toy", 0, ()), nothing)
 
 
 def _named(name: str) -> Mutant:
@@ -57,8 +76,8 @@ def _setting(**changes: Any) -> Setting:
     return replace(Setting(SOURCES, CPU), **changes)
 
 
-def _ask(toys: Sequence[Layer], mutants: Sequence[Mutant | None] = (None,), **changes: Any) -> list[Outcome]:
-    return run(mutants, questions(toys), _setting(**changes))
+def _ask(toys: Sequence[Item], mutants: Sequence[Mutant | None] = (None,), **changes: Any) -> list[Outcome]:
+    return run(mutants, toys, _setting(**changes))
 
 
 def _crash(candidate: object) -> list[Finding]:
@@ -79,7 +98,7 @@ def _sleep(candidate: object) -> list[Finding]:
 
 
 def test_a_crash_and_a_loop_are_kills() -> None:
-    toys = [_layer("crash", _crash), _layer("spin", _spin), _layer("next", lambda _: [_finding(True)])]
+    toys = [_item("crash", _crash), _item("spin", _spin), _item("next", passes)]
     [outcome] = _ask(toys, matrix=True, trial_seconds=0.5)
     assert outcome.kills["crash"] == "crashed: SIGSEGV"
     assert "of processor time" in outcome.kills["spin"]
@@ -93,8 +112,8 @@ def test_waiting_is_a_kill_only_where_the_sources_hardly_wait(
     """Its limit is 20 s of silence; 0.2 s here, after which the child is ended twice."""
     asked = []
     monkeypatch.setattr(Setting, "limits", lambda *_: Limits(silence=0.2))
-    monkeypatch.setattr(runner._Judge, "control", lambda _, part: asked.append(part.check) or control / 100)
-    [outcome] = _ask([_layer("first", _sleep), _layer("next", lambda _: [_finding(True)])])
+    monkeypatch.setattr(runner._Judge, "control", lambda _, part: asked.extend(part.checks) or control / 100)
+    [outcome] = _ask([_item("first", _sleep), _item("next", passes)], [_swept()])
     assert asked == ["first"]
     told = outcome.kills if hangs else outcome.unjudged
     assert "by the clock" in told["first"]
@@ -104,8 +123,8 @@ def test_waiting_is_a_kill_only_where_the_sources_hardly_wait(
 
 def test_the_control_is_the_unmutated_sources_alone(tmp_path: Path) -> None:
     judge_by = runner._Judge(_setting(), tmp_path, lambda _: None)
-    ways = [lambda _: [_finding(True)], lambda _: [_finding(False)], _crash, _sleep]
-    asked = questions([_layer(str(i), way) for i, way in enumerate(ways)])
+    ways = [passes, fails, _crash, _sleep]
+    asked = [_item(str(i), way) for i, way in enumerate(ways)]
     part = runner._Part(Outcome(_named("sign bit lost")), asked, Limits(silence=1.0), tmp_path)
     seconds = []
     for part.at in range(len(ways)):
@@ -121,7 +140,7 @@ def test_a_mutant_that_somebody_ended_is_asked_again_alone(tmp_path: Path) -> No
             os.kill(os.getpid(), signal.SIGKILL)
         return [_finding(False)]
 
-    [outcome] = _ask([_layer("toy", ended_at_first)])
+    [outcome] = _ask([_item("toy", ended_at_first)])
     assert (set(outcome.kills), outcome.unjudged) == ({"toy"}, {})
     assert "a reason" in outcome.kills["toy"]
 
@@ -143,7 +162,7 @@ def test_only_an_exception_kills_while_importing(
     edit = Edit("NAN_BITS = ...", f"NAN_BITS = ...\n{line}")
     mutant = locate(Place("device/decode.py"), edit, SOURCES, "does not import")
     monkeypatch.setattr(runner, "_IMPORTING", Limits(processor=1.0))
-    judged = judge([mutant], [_layer("toy", lambda _: [_finding(True)])], fixtures(CPU)[:1], _setting())
+    judged = judge([mutant], [_item("toy", passes)], _setting())
     [told] = judged.judged
     assert told.kills == kills
     assert (told.fate, told.reason) == (Fate.KILLED if kills else Fate.UNJUDGED, *(kills or unjudged).values())
@@ -152,164 +171,150 @@ def test_only_an_exception_kills_while_importing(
 
 def test_the_unmutated_sources_are_judged_in_as_many_processes_as_there_are() -> None:
     """And what there was no time for is told apart from what was judged."""
-    toys = [_layer(name, lambda _: [_finding(True)]) for name in ("first", "second")]
+    toys = [_item(name, passes) for name in ("first", "second")]
     mutant = _named("bias twice")
-    together = run([None, mutant], questions(toys), _setting(jobs=2), apart=True)
+    together = run([None, mutant], toys, _setting(jobs=2), apart=True)
     assert [(outcome.mutant, outcome.judged) for outcome in together] == [
         (None, ["first"]), (None, ["second"]), (mutant, ["first", "second"]),
     ]  # fmt: skip
-    session = judge([mutant], toys, fixtures(CPU)[:1], _setting(), seconds=0)
+    session = judge([mutant], toys, _setting(), seconds=0)
     assert [judged.fate for judged in session.judged] == [Fate.UNJUDGED]
     assert session.exit_code == 1
 
 
-def test_the_matrix_asks_every_layer() -> None:
-    toys = [_layer("first", lambda _: [_finding(False)]), _layer("second", lambda _: [_finding(True)])]
-    toys.append(_layer("third", lambda _: [_finding(False)]))
-    [first], [every] = _ask(toys), _ask(toys, matrix=True)
-    assert (set(first.kills), first.judged) == ({"first"}, ["first"])
-    assert (set(every.kills), set(every.judged)) == ({"first", "third"}, {"first", "second", "third"})
+def test_the_matrix_asks_every_check_about_the_mutants_by_hand() -> None:
+    toys = [_item("first", fails), _item("second", passes), _item("third", fails)]
+    mutants = [_named("bias twice"), _swept()]
+    by_hand, swept = _ask(toys, mutants, matrix=True)
+    assert (set(by_hand.kills), by_hand.judged) == ({"first", "third"}, ["first", "second", "third"])
+    for outcome in [swept, *_ask(toys, mutants)]:
+        assert (set(outcome.kills), outcome.judged) == ({"first"}, ["first"])
+
+
+def test_a_mutant_is_asked_until_a_check_rejects_it_that_a_foreign_kernel_is_asked_too() -> None:
+    names = ("tables", "interval", "addresses", "drift", "rows", "determinism")
+    assert FOREIGN.intersection(names) == {"interval", "drift", "rows", "determinism"}
+    ways = (fails, passes, fails, fails, passes, fails)
+    [outcome] = _ask([_item(name, way) for name, way in zip(names, ways, strict=True)], [_swept()])
+    assert [*outcome.kills] == ["tables", "drift"]
+    assert outcome.judged == ["tables", "interval", "drift"]
+
+
+def _swept() -> Mutant:
+    return next(mutant for mutant in everything() if not mutant.by_hand and not mutant.gpu_only)
 
 
 def test_rejected_sources_stop_the_run() -> None:
-    with pytest.raises(FalseKillError, match="layer 'toy' rejects the unmutated sources"):
-        judge([], [_layer("toy", lambda _: [_finding(False)])], [], _setting())
+    with pytest.raises(FalseKillError, match="check 'toy' rejects the unmutated sources"):
+        judge([], [_item("toy", fails)], _setting())
 
 
 def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     harmless = locate(Place("device/decode.py"), Edit("2.0**126", "float(2**126)"), SOURCES, "respelt")
     harmful = _named("bias twice")
     monkeypatch.setattr(session, "arguments", lambda *_: dict.fromkeys(("respelt", "bias twice"), "an argument"))
-    blind = [_layer("blind", lambda _: [_finding(True)])]
-    result = judge([harmless, harmful], blind, fixtures(CPU)[:1], _setting())
+    case = smallest(torch.float32)
+    blind = Check("blind", "Accepts everything.", "", Asked.OWN, lambda *_: [case], once, lambda *_: [_finding(True)])
+    result = judge([harmless, harmful], plan("small", CPU, 0, own=True, checks=[blind]), _setting())
     assert [judged.fate for judged in result.judged] == [Fate.EQUIVALENT, Fate.SURVIVED]
     assert result.exit_code == 1
 
 
+_KERNEL = "grouped_matmul_kernel"
+_OUTER = "grouped_outer_kernel"
+
+
 @pytest.mark.parametrize(
-    ("place", "edit", "layer"),
+    ("file", "function", "edit", "check"),
     [
-        (
-            Place("device/schedule.py", "Routing.tiles"),
-            Edit("block_m not in self._tiles", "not self._tiles"),
-            "schedule",
-        ),
-        (Place("device/schedule.py", "tiles_kernel"), Edit("t = start + ...", "t = ..."), "schedule"),
-        (
-            Place("device/grouped_matmul.py", "grouped_matmul_kernel"),
-            Edit("rows < end", "rows < P", "target, keep = ..."),
-            "determinism",
-        ),
-        (Place("device/dequant.py", "dequantize_kernel"), Edit("tl.int64", "tl.int32", "expert = ..."), "indices"),
-        (
-            Place("device/dequant.py", "dequantize_experts"),
-            Edit("out.shape != shape or ... or ...", "out.shape != shape"),
-            "operators",
-        ),
-        (Place("device/schedule.py", "source_rows"), Edit("position < P", "position <= P"), "memory"),
-        (Place("device/schedule.py", "expert_rows"), Edit("tl.int64", "tl.int32", "end = ..."), "margins"),
-        (
-            Place("device/grouped_outer.py", "grouped_outer_kernel"),
-            Edit("tl.int64", "tl.int32", "expert = ..."),
-            "indices",
-        ),
-        (Place("device/slots.py", "combine_kernel"), Edit("tl.float32", "tl.float16", "gate = ..."), "integer"),
+        ("schedule", "Routing.tiles", Edit("block_m not in self.tables", "not self.tables"), "tables"),
+        ("schedule", "tiles_kernel", Edit("t = start + ...", "t = ..."), "tables"),
+        ("grouped_matmul", _KERNEL, Edit("rows < end", "rows < P", "target, keep = ..."), "determinism"),
+        ("dequant", "dequantize_kernel", Edit("tl.int64", "tl.int32", "expert = ..."), "index width, decoder"),
+        ("dequant", "dequantize_experts", Edit("out.shape != shape or ... or ...", "False"), "refusals"),
+        ("schedule", "source_rows", Edit("position < P", "position <= P"), "out of range"),
+        ("schedule", "expert_rows", Edit("tl.int64", "tl.int32", "end = ..."), "out of range"),
+        ("grouped_outer", _OUTER, Edit("tl.int64", "tl.int32", "expert = ..."), "index width"),
+        ("slots", "combine_kernel", Edit("tl.float32", "tl.float16", "gate = ..."), "integer, further"),
     ],
 )
-def test_a_guard_sees_what_it_was_made_for(place: Place, edit: Edit, layer: str) -> None:
-    """One mutant for each guard that came late: the cases before it let this one live."""
-    mutant = locate(place, edit, SOURCES, "late")
-    healthy, mutated = _ask([each for each in layers(CPU) if each.name == layer], [None, mutant])
+def test_a_check_sees_what_it_was_made_for(file: str, function: str, edit: Edit, check: str) -> None:
+    """One mutant for each check that came late: the cases before it let this one live."""
+    mutant = locate(Place(f"device/{file}.py", function), edit, SOURCES, "late")
+    [asked] = [each for each in CHECKS if each.name == check]
+    healthy, mutated = _ask(plan("small", CPU, 0, own=True, checks=[asked]), [None, mutant])
     assert healthy.kills == {}
-    assert set(mutated.kills) == {layer}
-
-
-def test_the_gate_itself_judges_mutants() -> None:
-    assert {layer.name for layer in gate_layers(CPU)} <= set(GUARDS)
-    asked = [layer for layer in gate_layers(CPU) if layer.name in ("operators", "margins")]
-    healthy, mutated = _ask(asked, [None, _named("operator drops the bias")])
-    assert healthy.kills == {}
-    assert set(mutated.kills) == {"operators"}
+    assert set(mutated.kills) == {check}
 
 
 def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
-    """A small sample by the layers that are not slow: `mxref mutants` runs larger ones, and all of it on request."""
+    """A small sample: `mxref mutants` runs larger ones, and all of it on request."""
     mutants = stratified([mutant for mutant in everything() if mutant.by_hand and not mutant.gpu_only], 8, seed=0)
-    quick = [layer for layer in layers(CPU) if not layer.slow]
-    result = judge(mutants, quick, fixtures(CPU), _setting())
+    result = judge(mutants, questions(CPU), _setting())
     assert [judged.mutant.name for judged in result.judged if judged.fate is Fate.SURVIVED] == []
     assert result.counts()[Fate.KILLED] + result.counts()[Fate.EQUIVALENT] == 8
     assert result.exit_code == 0  # at most one of them equivalent
 
 
 def test_the_matrix_survives_a_crash() -> None:
-    toys = [_layer("first", lambda _: [_finding(False)]), _layer("second", _crash)]
-    toys += [_layer("third", lambda _: [_finding(False)]), _layer("fourth", lambda _: [_finding(True)])]
+    toys = [_item("first", fails), _item("second", _crash)]
+    toys += [_item("third", fails), _item("fourth", passes)]
     told: list[Outcome] = []
-    [outcome] = run([None], questions(toys), _setting(matrix=True), on_outcome=told.append)
+    [outcome] = run([_named("bias twice")], toys, _setting(matrix=True), on_outcome=told.append)
     assert set(outcome.kills) == {"first", "second", "third"}
     assert outcome.judged == ["first", "second", "third", "fourth"]
     assert told == [outcome]
 
 
-def test_a_record_tells_what_happened_and_when_it_is_stale(tmp_path: Path) -> None:
-    mutants = [_named("bias twice"), _named("nibbles swapped")]
-    verdicts = {"bias twice": {"integer": "a reason"}, "nibbles swapped": {}}
-    recorded = Session("cpu", "digest", True, ["integer", "decode"])
-    recorded.judged += [
-        Judged(mutant, Fate.KILLED if verdicts[mutant.name] else Fate.SURVIVED, verdicts[mutant.name], 1.0)
-        for mutant in mutants
+def _recorded() -> Session:
+    """Two mutants by hand and two of the sweep, of which the last survived."""
+    swept = [mutant.name for mutant in everything() if not mutant.by_hand][:2]
+    kills = {"bias twice": ["integer", "interval"], "nibbles swapped": ["tables"], swept[0]: ["integer"], swept[1]: []}
+    found = Session("cpu", True, ["integer", "tables", "interval"])
+    found.judged += [
+        Judged(_named(name), Fate.KILLED if checks else Fate.SURVIVED, dict.fromkeys(checks, "a reason"))
+        for name, checks in kills.items()
     ]
-    path = tmp_path / "record" / "mutants.json"
-    record.write(recorded, SOURCES, path)
-    entry, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
-    assert entry["killed"] == {"bias twice": ["integer"]}
-    assert entry["survived"] == ["nibbles swapped"]
-    assert "1 of 2 mutants killed" in text
-    assert "tl.join(nibbles >> 4, nibbles & 0xF)" in text
-    assert record.stale(entry, mutants, SOURCES) == ""
-    assert record.unexplained(entry, mutants, SOURCES) == mutants[1:]
-    assert [judged.mutant for judged in record.judged_before(entry, mutants)] == mutants[:1]
-    with pytest.raises(ValueError, match="another catalogue"):
-        record.unexplained(entry, [*mutants, _named("sign bit lost")], SOURCES)
-    commented = SOURCES | {
-        "device/decode.py": Source("device/decode.py", SOURCES["device/decode.py"].text + "# a comment\n")
-    }
-    assert record.stale(entry, mutants, commented) == ""
-    changed = SOURCES | {"device/decode.py": Source("device/decode.py", SOURCES["device/decode.py"].text + "x = 1\n")}
-    assert "older than kernels/device/decode.py; refresh it: mxref mutants --all" in record.stale(
-        entry, mutants, changed
-    )
+    return found
 
 
-def test_the_record_of_the_whole_catalogue() -> None:
-    """Nothing survived. A kernel that changed since is an expected failure; the sample above judges it as it is."""
-    if not record.RECORD.is_file():
-        pytest.xfail(f"nothing is recorded yet; run {record.COMMANDS['cpu']}")
-    entry = json.loads(record.RECORD.read_text())
-    assert entry["survived"] == []
+def test_tables_tell_what_each_check_is_needed_for() -> None:
+    found = _recorded()
+    assert [row for row in kills_by_check(found) if row[0] in found.checks] == [
+        ["integer", "1", "0", "1"], ["tables", "1", "1", "0"], ["interval", "1", "0", "0"],
+    ]  # fmt: skip
+    assert kills_by_kind(found)[-1] == ["all", "4", "3", "2 (50%)"], "a foreign kernel is not asked for tables"
+    assert [*idle(found)] == ["integer", "interval"]
+
+
+def test_a_record_is_plain_data_and_a_page(tmp_path: Path) -> None:
+    found = _recorded()
+    mutants = [judged.mutant for judged in found.judged]
+
+    def page(entry: records.Entry) -> str:
+        return as_markdown(found, SOURCES, entry)
+
+    path = records.write("mutants", payload(found), CPU, tmp_path, texts=texts(mutants, SOURCES), page=page)
+    entry, text = records.read(path), path.with_suffix(".md").read_text()
+    assert entry["passed"] is False
+    assert entry["killed"]["bias twice"] == ["integer", "interval"]
+    assert entry["survived"] == [mutants[-1].name]
+    assert entry["killed as a foreign kernel would be"] == 2
+    assert "kernels/device/decode.py" in entry["sources"]
+    assert left_open(entry, mutants) == mutants[-1:]
+    assert [judged.mutant for judged in judged_before(entry, mutants)] == mutants[:-1]
+    with pytest.raises(ValueError, match="another catalogue; write it again: mxref mutants --all --record"):
+        left_open(entry, [*mutants, _named("sign bit lost")])
+    assert "3 of 4 mutants killed, 2 as a foreign kernel would be" in text
+    assert "- **interval**: Ordinary numbers." in text
+    assert mutants[-1].edit(SOURCES[mutants[-1].place.file].text)[1] in text
+
+
+@pytest.mark.parametrize("path", sorted(records.EVIDENCE.glob("*/mutants.json")), ids=lambda path: path.parent.name)
+def test_what_is_recorded_is_explained(path: Path) -> None:
+    entry = records.read(path)
+    assert (entry["survived"], entry["unjudged"]) == ([], [])
     assert len(entry["equivalent"]) <= EQUIVALENT_SHARE * (len(entry["equivalent"]) + len(entry["killed"]))
-    mutants = [mutant for mutant in everything() if not mutant.gpu_only]
-    told = record.stale(entry, mutants, SOURCES)
-    if told:
-        pytest.xfail(told)
-    assert {*entry["killed"], *entry["equivalent"]} == {mutant.name for mutant in mutants}
-
-
-@pytest.mark.parametrize(
-    "path", sorted(record.EVIDENCE.glob("nvidia-*/mutants.json")), ids=lambda path: path.parent.name
-)
-def test_the_record_of_what_only_a_gpu_shows(path: Path) -> None:
-    """What it leaves open is an expected failure, with the command that goes on."""
-    entry = json.loads(path.read_text())
-    mutants = [mutant for mutant in everything() if mutant.gpu_only]
-    told = record.stale(entry, mutants, SOURCES)
-    if told:
-        pytest.xfail(told)
-    left = record.unexplained(entry, mutants, SOURCES)
-    if left:
-        pytest.xfail(f"{len(left)} of {len(mutants)} are open; go on: {entry['command'].replace('--all', '--rest')}")
-    assert len(entry["equivalent"]) <= EQUIVALENT_SHARE * len(mutants)
 
 
 def test_who_forks_for_a_gpu_never_touches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -323,13 +328,13 @@ def test_who_forks_for_a_gpu_never_touches_it(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", initialise)
     with pytest.raises(FalseKillError, match="CUDA was initialised"):  # by the child that judges the sources
-        judge([_named("tf32")], layers(cuda), fixtures(cuda), _setting(device=cuda))
+        judge([_named("tf32")], questions(cuda), _setting(device=cuda))
     assert str(os.getpid()) not in touched.read_text().split()
 
 
 def test_a_gpu_is_judged_where_only_it_rounds() -> None:
     """TF32, and parameters wider than the activations: values off the narrower grid are needed to see either."""
-    wide = {sample.case.name: sample.problem for sample in fixtures(torch.device("cuda"))}
+    wide = {case.name: draw(case).problem for case in drawn_cases("cuda")}
     parameters = wide["fp32 parameters"]
     for x in (parameters.lora_A, parameters.lora_B, parameters.gates, parameters.expert_biases):
         assert x is not None

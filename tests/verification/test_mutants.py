@@ -32,6 +32,7 @@ def everything() -> list[Mutant]:
 @pytest.mark.parametrize(("place", "bug"), BUGS, ids=[bug.name for _, bug in BUGS])
 def test_a_bug_by_hand_fits_the_sources(place: Place, bug: Bug) -> None:
     mutant = plant(place, bug, SOURCES)
+    assert mutant.place == place, f"its code is in {mutant.place} now: say so in the catalogue"
     text = SOURCES[mutant.place.file].text
     assert ast.dump(ast.parse(mutant.apply(text))) != ast.dump(ast.parse(text))
     assert bug.why

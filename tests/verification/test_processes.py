@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import operator
 import os
 import signal
@@ -28,6 +29,7 @@ def leave(send: Send, code: int) -> None:
 
 
 def die(send: Send, number: int) -> None:
+    faulthandler.disable()
     os.kill(os.getpid(), number)
     time.sleep(3600)
 
@@ -92,7 +94,8 @@ def test_a_crash_is_told_from_an_end_from_outside(number: signal.Signals) -> Non
 
 
 def test_processor_time_ends_a_child_that_hears_no_signal() -> None:
-    _, ended = _heard(Job("", spin, limits=Limits(processor=0.3)))
+    """However long that takes by the clock: a child that computes is not silent."""
+    _, ended = _heard(Job("", spin, limits=Limits(processor=0.3, silence=0.01)))
     assert (ended.over, ended.from_outside) == ("processor", False)
     assert ended.seconds > 0.3
 

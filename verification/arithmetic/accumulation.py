@@ -20,7 +20,10 @@ from torch import Tensor
 from mxref.rounding import min_exponent
 from mxref.verification.arithmetic.metrics import pow2_floor
 
-__all__ = ["ACCUMULATIONS", "UNDERFLOW", "Accumulation", "Accumulator", "Order", "Product", "U", "gamma"]
+__all__ = [
+    "ACCUMULATIONS", "UNDERFLOW", "Accumulation", "Accumulator", "Order", "Product", "U", "default_accumulation",
+    "gamma",
+]  # fmt: skip
 
 U = 2.0**-24
 """Unit roundoff of fp32: one addition or product, rounded to nearest, errs by at most U relative to its result."""
@@ -80,6 +83,19 @@ class Accumulation:
         """Whether the bound follows the sum; an undeclared one is order-free, and weak."""
         return self.kind != "undeclared"
 
+    def __str__(self) -> str:
+        """The name in ACCUMULATIONS, or the declaration in words."""
+        name = next((name for name, known in ACCUMULATIONS.items() if known == self), None)
+        if name is not None:
+            return name
+        kind = {
+            "tensor_core": f"tensor core, steps of {self.step}, {self.fraction_bits} fraction bits",
+            "fp32_blocks": f"fp32 in blocks of {self.step}",
+            "undeclared": "any order",
+        }[self.kind]
+        parts = [kind, f"LoRA product {self.lora}", "bias first" if self.bias_inside else "bias last"]
+        return ", ".join([*parts, *(f"{product} in its own order" for product in self.orders)])
+
 
 ACCUMULATIONS: dict[str, Accumulation] = {
     "tensor-core-sm90": Accumulation("tensor_core", step=16, fraction_bits=25),  # also sm_100, sm_120
@@ -88,6 +104,14 @@ ACCUMULATIONS: dict[str, Accumulation] = {
     "undeclared": Accumulation("undeclared"),
 }
 """Declarations by name. Step and fraction bits of tensor cores: MMA-Sim, table of fused dot-add parameters."""
+
+
+def default_accumulation(device: torch.device) -> Accumulation:
+    """What a candidate without a declaration is judged by first: the tensor cores of the GPU, or blocks of 64."""
+    if device.type == "cpu":
+        return ACCUMULATIONS["fp32-blocks-64"]
+    newest = torch.cuda.get_device_capability(device) >= (9, 0)
+    return ACCUMULATIONS["tensor-core-sm90" if newest else "tensor-core-sm80"]
 
 
 def gamma(n: float, unit: float = U) -> float:

@@ -20,11 +20,11 @@ __all__ = [
     "ALPHA",
     "ANY",
     "FEW",
-    "INTERPRETED_RUNS",
     "NAMED",
     "ON_A_GRID",
     "RMS_TOLERANCE",
     "RUNS",
+    "RUNS_INTERPRETED",
     "SINGULAR",
     "TILE",
     "UNIFORM",
@@ -50,7 +50,7 @@ NAMED = 2.0**-7
 RUNS = 10
 """Runs that must agree by bits: a race that shows in every third run stays hidden in 0.67^9, 3 % of such tests."""
 
-INTERPRETED_RUNS = 3
+RUNS_INTERPRETED = 3
 """The same under the interpreter, which runs one program after the other: nothing can race, only memory can differ."""
 
 RMS_TOLERANCE = 1e-9

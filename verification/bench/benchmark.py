@@ -20,10 +20,13 @@ from mxref.verification.bench.paths import Path
 from mxref.verification.bench.racing import Effort, Row, time_shape
 from mxref.verification.bench.timing import Ceilings, Clock
 from mxref.verification.bench.workloads import Shape
-from mxref.verification.candidates import candidate as candidates
+from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
-from mxref.verification.cases.suites import integer_cases, usual_dtype
-from mxref.verification.gate.run import GateResult, case_steps, decode_steps, run_gate
+from mxref.verification.cases.small import usual_dtype
+from mxref.verification.cases.suites import decode_cases, integer_cases
+from mxref.verification.gate.plan import plan_cases
+from mxref.verification.gate.result import GateResult
+from mxref.verification.gate.run import run_gate
 from mxref.weights import decode_mxfp4
 
 __all__ = ["Bench", "gate_paths", "run_benchmark"]
@@ -76,16 +79,17 @@ def gate_paths(paths: Iterable[Path], device: torch.device, seed: int = 0) -> li
     dtype = usual_dtype(device.type)
     classes = {"thin": (8, 24), "medium": (2, 64), "thick": (2, 256)}  # experts, tokens: 6, 64 and 256 rows an expert
     names = {"integer", "integer, no LoRA"} if cpu else {"integer, bf16", "integer, no LoRA, bf16"}
-    cases = [case for case in integer_cases(device.type) if case.name in names]
+    cases = [case for case in integer_cases("quick", device.type) if case.name in names]
     for name, (experts, tokens) in list(classes.items())[: 1 if cpu else None]:
         K, N = (128, 192) if cpu else (512, 384)
         layer = Case(f"{name} rows", experts, K, N, tokens, 2, 16, dtype, data="balanced")
         cases += [layer, replace(layer, name=f"{name} rows, base", rank=0, grouped_in=True, grouped_out=True)]
-    shipped, ours = candidates.shipped(device), [path for path in paths if path.ours and "layer" in path.parts]
-    judged = [replace(shipped, name=f"path: {path.name}", call=_as_candidate(path), decode=None) for path in ours]
-    steps = case_steps(cases, device, seed)
-    results = [run_gate(each, steps, device, suite="benchmark", seed=seed, strict=True) for each in judged]
-    return [*results, run_gate(shipped, decode_steps(device), device, suite="benchmark", seed=seed, strict=True)]
+    kernels, ours = shipped(device), [path for path in paths if path.ours and "layer" in path.parts]
+    judged = [replace(kernels, name=f"path: {path.name}", call=_as_candidate(path), decode=None) for path in ours]
+    items = plan_cases(cases, device, seed)
+    decoding = plan_cases(decode_cases("quick", device.type), device, seed)
+    results = [run_gate(each, items, device, suite="benchmark", seed=seed, strict=True) for each in judged]
+    return [*results, run_gate(kernels, decoding, device, suite="benchmark", seed=seed, strict=True)]
 
 
 def _as_candidate(path: Path) -> Callable[..., Tensor]:

@@ -20,8 +20,7 @@ import torch
 from mxref.verification.bench.paths import Path, our_paths
 from mxref.verification.bench.racing import runnable
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
-from mxref.verification.cli.options import choose_device
+from mxref.verification.cases.small import usual_dtype
 
 __all__ = ["first_call", "first_step"]
 
@@ -59,9 +58,8 @@ def _finish(device: torch.device) -> None:
 
 
 def _main(device_type: str, shape: str) -> None:
-    device = choose_device(device_type)
     automatic = next(path for path in our_paths() if path.name == "automatic")
-    print(first_step(Shape(**json.loads(shape)), device, automatic))
+    print(first_step(Shape(**json.loads(shape)), torch.device(device_type), automatic))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,24 @@
 """Speed over commits, on ratios alone: a time over the reference's and a time over the limit, never a time.
 
-Each benchmark that was kept as evidence also lies under `evidence/<gpu>/history/`. A row that is slower than it was,
-beyond the noise of both runs, fails. The noise of a ratio is the range of its rounds over their median; the band is the
-sum of both runs' noise, and at least `FLOOR`. The limit's ratio adds how far each run's ceilings moved meanwhile, and
-how far apart the two runs' limits are: the same shape's, so only the machines differ.
+Each benchmark that is kept leaves its ratios in `evidence/<gpu>/history/`. A row that is slower than it was, beyond
+the noise of both runs, fails. The noise of a ratio is the range of its rounds over their median; the band is the sum of
+both runs' noise, and at least `FLOOR`. The limit's ratio adds how far each run's ceilings moved meanwhile, and how far
+apart the two runs' limits are: the same shape's, so only the machines differ.
 
 What a row is held against is the best of all earlier runs, so that many small losses add up to one that shows; a pinned
-run replaces it. Rows of others are shown and not judged.
+run replaces it. Only this project's ways are kept.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.records import evidence
+from mxref.verification.bench.benchmark import Bench
+from mxref.verification.bench.racing import Row, digits
 
-__all__ = ["FLOOR", "Change", "Entry", "Key", "judge", "load_history", "noise"]
+__all__ = ["FLOOR", "Change", "Entry", "Key", "as_entry", "judge", "noise", "ratios_of"]
 
 FLOOR = 0.05
 """The narrowest band: what the same sources differ by between two machines of one kind."""
@@ -91,32 +89,43 @@ class Change:
         )
 
 
-def load_history(root: Path = EVIDENCE) -> dict[str, list[Entry]]:
-    """Every kept benchmark by GPU folder, oldest first.
-
-    Raises:
-        ValueError: a file is no record, or was changed by hand.
-    """
-    history: dict[str, list[Entry]] = {}
-    for path in sorted(root.glob("*/history/*.json")):
-        history.setdefault(path.parent.parent.name, []).append(_entry(evidence.load(path)))
-    return {gpu: sorted(entries, key=lambda entry: entry.started) for gpu, entries in history.items()}
+def ratios_of(bench: Bench) -> dict[str, Any]:
+    """What the history keeps of a benchmark, as plain data: its own ways' ratios, each with its rounds' range."""
+    return {
+        "started": bench.started,
+        "commit": bench.commit,
+        "drift": round(bench.drift, 4),
+        "rows": [_ratios(row) for row in bench.rows if row.ours],
+    }
 
 
-def _entry(data: dict[str, Any]) -> Entry:
-    rows = {(row["shape"], row["measure"], row["path"]): row for row in data["rows"]}
-    return Entry(data["gpu"], data["started"], data["commit"], data["digest"], data["ceilings"]["drift"], rows)
+def _ratios(row: Row) -> dict[str, Any]:
+    named = {name: getattr(row, name) for name in ("shape", "measure", "path", "reference", "status")}
+    if not row.ok:
+        return named
+    numbers = {
+        "ratio": row.ratio, "ratio_low": min(row.ratios), "ratio_high": max(row.ratios), "limit": row.limit,
+        "limit_ratio": row.limit_ratio, "limit_ratio_low": min(row.limit_ratios),
+        "limit_ratio_high": max(row.limit_ratios),
+    }  # fmt: skip
+    return named | {"mode": row.mode} | {name: digits(number) for name, number in numbers.items()}
+
+
+def as_entry(kept: Mapping[str, Any]) -> Entry:
+    """A record of the kind "history", read."""
+    rows = {(row["shape"], row["measure"], row["path"]): row for row in kept["rows"]}
+    return Entry(kept["device"], kept["started"], kept["commit"], kept["digest"], kept["drift"], rows)
 
 
 def noise(entry: Entry, key: Key, of: Ratio) -> float:
     """Relative noise of one ratio within its own run."""
-    rounds = entry.rows[key][f"{of}_rounds"]
-    spread: float = (max(rounds) - min(rounds)) / statistics.median(rounds)
+    row = entry.rows[key]
+    spread: float = (row[f"{of}_high"] - row[f"{of}_low"]) / row[of]
     return spread + (entry.drift if of == "limit_ratio" else 0.0)
 
 
 def judge(entries: Sequence[Entry], baseline: str | None = None) -> list[Change]:
-    """The latest run's changes, one a ratio of each of our rows that an earlier run has too.
+    """The latest run's changes, one a ratio of each row that an earlier run has too.
 
     Args:
         entries: of one GPU, oldest first.
@@ -129,10 +138,9 @@ def judge(entries: Sequence[Entry], baseline: str | None = None) -> list[Change]
     if baseline is not None:
         earlier = [pinned(earlier, baseline)]
     changes = []
-    for key, row in latest.rows.items():
-        if row["ours"]:
-            for of in ("ratio", "limit_ratio"):
-                changes += _change(earlier, latest, key, of)
+    for key in latest.rows:
+        for of in ("ratio", "limit_ratio"):
+            changes += _change(earlier, latest, key, of)
     return changes
 
 
@@ -161,7 +169,7 @@ def _change(earlier: Iterable[Entry], latest: Entry, key: Key, of: Ratio) -> lis
         return []
     best = min(comparable, key=lambda entry: entry.rows[key][of])
     before, since = best.rows[key][of], best.name
-    beside = row.get("reference", "composite")  # early records name none
+    beside = row["reference"]
     if row["status"] != "ok":
         return [Change(key, of, None, before, 0.0, since, row["status"], beside)]
     band = max(FLOOR, noise(best, key, of) + noise(latest, key, of))

@@ -1,6 +1,7 @@
 """The ways that are timed, and the reference beside which each of them is.
 
-The layer and its base products stand beside the composite. A decoder stands beside a copy of as many bytes.
+The layer and its base products stand beside the composite. A decoder stands beside a copy of as many bytes. On a CPU,
+TRITON_INTERPRET=1 must be set before this module is imported, since it imports the kernels.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxref.kernels import dequantize_experts, parallel_linear_lora
+from mxref.kernels.device.dequant import active_or_sentinel
+from mxref.kernels.device.schedule import Routing
 from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
-from mxref.verification.candidates import foreign as outside
+from mxref.verification.candidates import foreign
 from mxref.weights import MXWeights
 
 __all__ = ["COMPOSITE", "COPY", "DEQUANTISED", "REFERENCES", "Path", "every_path", "our_paths", "peers", "reference"]
@@ -65,7 +69,7 @@ class Path:
 def _composite(*, offs: Tensor | None = None, **operands: Any) -> Tensor:
     if offs is not None:
         return torch._grouped_mm(operands["inputs"], operands["expert_weights"], offs=offs)
-    return outside.grouped_mm(**operands, sentinels=False)
+    return foreign.grouped_mm(**operands, sentinels=False)
 
 
 def _composite_operands(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
@@ -116,9 +120,7 @@ def every_path(installed: bool = True) -> list[Path]:
 
 
 def our_paths() -> list[Path]:
-    """This project's kernels. On a CPU, TRITON_INTERPRET=1 must be set before this first imports them."""
-    from mxref.kernels import parallel_linear_lora
-
+    """This project's kernels."""
     fused = partial(parallel_linear_lora, use_fused_dX=True, use_fused_gather=True)
     return [
         Path("dense", "our kernels on bf16 weights", parallel_linear_lora, _dense, 2.0),
@@ -132,11 +134,9 @@ def our_paths() -> list[Path]:
 def _strategy_a(
     *, inputs: Tensor, expert_weights: Any, sorted_scattered_idxs: Tensor, expert_offsets: Tensor, **operands: Any
 ) -> Tensor:
-    from mxref.kernels import parallel_linear_lora
-
     return parallel_linear_lora(
         inputs,
-        _dequantize(expert_weights, _active(sorted_scattered_idxs, expert_offsets), inputs.dtype).mT,
+        dequantize_experts(expert_weights, _active(sorted_scattered_idxs, expert_offsets), inputs.dtype).mT,
         sorted_scattered_idxs=sorted_scattered_idxs,
         expert_offsets=expert_offsets,
         **operands,
@@ -144,20 +144,11 @@ def _strategy_a(
 
 
 def _active(positions: Tensor, offsets: Tensor) -> Tensor:
-    from mxref.kernels.device.dequant import active_or_sentinel
-    from mxref.kernels.device.schedule import Routing
-
     return active_or_sentinel(Routing(positions, offsets))
 
 
-def _dequantize(weights: MXWeights, experts: Tensor, dtype: torch.dtype) -> Tensor:
-    from mxref.kernels import dequantize_experts
-
-    return dequantize_experts(weights, experts, dtype)
-
-
 def _decode(*, weights: MXWeights, experts: Tensor, active: int, dtype: torch.dtype) -> Tensor:
-    return _dequantize(weights, experts, dtype)[:active]
+    return dequantize_experts(weights, experts, dtype)[:active]
 
 
 def _decode_operands(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
@@ -175,12 +166,12 @@ class _DecodedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: MXWeights, experts: Tensor, ends: Tensor) -> Tensor:
         ctx.weights = weights
         ctx.save_for_backward(experts, ends)
-        return torch._grouped_mm(x, _dequantize(weights, experts, x.dtype).mT, offs=ends)
+        return torch._grouped_mm(x, dequantize_experts(weights, experts, x.dtype).mT, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         experts, ends = ctx.saved_tensors
-        decoded = _dequantize(ctx.weights, experts, gradient.dtype)
+        decoded = dequantize_experts(ctx.weights, experts, gradient.dtype)
         return torch._grouped_mm(gradient, decoded, offs=ends), None, None, None
 
 
@@ -224,7 +215,7 @@ def peers() -> list[Path]:
 
 def _axolotl() -> list[Path]:
     """Axolotl's layer. One tiling of its list instead of minutes of tuning a shape."""
-    layer, container = outside.load_axolotl()
+    layer, container = foreign.load_axolotl()
 
     def packed(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
         w = operands["expert_weights"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["crossover", "over_commits", "roofline", "save_history"]
 
 Record = Mapping[str, Any]
-"""A kept benchmark, as `evidence.load` gives it."""
+"""A kept benchmark, as `records.record.read` gives it."""
 
 
 def _rows(record: Record, measure: str, path: str) -> list[Mapping[str, Any]]:
@@ -66,8 +66,8 @@ def over_commits(axes: Axes, entries: Sequence[Entry], measure: str = "step", pa
             if key in entry.rows and entry.rows[key]["status"] == "ok"
         ]
         x, y = [i for i, _ in points], [row["ratio"] for _, row in points]
-        low = [max(0.0, row["ratio"] - min(row["ratio_rounds"])) for _, row in points]
-        high = [max(0.0, max(row["ratio_rounds"]) - row["ratio"]) for _, row in points]
+        low = [row["ratio"] - row["ratio_low"] for _, row in points]
+        high = [row["ratio_high"] - row["ratio"] for _, row in points]
         axes.errorbar(x, y, yerr=(low, high), marker="o", markersize=4, linewidth=1.2, capsize=2, label=shape)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(entries)), [entry.name for entry in entries], rotation=30, ha="right", fontsize=7)

@@ -17,9 +17,9 @@ from torch import Tensor
 from mxref.verification.bench.paths import Path, reference
 from mxref.verification.bench.timing import Captured, Clock, Run
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.small import usual_dtype
 
-__all__ = ["AGREEMENT", "Effort", "Row", "runnable", "time_shape"]
+__all__ = ["AGREEMENT", "Effort", "Row", "digits", "distance", "runnable", "time_shape"]
 
 AGREEMENT = 2.0**-6
 """Largest ‖path − reference‖ / ‖reference‖ of a tensor. Each side rounds to bf16 a few times, by 2^-9 at most: eight
@@ -103,6 +103,11 @@ class Row:
         """Time over the limit."""
         return self.median / self.limit
 
+    @property
+    def limit_ratios(self) -> tuple[float, ...]:
+        """Round by round."""
+        return tuple(statistics.median(round_) / self.limit for round_ in self.samples)
+
 
 def time_shape(shape: Shape, paths: Sequence[Path], device: torch.device, clock: Clock, effort: Effort) -> list[Row]:
     """Every measure of one shape, the reference first; limits are left to the caller, who knows the ceilings."""
@@ -146,9 +151,9 @@ def _time_measure(
     for path in paths:
         try:
             side = _ready(workload, measure, path, clock)
-            distance = _distance(side.results, other.results)
-            if not distance <= AGREEMENT:
-                status = f"disagrees with the {beside.name} by {distance:.2g}"
+            apart = distance(side.results, other.results)
+            if not apart <= AGREEMENT:
+                status = f"disagrees with the {beside.name} by {apart:.2g}"
                 rows.append(_lost(workload.shape, measure, path, mean, status))
             else:
                 rows.append(_row(workload, measure, path, side, _alternate(side, other, clock, effort)))
@@ -268,7 +273,7 @@ def _no_room(shape: Shape, measure: Measure, paths: Sequence[Path], mean: float)
     return [_lost(shape, measure, path, mean, "out of memory") for path in (reference(measure), *paths)]
 
 
-def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative distance of a tensor; NaN when one holds a NaN."""
     worst = torch.zeros((), device=expected[0].device)
     for x, y in zip(results, expected, strict=True):
@@ -280,6 +285,11 @@ def _distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _flat(rounds: Iterable[Iterable[float]]) -> list[float]:
     return [sample for samples in rounds for sample in samples]
+
+
+def digits(x: float) -> float:
+    """Six significant digits: more is noise."""
+    return float(f"{x:.6g}")
 
 
 def _release() -> None:

@@ -1,10 +1,8 @@
-"""A benchmark as JSON, as Markdown for the README, and in a terminal. A ratio is a time over a time: less is faster."""
+"""A benchmark as plain data, as a page of Markdown, in a terminal. A ratio is a time over a time: less is faster."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,22 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from mxref.verification.bench.benchmark import Bench
-from mxref.verification.bench.racing import AGREEMENT, Row
-from mxref.verification.bench.summary import eager_mark, markdown_line, once, summary
-from mxref.verification.cli.options import EVIDENCE
-from mxref.verification.records import evidence
+from mxref.verification.bench.racing import Row, digits
+from mxref.verification.bench.summary import BEYOND, eager_mark, markdown_table, once, summary
 
-__all__ = ["as_json", "as_markdown", "print_bench", "readme_block", "record", "update_readme"]
+__all__ = ["as_json", "as_markdown", "print_bench"]
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-"""What stands between them in the README is generated."""
-
-BEYOND = "the operands and the results"
-"""What a benchmark's extra memory leaves out; the first ones named nothing, and left out the operands alone."""
+_NAMES = ("shape", "measure", "path", "reference", "ours", "rows_per_expert", "status")
+_NUMBERS = (
+    "median", "spread", "ratio", "limit", "limit_ratio", "eager", "rows_per_s", "flops_per_s", "bytes_per_s"
+)  # fmt: skip
 
 
 def as_json(bench: Bench) -> dict[str, Any]:
-    """Everything that was measured but the single samples, which pytest-benchmark's own file keeps."""
+    """Everything that was measured but the single samples; see `samples`."""
     return {
         "passed": bench.exit_code == 0,
         "started": bench.started,
@@ -38,73 +33,33 @@ def as_json(bench: Bench) -> dict[str, Any]:
         "gate": [
             {"candidate": g.candidate.name, "verdict": str(g.verdict), "findings": len(g.findings)} for g in bench.gates
         ],
-        "rounds": bench.effort.rounds,
         "ceilings": {
             "matmul_flops": bench.ceilings.matmul,
             "copy_bytes": bench.ceilings.copy,
             "drift": round(bench.drift, 4),
         },
-        "agreement": AGREEMENT,
-        "first_call_seconds": None if bench.first_call is None else _digits(bench.first_call),
-        "extra_beyond": BEYOND,
+        "first_call_seconds": None if bench.first_call is None else digits(bench.first_call),
         "rows": [_row_json(row) for row in bench.rows],
     }
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    names = ("shape", "measure", "path", "reference", "ours", "rows_per_expert", "status")
-    named = {name: getattr(row, name) for name in names}
+    named = {name: getattr(row, name) for name in _NAMES}
     if not row.ok:
         return named
-    rounds = [sorted(samples)[len(samples) // 2] for samples in row.samples]
-    return named | {
-        "mode": row.mode,
-        "median": _digits(row.median),
-        "spread": _digits(row.spread),
-        "ratio": _digits(row.ratio),
-        "ratio_rounds": [_digits(ratio) for ratio in row.ratios],
-        "limit": _digits(row.limit),
-        "limit_ratio": _digits(row.limit_ratio),
-        "limit_ratio_rounds": [_digits(seconds / row.limit) for seconds in rounds],
-        "samples": sum(map(len, row.samples)),
-        "eager": _digits(row.eager),
-        "eager_ratio": _digits(row.eager_ratio),
-        "rows_per_s": _digits(row.rows_per_s),
-        "flops_per_s": _digits(row.flops_per_s),
-        "bytes_per_s": _digits(row.bytes_per_s),
-        "extra_bytes": row.extra_bytes,
-    }
-
-
-def record(bench: Bench, root: Path) -> Path:
-    """Keep a benchmark as evidence: `bench.json`, `bench.md`, and a copy under `history/`; the first one's path.
-
-    Raises:
-        ValueError: the benchmark has not passed; its gate is red or one of our ways failed.
-        RuntimeError, OSError: see `evidence.record`.
-    """
-    if bench.exit_code:
-        raise ValueError("a benchmark that has not passed is no evidence")
-    path = evidence.record(root, "bench", as_json(bench))
-    entry = evidence.load(path)
-    path.with_suffix(".md").write_text(as_markdown(entry), encoding="utf-8")
-    kept = path.parent / "history" / f"{bench.started.replace(':', '')}-{entry['digest'][:8]}.json"
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_bytes(path.read_bytes())
-    return path
+    numbers = {name: digits(getattr(row, name)) for name in _NUMBERS}
+    return named | {"mode": row.mode, "extra_bytes": row.extra_bytes} | numbers
 
 
 def as_markdown(entry: Mapping[str, Any]) -> str:
     """One record in full: the summary that the README includes, then a table a measure."""
-    lines = [f"# Speed on {entry['gpu']}", "", *summary(entry), ""]
+    lines = [f"# Speed on {entry['device']}", "", *summary(entry), ""]
     for measure, rows in _by_measure(entry).items():
-        lines += [f"## {measure}", "", markdown_line(_columns(rows)), markdown_line(["---"] * 2 + ["---:"] * 9)]
-        lines += [markdown_line(_cells(row)) for row in rows] + [""]
+        lines += [f"## {measure}", "", *markdown_table(_columns(rows), map(_cells, rows), left=2), ""]
     lines.append(
         "Medians of device time: of CUDA graphs where both sides can be captured, eager where marked ᵉ. IQR is the "
         "interquartile range over the median. TFLOP/s count useful operations; TB/s count each active weight in the "
-        "form that is read, each input and each output once. Extra memory is the peak beyond "
-        f"{entry.get('extra_beyond', 'the operands, results included')}."
+        f"form that is read, each input and each output once. Extra memory is the peak beyond {BEYOND}."
     )
     return "\n".join(lines) + "\n"
 
@@ -117,8 +72,7 @@ def _by_measure(data: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    beside = rows[0].get("reference", "composite")
-    figures = ("IQR", f"÷ {beside}", "÷ limit", "eager, ms", "Mrow/s", "TFLOP/s", "TB/s", "extra, MB")
+    figures = ("IQR", f"÷ {rows[0]['reference']}", "÷ limit", "eager, ms", "Mrow/s", "TFLOP/s", "TB/s", "extra, MB")
     return ["shape", "way", "median, ms", *figures]
 
 
@@ -139,26 +93,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['bytes_per_s'] / 1e12:.2f}",
         "" if extra is None else f"{extra / 1e6:,.0f}",
     ]
-
-
-def readme_block(root: Path = EVIDENCE) -> str:
-    """What the README says about speed: every GPU's summary, between the markers; from the records alone."""
-    parts = []
-    for path in sorted(root.glob("*/bench.json")):
-        full = f"verification/evidence/{path.parent.name}/bench.md"
-        parts += ["", *summary(evidence.load(path)), "", f"Every figure: [bench.md]({full})."]
-    return "\n".join([BEGIN, *(parts or ["", "No GPU has been measured yet."]), "", END])
-
-
-def update_readme(readme: Path, root: Path = EVIDENCE) -> bool:
-    """Put the block into a README; whether it has the markers."""
-    text = readme.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        return False
-    readme.write_text(head + readme_block(root) + tail, encoding="utf-8")
-    return True
 
 
 def print_bench(bench: Bench, console: Console) -> None:
@@ -198,13 +132,3 @@ def _table(measure: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(first if first != previous else "", *cells, style=style)
         previous = row["shape"]
     return table
-
-
-def dumps(bench: Bench) -> str:
-    """The JSON text of a benchmark that is no evidence."""
-    return json.dumps(as_json(bench), indent=1, allow_nan=False) + "\n"
-
-
-def _digits(x: float) -> float:
-    """Six significant digits: more is noise."""
-    return float(f"{x:.6g}")

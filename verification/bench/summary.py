@@ -1,14 +1,14 @@
-"""A benchmark in brief, from its record alone: what the README includes. A ratio is a time over a time: less is faster.
-
-Records of before a measure, a way or a field was there have no lines about it.
-"""
+"""A benchmark in brief, from its record: what the README includes. A ratio is a time over a time: less is faster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["eager_mark", "markdown_line", "once", "summary"]
+__all__ = ["BEYOND", "eager_mark", "markdown_table", "once", "summary"]
+
+BEYOND = "the operands and the results"
+"""What a benchmark's extra memory leaves out."""
 
 Row = Mapping[str, Any]
 Rows = Mapping[tuple[str, str, str], Row]
@@ -20,8 +20,8 @@ def summary(entry: Mapping[str, Any]) -> list[str]:
     rows = {(row["measure"], row["shape"], row["path"]): row for row in entry["rows"]}
     v, ceilings = entry["versions"], entry["ceilings"]
     lines = [
-        f"{entry['started'][:10]}, {entry['gpu']}, torch {v['torch']}, triton {v['triton']}, CUDA {v['cuda']}, driver "
-        f"{v['driver']}, kernels `{entry['digest'][:12]}`. In the same run: bf16 matmul "
+        f"{entry['started'][:10]}, {entry['device']}, torch {v['torch']}, triton {v['triton']}, CUDA {v['cuda']}, "
+        f"driver {v['driver']}, kernels `{entry['digest'][:12]}`. In the same run: bf16 matmul "
         f"{ceilings['matmul_flops'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy_bytes'] / 1e12:.2f} TB/s.",
     ]
     lines += _every_way(rows, "step", "Whole step: forward, dX, dA, dB")
@@ -34,32 +34,28 @@ def summary(entry: Mapping[str, Any]) -> list[str]:
 def once(entry: Mapping[str, Any]) -> list[str]:
     """A sentence each on the first call and on the memory of the step on the dense shape, where they are known."""
     told = []
-    if entry.get("first_call_seconds") is not None:
+    if entry["first_call_seconds"] is not None:
         seconds = f"{entry['first_call_seconds']:.1f} s"
         told.append(f"First training step of a fresh process, every kernel still to be compiled: {seconds}.")
-    if "extra_beyond" in entry:
-        known = {
-            row["path"]: f"{row['extra_bytes'] / 1e6:,.0f} MB"
-            for row in entry["rows"]
-            if (row["measure"], row["shape"], row["status"]) == ("step", "dense", "ok")
-            and row["extra_bytes"] is not None
-        }
-        said = ", ".join(f"{path} {known[path]}" for path in ("automatic", "composite") if path in known)
-        if said:
-            told.append(f"Extra memory of the dense shape's step, beyond {entry['extra_beyond']}: {said}.")
-    return told
+    known = {
+        row["path"]: f"{row['extra_bytes'] / 1e6:,.0f} MB"
+        for row in entry["rows"]
+        if (row["measure"], row["shape"], row["status"]) == ("step", "dense", "ok") and row["extra_bytes"] is not None
+    }
+    said = ", ".join(f"{path} {known[path]}" for path in ("automatic", "composite") if path in known)
+    return [*told, f"Extra memory of the dense shape's step, beyond {BEYOND}: {said}."] if said else told
 
 
 def _every_way(rows: Rows, measure: str, title: str) -> list[str]:
     """A line a shape, a column a way: time over the composite's, and over the limit."""
     paths = _unique(path for m, _, path in rows if m == measure and path != "composite")
     shapes = _unique(shape for m, shape, path in rows if m == measure and path == "composite")
-    lines = ["", f"**{title}**; time over the composite's (over the limit)", ""]
-    lines += _header(["shape", "composite, ms", *paths])
-    for shape in shapes:
-        cells = [_ratios(rows.get((measure, shape, path))) for path in paths]
-        lines.append(markdown_line([shape, _composite(rows[measure, shape, "composite"]), *cells]))
-    return lines
+    rows_of = [
+        [shape, _composite(rows[measure, shape, "composite"]), *(_ratios(rows.get((measure, shape, p))) for p in paths)]
+        for shape in shapes
+    ]
+    heading = ["", f"**{title}**; time over the composite's (over the limit)", ""]
+    return [*heading, *markdown_table(["shape", "composite, ms", *paths], rows_of)]
 
 
 def _single_products(rows: Rows) -> list[str]:
@@ -73,15 +69,14 @@ def _single_products(rows: Rows) -> list[str]:
         f"**Single base products**; automatic's time over the best of {' and '.join(others)} (over the limit). "
         "**Decoding** the active experts; over a copy of as many bytes (over the limit)"
     )
-    lines = ["", title, "", *_header(["shape", "forward", "dX", "decoding"])]
+    cells = []
     for shape in _unique(shape for m, shape, _ in rows if m == "base dX"):
         products = [
             _over_best(rows.get((m, shape, "automatic")), [rows.get((m, shape, path)) for path in others])
             for m in ("base forward", "base dX")
         ]
-        decoding = _ratios(rows.get(("decode", shape, "dequantize_experts")))
-        lines.append(markdown_line([shape, *products, decoding]))
-    return lines
+        cells.append([shape, *products, _ratios(rows.get(("decode", shape, "dequantize_experts")))])
+    return ["", title, "", *markdown_table(["shape", "forward", "dX", "decoding"], cells)]
 
 
 def _composite(row: Row) -> str:
@@ -108,13 +103,10 @@ def eager_mark(row: Row) -> str:
     return "ᵉ" if row["mode"] == "eager" else ""
 
 
-def markdown_line(cells: Iterable[str]) -> str:
-    """One line of a table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def _header(columns: Sequence[str]) -> list[str]:
-    return [markdown_line(columns), markdown_line(["---", *["---:"] * (len(columns) - 1)])]
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> Iterator[str]:
+    """The lines of a table whose first `left` columns are words."""
+    for cells in (columns, [*["---"] * left, *["---:"] * (len(columns) - left)], *rows):
+        yield f"| {' | '.join(cells)} |"
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -19,10 +19,10 @@ from torch import Tensor
 from mxref.kernels import Config, parallel_linear_lora
 from mxref.kernels.device.configs import HOPPER_HEIGHTS, config_for, shape_class
 from mxref.kernels.device.launch import architecture
-from mxref.verification.bench.racing import AGREEMENT
+from mxref.verification.bench.racing import AGREEMENT, distance
 from mxref.verification.bench.timing import Clock
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
-from mxref.verification.cases.suites import usual_dtype
+from mxref.verification.cases.small import usual_dtype
 
 __all__ = ["Pinned", "Timing", "candidates", "compile_ahead", "pinned_costs", "tune_shape"]
 
@@ -109,12 +109,9 @@ def tune_shape(
     for config in dict.fromkeys([committed, *configs]):
         on_config(config)
         run = _step(workload, config)
-        for got, wanted in zip(run(), expected, strict=True):
-            distance = float(
-                torch.linalg.vector_norm((got - wanted).float()) / torch.linalg.vector_norm(wanted.float())
-            )
-            if not distance <= AGREEMENT:
-                raise ArithmeticError(f"{config} disagrees with the table's {committed} by {distance:.2g}")
+        apart = distance(run(), expected)
+        if not apart <= AGREEMENT:
+            raise ArithmeticError(f"{config} disagrees with the table's {committed} by {apart:.2g}")
         captured = clock.capture(run)
         seconds = statistics.median(clock.sample(captured.replay if captured else run, samples))
         kind = shape_class(shape.rows, shape.experts, dtype)

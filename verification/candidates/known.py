@@ -8,10 +8,12 @@ from importlib import import_module, metadata
 
 import torch
 
-from mxref.verification.candidates import foreign as outside
-from mxref.verification.candidates.candidate import Candidate, golden, load, shipped, torch_composite
+from mxref.verification.candidates import foreign
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.loading import load
+from mxref.verification.candidates.shipped import golden, shipped, torch_composite
 
-__all__ = ["ENTRIES", "Entry", "entry"]
+__all__ = ["ENTRIES", "OWN", "Entry", "entry"]
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,20 @@ class Entry:
 
 
 def _axolotl(device: torch.device) -> Candidate:
-    outside.load_axolotl()
-    return load(f"{outside.__name__}:axolotl")
+    foreign.load_axolotl()
+    return load(f"{foreign.__name__}:axolotl")
 
 
 def _grouped_mm(device: torch.device) -> Candidate:
     import_module("torchao")
-    return load(f"{outside.__name__}:grouped_mm")
+    return load(f"{foreign.__name__}:grouped_mm")
 
+
+OWN = "mxref.kernels"
+"""The name of this project's kernels."""
 
 ENTRIES: dict[str, Entry] = {
-    "mxref.kernels": Entry("this project's Triton kernels", shipped, "mxref"),
+    OWN: Entry("this project's Triton kernels", shipped, "mxref"),
     "axolotl": Entry("ScatterMoELoRA on MXWeights, Triton", _axolotl, "axolotl", ("cuda",)),
     "grouped_mm": Entry("torchao dequantize + torch._grouped_mm", _grouped_mm, "torchao"),
     "composite": Entry("plain PyTorch, fp32 products", lambda _: torch_composite(), "torch"),

@@ -2,12 +2,12 @@
 
 One-hot rows of x pick rows of W, one-hot rows of dOut pick its columns, so a product returns decoded weights bit for
 bit (a sum of +0 products loses the sign of −0). Scale bytes that make an element infinite or NaN would spread through
-0·inf; they have samples of their own, in which each such block meets no other.
+0·inf; they have cases of their own, in which each such block meets no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,41 @@ from mxref.routing import flatten_sort_count
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights
 
-__all__ = ["all_elements", "finite_bytes", "finite_sample", "nonfinite_samples"]
+__all__ = ["all_elements", "draw_elements", "element_cases", "every_element", "finite_bytes", "one_hot_elements"]
 
 _CODES = len(E2M1_VALUES)
 _EXPERTS = 2  # among which the 16 blocks are dealt: K = N = 256 costs a kernel least
 _BYTES_AT_ONCE = 4  # bounds the size of one non-finite sample; only fp16 has more bytes
+_NAN_BYTE = 255
+
+
+def element_cases(dtype: torch.dtype, nonfinite: bool = True) -> list[Case]:
+    """All that decode to `dtype` can be asked through the products: finite bytes, then the others, a few at a time.
+
+    In each non-finite case expert c holds code c on the diagonal of one 32 × 32 block a byte, and x and dOut are ones:
+    Y and dX return the diagonals, infinities with their sign, NaN, and what is still finite. Beside zeros an infinite
+    scale would look like NaN, 0·inf: last come whole blocks of one code under byte 255.
+    """
+    finite = finite_bytes(dtype)
+    columns = -(-len(finite) // MX_BLOCK_SIZE) * MX_BLOCK_SIZE
+    K = MX_BLOCK_SIZE * _CODES // _EXPERTS
+    every = Case(
+        f"every finite element, {_name(dtype)}", _EXPERTS, K, columns, _EXPERTS * K, 1, 0, dtype, data="elements"
+    )
+    return [every, *(_nonfinite_cases(dtype) if nonfinite else [])]
+
+
+def one_hot_elements(dtype: torch.dtype) -> Case:
+    """One block of each finite scale byte through both products, a smaller `element_cases`."""
+    N, name = len(finite_bytes(dtype)), f"one-hot, {_name(dtype)}"
+    case = Case(name, 1, MX_BLOCK_SIZE, N, N, 1, 0, dtype, data="one_hot_elements")
+    return replace(case, use_fused_dX=True, use_fused_gather=True)
+
+
+def every_element(dtype: torch.dtype) -> Case:
+    """`all_elements` as weights and no rows, for a decoder by itself."""
+    K = MX_BLOCK_SIZE * _CODES // _EXPERTS
+    return Case(f"every element, {_name(dtype)}", _EXPERTS, K, 256, 0, 1, 0, dtype, data="every_element")
 
 
 def finite_bytes(dtype: torch.dtype) -> list[int]:
@@ -41,41 +71,74 @@ def all_elements() -> MXWeights:
     return _weights(torch.arange(256))
 
 
-def finite_sample(dtype: torch.dtype, device: torch.device | str) -> Sample:
-    """All finite bytes: each expert has K = 256 rows; x picks the rows of W, and dOut its columns (p mod N)."""
-    bytes_ = finite_bytes(dtype)
-    bytes_ += bytes_[: -len(bytes_) % MX_BLOCK_SIZE]
-    weights = _weights(torch.tensor(bytes_))
-    E, K, N = weights.E, weights.K, weights.N
-    case = Case(f"every finite element, {_name(dtype)}", E, K, N, E * K, 1, 0, dtype)
-    x = torch.eye(K, dtype=dtype).repeat(E, 1)
-    dY = torch.eye(N, dtype=dtype).repeat(-(-K // N), 1)[:K].repeat(E, 1)
-    return _sample(case, weights, x, dY, torch.arange(E).repeat_interleave(K)[:, None], device)
+def draw_elements(case: Case) -> Sample:
+    """The sample of a case from this module, on the CPU; nothing is random."""
+    if case.data == "elements":
+        return _finite(case)
+    if case.data == "one_hot_elements":
+        return _one_hot(case)
+    if case.data == "every_element":
+        none = torch.zeros(0, case.K, dtype=case.dtype), torch.zeros(0, case.N, dtype=case.dtype)
+        return _sample(case, all_elements(), *none, torch.zeros(0, 1, dtype=torch.int64))
+    return _nonfinite(case)
 
 
-def nonfinite_samples(dtype: torch.dtype, device: torch.device | str) -> Iterator[Sample]:
-    """The other bytes, a few at a time: expert c holds code c, on the diagonal of one 32 × 32 block a byte.
-
-    x and dOut are ones, so Y and dX return the diagonals: infinities with their sign, NaN, and what is still finite.
-    Beside zeros an infinite scale would look like NaN, 0·inf: last come whole blocks of one code under byte 255.
-    """
+def _nonfinite_cases(dtype: torch.dtype) -> list[Case]:
     finite = set(finite_bytes(dtype))
     others = [byte for byte in range(256) if byte not in finite]
-    for start in range(0, len(others), _BYTES_AT_ONCE):
-        own = others[start : start + _BYTES_AT_ONCE]
-        size = MX_BLOCK_SIZE * len(own)
-        codes = torch.arange(_CODES, dtype=torch.uint8)[:, None, None] * torch.eye(size, dtype=torch.uint8)
-        scales = torch.full((len(own), len(own)), E8M0_BIAS, dtype=torch.uint8)
-        scales.diagonal().copy_(torch.tensor(own, dtype=torch.uint8))
-        scales = scales.repeat_interleave(MX_BLOCK_SIZE, 0).expand(_CODES, -1, -1)
-        weights = MXWeights(pack_codes(codes), scales.contiguous(), size, size)
-        case = Case(f"bytes {own[0]} to {own[-1]}, {_name(dtype)}", _CODES, size, size, _CODES, 1, 0, dtype)
-        yield _ones(case, weights, device)
-    size = MX_BLOCK_SIZE
-    codes = torch.arange(_CODES, dtype=torch.uint8)[:, None, None].expand(-1, size, size)
-    scales = torch.full((_CODES, size, 1), 255, dtype=torch.uint8)
-    case = Case(f"byte 255 alone, {_name(dtype)}", _CODES, size, size, _CODES, 1, 0, dtype)
-    yield _ones(case, MXWeights(pack_codes(codes), scales, size, size), device)
+    groups = [tuple(others[start : start + _BYTES_AT_ONCE]) for start in range(0, len(others), _BYTES_AT_ONCE)]
+    named = {f"bytes {own[0]} to {own[-1]}": own for own in groups} | {"byte 255 alone": (_NAN_BYTE,)}
+    return [
+        Case(
+            f"{name}, {_name(dtype)}",
+            _CODES,
+            MX_BLOCK_SIZE * len(own),
+            MX_BLOCK_SIZE * len(own),
+            _CODES,
+            1,
+            0,
+            dtype,
+            data="nonfinite",
+            scale_bytes=own,
+        )
+        for name, own in named.items()
+    ]
+
+
+def _finite(case: Case) -> Sample:
+    """Each expert has K = 256 rows; x picks the rows of W, and dOut its columns (p mod N)."""
+    bytes_ = finite_bytes(case.dtype)
+    weights = _weights(torch.tensor(bytes_ + bytes_[: case.N - len(bytes_)]))
+    E, K, N = weights.E, weights.K, weights.N
+    x = torch.eye(K, dtype=case.dtype).repeat(E, 1)
+    dY = torch.eye(N, dtype=case.dtype).repeat(-(-K // N), 1)[:K].repeat(E, 1)
+    return _sample(case, weights, x, dY, torch.arange(E).repeat_interleave(K)[:, None])
+
+
+def _one_hot(case: Case) -> Sample:
+    """One block a byte, the codes shifted by one from byte to byte."""
+    bytes_ = torch.tensor(finite_bytes(case.dtype), dtype=torch.uint8)
+    place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
+    codes = ((place + torch.arange(case.N, dtype=torch.uint8)[:, None]) % _CODES)[None]
+    weights = MXWeights(pack_codes(codes), bytes_[None, :, None].clone(), case.K, case.N)
+    x = torch.eye(case.K, dtype=case.dtype).repeat(-(-case.N // case.K), 1)[: case.N]
+    return _sample(case, weights, x, torch.eye(case.N, dtype=case.dtype), torch.zeros(case.N, 1, dtype=torch.int64))
+
+
+def _nonfinite(case: Case) -> Sample:
+    """Non-finite bytes on a diagonal of codes, or byte 255 alone with one code everywhere; a row of ones an expert."""
+    code = torch.arange(_CODES, dtype=torch.uint8)[:, None, None]
+    if len(case.scale_bytes) == 1:
+        codes = code.expand(-1, case.N, case.K)
+        scales = torch.full((_CODES, case.N, 1), case.scale_bytes[0], dtype=torch.uint8)
+    else:
+        codes = code * torch.eye(case.N, dtype=torch.uint8)
+        blocks = torch.full((len(case.scale_bytes),) * 2, E8M0_BIAS, dtype=torch.uint8)
+        blocks.diagonal().copy_(torch.tensor(case.scale_bytes, dtype=torch.uint8))
+        scales = blocks.repeat_interleave(MX_BLOCK_SIZE, 0).expand(_CODES, -1, -1).contiguous()
+    ones = torch.ones(_CODES, case.K, dtype=case.dtype)
+    weights = MXWeights(pack_codes(codes), scales, case.K, case.N)
+    return _sample(case, weights, ones, ones.clone(), torch.arange(_CODES)[:, None])
 
 
 def _weights(bytes_: Tensor) -> MXWeights:
@@ -86,19 +149,8 @@ def _weights(bytes_: Tensor) -> MXWeights:
     return MXWeights(pack_codes(codes), scales.contiguous(), blocks * MX_BLOCK_SIZE, N)
 
 
-def _ones(case: Case, weights: MXWeights, device: torch.device | str) -> Sample:
-    """A row of ones for each expert, both ways."""
-    ones = torch.ones(_CODES, weights.K, dtype=case.dtype)
-    return _sample(case, weights, ones, ones.clone(), torch.arange(_CODES)[:, None], device)
-
-
-def _sample(
-    case: Case, weights: MXWeights, x: Tensor, dY: Tensor, experts: Tensor, device: torch.device | str
-) -> Sample:
-    idxs, positions, offsets = (index.to(device) for index in flatten_sort_count(experts, case.experts))
-    problem = Problem(x.to(device), weights.to(device), 1, idxs, positions, offsets)
-    problem.validate(check_values=True)
-    return Sample(case, problem, dY.to(device))
+def _sample(case: Case, weights: MXWeights, x: Tensor, dY: Tensor, experts: Tensor) -> Sample:
+    return Sample(case, Problem(x, weights, 1, *flatten_sort_count(experts, case.experts)), dY)
 
 
 def _name(dtype: torch.dtype) -> str:

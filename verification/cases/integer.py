@@ -2,46 +2,41 @@
 
 x and dOut have four nonzeros ±1 a row, dealt round-robin over the columns; A has at most two nonzeros ±1 a column and
 B at most two a row; all 16 codes are dense in W; biases are −4..4, gates 1 or 2, s a power of two. All sums are then
-small multiples of 1/4. A gauge (see `sampling.Gauge`) spreads the scale bytes over 2^±120 without touching any of this.
+small multiples of 1/4. A gauge (see `gauge`) spreads the scale bytes over 2^±120 without touching any of this.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mxref.problem import Problem
-from mxref.routing import flatten_sort_count
 from mxref.scattermoe import Backward, Forward, Rounded, RoundingPoints, backward, forward
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.gauge import draw_gauge, scale_bytes
+from mxref.verification.cases.routing import draw_routing
 from mxref.weights import MXWeights
 
-if TYPE_CHECKING:
-    from mxref.verification.cases.case import Case, Sample
-
-__all__ = ["integer_sample", "is_exact_everywhere"]
+__all__ = ["draw_integer", "is_exact_everywhere"]
 
 _NONZEROS = 4
 _ATTEMPTS = 40
 
 
-def integer_sample(case: Case, device: torch.device | str, seed: int) -> Sample:
-    """Draw until every rounding point of the reference leaves its value alone.
+def draw_integer(case: Case, seed: int) -> Sample:
+    """Draw, on the CPU, until every rounding point of the reference leaves its value alone.
 
     fp32 activations are held to the bf16 grid too, so that one fixture is exact wherever it runs.
 
     Raises:
         ValueError: forty draws failed; the case is too large for the activation dtype.
     """
-    from mxref.verification.cases.case import Sample
-
     strictest = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
     draw = torch.Generator().manual_seed(case.draw_seed(seed))
     for _ in range(_ATTEMPTS):
         problem, grad_out = _draw(case, draw)
         if is_exact_everywhere(problem, grad_out, RoundingPoints.contract(strictest)):
-            return Sample(case, problem, grad_out).to(device)
+            return Sample(case, problem, grad_out)
     raise ValueError(
         f"{case.name}: no draw of {_ATTEMPTS} is exact in {strictest}; use fewer tokens, a smaller rank, more columns, "
         "or a scaling that is a power of two"
@@ -60,8 +55,6 @@ def _rounding_points(fwd: Forward, bwd: Backward) -> list[Rounded]:
 
 
 def _draw(case: Case, draw: torch.Generator) -> tuple[Problem, Tensor]:
-    from mxref.verification.cases.case import draw_gauge, draw_routing, scale_bytes
-
     E, K, N, r = case.experts, case.K, case.N, case.rank
     gauge = draw_gauge(case, draw, 3 if case.dtype == torch.float16 else 60)
     packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
@@ -80,7 +73,7 @@ def _draw(case: Case, draw: torch.Generator) -> tuple[Problem, Tensor]:
         (_dealt(case.input_rows, K, draw) / gauge.u).to(case.dtype),
         MXWeights(packed, scales, K, N),
         case.k,
-        *flatten_sort_count(draw_routing(case, draw), E),
+        *draw_routing(case, draw),
         lora_A,
         lora_B,
         case.scaling,

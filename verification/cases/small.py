@@ -1,7 +1,7 @@
-"""What mutants are judged on: the gate's cases in kind, but smaller.
+"""What mutants are judged on: the gate's cases in kind, but smaller, so that all of them take seconds.
 
-Two blocks of columns with a tail, two steps of the contraction with a tail, sentinels, empty experts, every flag. All
-are drawn on the CPU, once.
+Two blocks of columns with a tail, two steps of the contraction with a tail, sentinels, empty experts, every flag. On a
+GPU, where every case compiles anew, some of them, and what its tilings need.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ from dataclasses import replace
 
 import torch
 
-from mxref.formats import MX_BLOCK_SIZE, pack_codes
-from mxref.problem import Problem
-from mxref.routing import flatten_sort_count
-from mxref.verification.cases.elements import finite_bytes
-from mxref.verification.cases.suites import FULL_OF_COLUMNS, Case, Sample, usual_dtype, with_dense_weights
-from mxref.weights import MXWeights
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.elements import element_cases, one_hot_elements
 
-__all__ = ["drawn_weights", "fixtures", "integer_samples", "one_hot", "smallest"]
+__all__ = [
+    "FULL_OF_COLUMNS", "behaviour_cases", "decode_cases", "decoder_cases", "drawn_cases", "index_cases",
+    "integer_cases",
+    "narrow_decode_cases", "operator_case", "own_integer_cases", "remote_cases", "smallest", "stack_cases",
+    "unordered_cases",
+    "usual_dtype",
+]  # fmt: skip
+
+FULL_OF_COLUMNS = 132 * 4 * 128
+"""N for which one row tile is more programs of 128 columns than an H100 runs at once: the next tile's begin later."""
 
 
-def fixtures(device: torch.device, seed: int = 0) -> list[Sample]:
-    """Ordinary data for `device`, on the CPU: what an equivalent mutant must compute to the last bit."""
-    return [case.build(seed=seed) for case in _interval_cases(usual_dtype(device.type))]
-
-
-def integer_samples(dtype: torch.dtype, gpu: bool, seed: int) -> list[Sample]:
-    """Sums that are exact in any order: every option in the interpreter; on a GPU some, and what its tilings need."""
-    cases = [*_integer_cases(dtype)[:5], *_gpu_cases(dtype)] if gpu else _integer_cases(dtype)
-    samples = [case.build(seed=seed) for case in cases]
-    return [*samples, with_dense_weights(samples[1]), _large_gates(samples[1])]
+def usual_dtype(device_type: str) -> torch.dtype:
+    """Of activations where nothing says otherwise: bf16; on a CPU fp32, because kernels are interpreted there."""
+    return torch.float32 if device_type == "cpu" else torch.bfloat16
 
 
 def smallest(dtype: torch.dtype) -> Case:
@@ -37,7 +35,105 @@ def smallest(dtype: torch.dtype) -> Case:
     return Case("small", 2, 32, 32, 4, 2, 3, dtype, data="integer", scaling=0.5, bias=True)
 
 
-def _integer_cases(dtype: torch.dtype) -> list[Case]:
+def decode_cases(device_type: str) -> list[Case]:
+    """Each finite byte once, and the others."""
+    dtype = usual_dtype(device_type)
+    dtypes = (torch.float32,) if device_type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+    return [*map(one_hot_elements, dtypes), *element_cases(dtype)[1:]]
+
+
+def narrow_decode_cases() -> list[Case]:
+    """Each finite byte once, in 16 bits."""
+    return [one_hot_elements(torch.bfloat16), one_hot_elements(torch.float16)]
+
+
+def decoder_cases() -> list[Case]:
+    """Stacks whose sizes are multiples of no tile, the second one chunk more than a whole number of programs."""
+    return [
+        Case("odd sizes", 2, 4128, 33, 0, 1, 0, torch.bfloat16),
+        Case("one chunk more", 2, 32, 4097, 0, 1, 0, torch.bfloat16),
+    ]
+
+
+def integer_cases(device_type: str) -> list[Case]:
+    """Sums that are exact in any order."""
+    dtype = usual_dtype(device_type)
+    return _integers(dtype) if device_type == "cpu" else [*_integers(dtype)[:5], *_for_gpu_tilings(dtype)]
+
+
+def own_integer_cases(device_type: str) -> list[Case]:
+    """Decoded weights; gates beyond the range of fp16."""
+    gates = integer_cases(device_type)[1]
+    return [
+        replace(gates, name="gates, dense weights", dense=True),
+        replace(gates, name="gates beyond fp16", gate_exponent=20),
+    ]
+
+
+def drawn_cases(device_type: str) -> list[Case]:
+    """Ordinary numbers; on a GPU first what only it rounds: wider parameters, and fp32 without TF32."""
+    dtype = usual_dtype(device_type)
+    base = Case("plain", 3, 96, 160, 9, 2, 3, dtype, data="balanced", scaling=1 / 3, bias=True, routing="sentinels")
+    wider = replace(base, gate_slots=2, use_fused_dX=True)
+    rounded = [
+        replace(wider, name="fp32 parameters", parameter_dtype=torch.float32),
+        replace(wider, name="fp32", dtype=torch.float32),
+    ]
+    return [
+        *([] if device_type == "cpu" else rounded),
+        replace(base, gate_slots=2),
+        replace(base, name="fused", use_fused_dX=True, use_fused_gather=True),
+        replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
+        replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
+    ]
+
+
+def behaviour_cases(device_type: str) -> list[Case]:
+    """What a candidate is compared with itself on."""
+    return [case for case in drawn_cases(device_type) if case.name in ("plain", "fused")]
+
+
+def operator_case(device_type: str) -> Case:
+    """For operators one by one: packed weights and LoRA, sentinels, three experts, no gates, not grouped."""
+    return replace(smallest(usual_dtype(device_type)), name="operators", experts=3, routing="sentinels")
+
+
+def remote_cases(device_type: str) -> list[Case]:
+    """A token a row, with sentinels: rows that belong to remote experts."""
+    gates = integer_cases(device_type)[1]
+    return [replace(gates, name="remote rows", top_k=1, gate_slots=1, tokens=18)]
+
+
+def unordered_cases(device_type: str) -> list[Case]:
+    """Whose positions and offsets are put out of range: ungrouped, without gates; empty experts first and last."""
+    cases = {case.name: case for case in integer_cases(device_type)}
+    return [
+        replace(cases["small"], name="positions"),
+        replace(cases["fused"], name="positions, fused"),
+        replace(cases["gates"], name="offsets", experts=5, routing="empty_experts"),
+    ]
+
+
+def index_cases(device_type: str) -> list[Case]:
+    """Sizes far below a limit whose products go beyond it, see `candidates.memory.interpreted`."""
+    sizes = Case(
+        "sizes", 48, 96, 352, 90, 2, 0, usual_dtype(device_type), routing="ten_active", bias=True, use_fused_dX=True,
+        use_fused_gather=True,
+    )  # fmt: skip
+    return [
+        sizes,
+        replace(sizes, name="sizes, gates", bias=False, gate_slots=2),
+        replace(sizes, name="sizes, LoRA", bias=False, K=32, N=32, tokens=260, rank=32),
+        replace(sizes, name="sizes, gradients of LoRA", bias=False, tokens=45, rank=16),
+    ]
+
+
+def stack_cases(device_type: str) -> list[Case]:
+    """A stack for the decoder alone: one expert's matrix below that limit, all their scales beyond it."""
+    return [Case("a stack", 100, 64, 64, 0, 1, 0, torch.float32)]
+
+
+def _integers(dtype: torch.dtype) -> list[Case]:
     base = smallest(dtype)
     tails = replace(base, name="tails", experts=3, K=96, N=162, tokens=9, routing="sentinels")
     grouped = replace(tails, name="grouped", grouped_in=True, grouped_out=True, routing="empty_experts")
@@ -63,10 +159,10 @@ def _many_rows(dtype: torch.dtype) -> Case:
     )
 
 
-def _gpu_cases(dtype: torch.dtype) -> list[Case]:
-    """What a GPU's tilings need: tiles of every height; rows in expert order, with sentinels behind them; more steps
-    than a ring of copies holds, whole numbers of them and parts; columns that 16 does not divide, and more columns than
-    a GPU runs programs, so that rows of sentinels are written last."""
+def _for_gpu_tilings(dtype: torch.dtype) -> list[Case]:
+    """Tiles of every height; rows in expert order, with sentinels behind them; more steps than a ring of copies holds,
+    whole numbers of them and parts; columns that 16 does not divide, and more columns than a GPU runs programs, so that
+    rows of sentinels are written last."""
     base = smallest(dtype)
     routed = replace(base, name="long", experts=3, K=1056, N=1056, tokens=60, gate_slots=2, routing="sentinels")
     ordered = replace(base, experts=3, K=544, N=544, top_k=1, rank=20, grouped_in=True, grouped_out=True)
@@ -82,51 +178,3 @@ def _gpu_cases(dtype: torch.dtype) -> list[Case]:
         *(replace(base, name=f"{N} columns", N=N, use_fused_dX=True) for N in (15, 34, 129)),
         replace(base, name="a GPU full of columns", N=FULL_OF_COLUMNS, rank=0, routing="sentinels"),
     ]
-
-
-def _interval_cases(dtype: torch.dtype) -> list[Case]:
-    """On a GPU also what only it rounds: parameters that are wider than the activations, and fp32 without TF32."""
-    base = Case("plain", 3, 96, 160, 9, 2, 3, dtype, data="balanced", scaling=1 / 3, bias=True, routing="sentinels")
-    wider = replace(base, gate_slots=2, use_fused_dX=True)
-    everywhere = [
-        replace(base, gate_slots=2),
-        replace(base, name="fused", use_fused_dX=True, use_fused_gather=True),
-        replace(base, name="wide", data="wide", gate_slots=2, use_fused_dX=True),
-        replace(base, name="boundary", data="boundary", K=192, N=64, use_fused_dX=True),
-    ]
-    rounded = [
-        replace(wider, name="fp32 parameters", parameter_dtype=torch.float32),
-        replace(wider, name="fp32", dtype=torch.float32),
-    ]
-    return everywhere if dtype == torch.float32 else [*rounded, *everywhere]
-
-
-def _large_gates(sample: Sample) -> Sample:
-    """The same with gates beyond the range of fp16; powers of two leave every sum exact."""
-    gates = sample.problem.gates
-    assert gates is not None
-    case = replace(sample.case, name=f"{sample.case.name}, large")
-    return replace(sample, case=case, problem=replace(sample.problem, gates=gates * 2.0**20))
-
-
-def one_hot(dtype: torch.dtype) -> Sample:
-    """One block of each finite scale byte through both products, picked out by one-hot rows of x and dOut."""
-    bytes_ = torch.tensor(finite_bytes(dtype), dtype=torch.uint8)
-    place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
-    codes = ((place + torch.arange(bytes_.numel(), dtype=torch.uint8)[:, None]) % 16)[None]
-    N = bytes_.numel()
-    weights = MXWeights(pack_codes(codes), bytes_[None, :, None].clone(), MX_BLOCK_SIZE, N)
-    routing = flatten_sort_count(torch.zeros(N, 1, dtype=torch.int64), 1)
-    x = torch.eye(MX_BLOCK_SIZE, dtype=dtype).repeat(-(-N // MX_BLOCK_SIZE), 1)[:N]
-    problem = Problem(x, weights, 1, *routing)
-    name = f"one-hot, {str(dtype).removeprefix('torch.')}"
-    case = Case(name, 1, MX_BLOCK_SIZE, N, N, 1, 0, dtype, use_fused_dX=True, use_fused_gather=True)
-    return Sample(case, problem, torch.eye(N, dtype=dtype))
-
-
-def drawn_weights(E: int, N: int, K: int) -> MXWeights:
-    """A stack of random codes and ordinary scales."""
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
-    scales = torch.randint(100, 150, (E, N, K // MX_BLOCK_SIZE), generator=draw, dtype=torch.uint8)
-    return MXWeights(codes, scales, K, N)

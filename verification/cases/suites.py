@@ -1,4 +1,8 @@
-"""What an implementation is tried on: cases as data, enumerated by hand.
+"""What an implementation is asked: cases as data, enumerated by hand, by suite.
+
+    small   seconds: what a mutant is judged by (see `small`)
+    quick   what a commit is judged by: minutes interpreted on a CPU, seconds on a GPU
+    full    what a release is judged by: the quick suite, longer sums, and on a GPU the shapes of real models
 
 On a CPU, kernels run interpreted in fp32 without rounding points, so cases there have fp32 activations whose *values*
 lie on the bf16 grid; rounding to 16 bits is judged on a GPU.
@@ -7,41 +11,108 @@ lie on the bf16 grid; rounding to 16 bits is judged on a GPU.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from mxref.verification.cases.case import Case, Sample, sample_for_weights
-from mxref.weights import MXWeights, decode_mxfp4
+from mxref.verification.cases import small
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.elements import element_cases, every_element
+from mxref.verification.cases.small import FULL_OF_COLUMNS
 
 __all__ = [
-    "FULL_OF_COLUMNS",
-    "Case",
-    "Sample",
-    "behaviour_cases",
-    "configuration_cases",
-    "full_cases",
-    "integer_cases",
-    "quick_cases",
-    "sample_for_weights",
-    "usual_dtype",
-    "with_dense_weights",
-]
+    "Suite", "behaviour_cases", "configuration_cases", "decode_cases", "decoder_cases", "drawn_cases", "integer_cases",
+    "narrow_decode_cases", "own_integer_cases",
+]  # fmt: skip
+
+Suite = Literal["small", "quick", "full"]
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
-FULL_OF_COLUMNS = 132 * 4 * 128
-"""N for which one row tile is more programs of 128 columns than an H100 runs at once: the next tile's begin later."""
+
+def decode_cases(suite: Suite, device_type: str) -> list[Case]:
+    """Every code with every scale byte, in each activation dtype that is judged on this device."""
+    if suite == "small":
+        return small.decode_cases(device_type)
+    dtypes = (_FP32,) if device_type == "cpu" else (_BF16, _FP16, _FP32)
+    return [case for dtype in dtypes for case in element_cases(dtype)]
 
 
-def usual_dtype(device_type: str) -> torch.dtype:
-    """Of activations where nothing says otherwise: bf16; on a CPU fp32, because kernels are interpreted there."""
-    return _FP32 if device_type == "cpu" else _BF16
+def narrow_decode_cases(suite: Suite, device_type: str) -> list[Case]:
+    """The finite bytes in 16 bits on a CPU: decoding is exact there, so the interpreter's fp32 is good enough."""
+    if device_type != "cpu":
+        return []
+    if suite == "small":
+        return small.narrow_decode_cases()
+    return [case for dtype in (_BF16, _FP16) for case in element_cases(dtype, nonfinite=False)]
 
 
-def quick_cases(device_type: str) -> list[Case]:
-    """The suite that a commit is judged by: minutes interpreted on a CPU, seconds on a GPU."""
+def decoder_cases(suite: Suite, device_type: str) -> list[Case]:
+    """Weights for a candidate's own decoder: every code, byte and place; sizes that are multiples of no tile."""
+    every = [every_element(dtype) for dtype in (_FP32, _BF16, _FP16)]
+    return [*every, *(small.decoder_cases() if suite == "small" else [])]
+
+
+def integer_cases(suite: Suite, device_type: str) -> list[Case]:
+    """Fixtures that are exact in any order of summation: every option, every routing, scale bytes over 2^±120."""
+    if suite == "small":
+        return small.integer_cases(device_type)
+    if device_type == "cpu":
+        return _integers(_FP32)
+    return [_like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
+            for case in _integers(dtype)]  # fmt: skip
+
+
+def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
+    """Weights that are decoded already, an N that no tile divides, gates beyond the range of fp16."""
+    if suite == "small":
+        return small.own_integer_cases(device_type)
+    base = integer_cases("quick", device_type)[0]
+    sentinels = replace(base, routing="sentinels", gate_slots=2)
+    return [
+        _like(sentinels, "dense weights", dense=True),
+        _like(base, "129 columns", N=129, use_fused_dX=True),
+        _like(sentinels, "gates beyond fp16", gate_exponent=20),
+    ]
+
+
+def drawn_cases(suite: Suite, device_type: str) -> list[Case]:
+    """Ordinary numbers: every routing, tail, option and kind of data."""
+    if suite == "small":
+        return small.drawn_cases(device_type)
+    return _quick(device_type) if suite == "quick" else _full(device_type)
+
+
+def behaviour_cases(suite: Suite, device_type: str) -> list[Case]:
+    """What a candidate is compared with itself on: every path once, tiny in the interpreter, many tiles on a GPU."""
+    if suite == "small":
+        return small.behaviour_cases(device_type)
+    if device_type == "cpu":
+        plain = Case("plain", 3, 64, 64, 9, 2, 4)
+        grouped = Case("grouped", 4, 32, 64, 12, 1, 3, routing="empty_experts", grouped_in=True, grouped_out=True)
+    else:
+        plain = Case("plain", 8, 512, 768, 300, 2, 16, torch.bfloat16)
+        grouped = Case("grouped", 8, 768, 512, 700, 1, 16, torch.float16, routing="empty_experts")
+        grouped = replace(grouped, grouped_in=True, grouped_out=True)
+    everything = replace(plain, name="everything", routing="sentinels", bias=True, gate_slots=2)
+    return [plain, replace(everything, use_fused_dX=True, use_fused_gather=True), grouped]
+
+
+def configuration_cases(suite: Suite, device_type: str) -> list[Case]:
+    """What each reachable configuration is judged on: integer fixtures, and one case of ordinary numbers a dtype."""
+    if suite == "small":
+        return []
+    if device_type == "cpu":
+        fixtures = [case for case in integer_cases("quick", "cpu") if case.name in ("integer, gates", "integer, fused")]
+        return [*fixtures, Case("configurations", 3, 96, 160, 12, 2, 4, bias=True)]
+    odd = Case("configurations", 4, 416, 352, 131, 2, 20, torch.bfloat16, bias=True, gate_slots=2, use_fused_dX=True)
+    fixtures = integer_cases("quick", device_type)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return [*fixtures, *(replace(odd, name=f"configurations, {tag}", dtype=dtype) for tag, dtype in dtypes.items())]
+
+
+def _quick(device_type: str) -> list[Case]:
     if device_type == "cpu":
         return _grid(_FP32)
     both = {"odd sizes", "balanced", "boundary scales", "wide scales", "block down"}
@@ -55,14 +126,13 @@ def quick_cases(device_type: str) -> list[Case]:
     ]
 
 
-def full_cases(device_type: str) -> list[Case]:
-    """The suite that a release is judged by: the quick one, longer sums, and on a GPU the shapes of real models."""
+def _full(device_type: str) -> list[Case]:
     if device_type == "cpu":
         return [
-            *quick_cases(device_type),
+            *_quick(device_type),
             Case("block gate_up, 64 tokens", 8, 512, 512, 64, 2, 16, bias=True, grouped_out=True),
-            Case("long K", 2, 2048, 64, 16, 1, 16, data="balanced"),
-            Case("long N", 2, 64, 2048, 16, 1, 16, data="balanced", use_fused_dX=True),
+            Case("longer K", 2, 2048, 64, 16, 1, 16, data="balanced"),
+            Case("longer N", 2, 64, 2048, 16, 1, 16, data="balanced", use_fused_dX=True),
             Case("long expert", 1, 64, 64, 700, 1, 16, data="balanced", use_fused_gather=True),
             Case("tens of experts", 40, 64, 64, 60, 4, 8, routing="ten_active"),
             Case("odd sizes, long", 3, 416, 352, 131, 2, 20, bias=True, gate_slots=2),
@@ -71,7 +141,7 @@ def full_cases(device_type: str) -> list[Case]:
     sparse = Case("sparse E256, 10 active", 256, 2048, 512, 512, 8, 16, _BF16, routing="ten_active")
     gpt_oss = Case("gpt-oss gate_up E32 K2880 N5760", 32, 2880, 5760, 256, 4, 16, _BF16, bias=True, grouped_out=True)
     return [
-        *quick_cases(device_type),
+        *_quick(device_type),
         dense,
         _like(dense, "dense E128, fused", tokens=1024, **_FUSED),
         sparse,
@@ -83,23 +153,6 @@ def full_cases(device_type: str) -> list[Case]:
         Case("block gate_up, 512 tokens, fp16", 8, 512, 512, 512, 2, 16, _FP16, data="balanced"),
         Case("long expert", 1, 256, 256, 5000, 1, 128, _BF16, data="balanced"),
     ]
-
-
-def integer_cases(device_type: str) -> list[Case]:
-    """Fixtures that are exact in any order of summation: every option, every routing, scale bytes over 2^±120."""
-    if device_type == "cpu":
-        return _integers(_FP32)
-    return [_like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
-            for case in _integers(dtype)]  # fmt: skip
-
-
-def with_dense_weights(sample: Sample) -> Sample:
-    """The same numbers with weights that are decoded already, as a view [E, K, N]."""
-    weights = sample.problem.expert_weights
-    assert isinstance(weights, MXWeights)
-    decoded = decode_mxfp4(weights, sample.problem.dtype).mT
-    case = replace(sample.case, name=f"{sample.case.name}, dense")
-    return replace(sample, case=case, problem=replace(sample.problem, expert_weights=decoded))
 
 
 def _grid(dtype: torch.dtype) -> list[Case]:
@@ -180,27 +233,3 @@ def _crossings(prefix: str, base: Case) -> list[Case]:
 
 def _like(case: Case, name: str, **changes: Any) -> Case:
     return replace(case, name=name, **changes)
-
-
-def behaviour_cases(device_type: str) -> list[Case]:
-    """What a candidate is compared with itself on: every path once, tiny in the interpreter, many tiles on a GPU."""
-    if device_type == "cpu":
-        plain = Case("plain", 3, 64, 64, 9, 2, 4)
-        grouped = Case("grouped", 4, 32, 64, 12, 1, 3, routing="empty_experts", grouped_in=True, grouped_out=True)
-    else:
-        plain = Case("plain", 8, 512, 768, 300, 2, 16, torch.bfloat16)
-        grouped = Case("grouped", 8, 768, 512, 700, 1, 16, torch.float16, routing="empty_experts")
-        grouped = replace(grouped, grouped_in=True, grouped_out=True)
-    everything = replace(plain, name="everything", routing="sentinels", bias=True, gate_slots=2)
-    return [plain, replace(everything, use_fused_dX=True, use_fused_gather=True), grouped]
-
-
-def configuration_cases(device_type: str) -> list[Case]:
-    """What each reachable configuration is judged on: integer fixtures, and one case of ordinary numbers a dtype."""
-    if device_type == "cpu":
-        fixtures = [case for case in integer_cases("cpu") if case.name in ("integer, gates", "integer, fused")]
-        return [*fixtures, Case("configurations", 3, 96, 160, 12, 2, 4, bias=True)]
-    odd = Case("configurations", 4, 416, 352, 131, 2, 20, torch.bfloat16, bias=True, gate_slots=2, use_fused_dX=True)
-    fixtures = integer_cases(device_type)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return [*fixtures, *(replace(odd, name=f"configurations, {tag}", dtype=dtype) for tag, dtype in dtypes.items())]

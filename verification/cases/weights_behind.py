@@ -1,6 +1,6 @@
 """The input bytes behind a wrong element: which codes and scale bytes met there.
 
-Fixtures of the decode and integer guards have so few nonzeros that the weights behind one element of Y or dX can be
+Cases whose sums are exact have so few nonzeros that the weights behind one element of Y or dX can be
 named. Elsewhere hundreds of products meet, and a case, a seed and a coordinate say it all.
 """
 
@@ -15,7 +15,7 @@ from mxref.formats import E2M1_VALUES, E8M0_BIAS
 from mxref.verification.cases.case import Sample
 from mxref.weights import MXWeights
 
-__all__ = ["Weight", "weight_at", "witnesses"]
+__all__ = ["Weight", "weight_at", "weights_behind"]
 
 _MOST = 4  # terms worth naming
 
@@ -46,7 +46,7 @@ def weight_at(weights: MXWeights, expert: int, k: int, n: int, factor: float = 1
     return Weight(expert, k, n, byte >> 4 if k % 2 else byte & 15, int(weights.scales[expert, n, k // 32]), factor)
 
 
-def witnesses(sample: Sample, tensor: str, coordinate: tuple[int, ...]) -> list[Weight]:
+def weights_behind(sample: Sample, tensor: str, coordinate: tuple[int, ...]) -> list[Weight]:
     """The weights whose products make up one element of Y or dX; empty where they are many, or it is another's."""
     problem = sample.problem
     if problem.gates is not None or not isinstance(problem.expert_weights, MXWeights) or len(coordinate) != 2:

@@ -1,17 +1,14 @@
 """Drift: errors too small for any one element to show, seen by their mean over many.
 
-    drift       slopes of the residual ŷ − y on the base term, on LoRA's and on their sum, by expert and column tile
-    sign        no sign may differ where the accepted interval lies on one side of zero
-    exponent    log2 |ŷ/y| rounds to 0 everywhere; what it rounds to instead names the bug
-
-The base and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on
-the sum, and in slopes fitted apart, but stands out in its own.
+Slopes of the residual ŷ − y on the base term, on LoRA's and on their sum are fitted by expert and column tile. The base
+and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on the sum,
+and in slopes fitted apart, but stands out in its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +20,6 @@ from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.arithmetic.metrics import ratio_statistics, ulp
 from mxref.verification.arithmetic.thresholds import (
-    ALPHA,
     ANY,
     FEW,
     NAMED,
@@ -31,76 +27,39 @@ from mxref.verification.arithmetic.thresholds import (
     SINGULAR,
     TILE,
     UNIFORM,
-    critical_z,
     directed_loss,
     residual_variance,
     rounding_pull,
 )
-from mxref.verification.cases.case import Case, Sample
-from mxref.verification.checks.exact import Expectation, Judged, attempt, expect, malformed
+from mxref.verification.candidates.answer import Answer
+from mxref.verification.checks.elements import comparable, name_of
+from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
-from mxref.verification.checks.ratios import exponent_finding, log2_counts, sign_finding
+from mxref.verification.checks.ratios import log2_counts
 
-__all__ = ["drift_guard", "slopes_of"]
+__all__ = ["no_drift"]
 
 _TENSORS = ("Y", "dX", "dA", "dB")
 _BASE, _LORA, _TOTAL = range(3)
 _TERM = ("the base term", "LoRA's term", "the whole")
-_LEGACY_SPREAD, _LEGACY_TOLERANCE = 0.5, 1e-2  # history, not thresholds: nothing is decided by them
+_SPREAD, _TOLERANCE = 0.5, 1e-2  # of criteria that are only reported: nothing is decided by them
 
 
-def slopes_of(case: Case) -> int:
-    """The most slopes that a case can have fitted: what a run sums up before it judges its first case."""
-    columns = {"Y": case.N, "dX": case.K} | ({"dA": case.K, "dB": case.N} if case.rank else {})
-    per_stratum = {"Y": 3, "dX": 3, "dA": 1, "dB": 1} if case.rank else {"Y": 1, "dX": 1}
-    return sum((case.experts + 1) * (-(-columns[t] // TILE) + 1) * per_stratum[t] for t in columns)
+def no_drift(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
+    """No stratum's mean relative error is larger than honest arithmetic makes it, in Y, dX, dA and dB.
 
-
-def drift_guard(
-    candidate: Judged,
-    sample: Sample,
-    points: RoundingPoints,
-    accumulation: Accumulation,
-    slopes: int | None = None,
-    alpha: float = ALPHA,
-    expected: Expectation | None = None,
-) -> tuple[list[Finding], list[DriftMap]]:
-    """No stratum's mean relative error is larger than honest arithmetic makes it; signs and exponents agree.
-
-    Args:
-        candidate: what to judge.
-        sample: ordinary data, no integer fixture: rounding errors must be there to average out.
-        points: declared rounding points.
-        accumulation: declared accumulation.
-        slopes: how many slopes the whole run fits, `slopes_of` summed over its cases; None: only this case is judged.
-        alpha: probability that honest arithmetic fails anywhere in that run.
-        expected: `expect(sample, points, accumulation)`, where it is there already.
-
-    Returns:
-        Findings of the guards "drift", "sign" and "exponent" for Y, dX, dA and dB, and a map of each tensor's strata.
+    The sample must be ordinary data, no integer fixture: rounding errors must be there to average out. An output that
+    cannot be compared at all is `inside_intervals`' finding.
     """
-    outputs = attempt("drift", candidate, sample)
-    if isinstance(outputs, Finding):
-        return [outputs], []
-    expected = expected or expect(sample, points, accumulation)
-    critical = critical_z(slopes if slopes is not None else slopes_of(sample.case), alpha)
-    findings: list[Finding] = []
-    maps = []
-    for tensor in (name for name in _TENSORS if name in expected.accepted):
-        form = malformed("drift", sample, tensor, outputs)
-        if form is not None:
-            findings.append(form)
-            continue
-        got = outputs[tensor]
-        assert got is not None
-        interval = expected.accepted[tensor]
-        fit = _fit(sample.problem, tensor, got, expected, points, accumulation)
-        name = sample.case.name
-        if fit is not None:
-            findings.append(_drift_finding(name, tensor, got, interval, fit, critical))
-            maps.append(fit.map(name, tensor, critical, log2_counts(got, interval)))
-        findings += [sign_finding(name, tensor, got, interval), exponent_finding(name, tensor, got, interval)]
-    return findings, maps
+    findings = []
+    for answer in answers:
+        case = name_of(answer, expected.sample)
+        for tensor in (name for name in _TENSORS if name in expected.accepted and answer.error is None):
+            got = comparable(answer, expected.sample, tensor, case)
+            fit = None if isinstance(got, Finding) else _fit(tensor, got[0], expected)
+            if fit is not None and not isinstance(got, Finding):
+                findings.append(_finding(case, tensor, got[0], expected.accepted[tensor], fit, expected.critical))
+    return findings
 
 
 @dataclass(frozen=True)
@@ -170,7 +129,7 @@ class _Fit:
         return f"{_TERM[term]} is scaled by {factor:.7g} ± {spread:.1g} in {place}"
 
 
-def _drift_finding(case: str, tensor: str, got: Tensor, interval: Interval, fit: _Fit, critical: float) -> Finding:
+def _finding(case: str, tensor: str, got: Tensor, interval: Interval, fit: _Fit, critical: float) -> Finding:
     excess = fit.excess()
     fitted, failed = int(torch.isfinite(fit.slope).sum()), int((excess > critical).sum())
     skipped = f"; {fit.skipped} strata with terms too alike for a joint fit" if fit.skipped else ""
@@ -180,13 +139,14 @@ def _drift_finding(case: str, tensor: str, got: Tensor, interval: Interval, fit:
         resolution = fit.resolution(critical, term)
         if resolution is not None:
             details[name] = resolution
-    details |= _legacy(got, interval.exact)
+    details |= _reported(got, interval.exact)
+    picture = fit.map(case, tensor, critical, log2_counts(got, interval))
     if lost:
         reason = f"{lost} of {got.numel()} elements are NaN or infinite where the reference is a number"
-        return Finding("drift", case, tensor, Status.FAIL, reason, got.numel(), lost, details=details)
+        return Finding("", case, tensor, Status.FAIL, reason, got.numel(), lost, details=details, picture=picture)
     if not fitted:
         reason = "nothing to fit: every term is zero"
-        return Finding("drift", case, tensor, Status.PASS, reason, got.numel(), 0, details=details)
+        return Finding("", case, tensor, Status.PASS, reason, got.numel(), 0, details=details, picture=picture)
     worst = int(excess.argmax())
     where = (worst // 3 // excess.shape[1], worst // 3 % excess.shape[1], worst % 3)
     share = max(0.0, float(excess[where]) / critical)
@@ -195,39 +155,37 @@ def _drift_finding(case: str, tensor: str, got: Tensor, interval: Interval, fit:
         text, status = f"{fit.describe(where)}; {seen}{skipped}", Status.FAIL
     else:
         text, status = f"no drift in {fitted} slopes, |z| ≤ {critical:.1f}{skipped}", Status.PASS
-    return Finding("drift", case, tensor, status, text, got.numel(), 0, bound_share=share, details=details)
+    return Finding("", case, tensor, status, text, got.numel(), 0, bound_share=share, details=details, picture=picture)
 
 
-def _legacy(got: Tensor, exact: Tensor) -> dict[str, float | str]:
-    """The guards that this one replaces, as history; the spread passes a factor of two and any number of lost rows."""
+def _reported(got: Tensor, exact: Tensor) -> dict[str, float | str]:
+    """Two criteria in wide use, for comparison; the spread passes a factor of two and any number of lost rows."""
     mean, spread = ratio_statistics(got, exact)
-    within = (got.double() - exact).abs() <= _LEGACY_TOLERANCE * (1 + exact.abs())
+    within = (got.double() - exact).abs() <= _TOLERANCE * (1 + exact.abs())
     return {
-        "legacy, not judged: ratio mean": mean,
-        "legacy, not judged: ratio std": spread,
-        f"legacy, not judged: ratio std < {_LEGACY_SPREAD}": "pass" if spread < _LEGACY_SPREAD else "fail",
-        f"legacy, not judged: allclose, rtol = atol = {_LEGACY_TOLERANCE}": "pass" if bool(within.all()) else "fail",
+        "not judged: ratio mean": mean,
+        "not judged: ratio std": spread,
+        f"not judged: ratio std < {_SPREAD}": "pass" if spread < _SPREAD else "fail",
+        f"not judged: allclose, rtol = atol = {_TOLERANCE}": "pass" if bool(within.all()) else "fail",
     }
 
 
-def _fit(
-    problem: Problem, tensor: str, got: Tensor, expected: Expectation, points: RoundingPoints, how: Accumulation
-) -> _Fit | None:
+def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     """Every stratum's slopes; None for a problem without a routed row."""
-    interval = expected.accepted[tensor]
+    interval, problem = expected.accepted[tensor], expected.sample.problem
     assert interval.radius is not None
     dtype = got.dtype if got.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    rounding = _rounding(problem, tensor, points)
+    rounding = _rounding(problem, tensor, expected.points)
     sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
     residual = torch.where(usable, (got.double() - interval.exact) / sigma, 0.0)
     inverse = torch.where(usable, 1 / sigma, 0.0)
     make = _gradient_groups if tensor in ("dA", "dB") else _row_groups
     labels, sums, losses = [], [], []
-    for group in make(problem, tensor, expected, inverse, residual):
+    for group in make(tensor, expected, inverse, residual):
         labels.append(group.label)
         sums.append(group.sums().cpu())
-        losses.append(_losses(problem, tensor, group.rows, how))
+        losses.append(_losses(problem, tensor, group.rows, expected.how))
     if not sums:
         return None
     loss = torch.tensor(losses, dtype=torch.float64)[:, None, :] + rounding_pull(dtype)
@@ -276,11 +234,9 @@ def _losses(problem: Problem, tensor: str, rows: int, how: Accumulation) -> tupl
     return lost(base), lora, max(lost(base), lora)
 
 
-def _gradient_groups(
-    problem: Problem, tensor: str, expected: Expectation, inverse: Tensor, residual: Tensor
-) -> Iterator[_Group]:
+def _gradient_groups(tensor: str, expected: Expectation, inverse: Tensor, residual: Tensor) -> Iterator[_Group]:
     """dA [E·r, K] and dB, turned to [E·r, N], by expert: one term only."""
-    exact = expected.accepted[tensor].exact
+    exact, problem = expected.accepted[tensor].exact, expected.sample.problem
     if tensor == "dB":
         exact, inverse, residual = exact.T, inverse.T, residual.T
     scaled = torch.where(inverse > 0, exact * inverse, 0.0)
@@ -293,10 +249,9 @@ def _gradient_groups(
         yield _Group("all experts", scaled, None, residual, most)
 
 
-def _row_groups(
-    problem: Problem, tensor: str, expected: Expectation, inverse: Tensor, residual: Tensor
-) -> Iterator[_Group]:
+def _row_groups(tensor: str, expected: Expectation, inverse: Tensor, residual: Tensor) -> Iterator[_Group]:
     """Y and dX by expert: its own share of each row that it has a part in, then all shares together."""
+    problem = expected.sample.problem
     target = _targets(problem, tensor)
     base = torch.zeros_like(expected.fwd.y.exact if tensor == "Y" else expected.bwd.d.exact)
     x, dy = expert_order_inputs(problem), expected.bwd.dy.value

@@ -1,10 +1,12 @@
-"""What a guard says: a status, the numbers behind it, and the first element that contradicts the contract."""
+"""What a check says: a status, the numbers behind it, and the first element that contradicts the contract."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Status(StrEnum):
-    """Outcome of one guard on one tensor of one case."""
+    """Outcome of one check on one tensor of one case."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -37,38 +39,6 @@ class Counterexample:
         where = ", ".join(str(index) for index in self.coordinate)
         text = f"[{where}]: got {self.got:.9g}, expected {self.expected:.9g} in [{self.low:.9g}, {self.high:.9g}]"
         return f"{text} ({self.note})" if self.note else text
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One guard's verdict on one tensor of one case.
-
-    Errors in ulp are signed distances to the fp64 reference in units of the tensor's own dtype; `bound_share` is the
-    largest fraction of its own accepted interval that an element used (at most 1 on a pass). All three are None
-    where no element could be compared. `details` holds further finite numbers and words by name, for the report.
-    """
-
-    guard: str
-    case: str
-    tensor: str
-    status: Status
-    reason: str
-    elements: int
-    violations: int
-    max_ulp: float | None = None
-    rms_ulp: float | None = None
-    bound_share: float | None = None
-    counterexample: Counterexample | None = None
-    details: Mapping[str, float | str] = field(default_factory=dict, hash=False)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing contradicts the contract; a case that was declined contradicts nothing."""
-        return self.status is not Status.FAIL
-
-    def __str__(self) -> str:
-        text = f"{self.guard} / {self.case} / {self.tensor}: {self.status}, {self.reason}"
-        return f"{text}; first at {self.counterexample}" if self.counterexample is not None else text
 
 
 @dataclass
@@ -105,3 +75,51 @@ class DriftMap:
     z: FloatArray
     critical: float
     log2_ratio: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's verdict on one tensor of one case.
+
+    Errors in ulp are signed distances to the fp64 reference in units of the tensor's own dtype; `bound_share` is the
+    largest fraction of its own accepted interval that an element used (at most 1 on a pass). All three are None
+    where no element could be compared. `details` holds further finite numbers and words by name, for the report, and
+    `picture` what a plot needs.
+    """
+
+    check: str
+    case: str
+    tensor: str
+    status: Status
+    reason: str
+    elements: int
+    violations: int
+    max_ulp: float | None = None
+    rms_ulp: float | None = None
+    bound_share: float | None = None
+    counterexample: Counterexample | None = None
+    details: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    picture: ErrorSample | DriftMap | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing contradicts the contract; a case that was declined contradicts nothing."""
+        return self.status is not Status.FAIL
+
+    def __str__(self) -> str:
+        text = f"{self.check} / {self.case} / {self.tensor}: {self.status}, {self.reason}"
+        return f"{text}; first at {self.counterexample}" if self.counterexample is not None else text
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; numbers that JSON lacks become "nan", "inf" and "-inf"."""
+        entry = {key: _plain(value) for key, value in vars(self).items() if key not in ("counterexample", "picture")}
+        example = self.counterexample
+        shown = None if example is None else {key: _plain(value) for key, value in vars(example).items()}
+        return entry | {"counterexample": shown}
+
+
+def _plain(value: Any) -> Any:
+    """A value as strict JSON has it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,129 +1,95 @@
-"""The public operators beside the differentiable layer, judged by bits on integer fixtures, in buffers of NaN."""
+"""This project's public operators and tables: equal to what they must be, and what does not fit refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mxref.scattermoe import RoundingPoints, backward, forward
-from mxref.verification.cases.case import Sample
+from mxref.verification.candidates.answer import Answer
+from mxref.verification.cases.tables import TableCase, TableSample
+from mxref.verification.checks.elements import raised
+from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["operators_guard"]
+__all__ = ["equal_operators", "refused", "right_tables"]
+
+_REFUSED_BY: dict[str, type[Exception]] = {"a dtype that is no float": TypeError}
+"""Misuse -> what it must raise, where that is not a ValueError."""
 
 
-def operators_guard(kernels: ModuleType, sample: Sample) -> list[Finding]:
-    """`scatter2scatter_lora_mx` and its dX in every layout, `selective_lora_weights`, `dequantize_experts` of some.
+def equal_operators(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
+    """Each operator's result equals the reference's; labels are those of `candidates.asking_kernels.by_operators`."""
+    right = _operator_results(expected)
+    findings = []
+    for answer in answers:
+        case, tensor, value = expected.sample.case.name, answer.label, right[answer.label]
+        if answer.error is not None:
+            reason = f"raised {type(answer.error).__name__}: {answer.error}"
+            findings.append(Finding("", case, tensor, Status.FAIL, reason, value.numel(), 0))
+            continue
+        findings.append(_equality(case, tensor, answer.outputs["out"], value))
+    return findings
 
-    What does not fit is refused before anything runs.
 
-    Args:
-        kernels: a module with these names.
-        sample: an integer fixture with packed weights and LoRA, without gates, not grouped.
-    """
-    findings = [_judge(sample, *check) for check in _checks(kernels, sample)]
-    return findings + [_refused(sample, *misuse) for misuse in _misuses(kernels, sample)]
+def refused(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
+    """What does not fit is refused before anything runs, by the right kind of error."""
+    findings = []
+    for answer in answers:
+        wanted, error = _REFUSED_BY.get(answer.label, ValueError), answer.error
+        status, reason = Status.FAIL, f"accepted; expected a {wanted.__name__}"
+        if isinstance(error, wanted):
+            status, reason = Status.PASS, f"refused by a {wanted.__name__}"
+        elif error is not None:
+            reason = f"raised {type(error).__name__}: {error}; expected a {wanted.__name__}"
+        findings.append(Finding("", expected.sample.case.name, answer.label, status, reason, 0, 0))
+    return findings
 
 
-def _checks(kernels: ModuleType, sample: Sample) -> Iterator[tuple[str, Callable[[], Tensor], Tensor]]:
-    """What to call each check, the call, and what it must return."""
-    problem, points = sample.problem, RoundingPoints.contract(sample.problem.dtype)
-    weights, A, B, s, k = problem.expert_weights, problem.lora_A, problem.lora_B, problem.scaling, problem.k
+def right_tables(answers: Sequence[Answer], sample: TableSample) -> list[Finding]:
+    """Every entry of the tables of tiles and of rows; nothing is written outside a table."""
+    findings, case = [], sample.case
+    for answer in answers:
+        if answer.error is not None:
+            findings.append(raised(answer, case.name))
+            continue
+        for table, got in answer.outputs.items():
+            if not case.known:
+                continue
+            height = table.partition(" rows a tile")[0]
+            value = _tiles(case, int(height)) if height.isdigit() else _rows(case)
+            findings.append(_equality(case.name, table, got, value))
+        for written in answer.written:
+            status = Status.FAIL if written.outside else Status.PASS
+            reason = f"{written.outside} bytes written outside {written.note}" if written.outside else "as it was"
+            findings.append(Finding("", case.name, written.place, status, reason, 0, written.outside))
+    return findings
+
+
+def _operator_results(expected: Expectation) -> dict[str, Tensor]:
+    problem = expected.sample.problem
+    weights, A, B, positions = problem.expert_weights, problem.lora_A, problem.lora_B, problem.sorted_scattered_idxs
     assert isinstance(weights, MXWeights)
     assert A is not None
     assert B is not None
-    fwd = forward(problem, points)
-    bwd = backward(problem, fwd, sample.grad_out, points)
-    rows = problem.inputs[problem.row_sources()]
-    dy = bwd.dy.value.to(problem.dtype)
-    idxs, positions, bias = problem.sorted_expert_idxs, problem.sorted_scattered_idxs, problem.expert_biases
-    forward_op, backward_op = kernels.scatter2scatter_lora_mx, kernels.scatter2scatter_lora_dX_mx
-
+    layout = {True: "expert order", False: "positions"}
+    results = {"Y, a fresh buffer": _laid_out(expected.fwd.y.value, positions, False)}
     for read in (True, False):
-        x, fan, dY = (rows, 1, dy) if read else (problem.inputs, k, sample.grad_out)
         for write in (True, False):
-            how = f"{_LAYOUT[read]} to {_LAYOUT[write]}"
-            operands: tuple[Any, ...] = (x, weights, idxs, positions, fan, A, B, s, bias, read, write)
-            yield f"Y, {how}", _into_nan(forward_op, problem.N, *operands), _laid_out(fwd.y.value, positions, write)
-            operands = (dY, weights, idxs, positions, 1, A, B, s, read, write)
-            yield f"D, {how}", _into_nan(backward_op, problem.K, *operands), _laid_out(bwd.d.value, positions, write)
-
-    def fresh() -> Tensor:
-        result: Tensor = forward_op(problem.inputs, weights, idxs, positions, k, A, B, s, bias)
-        return result
-
-    yield "Y, a fresh buffer", fresh, _laid_out(fwd.y.value, positions, False)
-    E, r = problem.E, problem.rank
-    some = torch.arange(E - 1, -1, -2, device=A.device)
-    adapters = [(A[e * r : (e + 1) * r], B[:, e * r : (e + 1) * r]) for e in some.tolist()]
-    A_some, B_some = torch.cat([A for A, _ in adapters]), torch.cat([B for _, B in adapters], 1)
-    yield "A of some experts", lambda: kernels.selective_lora_weights(A, B, some, E)[0], A_some
-    yield "B of some experts", lambda: kernels.selective_lora_weights(A, B, some, E)[1], B_some
+            how = f"{layout[read]} to {layout[write]}"
+            results[f"Y, {how}"] = _laid_out(expected.fwd.y.value, positions, write)
+            results[f"D, {how}"] = _laid_out(expected.bwd.d.value, positions, write)
+    r, some = problem.rank, torch.arange(problem.E - 1, -1, -2, device=A.device)
+    own = [slice(e * r, (e + 1) * r) for e in some.tolist()]
     decoded = decode_mxfp4(weights, problem.dtype)[some]
-    none = some[:0]
-    yield "W of no experts", lambda: kernels.dequantize_experts(weights, none, problem.dtype), decoded[:0]
-    yield "W of some experts", lambda: _decoded_between_sentinels(kernels, weights, some, problem.dtype), decoded
-
-
-def _misuses(kernels: ModuleType, sample: Sample) -> Iterator[tuple[str, Callable[[], Tensor], type[Exception]]]:
-    """What to call each misuse of the decode, the call, and what it must raise."""
-    weights, dtype = sample.problem.expert_weights, sample.problem.dtype
-    assert isinstance(weights, MXWeights)
-    decode, every = kernels.dequantize_experts, torch.arange(weights.E, device=weights.device)
-    shape = (weights.E, weights.N, weights.K)
-
-    def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=weights.device)
-
-    narrow, turned = buffer(*shape, dtype=torch.int16), buffer(weights.E, weights.K, weights.N).mT
-    yield "a dtype that is no float", lambda: decode(weights, every, torch.int16), TypeError
-    yield "experts in a matrix", lambda: decode(weights, every[None], dtype), ValueError
-    yield "a buffer of another shape", lambda: decode(weights, every, dtype, buffer(*shape[:2], 1)), ValueError
-    yield "a buffer of another dtype", lambda: decode(weights, every, dtype, narrow), ValueError
-    yield "a buffer that is not contiguous", lambda: decode(weights, every, dtype, turned), ValueError
-
-
-def _refused(sample: Sample, name: str, call: Callable[[], Tensor], expected: type[Exception]) -> Finding:
-    status, reason = Status.FAIL, f"accepted; expected a {expected.__name__}"
-    try:
-        call()
-    except expected:
-        status, reason = Status.PASS, f"refused by a {expected.__name__}"
-    except Exception as error:  # whatever an operator raises is a finding about it
-        reason = f"raised {type(error).__name__}: {error}; expected a {expected.__name__}"
-    return Finding("operators", sample.case.name, name, status, reason, 0, 0)
-
-
-_LAYOUT = {True: "expert order", False: "positions"}
-
-
-def _decoded_between_sentinels(kernels: ModuleType, weights: MXWeights, some: Tensor, dtype: torch.dtype) -> Tensor:
-    """The listed experts' weights, in a list that also holds ids of no expert, whose slots must stay as they are."""
-    ids = torch.tensor([-1, *some.tolist(), weights.E], device=some.device)
-    out = torch.full((ids.numel(), weights.N, weights.K), float("nan"), dtype=dtype, device=some.device)
-    decoded: Tensor = kernels.dequantize_experts(weights, ids, dtype, out)
-    if not (decoded[0].isnan().all() and decoded[-1].isnan().all()):
-        raise ValueError("a slot that stands for no expert was written")
-    return decoded[1:-1]
-
-
-def _into_nan(operator: Callable[..., Tensor], columns: int, x: Tensor, *arguments: Any) -> Callable[[], Tensor]:
-    """The operator's call into a buffer of NaN, one row a routed row; what it returns must be that buffer."""
-    idxs = arguments[1]
-
-    def call() -> Tensor:
-        out = x.new_full((idxs.numel(), columns), float("nan"))
-        returned = operator(x, *arguments, out=out)
-        if returned.data_ptr() != out.data_ptr():
-            raise ValueError("the result is not the buffer given as out")
-        return returned
-
-    return call
+    return results | {
+        "A of some experts": torch.cat([A[rows] for rows in own]),
+        "B of some experts": torch.cat([B[:, columns] for columns in own], 1),
+        "W of no experts": decoded[:0],
+        "W of some experts": decoded,
+    }
 
 
 def _laid_out(rows: Tensor, positions: Tensor, grouped: bool) -> Tensor:
@@ -135,17 +101,37 @@ def _laid_out(rows: Tensor, positions: Tensor, grouped: bool) -> Tensor:
     return by_position
 
 
-def _judge(sample: Sample, name: str, call: Callable[[], Tensor], expected: Tensor) -> Finding:
-    def finding(status: Status, reason: str, violations: int = 0) -> Finding:
-        return Finding("operators", sample.case.name, name, status, reason, expected.numel(), violations)
-
-    try:
-        got = call()
-    except Exception as error:  # whatever an operator raises is a finding about it
-        return finding(Status.FAIL, f"raised {type(error).__name__}: {error}")
-    if got.shape != expected.shape:
-        return finding(Status.FAIL, f"has shape {tuple(got.shape)}; expected {tuple(expected.shape)}", expected.numel())
-    wrong = int((got.double() != expected.double()).sum())
+def _equality(case: str, tensor: str, got: object, value: Tensor) -> Finding:
+    count = value.numel()
+    fits = isinstance(got, Tensor) and not got.is_meta and got.shape == value.shape
+    if not isinstance(got, Tensor) or not fits or (not value.is_floating_point() and got.dtype != value.dtype):
+        form = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+        reason = f"is {form}; expected {value.dtype} {tuple(value.shape)}"
+        return Finding("", case, tensor, Status.FAIL, reason, count, count)
+    wrong = int((got.to(value.device).double() != value.double()).sum())
     if wrong:
-        return finding(Status.FAIL, f"{wrong} elements differ from the reference", wrong)
-    return finding(Status.PASS, "equal to the reference")
+        return Finding("", case, tensor, Status.FAIL, f"{wrong} elements differ from the reference", count, wrong)
+    return Finding("", case, tensor, Status.PASS, "equal to the reference", count, 0)
+
+
+def _tiles(case: TableCase, height: int) -> Tensor:
+    """int32 [tiles that P rows in that many groups can need, 3], the surplus zero."""
+    begins, P = [0, *case.ends], case.P
+    rows = [
+        (group, first, min(first + height, end))
+        for group, (begin, end) in enumerate(zip(begins, [*case.ends, P], strict=True))
+        for first in range(begin, end, height)
+    ]
+    groups = min(len(case.ends) + 1, P)
+    table = torch.zeros((P + groups * (height - 1)) // height, 3, dtype=torch.int32)
+    if rows:
+        table[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+    return table
+
+
+def _rows(case: TableCase) -> Tensor:
+    """int32 [P]: the routed row at each position; −1 where no expert owns it."""
+    owned = case.ends[-1]
+    inverse = torch.full((case.P,), -1, dtype=torch.int32)
+    inverse[case.positions()[:owned]] = torch.arange(owned, dtype=torch.int32)
+    return inverse

@@ -3,42 +3,76 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.candidates.answer import Answer
+from mxref.verification.checks.elements import comparable, name_of
+from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, Finding, Status
 
-__all__ = ["exponent_finding", "log2_counts", "sign_finding"]
+__all__ = ["log2_counts", "right_exponents", "right_signs"]
 
 _HALF_OCTAVE = 2.0**0.5  # beyond it a ratio rounds to another power of two
+_TENSORS = ("Y", "dX", "dA", "dB")
 
 
-def sign_finding(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding:
+def right_signs(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every sign where the accepted interval excludes zero; a zero has none of the two."""
+    return _each_tensor(answers, expected, _signs)
+
+
+def right_exponents(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
+    """⌊log2 |got / exact|⌉ = 0 wherever the accepted interval keeps it there; names what it is instead."""
+    return _each_tensor(answers, expected, _exponents)
+
+
+def log2_counts(got: Tensor, interval: Interval) -> dict[int, int]:
+    """Elements by ⌊log2 |got / exact|⌉ where honest rounding keeps it at 0; zeros and non-finite results left out."""
+    clear, octave = _octaves(got, interval)
+    values, counts = torch.unique(octave[clear & (got != 0) & torch.isfinite(got)], return_counts=True)
+    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def _each_tensor(
+    answers: Sequence[Answer], expected: Expectation, judge: Callable[[str, str, Tensor, Interval], Finding]
+) -> list[Finding]:
+    """The verdict on each of Y, dX, dA, dB that can be compared at all."""
+    findings = []
+    for answer in answers:
+        case = name_of(answer, expected.sample)
+        for tensor in (name for name in _TENSORS if name in expected.accepted and answer.error is None):
+            got = comparable(answer, expected.sample, tensor, case)
+            if not isinstance(got, Finding):
+                findings.append(judge(case, tensor, got[0], expected.accepted[tensor]))
+    return findings
+
+
+def _signs(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding:
     certain = (interval.low > 0) | (interval.high < 0)
     wrong = certain & (torch.sign(got.double()) != torch.sign(interval.exact)) & ~torch.isnan(got)
     judged, violations = int(certain.sum()), int(wrong.sum())
     if not violations:
         reason = f"{judged} of {got.numel()} signs are certain, and agree"
-        return Finding("sign", case, tensor, Status.PASS, reason, judged, 0)
+        return Finding("", case, tensor, Status.PASS, reason, judged, 0)
     zeros = int((wrong & (got == 0)).sum())
     also = f", {zeros} of them are zero" if zeros else ""
     reason = f"{violations} of {judged} certain signs are wrong{also}"
     shown = _first(wrong, got, interval)
-    return Finding("sign", case, tensor, Status.FAIL, reason, judged, violations, counterexample=shown)
+    return Finding("", case, tensor, Status.FAIL, reason, judged, violations, counterexample=shown)
 
 
-def exponent_finding(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding:
-    """⌊log2 |got / exact|⌉ = 0 wherever the accepted interval keeps it there; names what it is instead."""
+def _exponents(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding:
     clear, octave = _octaves(got, interval)
     vanished = clear & (got == 0)
     wrong = vanished | (clear & (octave != 0))
     judged, violations = int(clear.sum()), int(wrong.sum())
     if not violations:
         reason = f"log2 |ratio| rounds to 0 in {judged} elements"
-        return Finding("exponent", case, tensor, Status.PASS, reason, judged, 0)
+        return Finding("", case, tensor, Status.PASS, reason, judged, 0)
     shown = _first(wrong, got, interval)
     powers = wrong & ~vanished & _is_power(got, octave, interval)
     if int(powers.sum()) * 2 > violations:
@@ -54,14 +88,7 @@ def exponent_finding(case: str, tensor: str, got: Tensor, interval: Interval) ->
         reason, shown = f"dropped: {rows}; {_extent(vanished)} vanish", _first(vanished, got, interval)
     else:
         reason = f"ratio beyond √2, no power of two, in {_extent(wrong)}: values from elsewhere, or a missing term"
-    return Finding("exponent", case, tensor, Status.FAIL, reason, judged, violations, counterexample=shown)
-
-
-def log2_counts(got: Tensor, interval: Interval) -> dict[int, int]:
-    """Elements by ⌊log2 |got / exact|⌉ where honest rounding keeps it at 0; zeros and non-finite results left out."""
-    clear, octave = _octaves(got, interval)
-    values, counts = torch.unique(octave[clear & (got != 0) & torch.isfinite(got)], return_counts=True)
-    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+    return Finding("", case, tensor, Status.FAIL, reason, judged, violations, counterexample=shown)
 
 
 def _octaves(got: Tensor, interval: Interval) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "time the kernels beside the composite (needs a GPU)",
     "tune": "time every tiling beside the table's choice (needs a GPU)",
     "history": "speed over commits; fails on a slowdown",
+    "evidence": "which records are kept, and which are stale",
 }
 """Every subcommand and what it does; each is a module of this package with `add_arguments(parser)` and
 `run(arguments)`."""

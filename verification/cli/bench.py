@@ -1,24 +1,32 @@
-"""`mxref bench`: the gate, then every way to compute the layer timed beside the composite."""
+"""`mxref bench`: judge each way to compute the layer, then time them beside the composite; what was seen is kept."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import EVIDENCE, choose_device
+import torch
+from rich.console import Console
+
+from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
+from mxref.verification.bench.first_call import first_call
+from mxref.verification.bench.history import ratios_of
+from mxref.verification.bench.paths import every_path
+from mxref.verification.bench.racing import Effort
+from mxref.verification.bench.report import as_json, as_markdown, print_bench
+from mxref.verification.bench.timing import clock_for, measure_ceilings
+from mxref.verification.bench.workloads import CASES, DENSE, LARGE, QUICK, Shape
+from mxref.verification.cli.options import choose_device
+from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from rich.console import Console
-
-    from mxref.verification.bench.benchmark import Bench
+from mxref.verification.gate.result import describe_device
+from mxref.verification.records.readme import update_readme
+from mxref.verification.records.record import EVIDENCE, folder_name, write
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-README = EVIDENCE.parent.parent / "README.md"
 
 DESCRIPTION = (
     "Judge this project's ways to compute the layer, then time them beside torch._grouped_mm on bf16 "
@@ -27,10 +35,10 @@ DESCRIPTION = (
 
 EPILOG = """\
 examples:
-  mxref bench                     the main shapes on this GPU: gate, table, bench.json
-  mxref bench --record            the same, kept as evidence, and put into the README
-  mxref bench --shape gpt-oss     some shapes only
-  mxref bench --readme            no timing: the README's table again, from the evidence
+  mxref bench                         the main shapes on this GPU: gate, table, bench.json
+  mxref bench --large --record        more shapes, kept as evidence, in the history and in the README
+  mxref bench --shape gpt-oss         some shapes only
+  mxref bench --samples .benchmarks   every sample too, for pytest-benchmark's `list` and `compare`
 
 exit codes: 0 timed, 1 the gate is red or one of our ways failed, 2 wrong use
 """
@@ -46,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for bench.json (default: gate-report)"
     )
+    parser.add_argument("--samples", metavar="DIR", type=Path, help="add every sample to pytest-benchmark's storage")
     parser.add_argument(
         "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence"
     )
-    parser.add_argument("--readme", action="store_true", help="only write the README's table from the evidence")
+    parser.add_argument("--readme", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,81 +68,69 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: an argument does not fit this machine or the others.
     """
     if arguments.readme:
-        return _readme()
-    partial = bool(arguments.quick or arguments.shape)
-    if arguments.record is not None and partial:
+        raise UsageError("bench --readme is now: mxref evidence --readme")
+    if arguments.record is not None and (arguments.quick or arguments.shape):
         raise UsageError("--record keeps a whole benchmark: leave --quick and --shape out")
+    if arguments.samples is not None and find_spec("pytest_benchmark") is None:
+        raise UsageError("--samples needs pytest-benchmark: pip install pytest-benchmark")
+    shapes = _shapes(arguments)
     device = choose_device("cuda", require_gpu=True)
-    from rich.console import Console
-
-    from mxref.verification.bench import report
-
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
-    bench = _measure(arguments, device)
+    bench = _measure(shapes, device, peers=not arguments.no_peers)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    report.print_bench(bench, console)
+    print_bench(bench, console)
     if bench.green:
-        data = arguments.out / "bench.json"
-        data.write_text(report.dumps(bench), encoding="utf-8")
-        console.print(f"data: {data}", style="bright_black", soft_wrap=True, highlight=False)
-    if arguments.record is not None and bench.exit_code == 0:
-        kept = report.record(bench, arguments.record)
-        console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
-        if arguments.record.resolve() == EVIDENCE:
-            _readme()
+        for what, path in _kept(bench, arguments, device).items():
+            console.print(f"{what}: {path}", style="bright_black", soft_wrap=True, highlight=False)
     return bench.exit_code
 
 
-def _readme() -> int:
-    from mxref.verification.bench import report
-
-    if not README.is_file() or not report.update_readme(README):
-        raise UsageError(f"{README} has no {report.BEGIN} … {report.END} to fill")
-    print(f"written: {README}")
-    return 0
-
-
-def _measure(arguments: argparse.Namespace, device: torch.device) -> Bench:
-    """Run behind a line on stderr that says where it is."""
-    from rich.console import Console
-
-    from mxref.verification.bench import workloads
-    from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
-    from mxref.verification.bench.first_call import first_call
-    from mxref.verification.bench.paths import every_path
-    from mxref.verification.bench.racing import Effort
-    from mxref.verification.bench.timing import clock_for, measure_ceilings
-    from mxref.verification.gate.run import describe_device
-
-    shapes = workloads.QUICK if arguments.quick else workloads.CASES + (workloads.LARGE if arguments.large else ())
-    if arguments.shape:
-        every = workloads.CASES + workloads.LARGE
-        shapes = tuple(shape for shape in every if any(text in shape.name for text in arguments.shape))
-        if not shapes:
-            names = ", ".join(shape.name for shape in every)
-            raise UsageError(f"--shape {' '.join(arguments.shape)} matches none of: {names}")
-    errors = Console(stderr=True)
-    paths = every_path(installed=not arguments.no_peers)
-    _say(errors, "gate: " + ", ".join(path.name for path in paths if path.ours))
-    bench = Bench(describe_device(device), gate_paths(paths, device), Effort())
-    if not bench.green:
-        return bench
-    _say(errors, "timing: the first step of a fresh process")
-    bench.first_call = first_call(workloads.DENSE, device)
-    clock = clock_for(device)
-    return run_benchmark(
-        bench,
-        shapes,
-        paths,
-        device,
-        clock,
-        lambda: measure_ceilings(clock, device),
-        on_shape=lambda shape: _say(errors, f"timing: {shape.name}"),
-    )
+def _shapes(arguments: argparse.Namespace) -> tuple[Shape, ...]:
+    if not arguments.shape:
+        return QUICK if arguments.quick else CASES + (LARGE if arguments.large else ())
+    every = CASES + LARGE
+    shapes = tuple(shape for shape in every if any(text in shape.name for text in arguments.shape))
+    if not shapes:
+        names = ", ".join(shape.name for shape in every)
+        raise UsageError(f"--shape {' '.join(arguments.shape)} matches none of: {names}")
+    return shapes
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, style="bright_black", highlight=False)
+def _measure(shapes: tuple[Shape, ...], device: torch.device, peers: bool) -> Bench:
+    paths, clock = every_path(installed=peers), clock_for(device)
+    with Meter(len(shapes)) as meter:
+        meter.show("gate: " + ", ".join(path.name for path in paths if path.ours))
+        bench = Bench(describe_device(device), gate_paths(paths, device), Effort())
+        if bench.green:
+            meter.show("timing the first step of a fresh process")
+            bench.first_call = first_call(DENSE, device)
+        return run_benchmark(
+            bench,
+            shapes,
+            paths,
+            device,
+            clock,
+            lambda: measure_ceilings(clock, device),
+            on_shape=lambda shape: meter.show(shape.name, done=shapes.index(shape)),
+        )
+
+
+def _kept(bench: Bench, arguments: argparse.Namespace, device: torch.device) -> dict[str, Path]:
+    """Write what was asked for: what it is, and where."""
+    found, kept = as_json(bench), {"data": arguments.out / "bench.json"}
+    kept["data"].write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if arguments.samples is not None:
+        from mxref.verification.bench.samples import keep_samples  # pytest-benchmark is not always installed
+
+        keep_samples(bench, arguments.samples, folder_name(device))
+        kept["samples"] = arguments.samples
+    if arguments.record is not None and bench.exit_code == 0:
+        kept["evidence"] = write("bench", found, device, arguments.record, page=as_markdown)
+        name = f"history/{bench.started.replace(':', '')}"
+        kept["history"] = write("history", ratios_of(bench), device, arguments.record, name=name)
+        if arguments.record.resolve() == EVIDENCE:
+            kept["README"] = update_readme()
+    return kept

@@ -1,8 +1,4 @@
-"""`mxref gate`: judge an implementation, print the verdict, write the report.
-
-Imports wait until the arguments are read: Triton's interpreter must be chosen before kernels are imported, and a wrong
-use should not cost the seconds that they take.
-"""
+"""`mxref gate`: judge an implementation, print the verdict, write the report."""
 
 from __future__ import annotations
 
@@ -11,24 +7,32 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import EVIDENCE, choose_device, matches, seed
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mxref.checkpoints.gpt_oss import ExpertTensor, list_expert_tensors
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.loading import declare, load
+from mxref.verification.candidates.shipped import golden, shipped, torch_composite
+from mxref.verification.cli.options import choose_device, seed
+from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from rich.console import Console
-
-    from mxref.checkpoints.gpt_oss import ExpertTensor
-    from mxref.verification.candidates.candidate import Candidate
-    from mxref.verification.gate.run import GateResult, Step
+from mxref.verification.gate.plan import Item, plan, plan_checkpoint
+from mxref.verification.gate.result import GateResult
+from mxref.verification.gate.run import run_gate
+from mxref.verification.records import record, ulp_baseline
+from mxref.verification.records.gate_summary import gate_summary
+from mxref.verification.records.record import EVIDENCE
+from mxref.verification.report.page import write
+from mxref.verification.report.terminal import print_result
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = (
-    "Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, "
-    "and derived error intervals on a grid of cases."
+    "Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, and derived error "
+    "intervals on a grid of cases."
 )
 
 EPILOG = """\
@@ -61,16 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", dest="full", action="store_false", default=False, help="the suite for every commit (default)"
     )
     size.add_argument("--full", action="store_true", help="the suite for a release: more and larger cases")
-    how.add_argument(
-        "--weights", metavar="PATH", type=Path, help="a gpt-oss checkpoint (file or folder) in place of drawn weights"
-    )
+    how.add_argument("--weights", metavar="PATH", type=Path, help="a checkpoint (file or folder) for drawn weights")
     how.add_argument(
         "--layers", metavar="LIST", help="with --weights: layers such as 0,3-5, or all (default: the first)"
     )
     how.add_argument("--experts", metavar="N", help="with --weights: experts of each projection, or all (default: 4)")
-    how.add_argument("--case", metavar="PATTERN", action="append", help="only cases that match; may be repeated")
+    how.add_argument(
+        "--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated"
+    )
     how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
-    how.add_argument("--list", action="store_true", help="print the cases and stop")
+    how.add_argument("--list", action="store_true", help="print what would be asked, and stop")
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
@@ -98,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The subcommand; its exit code.
+    """The command; its exit code.
 
     Raises:
         UsageError: an argument does not fit this machine, these files or the others.
@@ -107,33 +111,25 @@ def run(arguments: argparse.Namespace) -> int:
     _check_record(arguments, device)
     if arguments.accept_baseline is not None and not _own(arguments):
         raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
-    steps, suite = _steps(arguments, device)
-    from rich.console import Console
-
+    candidate = _candidate(arguments, device)
+    items, suite = _items(arguments, candidate, device)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if arguments.list:
-        _print_list(steps, console)
+        _print_list(items, console)
         return 0
-    candidate = _candidate(arguments, device)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
-    result = _judge(candidate, steps, device, suite, arguments)
+    result = _judge(candidate, items, device, suite, arguments)
     accepted = _baseline(result, device, arguments)
-
-    from mxref.verification.report.page import write
-    from mxref.verification.report.terminal import print_result
-
     data, page = write(result, arguments.out)
     print_result(result, console, verbose=arguments.verbose)
     console.print(f"report: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
     if accepted is not None:
         console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None:
-        from mxref.verification.records import evidence
-
-        kept = evidence.record(arguments.record, "gate", evidence.gate_summary(result))
+        kept = record.write("gate", gate_summary(result), device, arguments.record)
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
     return result.exit_code
 
@@ -146,17 +142,15 @@ def _own(arguments: argparse.Namespace) -> bool:
 
 def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:
     """Hold the shipped kernels' errors against the accepted ones, or accept them if all is well; the written file."""
-    from mxref.verification.records import ulp_baseline as baselines
-
     if not _own(arguments):
         return None
     if arguments.accept_baseline is None:
-        result.findings += baselines.baseline_guard(result.findings, device, result.seed)
+        result.findings += ulp_baseline.baseline_findings(result.findings, device, result.seed)
         return None
     if any(not finding.ok for finding in result.findings):
         return None
     try:
-        return baselines.accept(result.findings, device, result.seed, arguments.accept_baseline)
+        return ulp_baseline.accept(result.findings, device, result.seed, arguments.accept_baseline)
     except ValueError as error:
         raise UsageError(f"--accept-baseline: {error}") from None
 
@@ -170,51 +164,40 @@ def _check_record(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def _candidate(arguments: argparse.Namespace, device: torch.device) -> Candidate:
-    from mxref.verification.candidates import candidate as candidates
-
     points = None
     if arguments.points is not None:
         points = [] if arguments.points == "contract" else arguments.points.replace(" ", "").split(",")
-    own = {
-        "shipped": lambda: candidates.shipped(device),
-        "golden": candidates.golden,
-        "composite": candidates.torch_composite,
-    }
+    own = {"shipped": lambda: shipped(device), "golden": golden, "composite": torch_composite}
     try:
         if arguments.kernel not in own:
-            return candidates.load(arguments.kernel, points, arguments.accumulation)
-        return candidates.declare(own[arguments.kernel](), points, arguments.accumulation)
+            return load(arguments.kernel, points, arguments.accumulation)
+        return declare(own[arguments.kernel](), points, arguments.accumulation)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def _steps(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Step], str]:
+def _items(arguments: argparse.Namespace, candidate: Candidate, device: torch.device) -> tuple[list[Item], str]:
     """What will be judged, and what to call it."""
-    from mxref.verification.gate import run as gate
-
     if arguments.weights is not None:
         tensors, suite = _checkpoint(arguments.weights, arguments.layers)
         experts = _experts(arguments.experts)
-        steps = gate.decode_steps(device)
-        steps += gate.checkpoint_steps(arguments.weights, tensors, experts, device, arguments.seed)
+        items = plan_checkpoint(arguments.weights, tensors, experts, device, arguments.seed)
         suite += ", all experts" if experts is None else f", up to {experts} experts each"
     elif arguments.layers is not None or arguments.experts is not None:
         raise UsageError("--layers and --experts choose from a checkpoint: give --weights too")
     else:
-        steps = gate.suite_steps(device, arguments.full, arguments.seed, every_guard=True)
         suite = "full" if arguments.full else "quick"
+        items = plan("full" if arguments.full else "quick", device, arguments.seed, own=candidate.operators is not None)
     if arguments.case:
-        steps = [step for step in steps if matches(step.case, arguments.case)]
-        if not steps:
+        items = [item for item in items if item.fits(arguments.case)]
+        if not items:
             raise UsageError(f"--case {' '.join(arguments.case)} matches no case; --list prints them")
         suite += f", cases matching {' or '.join(arguments.case)}"
-    return steps, suite
+    return items, suite
 
 
 def _checkpoint(path: Path, layers: str | None) -> tuple[list[ExpertTensor], str]:
     """The projections of the chosen layers, and what to call them."""
-    from mxref.checkpoints.gpt_oss import list_expert_tensors
-
     try:
         tensors = list_expert_tensors(path)
     except (OSError, ValueError) as error:
@@ -266,35 +249,18 @@ def _experts(text: str | None) -> int | None:
 
 
 def _judge(
-    candidate: Candidate, steps: Sequence[Step], device: torch.device, suite: str, arguments: argparse.Namespace
+    candidate: Candidate, items: Sequence[Item], device: torch.device, suite: str, arguments: argparse.Namespace
 ) -> GateResult:
-    """Run the gate behind a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from mxref.verification.gate.run import run_gate
-
-    columns = (
-        SpinnerColumn(), TextColumn("{task.fields[guard]:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}", style="bright_black"),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(steps), guard="")
-        done = iter(range(len(steps)))
-
-        def on_step(step: Step) -> None:
-            progress.update(task, completed=next(done), description=step.case, guard=step.guard)
-
+    done = iter(range(len(items)))
+    with Meter(len(items)) as meter:
         return run_gate(
-            candidate, steps, device, suite=suite, seed=arguments.seed, strict=arguments.strict, on_step=on_step
-        )
+            candidate, items, device, suite=suite, seed=arguments.seed, strict=arguments.strict,
+            on_item=lambda item: meter.show(f"{item.checks[0].name}: {item.name}", next(done)),
+        )  # fmt: skip
 
 
-def _print_list(steps: Sequence[Step], console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("guard", "case", box=None, header_style="bright_black")
-    for step in steps:
-        table.add_row(step.guard, step.case)
+def _print_list(items: Sequence[Item], console: Console) -> None:
+    table = Table("check", "case", box=None, header_style="bright_black")
+    for item in items:
+        table.add_row(", ".join(check.name for check in item.checks), item.name)
     console.print(table)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import EVIDENCE
+from rich.console import Console
+from rich.table import Table
+
+from mxref.verification.bench.history import Change, Entry, as_entry, judge
+from mxref.verification.bench.plots import save_history
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.records.record import EVIDENCE, KINDS, read
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mxref.verification.bench.history import Change, Entry
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
+__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "load_history", "run"]
 
 DESCRIPTION = (
     "Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its "
@@ -48,17 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: there is nothing to show, a record is damaged, or --baseline names no run.
     """
-    from rich.console import Console
-
-    from mxref.verification.bench.history import judge, load_history
-
     try:
         history = load_history(arguments.evidence)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
     history = {gpu: entries for gpu, entries in history.items() if (arguments.gpu or "") in gpu}
     if not history:
-        raise UsageError(f"no benchmark is recorded below {arguments.evidence}; on a GPU: mxref bench --record")
+        raise UsageError(f"no benchmark is recorded below {arguments.evidence}; on a GPU: {KINDS['history'].command}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     failed = False
     for gpu, entries in history.items():
@@ -73,10 +68,20 @@ def run(arguments: argparse.Namespace) -> int:
     return int(failed)
 
 
+def load_history(root: Path = EVIDENCE) -> dict[str, list[Entry]]:
+    """Every kept benchmark by GPU folder, oldest first.
+
+    Raises:
+        ValueError: a file is no record, or was changed by hand.
+    """
+    history: dict[str, list[Entry]] = {}
+    for path in sorted(root.glob("*/history/*.json")):
+        history.setdefault(path.parent.parent.name, []).append(as_entry(read(path)))
+    return {gpu: sorted(entries, key=lambda entry: entry.started) for gpu, entries in history.items()}
+
+
 def _print(gpu: str, entries: list[Entry], changes: list[Change], verbose: bool, console: Console) -> None:
     """The ratios of the way that callers get in the last runs; then what changed."""
-    from rich.table import Table
-
     shown = entries[-_SHOWN:]
     table = Table(title=f"{gpu}: automatic, step (base): time over the composite's", title_justify="left", box=None)
     table.add_column("shape", no_wrap=True)
@@ -104,8 +109,6 @@ def _pair(entry: Entry, shape: str) -> str:
 
 
 def _plot(gpu: str, entries: list[Entry], folder: Path, console: Console) -> None:
-    from mxref.verification.bench.plots import save_history
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_history(entries, str(folder / f"history-{gpu}.png"))

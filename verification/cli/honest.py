@@ -1,4 +1,4 @@
-"""`mxref honest`: judge implementations that are right, each under its true declaration; no guard may reject one."""
+"""`mxref honest`: judge implementations that are right, each under its true declaration; no check may reject one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mxref.verification.cli.options import choose_device, matches, positive
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
+from mxref.verification.cli.options import choose_device, positive
+from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from mxref.verification.cases.suites import Case
-    from mxref.verification.studies.conforming.implementations import Honest
+from mxref.verification.gate.plan import matches
+from mxref.verification.studies.conforming.implementations import Honest, data_cases, emulated, judge, on_gpu
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
@@ -34,7 +39,7 @@ examples:
   mxref honest --data cancelling --seeds 50  one kind of data, many draws
   mxref honest --device cuda                 the shipped kernels under each reachable configuration
 
-exit codes: 0 no guard rejects an honest implementation, 1 one does, 2 wrong use
+exit codes: 0 no check rejects an honest implementation, 1 one does, 2 wrong use
 """
 
 
@@ -65,16 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The subcommand; its exit code.
+    """The command; its exit code.
 
     Raises:
         UsageError: an argument does not fit this machine or the others.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
     device = choose_device(arguments.device)
-    from rich.console import Console
-
-    from mxref.verification.studies.conforming.implementations import data_cases
 
     start = time.monotonic()
     chosen = [h for h in _implementations(device) if matches(h.name, arguments.name)]
@@ -97,27 +99,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 @cache
 def _implementations(device: torch.device) -> Sequence[Honest]:
-    from mxref.verification.studies.conforming.implementations import emulated, on_gpu
-
     return emulated() if device.type == "cpu" else on_gpu(device)
 
 
 def _judge(draws: list[_Draw], total: int, device: torch.device, names: list[str], jobs: int) -> list[Judgement]:
-    """All draws behind a progress bar on stderr; on a CPU in several processes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """All draws; on a CPU in several processes."""
     judged: list[Judgement] = []
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", style="bright_black")
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
+    with Meter(total) as meter:
         for each in _mapped(partial(_judge_draw, device=device, names=names), draws, jobs, device):
             judged += each
             failures = sum(bool(judgement.complaint) for judgement in judged)
-            progress.update(task, advance=len(each), description=f"{failures} failures, {each[0].data}")
+            meter.advance(f"{failures} failures, {each[0].data}", len(each))
     return judged
 
 
@@ -131,26 +123,20 @@ def _mapped(
         yield from pool.imap_unordered(function, draws)
 
 
-def _judge_draw(draw: _Draw, device: torch.device, names: list[str]) -> list[Judgement]:
-    import torch
-
-    from mxref.verification.studies.conforming.implementations import judge
+def _judge_draw(each: _Draw, device: torch.device, names: list[str]) -> list[Judgement]:
 
     torch.set_num_threads(1)
-    case = draw.case
+    case = each.case
     chosen = [h for h in _implementations(device) if h.dtype == case.dtype and matches(h.name, names)]
     judged = []
-    for honest, findings in judge(chosen, case.build(device, draw.seed)):
+    for honest, findings in judge(chosen, draw(case, device, each.seed)):
         complaint = next((str(finding) for finding in findings if not finding.ok), "")
-        judged.append(Judgement(honest.name, case.name, draw.seed, complaint))
+        judged.append(Judgement(honest.name, case.name, each.seed, complaint))
     return judged
 
 
-def _print(judged: Sequence[Judgement], seconds: float, console: Any) -> None:
+def _print(judged: Sequence[Judgement], seconds: float, console: Console) -> None:
     """Failures of each implementation by kind of data, every complaint, and the counts last."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
 
     made = Counter((judgement.implementation, judgement.data) for judgement in judged)
     failed = Counter((judgement.implementation, judgement.data) for judgement in judged if judgement.complaint)

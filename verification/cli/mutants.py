@@ -13,33 +13,33 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mxref.verification.cases.small import fixtures
-from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
+from mxref.verification.cli.options import choose_device, positive, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.records import ulp_baseline
-from mxref.verification.studies.mutation import record
+from mxref.verification.gate.plan import matches
+from mxref.verification.records import record
+from mxref.verification.records.sources import digests
 from mxref.verification.studies.mutation.catalogue import catalogue, stratified
-from mxref.verification.studies.mutation.layers import gate_layers, layers
 from mxref.verification.studies.mutation.locate import StaleMutantError
 from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.questions import questions
+from mxref.verification.studies.mutation.record import judged_before, left_open, payload, texts
 from mxref.verification.studies.mutation.runner import Outcome, Setting
 from mxref.verification.studies.mutation.session import TRIAL_SECONDS, FalseKillError, Session, judge
 from mxref.verification.studies.mutation.sources import Source, read_sources
-from mxref.verification.studies.mutation.tables import print_list, print_session
+from mxref.verification.studies.mutation.tables import as_markdown, print_list, print_session
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 _SAMPLE = 120
 
-DESCRIPTION = "Plant bugs in the kernels' sources, one at a time, and see whether the gate's guards notice."
+DESCRIPTION = "Plant bugs in the kernels' sources, one at a time, and see whether the gate's checks notice."
 
 EPILOG = f"""\
 examples:
   mxref mutants                          {_SAMPLE} mutants across all functions and kinds of mistake
   mxref mutants --all --jobs 8           the whole catalogue
-  mxref mutants --all --matrix           what every layer kills, and what only it kills
-  mxref mutants --all --by-hand --gate   those by hand, each by the quick gate itself
+  mxref mutants --all --by-hand --matrix what every check kills, and what only it kills
   mxref mutants --kind gates --list      print the mutants of one kind
   mxref mutants --all --gpu-only --minutes 8 --record     on a GPU; later: --rest in place of --all
 
@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--seed", type=seed, default=0, help="of the sample and of every draw (default: 0)")
     which.add_argument("--list", action="store_true", help="print the mutants and stop")
     how = parser.add_argument_group("how")
-    how.add_argument("--gate", action="store_true", help="judge by the quick gate's own steps, slower")
-    how.add_argument("--matrix", action="store_true", help="ask every layer about every mutant, not only the first")
+    how.add_argument("--gate", action="store_true", help=argparse.SUPPRESS)
+    how.add_argument("--matrix", action="store_true", help="ask every check about each mutant by hand; --record does")
     how.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
     torch.set_num_threads(1)
     device = choose_device(arguments.device)
+    if arguments.gate:
+        raise UsageError("--gate: mutants are always judged by the gate's own checks, on small cases; leave it out")
     if arguments.gpu_only and device.type == "cpu" and not arguments.list:
         raise UsageError("--gpu-only: torch sees no CUDA GPU on this machine")
     if arguments.record and not _is_whole(arguments, device):
@@ -107,17 +109,28 @@ def run(arguments: argparse.Namespace) -> int:
     print_session(session, sources, console)
     if arguments.out is not None:
         path = arguments.out / "mutants.json"
-        path.write_text(json.dumps(session.as_json(sources), indent=1), encoding="utf-8")
+        path.write_text(json.dumps(payload(session), indent=1), encoding="utf-8")
         console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record:
-        path = _record_of(device)
-        if arguments.rest:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            session.judged += record.judged_before(before, catalogue(sources))
-            session.matrix = session.matrix and before["matrix"]
-        record.write(session, sources, path)
+        path = _record(session, sources, arguments, device)
         console.print(f"record: {path}", style="bright_black", soft_wrap=True, highlight=False)
     return session.exit_code
+
+
+def _record(session: Session, sources: dict[str, Source], arguments: argparse.Namespace, device: torch.device) -> Path:
+    """Keep a run; what --rest judged is added to what is kept."""
+    if arguments.rest:
+        before = record.read(_record_of(device))
+        session.judged += judged_before(before, catalogue(sources))
+        session.matrix = session.matrix and before["matrix"]
+    return record.write(
+        "mutants",
+        payload(session),
+        device,
+        command=f"mxref mutants --all {'--gpu-only ' if arguments.gpu_only else ''}--record",
+        texts=texts((judged.mutant for judged in session.judged), sources),
+        page=lambda entry: as_markdown(session, sources, entry),
+    )
 
 
 def _make_folder(path: Path | None) -> None:
@@ -129,7 +142,7 @@ def _make_folder(path: Path | None) -> None:
 
 
 def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
-    narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.list, arguments.gate)
+    narrowed = (arguments.kind, arguments.name, arguments.by_hand, arguments.list)
     whole: bool = (arguments.all or arguments.rest) and not any(narrowed)
     return whole and arguments.gpu_only == (device.type == "cuda")
 
@@ -137,10 +150,10 @@ def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
 def _record_of(device: torch.device) -> Path:
     """The record's path. A process of its own asks for the GPU's name: this one must not touch the GPU."""
     if device.type == "cpu":
-        return record.RECORD
-    ask = f"import torch; from {ulp_baseline.__name__} import *; print(architecture_name(torch.device('cuda')))"
+        return record.record_path("mutants", device)
+    ask = f"import torch; from {record.__name__} import *; print(record_path('mutants', torch.device('cuda')))"
     told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    return EVIDENCE / told.stdout.strip() / record.RECORD.name
+    return Path(told.stdout.strip())
 
 
 def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:
@@ -155,8 +168,7 @@ def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device:
     ]
     if arguments.rest:
         try:
-            entry = json.loads(_record_of(device).read_text(encoding="utf-8"))
-            mutants = record.unexplained(entry, mutants, sources)
+            mutants = _left_open(record.read(_record_of(device)), mutants, sources)
         except (OSError, ValueError) as error:
             raise UsageError(f"--rest: {error}") from None
     if not mutants:
@@ -166,12 +178,22 @@ def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device:
     return stratified(mutants, arguments.sample, arguments.seed)
 
 
+def _left_open(entry: record.Entry, mutants: list[Mutant], sources: dict[str, Source]) -> list[Mutant]:
+    now = digests(texts(mutants, sources))
+    changed = sorted(
+        name for name in now.keys() | entry["sources"].keys() if now.get(name) != entry["sources"].get(name)
+    )
+    if changed:
+        raise ValueError(f"the record is older than {', '.join(changed)}; write it again: {entry['command']}")
+    return left_open(entry, mutants)
+
+
 def _judge(
     mutants: list[Mutant], sources: dict[str, Source], device: torch.device, arguments: argparse.Namespace
 ) -> Session:
     """Judge behind a progress meter."""
-    judges = gate_layers if arguments.gate else layers
-    setting = Setting(sources, device, arguments.matrix, arguments.jobs, TRIAL_SECONDS[device.type])
+    matrix = arguments.matrix or arguments.record
+    setting = Setting(sources, device, matrix, arguments.jobs, TRIAL_SECONDS[device.type])
     killed = alive = 0
     with Meter(len(mutants)) as meter:
 
@@ -183,8 +205,7 @@ def _judge(
 
         return judge(
             mutants,
-            judges(device, arguments.seed),
-            fixtures(device, arguments.seed),
+            questions(device, arguments.seed),
             setting,
             seconds=60 * arguments.minutes,
             compile_survivors=arguments.compile,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mxref.verification.cli.usage import UsageError
@@ -15,10 +12,7 @@ from mxref.verification.cli.usage import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EVIDENCE", "choose_device", "matches", "positive", "seed"]
-
-EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
-"""Where `--record` keeps what a GPU saw, one folder a GPU."""
+__all__ = ["choose_device", "positive", "seed"]
 
 
 def choose_device(wanted: str | None, require_gpu: bool = False) -> torch.device:
@@ -54,12 +48,3 @@ def positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
-
-
-def matches(case: str, patterns: Sequence[str]) -> bool:
-    """Whether a case's name fits one of the patterns: a glob over the whole name; without wildcards, a part of it.
-
-    No patterns fit every name. Case is ignored.
-    """
-    wild = [pattern if re.search(r"[*?\[]", pattern) else f"*{pattern}*" for pattern in patterns]
-    return not wild or any(fnmatch.fnmatch(case.lower(), pattern.lower()) for pattern in wild)

@@ -6,20 +6,24 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mxref.verification.cli.options import EVIDENCE, choose_device, matches, positive, seed
+import torch
+from rich.console import Console
+
+from mxref.verification.candidates.known import ENTRIES, OWN, entry
+from mxref.verification.cli.options import choose_device, positive, seed
+from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from mxref.verification.studies.scoreboard.run import Board
+from mxref.verification.gate.plan import matches, plan
+from mxref.verification.records import record
+from mxref.verification.records.record import EVIDENCE
+from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
+from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 DESCRIPTION = (
-    "Judge this project's kernels and implementations from elsewhere by the same steps, each in a "
+    "Judge this project's kernels and implementations from elsewhere by the same checks, each in a "
     "process of its own, and print one table with the first counterexample of every failure."
 )
 
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         metavar="N",
         type=positive,
-        help="that share an implementation's steps (default: 1; up to 8 on a GPU)",
+        help="that share an implementation's cases (default: 1; up to 8 on a GPU)",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for scoreboard.json and scoreboard.md"
@@ -59,16 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The subcommand; its exit code.
+    """The command; its exit code.
 
     Raises:
         UsageError: an argument does not fit this machine or the others.
     """
     device = choose_device(arguments.device)
-    from rich.console import Console
-
-    from mxref.verification.records import evidence
-    from mxref.verification.studies.scoreboard import report as scoreboard_report
 
     names = _names(arguments.candidates)
     if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
@@ -77,21 +77,21 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
-    _check_cases(arguments, device)
+    _check_cases(names, arguments, device)
     board = _judge(names, device, arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    scoreboard_report.print_board(board, console)
-    data, page = scoreboard_report.write(board, arguments.out)
+    print_board(board, console)
+    data, page = write(board, arguments.out)
     console.print(f"table: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
     if arguments.record is not None:
-        kept = evidence.record(arguments.record, "scoreboard", scoreboard_report.as_json(board))
-        kept.with_suffix(".md").write_text(scoreboard_report.as_markdown(board), encoding="utf-8")
+        kept = record.write(
+            "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
+        )
         console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
     return 0
 
 
 def _names(text: str | None) -> list[str]:
-    from mxref.verification.candidates.known import ENTRIES, entry
 
     if text is None:
         return [name for name in ENTRIES if name != "golden"]
@@ -104,32 +104,15 @@ def _names(text: str | None) -> list[str]:
     return names
 
 
-def _check_cases(arguments: argparse.Namespace, device: torch.device) -> None:
-    from mxref.verification.gate.plan import suite_steps
+def _check_cases(names: list[str], arguments: argparse.Namespace, device: torch.device) -> None:
 
-    steps = suite_steps(device, arguments.full, arguments.seed, every_guard=True)
-    if not any(matches(step.case, arguments.case or ()) for step in steps):
+    items = plan("full" if arguments.full else "quick", device, arguments.seed, own=OWN in names)
+    if not any(matches(item.name, arguments.case or ()) for item in items):
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")
 
 
 def _judge(names: list[str], device: torch.device, arguments: argparse.Namespace) -> Board:
-    """Run behind a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from mxref.verification.studies.scoreboard.run import run_scoreboard
-
-    columns = (
-        SpinnerColumn(), TextColumn("{task.fields[name]:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}", style="bright_black"),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None, name="")
-
-        def on_step(name: str, done: int, total: int, case: str) -> None:
-            progress.update(task, completed=done, total=total, description=case, name=name)
-
+    with Meter() as meter:
         return run_scoreboard(
             names,
             device,
@@ -137,7 +120,7 @@ def _judge(names: list[str], device: torch.device, arguments: argparse.Namespace
             seed=arguments.seed,
             only=arguments.case or (),
             processes=_processes(arguments.processes, device),
-            on_step=on_step,
+            on_item=lambda name, done, total, case: meter.show(f"{name}: {case}", done, total),
         )
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from rich.console import Console
+from rich.table import Table
+
+from mxref.kernels.device.launch import architecture
+from mxref.verification.bench.timing import clock_for
+from mxref.verification.bench.tuning import Pinned, Timing, candidates, compile_ahead, pinned_costs, tune_shape
+from mxref.verification.bench.workloads import CASES
+from mxref.verification.cases.small import usual_dtype
 from mxref.verification.cli.options import choose_device, positive
+from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from mxref.verification.bench.tuning import Pinned, Timing
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
 _SHOWN = 5
-
 
 DESCRIPTION = (
     "Time a whole training step under every tiling that fits this GPU, shape by shape, and print the "
@@ -45,29 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: there is no GPU, or no such shape.
     """
     device = choose_device("cuda", require_gpu=True)
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from mxref.kernels.device.launch import architecture
-    from mxref.verification.bench.timing import clock_for
-    from mxref.verification.bench.tuning import candidates, compile_ahead, pinned_costs, tune_shape
-    from mxref.verification.bench.workloads import CASES
-    from mxref.verification.cases.suites import usual_dtype
-
     wanted = arguments.shape or [""]
     shapes = [shape for shape in CASES if any(text in shape.name for text in wanted)]
     if not shapes:
         raise UsageError(f"--shape {' '.join(wanted)} matches none of: {', '.join(shape.name for shape in CASES)}")
     console, clock = Console(width=None if sys.stdout.isatty() else 120), clock_for(device)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        configs = candidates(architecture(device), usual_dtype(device.type))
-        task = progress.add_task(f"compiling {len(configs)} tilings", total=None)
+    configs = candidates(architecture(device), usual_dtype(device.type))
+    with Meter(len(configs) * len(shapes)) as meter:
+        meter.show(f"compiling {len(configs)} tilings")
         compile_ahead(shapes, device, configs, arguments.jobs)
-        progress.update(task, total=len(configs) * len(shapes))
         tuned = []
         for shape in shapes:
-            progress.update(task, description=shape.name)
-            tuned.append(tune_shape(shape, device, clock, configs, on_config=lambda config: progress.advance(task)))
+            meter.show(shape.name)
+            tuned.append(tune_shape(shape, device, clock, configs, on_config=lambda config: meter.advance(str(config))))
             console.print(table(tuned[-1]))
     if len(shapes) > 1:
         console.print(pinned_table(pinned_costs(tuned)))
@@ -76,12 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def table(timings: list[Timing]) -> Table:
     """The fastest tilings of one shape, and the committed one with its rank."""
-    from rich.table import Table
-
     committed = next(timing for timing in timings if timing.committed)
-    shown = Table(title=f"{committed.shape} ({committed.shape_class})", title_justify="left", box=None)
-    for name in ("rank", "tiling", "ms", "÷ committed"):
-        shown.add_column(name, justify="left" if name == "tiling" else "right")
+    shown = _columns(f"{committed.shape} ({committed.shape_class})", "rank", "tiling", "ms", "÷ committed")
     for rank, timing in enumerate(timings, 1):
         if rank <= _SHOWN or timing.committed:
             cells = (str(rank), str(timing.config), f"{timing.seconds * 1e3:.3f}")
@@ -89,13 +78,16 @@ def table(timings: list[Timing]) -> Table:
     return shown
 
 
-def pinned_table(costs: list[Pinned]) -> Table:
+def pinned_table(costs: Sequence[Pinned]) -> Table:
     """The cheapest tilings for a caller who pins one."""
-    from rich.table import Table
-
-    shown = Table(title="one tiling for all of these shapes, ÷ committed", title_justify="left", box=None)
-    for name in ("tiling", "at worst", "on average"):
-        shown.add_column(name, justify="left" if name == "tiling" else "right")
+    shown = _columns("one tiling for all of these shapes, ÷ committed", "tiling", "at worst", "on average")
     for cost in costs[:_SHOWN]:
         shown.add_row(str(cost.config), f"{cost.worst:.2f}", f"{cost.mean:.2f}")
+    return shown
+
+
+def _columns(title: str, *names: str) -> Table:
+    shown = Table(title=title, title_justify="left", box=None)
+    for name in names:
+        shown.add_column(name, justify="left" if name == "tiling" else "right")
     return shown

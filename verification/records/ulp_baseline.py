@@ -13,26 +13,23 @@ elsewhere.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from mxref.verification.arithmetic.thresholds import RMS_TOLERANCE
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.cli.options import EVIDENCE
+from mxref.verification.records.record import EVIDENCE, folder_name, read, record_path, write
 
-__all__ = ["Baseline", "accept", "architecture_name", "baseline_guard", "baseline_path", "environment"]
+__all__ = ["Baseline", "accept", "baseline_findings", "baseline_path", "environment"]
 
-_SCHEMA = "mxref.ulp-baseline/1"
-_GUARD = "baseline"
-_JUDGED = "interval"  # the guard whose errors are kept
+_KIND = "ulp_baseline"
+_CHECK = "baseline"
+_JUDGED = "interval"  # the check whose errors are kept
 
 Errors = dict[str, dict[str, tuple[float, float]]]
 """case -> tensor -> (largest |error|, RMS error), both in ulp."""
@@ -57,40 +54,27 @@ class Baseline:
         """The baseline in a file; None where there is no file.
 
         Raises:
-            ValueError: the file is no baseline.
+            ValueError: the file is no record; see `record.read`.
         """
         if not path.is_file():
             return None
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
-            raise ValueError(f"{path} is no baseline of schema {_SCHEMA}; accept a new one")
+        entry = read(path)
         errors = {
-            case: {tensor: (float(pair["max"]), float(pair["rms"])) for tensor, pair in tensors.items()}
-            for case, tensors in data["ulp"].items()
+            case: {tensor: (largest, rms) for tensor, (largest, rms) in tensors.items()}
+            for case, tensors in entry["ulp"].items()
         }
-        return cls(int(data["seed"]), dict(data["environment"]), errors)
+        return cls(entry["seed"], entry["environment"], errors)
 
-    def write(self, path: Path) -> None:
-        """Write the file, in a stable order, so that a diff shows what changed."""
-        ulp: dict[str, Any] = {
-            case: {tensor: {"max": largest, "rms": rms} for tensor, (largest, rms) in sorted(tensors.items())}
-            for case, tensors in sorted(self.errors.items())
-        }
-        data = {"schema": _SCHEMA, "seed": self.seed, "environment": self.environment, "ulp": ulp}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def architecture_name(device: torch.device) -> str:
-    """The folder's name: "interpreter-cpu", or the GPU's name as in "nvidia-h200"."""
-    if device.type == "cpu":
-        return "interpreter-cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    def write(self, device: torch.device, folder: Path) -> Path:
+        """Keep it as a device's record, in a stable order, so that a diff shows what changed; the file."""
+        ulp = {case: dict(sorted(tensors.items())) for case, tensors in sorted(self.errors.items())}
+        found = {"seed": self.seed, "environment": self.environment, "ulp": ulp}
+        return write(_KIND, found, device, folder)
 
 
 def baseline_path(device: torch.device, folder: Path = EVIDENCE) -> Path:
     """Where the baseline of the device's architecture lies."""
-    return folder / architecture_name(device) / "ulp_baseline.json"
+    return record_path(_KIND, device, folder)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -100,7 +84,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return found | ({"fp32 products": _order_of_summation()} if device.type == "cpu" else {})
 
 
-def baseline_guard(
+def baseline_findings(
     findings: Iterable[Finding], device: torch.device, seed: int, folder: Path = EVIDENCE
 ) -> list[Finding]:
     """The errors of a run's interval findings against the accepted ones: one finding a tensor.
@@ -115,13 +99,13 @@ def baseline_guard(
         WORSE for a tensor whose largest or RMS error grew in some case, PASS otherwise; NOT_COVERED for results
         without a baseline. Nothing for another seed, or for a run without errors to compare.
     """
-    name, here, errors = architecture_name(device), environment(device), _errors(findings)
+    name, here, errors = folder_name(device), environment(device), _errors(findings)
     baseline = Baseline.read(baseline_path(device, folder))
     if not errors or (baseline is not None and baseline.seed != seed):
         return []
     advice = "`mxref gate --accept-baseline` writes it"
     if baseline is None:
-        return [Finding(_GUARD, name, "all", Status.NOT_COVERED, f"no baseline for {name} yet; {advice}", 0, 0)]
+        return [Finding(_CHECK, name, "all", Status.NOT_COVERED, f"no baseline for {name} yet; {advice}", 0, 0)]
     judged = device.type != "cpu" or here == baseline.environment  # see this module's docstring
     before = baseline.environment
     moved = ", ".join(f"{key} {was} → {here.get(key, 'none')}" for key, was in before.items() if here.get(key) != was)
@@ -137,7 +121,7 @@ def baseline_guard(
     results = [_tensor_finding(name, tensor, pairs, judged, moved) for tensor, pairs in tensors.items()]
     if unknown:
         reason = f"{unknown} results have no baseline yet; {advice}"
-        results.append(Finding(_GUARD, name, "new results", Status.NOT_COVERED, reason, unknown, 0))
+        results.append(Finding(_CHECK, name, "new results", Status.NOT_COVERED, reason, unknown, 0))
     return results
 
 
@@ -156,20 +140,19 @@ def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder:
     errors = _errors(findings)
     if not errors:
         raise ValueError("the run holds no errors to accept; run the interval cases")
-    path, here = baseline_path(device, folder), environment(device)
+    here = environment(device)
     try:
-        before = Baseline.read(path)
-    except ValueError:  # another schema: replaced
+        before = Baseline.read(baseline_path(device, folder))
+    except ValueError:  # no record of this schema: replaced
         before = None
     kept = before.errors if before is not None and (before.seed, before.environment) == (seed, here) else {}
-    Baseline(seed, here, kept | errors).write(path)
-    return path
+    return Baseline(seed, here, kept | errors).write(device, folder)
 
 
 def _errors(findings: Iterable[Finding]) -> Errors:
     errors: Errors = {}
     for finding in findings:
-        if finding.guard == _JUDGED and finding.max_ulp is not None and finding.rms_ulp is not None:
+        if finding.check == _JUDGED and finding.max_ulp is not None and finding.rms_ulp is not None:
             errors.setdefault(finding.case, {})[finding.tensor] = (finding.max_ulp, finding.rms_ulp)
     return errors
 
@@ -183,7 +166,7 @@ def _tensor_finding(
     if not worse:
         also = f", smaller in {better}" if better else ""
         reason = f"no error grew in {len(pairs)} cases{also}{since}"
-        return Finding(_GUARD, name, tensor, Status.PASS, reason, len(pairs), 0)
+        return Finding(_CHECK, name, tensor, Status.PASS, reason, len(pairs), 0)
     case, was, now = max(worse, key=lambda entry: _growth(entry[1], entry[2]))
     grew = (
         f"larger in {len(worse)} of {len(pairs)} cases; most in {case}: "
@@ -192,9 +175,9 @@ def _tensor_finding(
     details: dict[str, float | str] = {"case": case, "max was": was[0], "max is": now[0]}
     details |= {"rms was": was[1], "rms is": now[1]}
     if not judged:
-        return Finding(_GUARD, name, tensor, Status.PASS, f"information only: {grew}", len(pairs), 0, details=details)
+        return Finding(_CHECK, name, tensor, Status.PASS, f"information only: {grew}", len(pairs), 0, details=details)
     reason = f"{grew}; accept it on purpose, or undo it"
-    return Finding(_GUARD, name, tensor, Status.WORSE, reason, len(pairs), len(worse), details=details)
+    return Finding(_CHECK, name, tensor, Status.WORSE, reason, len(pairs), len(worse), details=details)
 
 
 def _worse(was: tuple[float, float], now: tuple[float, float]) -> bool:

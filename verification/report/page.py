@@ -12,19 +12,19 @@ from typing import Any
 import jinja2
 
 from mxref.verification.arithmetic.bounds import TENSORS
-from mxref.verification.candidates.candidate import describe
 from mxref.verification.checks.finding import DriftMap, Finding, Status
-from mxref.verification.gate.run import GUARDS, GateResult
+from mxref.verification.checks.registry import why
+from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
 
 __all__ = [
-    "as_html", "as_json", "facts", "failures", "finding_json", "headline", "share_text", "tensor_order", "ulp_text",
+    "as_html", "as_json", "facts", "failures", "headline", "share_text", "tensor_order", "ulp_text",
     "write",
 ]  # fmt: skip
 
-SCHEMA = "mxref.gate/1"
-_SHOWN, _WORST, _A_GUARD = 60, 12, 4
-_LEGACY = "legacy, not judged: "
+SCHEMA = "mxref.gate/2"
+_SHOWN, _WORST, _A_CHECK = 60, 12, 4
+_NOT_JUDGED = "not judged: "
 _BADGE = {
     Status.PASS: ("✓", "pass"),
     Status.FAIL: ("✗", "fail"),
@@ -73,7 +73,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
         "candidate": {
             "name": result.candidate.name,
             "rounding_points": list(result.candidate.declared_points),
-            "accumulation": describe(result.accumulation),
+            "accumulation": str(result.accumulation),
             "accumulation_declared": result.candidate.accumulation is not None,
         },
         "run": {
@@ -85,9 +85,9 @@ def as_json(result: GateResult) -> dict[str, Any]:
             "seconds": round(result.seconds, 2),
             "versions": result.versions,
         },
-        "guards": GUARDS,
+        "checks": why(),
         "drift": [_map_json(drift) for drift in result.maps],
-        "findings": [finding_json(finding) for finding in result.findings],
+        "findings": [finding.as_json() for finding in result.findings],
     }
 
 
@@ -101,17 +101,17 @@ def as_html(result: GateResult) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(ulp=ulp_text, share=share_text, sign=lambda status: _BADGE[status][0])
-    environment.filters.update(detail=detail_text, legacy=lambda name: name.removeprefix(_LEGACY))
+    environment.filters.update(detail=detail_text, bare=lambda name: name.removeprefix(_NOT_JUDGED))
     environment.filters["css"] = lambda status: _BADGE[status][1]
     failed = failures(result)
-    drifted = {(f.case, f.tensor) for f in failed if f.guard == "drift"}
+    drifted = {(f.case, f.tensor) for f in failed if f.check == "drift"}
     return environment.get_template("gate.html").render(
         result=result,
         verdict=result.verdict,
         headline=headline(result),
         counts=[(status, result.counts()[status]) for status in Status],
         facts=facts(result),
-        guards=GUARDS,
+        checks=why(),
         matrices=_matrices(result.findings),
         failures=failed[:_SHOWN],
         more_failures=max(0, len(failed) - _SHOWN),
@@ -157,7 +157,7 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
     """What was judged, where, by what: for the banner's table."""
     candidate = result.candidate
     points = ", ".join(candidate.declared_points) or "the contract's own"
-    accumulation = describe(result.accumulation)
+    accumulation = str(result.accumulation)
     if not result.accumulation.declared:
         accumulation += ": the order-free bound, a weak one"
     else:
@@ -174,42 +174,42 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
 
 
 def _matrices(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """For each guard a table of cases against tensors."""
-    by_guard: dict[str, dict[str, dict[str, Finding]]] = {}
+    """For each check a table of cases against tensors."""
+    by_check: dict[str, dict[str, dict[str, Finding]]] = {}
     for finding in findings:
-        by_guard.setdefault(finding.guard, {}).setdefault(finding.case, {})[finding.tensor] = finding
+        by_check.setdefault(finding.check, {}).setdefault(finding.case, {})[finding.tensor] = finding
     matrices = []
-    for guard, cases in by_guard.items():
+    for check, cases in by_check.items():
         tensors = {tensor for row in cases.values() for tensor in row}
-        matrices.append({"guard": guard, "tensors": sorted(tensors, key=tensor_order), "cases": cases})
+        matrices.append({"check": check, "tensors": sorted(tensors, key=tensor_order), "cases": cases})
     return matrices
 
 
 def _worst(findings: Iterable[Finding]) -> list[Finding]:
-    """The judgements that used most of their bound, whatever came of them; failures first, and few of any one guard."""
+    """The judgements that used most of their bound, whatever came of them; failures first, and few of any one check."""
     measured = [f for f in findings if f.bound_share is not None and f.status is not Status.NOT_COVERED]
     measured.sort(key=lambda f: (f.status is not Status.FAIL, -(f.bound_share or 0.0)))
     taken: Counter[str] = Counter()
     worst = []
     for finding in measured:
-        taken[finding.guard] += 1
-        if taken[finding.guard] <= _A_GUARD:
+        taken[finding.check] += 1
+        if taken[finding.check] <= _A_CHECK:
             worst.append(finding)
     return worst[:_WORST]
 
 
 def _numbers(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """For each guard a table of its findings' details: what was judged with, and what only history asks for."""
-    by_guard: dict[str, list[Finding]] = {}
+    """For each check a table of its findings' details: what was judged with, and what is only reported."""
+    by_check: dict[str, list[Finding]] = {}
     for finding in findings:
         if finding.details:
-            by_guard.setdefault(finding.guard, []).append(finding)
+            by_check.setdefault(finding.check, []).append(finding)
     tables = []
-    for guard, rows in by_guard.items():
+    for check, rows in by_check.items():
         names = list(dict.fromkeys(name for finding in rows for name in finding.details))
-        own = [name for name in names if not name.startswith(_LEGACY)]
-        legacy = [name for name in names if name.startswith(_LEGACY)]
-        tables.append({"guard": guard, "own": own, "legacy": legacy, "rows": rows})
+        own = [name for name in names if not name.startswith(_NOT_JUDGED)]
+        reported = [name for name in names if name.startswith(_NOT_JUDGED)]
+        tables.append({"check": check, "own": own, "reported": reported, "rows": rows})
     return tables
 
 
@@ -218,21 +218,6 @@ def _map_json(drift: DriftMap) -> dict[str, Any]:
     z = [[None if math.isnan(value) else round(value, 3) for value in row] for row in drift.z.tolist()]
     counts = {str(octave): count for octave, count in drift.log2_ratio.items()}
     return vars(drift) | {"z": z, "log2_ratio": counts}
-
-
-def finding_json(finding: Finding) -> dict[str, Any]:
-    """One finding as plain data."""
-    entry = {key: _plain(value) for key, value in vars(finding).items() if key != "counterexample"}
-    example = finding.counterexample
-    entry["counterexample"] = None if example is None else {key: _plain(value) for key, value in vars(example).items()}
-    return entry
-
-
-def _plain(value: Any) -> Any:
-    """A value as strict JSON has it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def ulp_text(value: float | None) -> str:

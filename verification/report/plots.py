@@ -33,7 +33,7 @@ def ulp_histogram(samples: Sequence[ErrorSample]) -> str:
     """Share of elements by signed error, in units in the last place of the judged format, one panel a tensor.
 
     Args:
-        samples: what the interval guard kept of each case and tensor.
+        samples: what the check of intervals kept of each case and tensor.
 
     Returns:
         An SVG element as text, or an empty string when there is nothing to draw.
@@ -74,7 +74,7 @@ def error_against_bound(samples: Sequence[ErrorSample]) -> str:
     Relative numbers bring cases whose scales lie a hundred binades apart into one picture.
 
     Args:
-        samples: what the interval guard kept of each case and tensor.
+        samples: what the check of intervals kept of each case and tensor.
 
     Returns:
         An SVG element as text, or an empty string when there is nothing to draw.
@@ -124,7 +124,7 @@ def share_of_bound(samples: Sequence[ErrorSample]) -> str:
     The strong curve holds all cases together; a thin one in the failure colour is one case that has an element outside.
 
     Args:
-        samples: what the interval guard kept of each case and tensor.
+        samples: what the check of intervals kept of each case and tensor.
 
     Returns:
         An SVG element as text, or an empty string when there is nothing to draw.

@@ -40,7 +40,7 @@ def drift_maps(maps: Sequence[DriftMap], failed: Collection[tuple[str, str]] = (
     """z by expert and column tile, one panel a map, the worst of each tensor first; only failing ones if there are any.
 
     Args:
-        maps: what the drift guard kept of each case and tensor.
+        maps: what the check for drift kept of each case and tensor.
         failed: (case, tensor) of those whose drift finding is a failure.
 
     Returns:
@@ -63,7 +63,7 @@ def log2_ratios(maps: Sequence[DriftMap]) -> str:
     """How many results are off by which power of two, one panel a tensor; everything beside 0 is in the failure colour.
 
     Args:
-        maps: what the drift guard kept of each case and tensor.
+        maps: what the check for drift kept of each case and tensor.
 
     Returns:
         An SVG element as text, or an empty string when there is nothing to draw.

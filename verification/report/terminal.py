@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.gate.run import GateResult
+from mxref.verification.gate.result import GateResult
 from mxref.verification.report.page import facts, failures, headline, share_text, tensor_order, ulp_text
 
 __all__ = ["print_result"]
 
 _SHOWN = 6
-"""Failures printed in full, each the worst of its guard and tensor."""
+"""Failures printed in full, each the worst of its check and tensor."""
 _STYLE = {
     Status.FAIL: ("✗", "red"),
     Status.WEAK: ("≈", "yellow"),
@@ -31,11 +31,11 @@ _STYLE = {
 
 
 def print_result(result: GateResult, console: Console, verbose: bool = False) -> None:
-    """Failures in detail, the findings by guard and tensor (`verbose`: one by one), and the verdict last."""
-    console.print(_every_finding(result.findings) if verbose else _by_guard_and_tensor(result.findings))
+    """Failures in detail, the findings by check and tensor (`verbose`: one by one), and the verdict last."""
+    console.print(_every_finding(result.findings) if verbose else _by_check_and_tensor(result.findings))
     alike: dict[tuple[str, str], list[Finding]] = {}
     for finding in failures(result):
-        alike.setdefault((finding.guard, finding.tensor), []).append(finding)
+        alike.setdefault((finding.check, finding.tensor), []).append(finding)
     for worst, *others in list(alike.values())[:_SHOWN]:
         console.print(_failure(worst, [finding.case for finding in others]))
     if alike:
@@ -53,17 +53,17 @@ def print_result(result: GateResult, console: Console, verbose: bool = False) ->
     console.print(Panel(Group(Text(headline(result), style="bold"), "", about), title=title, border_style=colour))
 
 
-def _by_guard_and_tensor(findings: Iterable[Finding]) -> RenderableType:
-    """One row a guard and tensor: how many cases, how many elements, the worst of each number."""
+def _by_check_and_tensor(findings: Iterable[Finding]) -> RenderableType:
+    """One row a check and tensor: how many cases, how many elements, the worst of each number."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.guard, finding.tensor), []).append(finding)
-    table = _new_table("guard", "tensor", ">cases", ">elements", ">max ULP", "bound used", "verdict")
+        groups.setdefault((finding.check, finding.tensor), []).append(finding)
+    table = _new_table("check", "tensor", ">cases", ">elements", ">max ULP", "bound used", "verdict")
     previous = None
-    guards = list(dict.fromkeys(guard for guard, _ in groups))
-    for guard, tensor in sorted(groups, key=lambda key: (guards.index(key[0]), tensor_order(key[1]))):
-        members = groups[guard, tensor]
-        if previous not in (None, guard):
+    checks = list(dict.fromkeys(check for check, _ in groups))
+    for check, tensor in sorted(groups, key=lambda key: (checks.index(key[0]), tensor_order(key[1]))):
+        members = groups[check, tensor]
+        if previous not in (None, check):
             table.add_section()
         counts = Counter(finding.status for finding in members)
         verdict = Text("  ").join(
@@ -72,7 +72,7 @@ def _by_guard_and_tensor(findings: Iterable[Finding]) -> RenderableType:
             if counts[status]
         )
         table.add_row(
-            guard if guard != previous else "",
+            check if check != previous else "",
             tensor,
             str(len(members)),
             f"{sum(finding.elements for finding in members):,}",
@@ -80,18 +80,18 @@ def _by_guard_and_tensor(findings: Iterable[Finding]) -> RenderableType:
             _bar(_largest(finding.bound_share for finding in members)),
             verdict,
         )
-        previous = guard
+        previous = check
     return table
 
 
 def _every_finding(findings: Iterable[Finding]) -> RenderableType:
     """One row a finding, failures first."""
-    table = _new_table("verdict", "guard", "case", "tensor", ">elements", ">max ULP", "bound used")
+    table = _new_table("verdict", "check", "case", "tensor", ">elements", ">max ULP", "bound used")
     for finding in sorted(findings, key=lambda finding: list(_STYLE).index(finding.status)):
         sign, colour = _STYLE[finding.status]
         table.add_row(
             Text(f"{sign} {finding.status}", style=colour),
-            finding.guard,
+            finding.check,
             escape(finding.case),
             finding.tensor,
             f"{finding.elements:,}",
@@ -118,7 +118,7 @@ def _failure(finding: Finding, also_in: list[str]) -> RenderableType:
     if also_in:
         names = "; ".join(also_in[:3]) + (f"; and {len(also_in) - 3} more" if len(also_in) > 3 else "")
         rows.add_row(Text("also in", style="bright_black"), Text(names))
-    title = f"[red]✗[/] {finding.guard} · {escape(finding.case)} · [bold]{finding.tensor}[/]"
+    title = f"[red]✗[/] {finding.check} · {escape(finding.case)} · [bold]{finding.tensor}[/]"
     return Panel(rows, title=title, title_align="left", border_style="red", expand=False)
 
 

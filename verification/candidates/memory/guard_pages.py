@@ -1,68 +1,37 @@
-"""Memory that ends: on a GPU, tensors whose last byte lies right before addresses that nothing is mapped to.
+"""Guard pages: on a GPU, tensors whose last byte lies right before addresses that nothing is mapped to.
 
 A load behind a tensor's end usually finds some other tensor and a mask drops what it brings, so that no result tells.
 Here it faults, as it would one day for a user whose tensor lies at the end of a segment. CUDA's virtual memory gives
 the addresses: a range is reserved, and all of it but the last piece is backed by memory. A fault ends the use of the
-GPU in its process, so this guard is asked last.
+GPU in its process.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.memory.allocations import Allocations
+from mxref.verification.candidates.memory.fresh import Allocations
 from mxref.verification.cases.case import Sample
-from mxref.verification.checks.exact import integer_guard
-from mxref.verification.checks.finding import Finding
 
-__all__ = ["cliff_guard"]
+__all__ = ["GuardPages"]
 
 _ALIGNMENT = 16
-"""Bytes: kernels are compiled for operands that begin at such multiples, so up to fifteen bytes lie before the edge."""
+"""Bytes: kernels are compiled for operands that begin at such multiples, so up to fifteen bytes lie before the page."""
 
 
-def cliff_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
-    """An integer fixture comes out right when every operand, and whatever is allocated, lies at an edge.
-
-    Args:
-        candidate: what to judge.
-        sample: on a GPU.
-    """
-    edges = _Edges(sample.problem.device)
-    try:
-        findings = integer_guard(_AtEdges(candidate, edges), edges.sample(sample))
-    finally:
-        edges.release()
-    return [replace(finding, guard="cliffs") for finding in findings]
-
-
-@dataclass(frozen=True)
-class _AtEdges:
-    """A candidate whose own tensors lie at edges too."""
-
-    candidate: Candidate
-    edges: _Edges
-
-    def run(self, sample: Sample) -> dict[str, Tensor | None]:
-        with self.edges:
-            return self.candidate.run(sample)
-
-
-class _Edges(Allocations):
-    """While active, what Python code allocates or clones on the device lies at an edge."""
+class GuardPages(Allocations):
+    """While active, what Python code allocates or clones on the device ends at a guard page."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device, self._pieces = device, list[_Mapped]()
 
     def place(self, fresh: Tensor) -> Tensor:
-        """Garbage, at an edge."""
+        """Garbage, before a guard page."""
         size = fresh.numel() * fresh.element_size()
         if not size or fresh.device.type != "cuda":
             return fresh
@@ -78,7 +47,7 @@ class _Edges(Allocations):
             piece.release()
 
     def sample(self, sample: Sample) -> Sample:
-        """The sample with every operand at an edge."""
+        """The sample with every operand before a guard page."""
         return sample.mapped(lambda _, operand: self.place(operand).copy_(operand.detach()))
 
 

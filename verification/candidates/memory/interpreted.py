@@ -1,7 +1,4 @@
-"""What a kernel does with addresses, seen by looking over the interpreter's shoulder.
-
-    memory      every load and store stays inside the tensors of its launch; no two programs write the same element
-    indices     products of two sizes are 64 bits wide
+"""What kernels do with addresses under Triton's interpreter, whose loads, stores and arithmetic are watched.
 
 A mask that is missing or too wide often changes no result: what it lets in is dropped later, or multiplied by zero; on
 a GPU it may still fault. A 32-bit offset is right until a tensor has 2^31 elements, which no test has time for. So the
@@ -18,67 +15,18 @@ from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.memory.margins import Margins
-from mxref.verification.cases.case import Sample
-from mxref.verification.checks.exact import raised
-from mxref.verification.checks.finding import Finding, Status
-from mxref.weights import MXWeights
-
-__all__ = ["INDEX_LIMIT", "checked_memory", "decode_index_guard", "index_guard", "memory_guard"]
+__all__ = ["INDEX_LIMIT", "checked_indices", "checked_memory"]
 
 INDEX_LIMIT = 3 << 12
-"""What a 32-bit sum or product may reach in `index_guard`: more than any one size of its sample, or a block's width."""
-
-
-def memory_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
-    """One forward and one backward pass whose every load and store stays inside the tensors; interpreted only."""
-    name = sample.case.name
-    try:
-        with Margins(), checked_memory() as touched:
-            candidate.run(sample)
-    except Exception as error:  # whatever a candidate raises is a finding about it
-        return [raised("memory", name, error)]
-    reason = f"{touched.count:,} addresses, all inside their launch's tensors"
-    return [Finding("memory", name, "all", Status.PASS, reason, touched.count, 0)]
-
-
-def index_guard(candidate: Candidate, sample: Sample) -> list[Finding]:
-    """No 32-bit sum or product goes beyond INDEX_LIMIT, in either pass; interpreted only.
-
-    Where rows times rank go beyond it the forward pass alone is judged: dA and dB loop over rows, and a loop's variable
-    is Python's here, not the 64-bit one that it is on a GPU. What stays small by contract may have 32 bits: a size, an
-    element of one matrix.
-
-    Args:
-        candidate: what to judge.
-        sample: sizes well below INDEX_LIMIT, rows times columns and experts times columns beyond it.
-    """
-    run = candidate.trace if sample.problem.P * sample.problem.rank > INDEX_LIMIT else candidate.run
-    return _indices(sample.case.name, lambda: run(sample))
-
-
-def decode_index_guard(candidate: Candidate, stack: MXWeights) -> list[Finding]:
-    """The same for a candidate's own decode: one expert's matrix below INDEX_LIMIT, all their scales beyond it."""
-    decode = candidate.decode
-    return [] if decode is None else _indices("decode", lambda: decode(stack, torch.float32))
-
-
-def _indices(name: str, call: Callable[[], object]) -> list[Finding]:
-    try:
-        with _checked_indices():
-            call()
-    except Exception as error:  # whatever a candidate raises is a finding about it
-        return [raised("indices", name, error)]
-    return [Finding("indices", name, "all", Status.PASS, "products of two sizes are 64 bits wide", 0, 0)]
+"""What a 32-bit sum or product may reach: more than any one size of the cases asked, or a block's width."""
 
 
 @contextmanager
-def _checked_indices() -> Iterator[None]:
+def checked_indices() -> Iterator[None]:
+    """Within this context an interpreted 32-bit sum, difference or product beyond INDEX_LIMIT raises OverflowError."""
     compute = interpreter.InterpreterBuilder.binary_op
 
     def checked(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:

@@ -1,8 +1,8 @@
-"""False alarms: honest implementations, each under its true declaration, which no guard may reject.
+"""False alarms: honest implementations, each under its true declaration, which no check may reject.
 
 On a CPU the implementations are emulated, rounding to 16 bits included; on a GPU they are the shipped kernels under
-every configuration that dispatch can reach. Every judgement is one implementation on one draw, by the integer guard on
-integer data, and by the interval, drift, sign and exponent guards on all other.
+every configuration that dispatch can reach. Every judgement is one implementation on one draw, by equality on
+integer data, and by the checks of intervals, drift, signs and exponents on all other.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Order, Product
-from mxref.verification.candidates.candidate import POINTS, shipped, torch_composite
-from mxref.verification.cases.suites import Case, Sample, quick_cases
-from mxref.verification.checks.drift import drift_guard, slopes_of
-from mxref.verification.checks.exact import expect, integer_guard, interval_guard
+from mxref.verification.arithmetic.rounding_points import declared_points
+from mxref.verification.candidates.answer import Answer
+from mxref.verification.candidates.shipped import shipped, torch_composite
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.suites import drawn_cases
+from mxref.verification.checks.expectation import Expectation, slopes_of
 from mxref.verification.checks.finding import Finding
+from mxref.verification.checks.registry import CHECKS
 from mxref.verification.studies.conforming.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
 
 __all__ = ["Honest", "data_cases", "emulated", "judge", "on_gpu"]
@@ -38,7 +39,7 @@ class Honest:
     Attributes:
         name: unique, in words.
         dtype: of the activations that it is judged on.
-        run: one forward and one backward pass, as `guards.Judged` has it.
+        run: one forward and one backward pass, outputs by tensor.
         how: its accumulation, truly declared.
         points: the contract's rounding points that it has others for, truly declared.
     """
@@ -130,46 +131,32 @@ def on_gpu(device: torch.device) -> list[Honest]:
 
 
 def judge(implementations: Sequence[Honest], sample: Sample) -> Iterator[tuple[Honest, list[Finding]]]:
-    """Each implementation and what every guard says about it on one sample, which must be of its dtype.
+    """Each implementation and what every check of values says about it on one sample, which must be of its dtype.
 
     The reference is computed once for all that declare the same. Drift is judged at the critical z of the quick suite.
     """
-    expectations: dict[tuple[tuple[str, ...], int], Any] = {}
+    expectations: dict[tuple[tuple[str, ...], int], Expectation] = {}
+    names = ("integer",) if sample.case.data == "integer" else ("interval", "drift", "sign", "exponent")
+    checks = [check for check in CHECKS if check.name in names]
     for honest in implementations:
-        outputs = _Fixed(honest.run(sample))
-        if sample.case.data == "integer":
-            yield honest, integer_guard(outputs, sample)
-            continue
-        points = _points(honest)
         key = honest.points, id(honest.how)
         if key not in expectations:
-            expectations[key] = expect(sample, points, honest.how)
-        known = expectations[key]
-        findings, _ = interval_guard(outputs, sample, points, honest.how, known)
-        drifts, _ = drift_guard(outputs, sample, points, honest.how, _slopes(), expected=known)
-        yield honest, findings + drifts
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """A candidate that has run already."""
-
-    outputs: Mapping[str, Tensor | None]
-
-    def run(self, sample: Sample) -> Mapping[str, Tensor | None]:
-        return self.outputs
+            points = declared_points(honest.points, honest.dtype)
+            expectations[key] = Expectation(sample, points, honest.how, _slopes())
+        answers = [Answer(honest.run(sample))]
+        yield (
+            honest,
+            [
+                replace(finding, check=check.name)
+                for check in checks
+                for finding in check.compare(answers, expectations[key])
+            ],
+        )
 
 
 @cache
 def _slopes() -> int:
-    return sum(slopes_of(case) for case in quick_cases("cpu") if case.data != "integer")
-
-
-def _points(honest: Honest) -> RoundingPoints:
-    points = RoundingPoints.contract(honest.dtype)
-    for name in honest.points:
-        points = replace(points, **POINTS[name])
-    return points
+    return sum(slopes_of(case) for case in drawn_cases("quick", "cpu"))
 
 
 def _emulated(
@@ -178,7 +165,7 @@ def _emulated(
     narrow = None if dtype == _FP32 else dtype
 
     def run(sample: Sample) -> dict[str, Tensor | None]:
-        emulated = Emulated(dot, narrow, _points(honest), how, lora_last)
+        emulated = Emulated(dot, narrow, declared_points(honest.points, honest.dtype), how, lora_last)
         p = sample.problem
         parameters = {"dA": p.lora_A, "dB": p.lora_B, "dbias": p.expert_biases, "dgates": p.gates}
         dtypes = {tensor: parameter.dtype for tensor, parameter in parameters.items() if parameter is not None}

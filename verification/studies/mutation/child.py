@@ -9,7 +9,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,18 +19,18 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import mxref
-from mxref.verification.candidates.candidate import Candidate, shipped
-from mxref.verification.studies.mutation.layers import Question, Trial
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.shipped import shipped
+from mxref.verification.gate.plan import Item, slopes_in
+from mxref.verification.gate.run import judge
 from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.questions import IMPORT, is_open
 from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["IMPORT", "Said", "Task", "import_kernels", "run_child", "write_sources"]
+__all__ = ["Said", "Task", "import_kernels", "run_child", "write_sources"]
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
-
-IMPORT = -1
-"""In the place of a question's number: the import of the edited sources."""
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,30 @@ class Task:
     Attributes:
         mutant: which; None for the sources as they are.
         sources: the kernels', by file name.
-        questions: what to ask, in this order.
-        device: what the questions were made for.
+        items: the questions, in this order.
+        device: what they were made for.
         gpu: the one to see, as CUDA_VISIBLE_DEVICES names it; None for what is visible anyway.
-        matrix: ask every check; otherwise the first rejection ends it.
+        every: see `is_open`.
     """
 
     mutant: Mutant | None
     sources: Mapping[str, Source]
-    questions: Sequence[Question]
+    items: Sequence[Item]
     device: torch.device
     gpu: str | None
-    matrix: bool
+    every: bool
 
 
 @dataclass(frozen=True)
 class Said:
-    """A child's message: question `number` begins, or with a reason, it rejects the mutant."""
+    """A child's message: item `number` begins, None before the first; or which checks reject the mutant, and why."""
 
-    number: int
-    reason: str | None = None
+    number: int | None
+    rejections: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
-    """Build in `folder`, judge, report. A check that has rejected the mutant is asked nothing more.
+    """Build in `folder`, judge, report.
 
     Raises:
         MemoryError, OSError: the import failed for want of memory or disk space, which tells nothing of the mutant.
@@ -78,19 +78,15 @@ def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
     except (MemoryError, OSError):
         raise
     except Exception:
-        send(Said(IMPORT, traceback.format_exc(limit=1).strip().splitlines()[-1]))
+        send(Said(None, {IMPORT: traceback.format_exc(limit=1).strip().splitlines()[-1]}))
         return
-    killed = set[str]()
-    for number, question in enumerate(task.questions):
-        if question.check in killed:
-            continue
-        send(Said(number))
-        reason = _reject(question.trial, candidate)
-        if reason is not None:
-            send(Said(number, reason))
-            killed.add(question.check)
-            if not task.matrix:
-                return
+    slopes, kills = slopes_in(task.items), set[str]()
+    for number, item in enumerate(task.items):
+        if is_open(item, kills, task.every):
+            send(Said(number))
+            if rejections := _rejections(item, candidate, slopes):
+                send(Said(number, rejections))
+                kills.update(rejections)
 
 
 def _quiet() -> None:
@@ -150,10 +146,12 @@ def import_kernels(folder: Path) -> None:
     mxref.kernels = kernels
 
 
-def _reject(trial: Trial, candidate: Candidate) -> str | None:
-    """Why the trial rejects the candidate, or None."""
+def _rejections(item: Item, candidate: Candidate, slopes: int) -> dict[str, str]:
+    """Check -> why it rejects the candidate; whatever is raised outside the checks counts for the first of them."""
+    assert candidate.accumulation is not None
     try:
-        findings = trial.judge(candidate)
+        findings = judge(item, candidate, candidate.accumulation, slopes)
     except Exception as error:
-        return f"{trial.name}: {type(error).__name__}: {error}"[:300]
-    return next((f"{finding}"[:300] for finding in findings if not finding.ok), None)
+        return {item.checks[0].name: f"{item.name}: {type(error).__name__}: {error}"[:300]}
+    failed = [finding for finding in findings if not finding.ok]
+    return {finding.check: f"{finding}"[:300] for finding in reversed(failed)}

@@ -25,9 +25,6 @@ _BITS = (
     "that a shift to the right fills are dropped by the conversion to 16 bits."
 )
 _BYTE = "NaN as a byte is 0."
-_WHOLE_BLOCKS = (
-    "COLS is a power of two in 32..512, for which COLS // 31 and COLS // 32 are the same compile-time number."
-)
 _UNREAD = "A placeholder: the kernel reads it only under a compile-time condition that does not hold in this call."
 _ONE_GROUP = "One element of the sum is group's, all others are 0, and none is negative: its largest is its sum."
 _EMPTY_RANGE = "With begin >= 0 an end below 0 leaves the range as empty as an end of 0 does."
@@ -47,8 +44,6 @@ PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
         Equivalent("tl.uint32", ["tl.int32"], _BITS, "return ...")),
     *at(Place("device/decode.py", "narrow"), Equivalent("tl.uint32", ["tl.int32"], _BITS)),
     *at(Place("device/decode.py", "load_mxfp4_tile"),
-        Equivalent("32", ["32 - 1"], _WHOLE_BLOCKS, "tl.arange(0, COLS // 32)"),
-        Equivalent("COLS // 32", ["COLS // (32 - 1)"], _WHOLE_BLOCKS, "(...).reshape(ROWS, COLS // 32, 32)"),
         Equivalent("nibbles & 0xF", ["nibbles"], "`e2m1` reads a code's four low bits and no other."),
         Equivalent("0", [_NAN], _BYTE, "nibbles = ..."),
         Equivalent("0", [_NAN], _BYTE, "scale = ..."),
@@ -90,12 +85,12 @@ PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "begin = ..."),
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "end = ...")),
     *at(Place("device/schedule.py", "Routing.tiles"),
-        Equivalent("block_m not in self._tiles", ["True"], _CACHE),
+        Equivalent("block_m not in self.tables", ["True"], _CACHE),
         Equivalent("... if bound else 0", ["... if True else 0", "... if bound else 0 + 1"], _IDLE_PROGRAMS),
         Equivalent("1", ["1 + 1"], _IDLE_PROGRAMS, "self.E + 1 if bound else 0"),
         Equivalent("1", ["1 + 1"], _BEYOND_E, "triton.next_power_of_2(self.E + 1)")),
     *at(Place("device/schedule.py", "Routing.inverse"),
-        Equivalent("self._inverse is None", ["True"], _CACHE),
+        Equivalent("_INVERSE not in self.tables", ["True"], _CACHE),
         Equivalent("1024", ["1024 - 1"], _IDLE_PROGRAMS, "triton.cdiv(self.P, 1024)")),
     *at(Place("device/slots.py", "spread_kernel"),
         Equivalent("0", [_NAN], "A row that is not live is not stored, and its share of dgates is taken before the gate.",

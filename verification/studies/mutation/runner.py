@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from mxref.verification.studies.mutation.child import IMPORT, Said, Task, run_child
-from mxref.verification.studies.mutation.layers import Question
+from mxref.verification.gate.plan import Item
+from mxref.verification.studies.mutation.child import Said, Task, run_child
 from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.questions import IMPORT, is_open
 from mxref.verification.studies.mutation.sources import Source
 from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
@@ -72,7 +73,7 @@ class Setting:
     Attributes:
         sources: the kernels' sources that the mutants belong to.
         device: what the questions were made for.
-        matrix: ask every check about every mutant; otherwise stop at the first that rejects it.
+        matrix: ask every check about each mutant by hand, not only until one is enough; see `is_open`.
         jobs: processes at once.
         trial_seconds: processor time after which a question about a mutant counts as hung.
     """
@@ -90,7 +91,7 @@ class Setting:
 
 def run(
     mutants: Sequence[Mutant | None],
-    questions: Sequence[Question],
+    items: Sequence[Item],
     setting: Setting,
     *,
     apart: bool = False,
@@ -101,9 +102,9 @@ def run(
 
     Args:
         mutants: what to judge; None for the unmutated sources.
-        questions: what judges them, in this order.
+        items: the questions, in this order.
         setting: how.
-        apart: the unmutated sources' questions are shared among processes, and given more time.
+        apart: the unmutated sources' items are shared among processes, and given more time.
         until: the time, by the monotonic clock, from which on no further mutant is begun.
         on_outcome: called as each mutant is done.
 
@@ -112,13 +113,13 @@ def run(
     """
     if setting.device.type == "cpu":
         _import_what_children_need()
-    parts = min(setting.jobs, len(questions)) if apart else 1
-    shares = [questions[part::parts] for part in range(parts)]
+    parts = min(setting.jobs, len(items)) if apart else 1
+    shares = [items[part::parts] for part in range(parts)]
     patient = setting.limits(_LENIENCE if apart else 1)
     with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root, Pool[_Part](setting.jobs, "fork") as pool:
         judge = _Judge(setting, Path(root), on_outcome)
         for mutant in mutants:
-            for share in [questions] if mutant is not None else shares:
+            for share in [items] if mutant is not None else shares:
                 pool.waiting.append(judge.job(Outcome(mutant), share, setting.limits() if mutant else patient))
         outcomes = [job.about.outcome for job in pool.waiting]
         if time.monotonic() > until:
@@ -137,17 +138,18 @@ def run(
 
 @dataclass(eq=False)
 class _Part:
-    """One child's part: whom it asks what, where it builds its sources, and which question it is at."""
+    """One child's part: whom it asks what, where it builds its sources, and which item it is at."""
 
     outcome: Outcome
-    questions: Sequence[Question]
+    items: Sequence[Item]
     limits: Limits
     folder: Path
-    at: int = IMPORT
+    at: int | None = None
 
     @property
-    def check(self) -> str:
-        return "import" if self.at == IMPORT else self.questions[self.at].check
+    def checks(self) -> list[str]:
+        """Whose item it is at."""
+        return [IMPORT] if self.at is None else [check.name for check in self.items[self.at].checks]
 
 
 class _Judge:
@@ -159,13 +161,13 @@ class _Judge:
         self._again: list[_Part] = []
         self._jobs = 0
 
-    def job(self, outcome: Outcome, questions: Sequence[Question], limits: Limits) -> Job[_Part]:
+    def job(self, outcome: Outcome, items: Sequence[Item], limits: Limits) -> Job[_Part]:
         """A child's work."""
-        part = _Part(outcome, questions, limits, self._root / str(self._jobs))
+        part = _Part(outcome, items, limits, self._root / str(self._jobs))
         gpu = self._gpus[self._jobs % len(self._gpus)] if self._gpus else None
         self._jobs += 1
-        setting = self._setting
-        task = Task(outcome.mutant, setting.sources, questions, setting.device, gpu, setting.matrix)
+        sources, device = self._setting.sources, self._setting.device
+        task = Task(outcome.mutant, sources, items, device, gpu, self._every(outcome))
         return Job(part, run_child, (task, part.folder), _IMPORTING)
 
     def hear(self, job: Job[_Part], said: Said | Ended, alone: bool = False) -> list[Job[_Part]]:
@@ -173,23 +175,22 @@ class _Judge:
         part, outcome = job.about, job.about.outcome
         if isinstance(said, Said):
             part.at, job.limits = said.number, part.limits
-            if said.reason is not None:
-                outcome.kills[part.check] = said.reason
-            else:
-                outcome.judged = [*(check for check in outcome.judged if check != part.check), part.check]
+            outcome.kills |= said.rejections
+            if not said.rejections and part.at is not None:
+                outcome.judged = [*(check for check in outcome.judged if check not in part.checks), *part.checks]
             return []
         outcome.seconds += time.monotonic() - job.started
         shutil.rmtree(part.folder, ignore_errors=True)
-        blameless = not said.well and (said.from_outside or part.at == IMPORT)
-        if blameless and not alone:
+        tells_nothing = not said.well and (said.from_outside or part.at is None)
+        if tells_nothing and not alone:
             self._again.append(part)
             return []
-        if blameless and not self._hangs(part, said):
-            outcome.unjudged[part.check] = f"{said}"
+        if tells_nothing and not self._hangs(part, said):
+            outcome.unjudged |= dict.fromkeys(part.checks, f"{said}")
         elif not said.well:
-            outcome.kills.setdefault(part.check, f"{said}")
-        open_to_more = not said.well and part.at != IMPORT and (self._setting.matrix or not outcome.kills)
-        left = [each for each in part.questions[part.at + 1 :] if open_to_more and each.check not in outcome.kills]
+            outcome.kills = dict.fromkeys(part.checks, f"{said}") | outcome.kills
+        left = [] if said.well or part.at is None else part.items[part.at + 1 :]
+        left = [item for item in left if is_open(item, outcome.kills, self._every(outcome))]
         if left:
             return [self.job(outcome, left, part.limits)]
         self._on_outcome(outcome)
@@ -199,22 +200,26 @@ class _Judge:
         """Ask alone, one by one, what nobody answered."""
         for part in self._again:
             with Pool[_Part](1, "fork") as pool:
-                pool.waiting.append(self.job(part.outcome, part.questions[max(part.at, 0) :], part.limits))
+                pool.waiting.append(self.job(part.outcome, part.items[part.at or 0 :], part.limits))
                 for job, said in pool:
                     pool.waiting.extend(self.hear(job, said, alone=True))
 
+    def _every(self, outcome: Outcome) -> bool:
+        return outcome.mutant is None or (self._setting.matrix and outcome.mutant.by_hand)
+
     def _hangs(self, part: _Part, ended: Ended) -> bool:
         """Whether a mutant that waited in vain, alone, has itself to blame."""
-        return ended.over == "silence" and self.control(part) < _HARDLY * part.limits.silence
+        return ended.over == "silence" and part.at is not None and self.control(part) < _HARDLY * part.limits.silence
 
     def control(self, part: _Part) -> float:
-        """Seconds by the clock that the unmutated sources need alone for a part's question; inf without an answer."""
+        """Seconds by the clock that the unmutated sources need alone for a part's item; inf without an answer."""
+        assert part.at is not None
         begun = -math.inf
         with Pool[_Part](1, "fork") as pool:
-            pool.waiting.append(self.job(Outcome(None), [part.questions[part.at]], part.limits))
+            pool.waiting.append(self.job(Outcome(None), [part.items[part.at]], part.limits))
             for job, said in pool:
                 if isinstance(said, Said):
-                    begun, job.limits = time.monotonic() if said.reason is None else -math.inf, part.limits
+                    begun, job.limits = -math.inf if said.rejections else time.monotonic(), part.limits
                 elif not said.well:
                     return math.inf
         return time.monotonic() - begun

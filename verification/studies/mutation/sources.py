@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,6 @@ __all__ = [
     "Function",
     "Place",
     "Source",
-    "fingerprint",
     "is_for_gpu_tilings",
     "is_gpu_branch",
     "read_sources",
@@ -117,14 +115,6 @@ def read_sources(folder: Path = KERNELS) -> dict[str, Source]:
     paths = [path for place in (folder, *rooms) for path in sorted(place.glob("*.py"))]
     names = [path.relative_to(folder).as_posix() for path in paths]
     return {name: Source(name, path.read_text(encoding="utf-8")) for name, path in zip(names, paths, strict=True)}
-
-
-def fingerprint(sources: Mapping[str, Source]) -> str:
-    """Names one state of the sources."""
-    digest = hashlib.sha256()
-    for name, source in sorted(sources.items()):
-        digest.update(f"{name}\0{source.text}\0".encode())
-    return digest.hexdigest()[:16]
 
 
 def is_gpu_branch(node: ast.AST) -> TypeGuard[ast.If]:

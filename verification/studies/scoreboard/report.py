@@ -13,19 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from mxref.verification.checks.finding import Status
-from mxref.verification.report.page import finding_json
 from mxref.verification.studies.scoreboard.run import Board, Failure, Row
 
 __all__ = ["as_json", "as_markdown", "print_board", "write"]
 
-SCHEMA = "mxref.scoreboard/1"
+SCHEMA = "mxref.scoreboard/2"
 _SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT_COVERED: "–", Status.PASS: "✓"}
 _STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black", "✓": "green"}
 
 
 def as_json(board: Board) -> dict[str, Any]:
-    """Counts of every implementation and guard, and every failure in full."""
-    guards = board.guards()
+    """Counts of every implementation and check; the first failure of each check and tensor, with how many there are."""
+    checks = board.checks()
     return {
         "schema": SCHEMA,
         "device": board.device,
@@ -42,8 +41,8 @@ def as_json(board: Board) -> dict[str, Any]:
                 "rounding_points": list(row.points),
                 "accumulation": row.accumulation,
                 "seconds": round(row.seconds, 1),
-                "counts": {guard: {str(status): row.counts(guard)[status] for status in Status} for guard in guards},
-                "failures": [_failure_json(failure) for failure in row.failures],
+                "counts": {check: {str(status): row.counts(check)[status] for status in Status} for check in checks},
+                "failures": [_failure_json(failure) | {"count": count} for failure, count in row.first_failures()],
             }
             for row in board.rows
         ],
@@ -53,9 +52,9 @@ def as_json(board: Board) -> dict[str, Any]:
 def as_markdown(board: Board) -> str:
     """The table, what its signs mean, and the first counterexample of each failure."""
     lines = [
-        f"| guard | {' | '.join(_title(row) for row in board.rows)} |",
+        f"| check | {' | '.join(_title(row) for row in board.rows)} |",
         f"|---|{'---|' * len(board.rows)}",
-        *(f"| {guard} | {' | '.join(cell_text(row, guard) for row in board.rows)} |" for guard in board.guards()),
+        *(f"| {check} | {' | '.join(cell_text(row, check) for row in board.rows)} |" for check in board.checks()),
     ]
     lines += [
         "",
@@ -71,11 +70,11 @@ def as_markdown(board: Board) -> str:
 
 def print_board(board: Board, console: Console) -> None:
     """The table and the first counterexamples."""
-    table = Table("guard", box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
+    table = Table("check", box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
     for row in board.rows:
         table.add_column(Text.assemble((row.name, "bold"), f"\n{row.package}"))
-    for guard in board.guards():
-        table.add_row(guard, *(_coloured(cell_text(row, guard)) for row in board.rows))
+    for check in board.checks():
+        table.add_row(check, *(_coloured(cell_text(row, check)) for row in board.rows))
     console.print(table)
     for row in board.rows:
         if row.points:
@@ -99,11 +98,11 @@ def write(board: Board, folder: Path) -> tuple[Path, Path]:
     return data, page
 
 
-def cell_text(row: Row, guard: str) -> str:
+def cell_text(row: Row, check: str) -> str:
     """One cell: counts by status, the worst first, or why there are none."""
     if row.unavailable:
         return row.unavailable
-    counts = row.counts(guard)
+    counts = row.counts(check)
     return " ".join(f"{sign} {counts[status]}" for status, sign in _SIGN.items() if counts[status])
 
 
@@ -144,8 +143,8 @@ def _failures_markdown(row: Row, board: Board) -> list[str]:
 
 def _headline(failure: Failure, count: int) -> str:
     finding = failure.finding
-    others = f" (and {count - 1} more of {finding.guard} · {finding.tensor})" if count > 1 else ""
-    return f"{finding.guard} · {finding.case} · {finding.tensor}: {finding.reason}{others}"
+    others = f" (and {count - 1} more of {finding.check} · {finding.tensor})" if count > 1 else ""
+    return f"{finding.check} · {finding.case} · {finding.tensor}: {finding.reason}{others}"
 
 
 def _details(failure: Failure) -> list[str]:
@@ -160,4 +159,4 @@ def _details(failure: Failure) -> list[str]:
 
 
 def _failure_json(failure: Failure) -> dict[str, Any]:
-    return finding_json(failure.finding) | {"weights": [vars(weight) for weight in failure.weights]}
+    return failure.finding.as_json() | {"weights": [vars(weight) for weight in failure.weights]}

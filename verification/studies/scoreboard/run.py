@@ -1,38 +1,38 @@
-"""Who computes this layer right? Every implementation that can be found, judged by the same steps.
+"""Who computes this layer right? Every implementation that can be found, judged by the same checks.
 
 Each one runs in a process of its own, so that what a foreign kernel does to the GPU or to the interpreter's modules
-hurts nobody else. A step that kills the process is that implementation's failure; the next step starts a new process.
+hurts nobody else. An item that kills the process is that implementation's failure; the next one starts a new process.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import torch
 
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
-from mxref.verification.candidates.candidate import Candidate, default_accumulation, describe
-from mxref.verification.candidates.known import entry
-from mxref.verification.cases import elements as exhaustive
-from mxref.verification.cases import suites as cases
+from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.known import OWN, entry
 from mxref.verification.cases.case import Sample
-from mxref.verification.cases.weights_behind import Weight, weight_at, witnesses
+from mxref.verification.cases.elements import all_elements
+from mxref.verification.cases.suites import Suite
+from mxref.verification.cases.weights_behind import Weight, weight_at, weights_behind
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.cli.options import matches
-from mxref.verification.gate.plan import Step, suite_steps
-from mxref.verification.gate.run import describe_device
+from mxref.verification.gate.plan import Item, plan, slopes_in
+from mxref.verification.gate.result import describe_device
+from mxref.verification.gate.run import judge
 from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
 __all__ = ["Board", "Failure", "Row", "run_scoreboard"]
 
 _SILENCE = 300.0
-"""Seconds without a finished step after which a process counts as hung: compiling a kernel takes tens of them."""
+"""Seconds, computing or waiting, without a finished item after which a process counts as hung: compiling takes tens."""
 _MOST_LOSSES = 3
-"""Processes that one implementation may lose before its remaining steps are left out."""
+"""Processes that one implementation may lose before its remaining items are left out."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Row:
     """One implementation's line.
 
     Attributes:
-        name: as in `entries`.
+        name: as in `candidates.known`.
         about: what it is.
         package: the distribution that it comes from, with its version.
         unavailable: why nothing was judged; empty when it was.
         points: rounding points it is judged by; empty for the contract's.
         accumulation: the accumulation its bounds were derived for.
         findings: all of them.
-        failures: those that failed, first of each guard and tensor in front.
+        failures: those that failed, first of each check and tensor in front.
         seconds: wall-clock time of its processes.
     """
 
@@ -69,22 +69,22 @@ class Row:
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
 
-    def counts(self, guard: str) -> Counter[Status]:
-        """Findings of one guard by status."""
-        return Counter(finding.status for finding in self.findings if finding.guard == guard)
+    def counts(self, check: str) -> Counter[Status]:
+        """Findings of one check by status."""
+        return Counter(finding.status for finding in self.findings if finding.check == check)
 
     def first_failures(self) -> list[tuple[Failure, int]]:
-        """The first failure of each guard and tensor, and how many there are of its kind."""
+        """The first failure of each check and tensor, and how many there are of its kind."""
         groups: dict[tuple[str, str], list[Failure]] = {}
         for failure in self.failures:
-            groups.setdefault((failure.finding.guard, failure.finding.tensor), []).append(failure)
+            groups.setdefault((failure.finding.check, failure.finding.tensor), []).append(failure)
         return [(group[0], len(group)) for group in groups.values()]
 
 
 Answer = tuple[list[Finding], list[Failure]]
-"""What one step found."""
+"""What one item found."""
 
-OnStep = Callable[[str, int, int, str], None]
+OnItem = Callable[[str, int, int, str], None]
 
 
 @dataclass
@@ -98,14 +98,14 @@ class Board:
     rows: list[Row] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
 
-    def guards(self) -> list[str]:
+    def checks(self) -> list[str]:
         """Guards that judged anything, in their order."""
-        return list(dict.fromkeys(finding.guard for row in self.rows for finding in row.findings))
+        return list(dict.fromkeys(finding.check for row in self.rows for finding in row.findings))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Every `of`-th step of one implementation, from `first` on."""
+    """Every `of`-th item of one implementation, from `first` on."""
 
     name: str
     device: str
@@ -115,10 +115,11 @@ class _Job:
     of: int
     first: int
 
-    def steps(self) -> dict[int, Step]:
-        """The steps by number."""
-        every = suite_steps(torch.device(self.device), self.full, self.seed, every_guard=True)
-        chosen = [step for step in every if matches(step.case, self.only)]
+    def items(self) -> dict[int, Item]:
+        """The items by number."""
+        suite: Suite = "full" if self.full else "quick"
+        every = plan(suite, torch.device(self.device), self.seed, own=self.name == OWN)
+        chosen = [item for item in every if item.fits(self.only)]
         return {number: chosen[number] for number in range(self.first, len(chosen), self.of)}
 
 
@@ -130,18 +131,18 @@ def run_scoreboard(
     seed: int,
     only: Sequence[str] = (),
     processes: int = 1,
-    on_step: OnStep = lambda name, done, total, case: None,
+    on_item: OnItem = lambda name, done, total, case: None,
 ) -> Board:
     """Judge each implementation in turn.
 
     Args:
-        names: see `entries.entry`.
+        names: see `candidates.known.entry`.
         device: where.
         full: the release suite instead of the quick one.
         seed: of every draw.
-        only: cases that match one of these patterns; empty for all.
-        processes: that share one implementation's steps; compiling its kernels is what takes the time.
-        on_step: called with the name, finished steps, all steps and a case that has just been judged.
+        only: cases, or checks, that match one of these patterns; empty for all.
+        processes: that share one implementation's items; compiling its kernels is what takes the time.
+        on_item: called with the name, finished items, all items and a case that has just been judged.
     """
     board = Board(describe_device(device), "full" if full else "quick", seed, tuple(only))
     for name in names:
@@ -150,89 +151,57 @@ def run_scoreboard(
         board.rows.append(row)
         if device.type in who.devices:
             jobs = [_Job(name, device.type, full, seed, tuple(only), processes, first) for first in range(processes)]
-            _judge(row, jobs, on_step)
+            _judge(row, jobs, on_item)
         else:
             row.unavailable = f"needs {' or '.join(who.devices)}" if who.version() else "not installed"
         row.seconds = time.monotonic() - start
     return board
 
 
-def _judge(row: Row, jobs: Sequence[_Job], on_step: OnStep) -> None:
-    """Run one implementation's jobs side by side, and put their answers into the steps' order."""
+def _judge(row: Row, jobs: Sequence[_Job], on_item: OnItem) -> None:
+    """Run one implementation's jobs side by side, and put their answers into the items' order."""
     answers: dict[int, Answer] = {}
-    total = sum(len(job.steps()) for job in jobs)
+    parts = [_Part(job, job.items()) for job in jobs]
+    total = sum(len(part.left) for part in parts)
 
     def answered(number: int, answer: Answer) -> None:
         answers[number] = answer
-        on_step(row.name, len(answers), total, answer[0][-1].case if answer[0] else "")
+        on_item(row.name, len(answers), total, answer[0][-1].case if answer[0] else "")
 
-    on_step(row.name, 0, total, "")
-    with Pool[_Progress](len(jobs), "spawn") as pool:
-        pool.waiting.extend(_start(_Progress(job, deque(job.steps()))) for job in jobs)
+    on_item(row.name, 0, total, "")
+    with Pool[_Part](len(jobs), "spawn") as pool:
+        pool.waiting.extend(part.process() for part in parts if part.left)
         for job, said in pool:
-            if isinstance(said, Ended):
-                pool.waiting.extend(_go_on(job.about, said, answered))
-            elif isinstance(said, _Unavailable):
-                row.unavailable = said.reason
-                job.about.waiting.clear()
-            elif isinstance(said, _Declared):
-                row.points, row.accumulation = said.points, said.accumulation
-            elif isinstance(said, _Lost):
-                job.about.loss = said.reason
-            else:
-                answered(job.about.waiting.popleft(), said)
+            part = job.about
+            match said:
+                case Ended():
+                    part.lose(said, answered)
+                    pool.waiting.extend([part.process()] if part.left else [])
+                case _Unavailable():
+                    row.unavailable = said.reason
+                    part.left.clear()
+                case _Declared():
+                    row.points, row.accumulation = said.points, said.accumulation
+                case _Lost():
+                    part.lost_for = said.reason
+                case _:
+                    answered(part.take()[0], said)
     for number in sorted(answers):
         findings, failures = answers[number]
         row.findings += findings
         row.failures += failures
 
 
-@dataclass
-class _Progress:
-    """A job: the steps that it has not answered, the processes that it has lost, and why the last one is lost."""
-
-    job: _Job
-    waiting: deque[int]
-    losses: int = 0
-    loss: str = ""
-
-
-def _start(progress: _Progress) -> Job[_Progress]:
-    """A process for what is left of a job."""
-    job = replace(progress.job, first=progress.waiting[0])
-    return Job(progress, _work, (job,), Limits(silence=_SILENCE))
-
-
-def _go_on(progress: _Progress, ended: Ended, answered: Callable[[int, Answer], None]) -> list[Job[_Progress]]:
-    """Once a process has ended: its step is the implementation's failure if it was lost, another process goes on."""
-    if not progress.waiting:
-        return []
-    steps, lost = progress.job.steps(), progress.waiting.popleft()
-    loss = progress.loss or (
-        f"no answer in {_SILENCE:.0f} s" if ended.over else f"its process ended with code {ended.code}"
-    )
-    finding = Finding(steps[lost].guard, steps[lost].case, "all", Status.FAIL, loss, 0, 0)
-    answered(lost, ([finding], [Failure(finding)]))
-    progress.losses, progress.loss = progress.losses + 1, ""
-    if progress.losses < _MOST_LOSSES:
-        return [_start(progress)] if progress.waiting else []
-    reason = f"not run: {_MOST_LOSSES} processes were lost before"
-    for number in progress.waiting:
-        missing = Finding(steps[number].guard, steps[number].case, "all", Status.NOT_COVERED, reason, 0, 0)
-        answered(number, ([missing], []))
-    return []
-
-
 @dataclass(frozen=True)
 class _Unavailable:
-    """An implementation cannot be made here."""
+    """The implementation cannot be made here."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class _Declared:
-    """What an implementation declares, before its first step."""
+    """What the implementation declares, before its first item."""
 
     points: tuple[str, ...]
     accumulation: str
@@ -240,13 +209,51 @@ class _Declared:
 
 @dataclass(frozen=True)
 class _Lost:
-    """A process cannot go on."""
+    """The process cannot go on."""
 
     reason: str
 
 
+@dataclass
+class _Part:
+    """A job, its items that are not answered yet, how many processes it has lost, and why the last one says it is."""
+
+    job: _Job
+    left: dict[int, Item]
+    losses: int = 0
+    lost_for: str = ""
+
+    def process(self) -> Job[_Part]:
+        """A process for what is left."""
+        return Job(self, _work, (replace(self.job, first=min(self.left)),), Limits(_SILENCE, _SILENCE))
+
+    def take(self) -> tuple[int, Item]:
+        """The next item, which then is no longer left."""
+        number = min(self.left)
+        return number, self.left.pop(number)
+
+    def lose(self, ended: Ended, answered: Callable[[int, Answer], None]) -> None:
+        """A process has ended. The item that it was lost in fails; after too many losses nothing more is asked."""
+        if not self.left:
+            return
+        self.losses += 1
+        number, item = self.take()
+        died = f"no answer in {_SILENCE:.0f} s" if ended.over else f"its process ended with code {ended.code}"
+        finding = _about(item, Status.FAIL, self.lost_for or died)
+        answered(number, ([finding], [Failure(finding)]))
+        while self.left and self.losses == _MOST_LOSSES:
+            number, item = self.take()
+            reason = f"not run: {_MOST_LOSSES} processes were lost before"
+            answered(number, ([_about(item, Status.NOT_COVERED, reason)], []))
+        self.lost_for = ""
+
+
+def _about(item: Item, status: Status, reason: str) -> Finding:
+    return Finding(item.checks[0].name, item.name, "all", status, reason, 0, 0)
+
+
 def _work(send: Callable[[_Unavailable | _Declared | _Lost | Answer], None], job: _Job) -> None:
-    """What a process does: one message a step. Ends early when the GPU no longer answers."""
+    """What a process does: one message an item. Ends early when the GPU no longer answers."""
     device, who = torch.device(job.device), entry(job.name)
     try:
         candidate = who.make(device)
@@ -254,49 +261,39 @@ def _work(send: Callable[[_Unavailable | _Declared | _Lost | Answer], None], job
         missing = isinstance(error, ModuleNotFoundError) and error.name == who.package
         send(_Unavailable("not installed" if missing else str(error)))
         return
-    how = candidate.accumulation or ACCUMULATIONS[default_accumulation(device)]
-    send(_Declared(tuple(candidate.declared_points), describe(how)))
+    how = candidate.accumulation or default_accumulation(device)
+    send(_Declared(candidate.declared_points, str(how)))
     if not candidate.complete:  # what was read in foreign code is tried first; the order-free bound is a second chance
         candidate = replace(candidate, accumulation=None)
-    for step in job.steps().values():
+    items = job.items()
+    slopes = slopes_in([*replace(job, of=1, first=0).items().values()])
+    for item in items.values():
         try:
-            answer = _judge_step(candidate, step, how, job)
+            answer = _judge_item(candidate, item, how, slopes)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        except RuntimeError as error:  # a guard never raises: only a GPU that no longer answers comes here
+        except RuntimeError as error:  # a check never raises: only a GPU that no longer answers comes here
             send(_Lost(f"its process could not go on: {str(error).splitlines()[0]}"))
             return
         send(answer)
 
 
-def _judge_step(candidate: Candidate, step: Step, how: Accumulation, job: _Job) -> Answer:
-    findings, _ = step.judge(candidate, how)
+def _judge_item(candidate: Candidate, item: Item, how: Accumulation, slopes: int) -> Answer:
     failures, seen = [], set[str]()
+    findings = [replace(finding, picture=None) for finding in judge(item, candidate, how, slopes)]
     for finding in findings:
         if finding.status is Status.FAIL:
-            failures.append(Failure(finding, () if finding.tensor in seen else _weights(finding, job)))
+            failures.append(Failure(finding, () if finding.tensor in seen else _weights(finding, item)))
             seen.add(finding.tensor)
     return findings, failures
 
 
-def _weights(finding: Finding, job: _Job) -> tuple[Weight, ...]:
-    """The packed weights behind a counterexample; drawn again on the CPU, which gives the same numbers."""
-    example = finding.counterexample
-    if example is None or finding.guard not in ("decode", "integer"):
+def _weights(finding: Finding, item: Item) -> tuple[Weight, ...]:
+    """The packed weights behind a counterexample, where they are few."""
+    example, sample = finding.counterexample, item.sample
+    if example is None or not isinstance(sample, Sample) or not sample.case.exact:
         return ()
     if finding.tensor == "W":
         expert, n, k = example.coordinate
-        return (weight_at(exhaustive.all_elements(), expert, k, n),)
-    sample = _sample(finding, job)
-    return () if sample is None else tuple(witnesses(sample, finding.tensor, example.coordinate))
-
-
-def _sample(finding: Finding, job: _Job) -> Sample | None:
-    if finding.guard == "integer":
-        found = [case for case in cases.integer_cases(job.device) if case.name == finding.case]
-        return found[0].build("cpu", job.seed) if found else None
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if finding.case.endswith(str(dtype).removeprefix("torch.")):
-            samples = (exhaustive.finite_sample(dtype, "cpu"), *exhaustive.nonfinite_samples(dtype, "cpu"))
-            return next((sample for sample in samples if sample.case.name == finding.case), None)
-    return None
+        return (weight_at(all_elements(), expert, k, n),)
+    return tuple(weights_behind(sample.to("cpu"), finding.tensor, example.coordinate))

@@ -1,0 +1,116 @@
+"""The table: isolation of its processes, counterexamples with their input bytes, and what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+
+from mxref.verification.candidates.known import ENTRIES, entry
+from mxref.verification.checks.finding import Status
+from mxref.verification.cli import main
+from mxref.verification.records.record import read
+from mxref.verification.records.record import write as write_record
+from mxref.verification.studies.scoreboard.report import as_json, as_markdown, write
+from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
+
+BROKEN = """
+    import os
+    import mxref
+    from mxref import MXWeights
+
+    def dies_on_gates(gates=None, **operands):
+        if gates is not None:
+            os._exit(3)
+        return mxref.parallel_linear_lora(gates=gates, **operands)
+
+    def takes_byte_0_for_zero(expert_weights, **operands):
+        w = expert_weights
+        packed = w.packed.clone()
+        packed[(w.scales == 0).repeat_interleave(16, 2)] = 0
+        return mxref.parallel_linear_lora(expert_weights=MXWeights(packed, w.scales, w.K, w.N), **operands)
+"""
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
+    """Two broken implementations and one that nobody has, judged by two integer fixtures and the exhaustive decode."""
+    source = tmp_path_factory.mktemp("broken") / "broken.py"
+    source.write_text(dedent(BROKEN))
+    names = [f"{source}:dies_on_gates", f"{source}:takes_byte_0_for_zero", "axolotl"]
+    only = ["every finite element, float32", "integer, gates", "integer, k 8"]
+    return run_scoreboard(names, torch.device("cpu"), full=False, seed=0, only=only, processes=2)
+
+
+def test_a_process_that_dies_costs_one_item(board: Board) -> None:
+    row = board.rows[0]
+    (failure,) = row.failures
+    assert failure.finding.case == "integer, gates"
+    assert failure.finding.reason == "its process ended with code 3"
+    passed = {finding.case for finding in row.findings if finding.status is Status.PASS}
+    assert "integer, k 8" in passed, "the items after the loss ran in a new process"
+
+
+def test_a_counterexample_names_code_and_scale_byte(board: Board) -> None:
+    row = board.rows[1]
+    first, _ = row.first_failures()[0]
+    assert first.finding.check == "decode"
+    assert first.finding.counterexample is not None
+    (weight,) = first.weights
+    assert weight.scale_byte == 0
+    assert "scale byte 0x00" in str(weight)
+    assert row.counts("integer")[Status.PASS] > 0
+
+
+def test_what_is_not_there_says_so(board: Board) -> None:
+    assert board.rows[2].unavailable in ("not installed", "needs cuda")
+    assert not board.rows[2].findings
+
+
+def test_files(board: Board, tmp_path: Path) -> None:
+    data, page = write(board, tmp_path)
+    assert json.loads(data.read_text()) == as_json(board)
+    text = page.read_text()
+    assert text == as_markdown(board)
+    assert "| decode | " in text
+    assert "| integer | " in text
+    assert "scale byte 0x00" in text
+    assert "got 0, expected" in text
+    assert "its process ended with code 3" in text
+
+
+def test_entries() -> None:
+    assert next(iter(ENTRIES)) == "mxref.kernels"
+    assert entry("golden").make(torch.device("cpu")).name == "golden"
+    assert entry("json:dumps").make(torch.device("cpu")).call is json.dumps
+    with pytest.raises(ValueError, match="'axolotll' is unknown; choose from"):
+        entry("axolotll")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--candidates", "nobody"], "'nobody' is unknown"),
+        (["--case", "no such case", "--device", "cpu"], "matches no case"),
+        (["--device", "cpu", "--record"], "--record keeps the whole table of a GPU"),
+    ],
+)
+def test_wrong_use(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["scoreboard", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recorded_table_is_evidence_that_loads(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    entry = read(write_record("scoreboard", as_json(board), torch.device("cuda"), tmp_path))
+    assert (entry["kind"], len(entry["rows"])) == ("scoreboard", len(board.rows))

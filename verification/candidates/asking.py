@@ -1,0 +1,152 @@
+"""Ways to ask a candidate about one sample; each returns its answers and judges nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mxref.verification.arithmetic.thresholds import RUNS, RUNS_INTERPRETED
+from mxref.verification.candidates.answer import Answer, Outputs, answered
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.memory.fresh import uninitialised_memory
+from mxref.verification.candidates.memory.program_order import reversed_programs
+from mxref.verification.candidates.memory.red_zones import between_red_zones
+from mxref.verification.cases.case import Sample
+from mxref.verification.cases.tokens import disturbed, select, tokens_of, without
+
+__all__ = [
+    "among_other_tokens", "by_its_decoder", "in_poisoned_memory", "once", "repeatedly",
+    "under_every_configuration", "with_two_backwards",
+]  # fmt: skip
+
+
+def once(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """One forward and one backward pass."""
+    return [answered(lambda: candidate.run(sample))]
+
+
+def repeatedly(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """Several runs on fresh copies of the operands, each to be like the first.
+
+    Interpreted, every second one takes the programs of each kernel in reverse: two that write the same element show.
+    """
+    interpreted = sample.problem.device.type == "cpu"
+    answers = once(candidate, sample)
+    for run in range(2, (RUNS_INTERPRETED if interpreted else RUNS) + 1):
+        reverse = interpreted and run % 2 == 0
+        how = f"in run {run}{', its programs in reverse order' if reverse else ''}"
+        with reversed_programs() if reverse else nullcontext():
+            answers.append(answered(lambda: candidate.run(sample), circumstance=how, like=0))
+    return answers
+
+
+def among_other_tokens(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """A token's rows of Y, dX and dgates when other tokens change their values, and when they leave the batch.
+
+    The second half needs the same configuration for both batches, so it is asked under each one that the candidate can
+    be pinned to. Without a pin dispatch may choose by size: rows are then asked for at equal shapes only.
+    """
+    if candidate.configs is None:
+        return _other_values(candidate, sample, "", "at equal shapes; no configuration can be pinned", 0)
+    pinned, answers = _pinned(candidate, sample)
+    for name, each in pinned.items():
+        answers += _other_values(each, sample, f"{name}, other values", "under a pinned configuration", len(answers))
+        answers += _fewer_tokens(each, sample, f"{name}, fewer rows", len(answers))
+    return answers
+
+
+def in_poisoned_memory(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """A run in ordinary memory, and one with operands between red zones and uninitialised memory full of NaN."""
+    with uninitialised_memory(poisoned=False):
+        clean = answered(lambda: candidate.run(sample))
+    inside, zones = between_red_zones(sample)
+
+    def run() -> Outputs:
+        y, leaves = candidate.trace(inside, copy=False)
+        return {"Y": y.detach(), **candidate.gradients(inside, y, leaves)}
+
+    with uninitialised_memory(poisoned=True):
+        poisoned = answered(run, circumstance="between red zones, in fresh memory full of NaN", like=0)
+    return [clean, replace(poisoned, written=tuple(zone.written(name) for name, zone in zones.items()))]
+
+
+def with_two_backwards(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """The gradients of two backward passes over one retained graph."""
+    kept: list[Outputs] = []
+
+    def first() -> Outputs:
+        y, leaves = candidate.trace(sample)
+        gradients = candidate.gradients(sample, y, leaves, retain_graph=True)
+        kept.append(candidate.gradients(sample, y, leaves) if gradients else {})
+        return {tensor: None if x is None else x.clone() for tensor, x in gradients.items()}
+
+    answer = answered(first)
+    if answer.error is not None:
+        return [answer]
+    return [answer, Answer(kept[0], circumstance="in a second backward pass", like=0)]
+
+
+def under_every_configuration(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """What dispatch chooses on its own, then every configuration that it can reach, pinned; none without a pin."""
+    if candidate.configs is None:
+        return []
+    pinned, errors = _pinned(candidate, sample)
+    runs = [answered(partial(each.run, sample), label) for label, each in pinned.items()]
+    return errors or once(candidate, sample) + runs
+
+
+def by_its_decoder(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """The weights as the candidate's own decoder gives them, "W" [E, N, K]; nothing from one without."""
+    decode, weights = candidate.decode, sample.problem.expert_weights
+    if decode is None or isinstance(weights, Tensor):
+        return []
+    return [answered(lambda: {"W": decode(weights, sample.case.dtype)})]
+
+
+def _pinned(candidate: Candidate, sample: Sample) -> tuple[dict[str, Candidate], list[Answer]]:
+    """The candidate under each configuration that it names, or the error that it raises instead."""
+    assert candidate.configs is not None
+    try:
+        return {str(config): candidate.pinned(config) for config in candidate.configs(sample.problem.dtype)}, []
+    except Exception as error:
+        return {}, [Answer({}, "configurations", error)]
+
+
+def _other_values(candidate: Candidate, sample: Sample, label: str, how: str, index: int) -> list[Answer]:
+    """Every second token gets other values, a thousand times as large; the rest must not notice."""
+    odd = torch.arange(1, sample.case.tokens, 2, device=sample.problem.device)
+    kept = {tensor: ~torch.isin(tokens, odd) for tensor, tokens in tokens_of(sample).items()}
+
+    def run(each: Sample) -> Outputs:
+        outputs = candidate.run(each)
+        return {name: x[kept[name]] for name, x in outputs.items() if name in kept and x is not None}
+
+    circumstance = f"when other rows have other values, {how}"
+    return [
+        answered(lambda: run(sample), label),
+        answered(lambda: run(disturbed(sample, odd)), label, circumstance, index),
+    ]
+
+
+def _fewer_tokens(candidate: Candidate, sample: Sample, label: str, index: int) -> list[Answer]:
+    """A third of the tokens by themselves: other companions, other tiles, and on a GPU other places in them.
+
+    Interpreted, a tile's product is NumPy's, whose bits follow a row's place in the tile. The first tokens keep theirs.
+    """
+    tokens = torch.arange(sample.case.tokens, device=sample.problem.device)
+    keep = tokens[: -(-len(tokens) // 3)] if tokens.device.type == "cpu" else tokens[1::3]
+
+    def whole() -> Outputs:
+        outputs = candidate.run(sample)
+        known = tokens_of(sample)
+        return {name: select(sample, name, x, keep) for name, x in outputs.items() if name in known and x is not None}
+
+    def part() -> Outputs:
+        outputs = candidate.run(without(sample, keep))
+        return {name: outputs.get(name) for name in tokens_of(sample)}
+
+    return [answered(whole, label), answered(part, label, "in a smaller batch", index)]

@@ -1,0 +1,101 @@
+"""Anybody's callable as a candidate: found by name, with what it declares."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
+from mxref.verification.arithmetic.rounding_points import POINTS
+from mxref.verification.candidates.candidate import Candidate
+
+__all__ = ["declare", "load"]
+
+
+def load(spec: str, points: Sequence[str] | None = None, accumulation: str | None = None) -> Candidate:
+    """A candidate from `module:callable` or `path/to/file.py:callable`.
+
+    Modules in the current directory are found too, after the installed ones: a folder there must not replace a package.
+
+    Args:
+        spec: where the callable is; dots after the colon walk attributes.
+        points: declared rounding points, instead of the callable's own `mxref_points`.
+        accumulation: name of the declared accumulation, instead of the callable's own `mxref_accumulation`.
+
+    Raises:
+        ValueError: the module, file or callable cannot be found or imported, or its declaration is not understood.
+    """
+    source, _, attribute = spec.rpartition(":")
+    if not source or not attribute:
+        raise ValueError(
+            f"--kernel is {spec!r}; expected shipped, golden, composite, module:callable or path/to/file.py:callable"
+        )
+    target: Any = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+    for name in attribute.split("."):
+        if not hasattr(target, name):
+            raise ValueError(f"--kernel {spec}: {source} has no {attribute!r}")
+        target = getattr(target, name)
+    if not callable(target):
+        raise ValueError(f"--kernel {spec}: {attribute} is {type(target).__name__}; expected a callable")
+    known_points, known_accumulation = getattr(target, "mxref_points", ()), getattr(target, "mxref_accumulation", None)
+    return declare(
+        Candidate(
+            spec, target, decode=getattr(target, "mxref_decode", None), configs=getattr(target, "mxref_configs", None)
+        ),
+        known_points if points is None else points,
+        known_accumulation if accumulation is None else accumulation,
+    )
+
+
+def declare(
+    candidate: Candidate, points: Sequence[str] | str | None, accumulation: Accumulation | str | None
+) -> Candidate:
+    """The candidate with another declaration; None leaves what it has.
+
+    Raises:
+        ValueError: a rounding point or an accumulation is not in its list.
+    """
+    if isinstance(points, str):
+        points = points.replace(" ", "").split(",")
+    if points is not None:
+        unknown = [name for name in points if name not in POINTS]
+        if unknown:
+            raise ValueError(f"rounding point {unknown[0]!r} is unknown; choose from {', '.join(POINTS)}")
+        candidate = replace(candidate, declared_points=tuple(points))
+    if isinstance(accumulation, str):
+        if accumulation not in ACCUMULATIONS:
+            raise ValueError(f"accumulation {accumulation!r} is unknown; choose from {', '.join(ACCUMULATIONS)}")
+        accumulation = ACCUMULATIONS[accumulation]
+    if accumulation is not None and not isinstance(accumulation, Accumulation):
+        raise ValueError(f"mxref_accumulation is {type(accumulation).__name__}; expected a name or an Accumulation")
+    return candidate if accumulation is None else replace(candidate, accumulation=accumulation)
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"--kernel: no file {path}")
+    sys.path.append(str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"_mxref_candidate_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--kernel: {path} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    sys.path.append(str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--kernel: module {name} does not import: {type(error).__name__}: {error}") from error

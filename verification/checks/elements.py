@@ -1,0 +1,145 @@
+"""One output held against what is accepted for it, element by element: what the checks of values share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mxref.rounding import round_to
+from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.arithmetic.metrics import rms, ulp_error
+from mxref.verification.candidates.answer import Answer, Outputs
+from mxref.verification.cases.case import Sample
+from mxref.verification.checks.finding import Counterexample, ErrorSample, Finding, FloatArray, Status
+
+__all__ = ["Comparison", "comparable", "compare", "name_of", "raised", "unexpected"]
+
+_OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
+_PLOT_POINTS = 20_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Elementwise result of holding an output against its interval; fp64 but `inside`."""
+
+    got: Tensor
+    interval: Interval
+    inside: Tensor
+    allowed: Tensor  # accepted distance on the side where `got` lies
+    ulps: Tensor
+
+    def finding(self, case: str, tensor: str, status: Status, reason: str) -> Finding:
+        """Largest and RMS error, share of the bound, and the first element outside."""
+        exact, elements = self.interval.exact, self.got.numel()
+        violations = elements - int(self.inside.sum())
+        counterexample = None
+        if violations:
+            status, reason = Status.FAIL, f"{violations} of {elements} elements outside what is accepted"
+            counterexample = self._first_outside()
+        finite = torch.isfinite(self.got) & torch.isfinite(exact)
+        ulps, distance = self.ulps[finite], (self.got - exact).abs()[finite]
+        share = torch.where(distance == 0, 0.0, distance / self.allowed[finite])
+        any_left = bool(finite.any())
+        return Finding(
+            "", case, tensor, status, reason, elements, violations,
+            max_ulp=float(ulps.abs().max()) if any_left else None,
+            rms_ulp=rms(ulps) if any_left else None,
+            bound_share=float(share.max()) if any_left else None,
+            counterexample=counterexample,
+        )  # fmt: skip
+
+    def sample(self, case: str, tensor: str) -> ErrorSample:
+        """At most 20,000 elements, evenly spaced over the flattened tensor, finite ones only."""
+        exact = self.interval.exact
+        stride = max(1, -(-exact.numel() // _PLOT_POINTS))
+
+        def thin(x: Tensor) -> FloatArray:
+            array: FloatArray = x.flatten()[::stride].cpu().numpy()
+            return array
+
+        arrays = [thin(x) for x in (exact.abs(), self.got - exact, self.allowed, self.ulps)]
+        keep = np.all([np.isfinite(array) for array in arrays], axis=0)
+        return ErrorSample(case, tensor, *(array[keep] for array in arrays))
+
+    def _first_outside(self) -> Counterexample:
+        where = tuple(int(index) for index in (~self.inside).nonzero()[0])
+        values = (self.got, self.interval.exact, self.interval.low, self.interval.high)
+        got, exact, low, high = (float(x[where]) for x in values)
+        note = ""
+        if np.isnan(got) and not np.isnan(exact):
+            note = "NaN where the reference is a number"
+        elif not np.isfinite(exact):
+            note = "the reference is not finite; the result must be of the same class"
+        return Counterexample(where, got, exact, low, high, note)
+
+
+def compare(got: Tensor, interval: Interval) -> Comparison:
+    """Hold an output against its interval; where the reference is NaN or infinite the class decides."""
+    value, exact = got.double(), interval.exact
+    low, high = interval.low, interval.high
+    if got.dtype in (torch.bfloat16, torch.float16):  # stored narrower than declared: one more, monotonic rounding
+        low, high = round_to(low, got.dtype), round_to(high, got.dtype)
+    inside = (value >= low) & (value <= high)
+    same_class = (value == exact) | (torch.isnan(value) & torch.isnan(exact))
+    inside = torch.where(torch.isfinite(exact), inside, same_class)
+    allowed = torch.where(value > exact, high - exact, exact - low)
+    return Comparison(value, Interval(low, high, exact), inside, allowed, ulp_error(got, exact, got.dtype))
+
+
+def comparable(
+    answer: Answer, sample: Sample, tensor: str, case: str, interval: Interval | None = None
+) -> tuple[Tensor, Interval | None] | Finding:
+    """An output and its interval, both reduced to the rows that count; or a finding if it cannot be compared at all."""
+    shape, dtypes = _form(sample, tensor)
+    elements = int(np.prod(shape))
+
+    def finding(status: Status, reason: str) -> Finding:
+        return Finding("", case, tensor, status, reason, elements, elements if status is Status.FAIL else 0)
+
+    if tensor not in answer.outputs:
+        return finding(Status.NOT_COVERED, "the candidate does not compute it")
+    got = answer.outputs[tensor]
+    if got is None:
+        return finding(Status.FAIL, f"no gradient reached {_OPERAND[tensor]}" if tensor in _OPERAND else "no output")
+    if tuple(got.shape) != shape:
+        return finding(Status.FAIL, f"has shape {tuple(got.shape)}; expected {shape}")
+    if got.dtype not in dtypes:
+        return finding(Status.FAIL, f"is {got.dtype}; expected {dtypes[0]}")
+    rows = answer.rows.get(tensor)
+    if rows is None or interval is None:
+        return got, interval
+    return got[rows], Interval(interval.low[rows], interval.high[rows], interval.exact[rows])
+
+
+def name_of(answer: Answer, sample: Sample) -> str:
+    """What the findings about an answer call their case."""
+    return f"{sample.case.name}, {answer.label}" if answer.label else sample.case.name
+
+
+def raised(answer: Answer, case: str) -> Finding:
+    """What a candidate raised, as a finding; NotImplementedError means that it does not cover the case."""
+    error = answer.error
+    assert error is not None
+    if isinstance(error, NotImplementedError):
+        return Finding("", case, "all", Status.NOT_COVERED, str(error) or "NotImplementedError", 0, 0)
+    return Finding("", case, "all", Status.FAIL, f"raised {type(error).__name__}: {error}", 0, 0)
+
+
+def unexpected(outputs: Outputs, case: str, expected: Mapping[str, object]) -> list[Finding]:
+    """Gradients of what is frozen or absent."""
+    extra = [name for name, output in outputs.items() if name not in expected and output is not None]
+    reason = "a gradient that nothing asks for: its operand is frozen or absent"
+    return [Finding("", case, name, Status.FAIL, reason, 0, 0) for name in extra]
+
+
+def _form(sample: Sample, tensor: str) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
+    """Expected shape, and accepted dtypes, the regular one first; on a CPU wider results are accepted too."""
+    problem = sample.problem
+    operand: Tensor = problem.inputs if tensor == "Y" else getattr(problem, _OPERAND[tensor])
+    shape = tuple(sample.grad_out.shape if tensor == "Y" else operand.shape)
+    wider = (torch.float32, torch.float64) if problem.device.type == "cpu" else ()
+    return shape, (operand.dtype, *wider)

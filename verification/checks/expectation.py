@@ -1,0 +1,82 @@
+"""What the golden model says about one sample under one declaration: the costly half of a judgement, computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from torch import Tensor
+
+from mxref.scattermoe import Backward, Forward, RoundingPoints, backward, forward
+from mxref.verification.arithmetic.accumulation import Accumulation
+from mxref.verification.arithmetic.bounds import Interval, intervals
+from mxref.verification.arithmetic.thresholds import ALPHA, TILE, critical_z
+from mxref.verification.cases.case import Case, Sample
+
+__all__ = ["Expectation", "slopes_of"]
+
+T = TypeVar("T")
+
+
+def slopes_of(case: Case) -> int:
+    """The most slopes that the check for drift can fit to a case: what a run sums up before it judges its first one."""
+    columns = {"Y": case.N, "dX": case.K} | ({"dA": case.K, "dB": case.N} if case.rank else {})
+    per_stratum = {"Y": 3, "dX": 3, "dA": 1, "dB": 1} if case.rank else {"Y": 1, "dX": 1}
+    return sum((case.experts + 1) * (-(-columns[t] // TILE) + 1) * per_stratum[t] for t in columns)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What an honest answer to `sample` can be.
+
+    Attributes:
+        sample: what was asked.
+        points: declared rounding points.
+        how: declared accumulation.
+        slopes: that the whole run fits, `slopes_of` summed over its cases; None: only this case is judged.
+        alpha: probability that honest arithmetic shows drift anywhere in that run.
+    """
+
+    sample: Sample
+    points: RoundingPoints
+    how: Accumulation
+    slopes: int | None = None
+    alpha: float = ALPHA
+
+    @property
+    def critical(self) -> float:
+        """The |z| beyond which a slope is drift."""
+        return critical_z(slopes_of(self.sample.case) if self.slopes is None else self.slopes, self.alpha)
+
+    @cached_property
+    def fwd(self) -> Forward:
+        """The reference's forward pass."""
+        return forward(self.sample.problem, self.points)
+
+    @cached_property
+    def bwd(self) -> Backward:
+        """The reference's backward pass."""
+        return backward(self.sample.problem, self.fwd, self.sample.grad_out, self.points)
+
+    @cached_property
+    def accepted(self) -> dict[str, Interval]:
+        """The accepted interval of every tensor that is asked for."""
+        problem, dOut = self.sample.problem, self.sample.grad_out
+        bwd = self.bwd if self.sample.case.call.mode == "grad" else None
+        return self._asked_for(intervals(problem, self.fwd, bwd, dOut, self.points, self.how))
+
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        """The contract's own results: fp64, for every tensor that is asked for."""
+        points = RoundingPoints.contract(self.sample.problem.dtype)
+        fwd = forward(self.sample.problem, points)
+        bwd = backward(self.sample.problem, fwd, self.sample.grad_out, points)
+        named = {
+            "Y": fwd.out, "dX": bwd.dx, "dA": bwd.dA, "dB": bwd.dB, "dbias": bwd.dbias, "dgates": bwd.dgates
+        }  # fmt: skip
+        return self._asked_for({name: rounded.value for name, rounded in named.items() if rounded is not None})
+
+    def _asked_for(self, tensors: dict[str, T]) -> dict[str, T]:
+        wants = self.sample.case.call.wants
+        return {name: tensor for name, tensor in tensors.items() if name == "Y" or wants(name)}

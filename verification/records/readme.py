@@ -1,0 +1,87 @@
+"""The generated parts of the README: what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mxref.verification.bench.summary import markdown_table, summary
+from mxref.verification.checks.registry import BASELINE, CHECKS
+from mxref.verification.records.freshness import State, survey
+from mxref.verification.records.record import EVIDENCE, KINDS
+
+__all__ = ["README", "blocks", "filled", "update_readme"]
+
+README = EVIDENCE.parent.parent / "README.md"
+
+
+def blocks(root: Path = EVIDENCE) -> dict[str, str]:
+    """Markdown by name, from the list of checks and the records alone: the same on every machine."""
+    states = survey(root)
+    parts = {"checks": _checks(), "records": _records(states), "bench": _speed(states)}
+    return {name: "\n".join(lines) for name, lines in parts.items()}
+
+
+def update_readme(readme: Path = README, root: Path = EVIDENCE) -> Path:
+    """Write the generated parts into a README; its path.
+
+    Raises:
+        OSError: it cannot be read or written.
+        ValueError: see `filled`.
+    """
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), blocks(root)), encoding="utf-8")
+    return readme
+
+
+def filled(text: str, parts: Mapping[str, str]) -> str:
+    """A README with its generated parts replaced.
+
+    Raises:
+        ValueError: it lacks a part's markers.
+    """
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, found, rest = text.partition(begin)
+        _, ended, tail = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"the README has no {begin} … {end} to fill")
+        text = f"{head}{begin}\n\n{part}\n\n{end}{tail}"
+    return text
+
+
+def _checks() -> Iterator[str]:
+    rows = [[check.name, check.why, check.asked] for check in (*CHECKS, BASELINE)]
+    yield from markdown_table(["check", "what it sees", "who is asked"], rows, left=3)
+
+
+def _records(states: list[State]) -> Iterator[str]:
+    rows = [
+        [
+            f"[{KINDS[state.kind].about}]({_link(state)})",
+            state.folder,
+            state.entry["recorded"][:10],
+            ", ".join(f"{name} {v[name]}" for name in ("torch", "triton") if name in (v := state.entry["versions"])),
+            "yes" if state.fresh else "no" if state.entry["sources"] else "unknown",
+        ]
+        for state in states
+        if not state.damage
+    ]
+    yield from markdown_table(["what", "where", "date", "versions", "made with these kernels"], rows, left=5)
+
+
+def _speed(states: list[State]) -> Iterator[str]:
+    """Every GPU's summary."""
+    measured = [state for state in states if state.kind == "bench" and not state.damage]
+    for state in measured:
+        if state is not measured[0]:
+            yield ""
+        yield from summary(state.entry)
+        yield from ("", f"Every figure: [bench.md]({_link(state)}).")
+    if not measured:
+        yield "No GPU has been measured yet."
+
+
+def _link(state: State) -> str:
+    """The page for people where there is one."""
+    page = state.path.with_suffix(".md")
+    return f"verification/evidence/{state.folder}/{(page if page.is_file() else state.path).name}"
