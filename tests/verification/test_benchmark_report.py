@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from races import (
+from benchmarks import (
     CPU,
     DECODER,
     GOLDEN,

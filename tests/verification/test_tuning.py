@@ -7,12 +7,12 @@ import itertools
 
 import pytest
 import torch
+from benchmarks import WallClock
 from rich.console import Console
 
 from mxref.kernels import Config
 from mxref.kernels.device.configs import config_for
 from mxref.verification.bench import tuning
-from mxref.verification.bench.timing import WallClock
 from mxref.verification.bench.workloads import Shape
 from mxref.verification.cli import main
 from mxref.verification.cli.tune import pinned_table, table
