@@ -5,6 +5,7 @@ The data's way: packed weights (`weights`), routing (`routing`), one call's oper
 gate that judges them in `mxref.verification`.
 """
 
+from mxref import moved
 from mxref.autograd import ScatterMoELoRA, parallel_linear_lora
 from mxref.formats import MX_BLOCK_SIZE, fp4_codebook
 from mxref.problem import Problem
@@ -27,3 +28,5 @@ __all__ = [
     "parallel_linear_lora",
     "remap_expert_indices",
 ]
+
+moved.install()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mxref import scattermoe
 from mxref.problem import Problem
-from mxref.scattermoe import Rounded, RoundingPoints
+from mxref.scattermoe import RoundingPoints
+from mxref.weights import MXWeights
 
 __all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
 
@@ -18,77 +19,50 @@ class ScatterMoELoRA(torch.autograd.Function):
     """The golden forward and its hand-written backward as one autograd function; see `parallel_linear_lora`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        expert_weights: Any,
-        k: int,
-        sorted_expert_idxs: Tensor,
-        sorted_scattered_idxs: Tensor,
-        expert_offsets: Tensor,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        scaling: float,
-        expert_biases: Tensor | None,
-        gates: Tensor | None,
-        grouped_in: bool,
-        grouped_out: bool,
-        use_fused_dX: bool = False,
-        use_fused_gather: bool = False,
-        mode: str = "contract",
-    ) -> Tensor:
-        """`use_fused_dX` and `use_fused_gather` choose kernels in production; here they change nothing."""
-        ctx.save_for_backward(x, lora_A, lora_B, expert_biases, gates)
-        ctx.routed_weights = (expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
-        ctx.options = (scaling, grouped_in, grouped_out)
-        ctx.points = RoundingPoints.exact() if mode == "exact" else RoundingPoints.contract(x.dtype)
-        problem = _problem(ctx, x, lora_A, lora_B, expert_biases, gates)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """The arguments of `parallel_linear_lora` in its order, then `mode`; the last three may be left out."""
+        problem = Problem(*arguments[:13])
+        mode = arguments[15] if len(arguments) > 15 else "contract"
+        ctx.points = RoundingPoints.exact() if mode == "exact" else RoundingPoints.contract(problem.dtype)
+        ctx.save_for_backward(*_tensors(problem))
+        ctx.without_tensors = problem.k, problem.scaling, problem.grouped_in, problem.grouped_out
         out = scattermoe.forward(problem, ctx.points).out.value
-        return out if mode == "exact" else out.to(x.dtype)
+        return out if mode == "exact" else out.to(problem.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, lora_A, lora_B, expert_biases and gates, each in its parameter's dtype."""
-        problem = _problem(ctx, *ctx.saved_tensors)
+        problem = _problem(ctx.saved_tensors, *ctx.without_tensors)
         fwd = scattermoe.forward(problem, ctx.points)
         grads = scattermoe.backward(problem, fwd, grad_out, ctx.points)
+        by_place = {
+            0: (grads.dx, problem.inputs),
+            6: (grads.dA, problem.lora_A),
+            7: (grads.dB, problem.lora_B),
+            9: (grads.dbias, problem.expert_biases),
+            10: (grads.dgates, problem.gates),
+        }
+        found = {
+            place: point.value.to(operand.dtype)
+            for place, (point, operand) in by_place.items()
+            if point is not None and operand is not None
+        }
+        return tuple(found.get(place) for place in range(len(ctx.needs_input_grad)))
 
-        def grad(point: Rounded | None, parameter: Tensor | None) -> Tensor | None:
-            return None if point is None or parameter is None else point.value.to(parameter.dtype)
 
-        return (
-            grad(grads.dx, problem.inputs),
-            *(None,) * 5,
-            grad(grads.dA, problem.lora_A),
-            grad(grads.dB, problem.lora_B),
-            None,
-            grad(grads.dbias, problem.expert_biases),
-            grad(grads.dgates, problem.gates),
-            *(None,) * 5,
-        )
+def _tensors(problem: Problem) -> tuple[Tensor | None, ...]:
+    """Every tensor of a problem, packed weights as two, so that autograd keeps them: `_problem` is the inverse."""
+    weights = problem.expert_weights
+    packed = (weights.packed, weights.scales) if isinstance(weights, MXWeights) else (weights, None)
+    routing = (problem.sorted_expert_idxs, problem.sorted_scattered_idxs, problem.expert_offsets)
+    return problem.inputs, *packed, *routing, problem.lora_A, problem.lora_B, problem.expert_biases, problem.gates
 
 
-def _problem(
-    ctx: Any, x: Tensor, A: Tensor | None, B: Tensor | None, biases: Tensor | None, gates: Tensor | None
-) -> Problem:
-    weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets = ctx.routed_weights
-    scaling, grouped_in, grouped_out = ctx.options
-    return Problem(
-        x,
-        weights,
-        k,
-        sorted_expert_idxs,
-        sorted_scattered_idxs,
-        expert_offsets,
-        A,
-        B,
-        scaling,
-        biases,
-        gates,
-        grouped_in,
-        grouped_out,
-    )
+def _problem(tensors: tuple[Any, ...], k: int, scaling: float, grouped_in: bool, grouped_out: bool) -> Problem:
+    x, weight, scales, experts, positions, offsets, A, B, biases, gates = tensors
+    weights = weight if scales is None else MXWeights(weight, scales, x.shape[1], weight.shape[1])
+    return Problem(x, weights, k, experts, positions, offsets, A, B, scaling, biases, gates, grouped_in, grouped_out)
 
 
 def parallel_linear_lora(
@@ -145,37 +119,12 @@ def parallel_linear_lora(
     """
     if mode not in ("contract", "exact"):
         raise ValueError(f"mode is {mode!r}; expected 'contract' or 'exact'")
-    Problem(
-        inputs,
-        expert_weights,
-        k,
-        sorted_expert_idxs,
-        sorted_scattered_idxs,
-        expert_offsets,
-        lora_A,
-        lora_B,
-        scaling,
-        expert_biases,
-        gates,
-        grouped_in,
-        grouped_out,
-    ).validate(check_values=validate)
+    operands = (
+        inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling,
+        expert_biases, gates, grouped_in, grouped_out,
+    )  # fmt: skip
+    Problem(*operands).validate(check_values=validate)
     out: Tensor = ScatterMoELoRA.apply(  # type: ignore[no-untyped-call]
-        inputs,
-        expert_weights,
-        k,
-        sorted_expert_idxs,
-        sorted_scattered_idxs,
-        expert_offsets,
-        lora_A,
-        lora_B,
-        scaling,
-        expert_biases,
-        gates,
-        grouped_in,
-        grouped_out,
-        use_fused_dX,
-        use_fused_gather,
-        mode,
+        *operands, use_fused_dX, use_fused_gather, mode
     )
     return out

@@ -1,4 +1,4 @@
-"""E2M1 and E8M0 as data: the two number formats of MXFP4 and the bytes that hold them.
+"""MXFP4 as data, and the bytes that hold it: E2M1 elements, E8M0 scales, blocks.
 
 Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.3.3 (FP4 E2M1), 5.4.1 (E8M0) and 6.3 (conversion
 to MX). A block is 32 consecutive elements along the last axis that share one E8M0 scale; two E2M1 codes fill one byte,
@@ -7,7 +7,8 @@ the element with the even index in the low nibble.
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,11 +16,17 @@ from torch import Tensor
 from mxref.rounding import power_of_two, round_to
 
 __all__ = [
+    "E2M1",
     "E2M1_VALUES",
+    "E8M0",
     "E8M0_BIAS",
     "E8M0_NAN",
+    "MXFP4",
     "MX_BLOCK_SIZE",
     "SCALE_MODES",
+    "ElementType",
+    "Format",
+    "ScaleType",
     "decode_blocks",
     "decode_scales",
     "encode_blocks",
@@ -28,31 +35,84 @@ __all__ = [
     "unpack_codes",
 ]
 
-MX_BLOCK_SIZE = 32
-E8M0_BIAS = 127
-E8M0_NAN = 255
-E2M1_MAX_EXPONENT = 2
-"""Exponent of the largest E2M1 number, 6 = 1.5 · 2^2 (`emax` in the specification)."""
 
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_VALUES = _MAGNITUDES + tuple(-m for m in _MAGNITUDES)
-"""The value of each code; bit 3 is the sign, so code 8 is −0."""
+@dataclass(frozen=True)
+class ElementType:
+    """What one code means: a sign bit above the index of a magnitude.
 
-# Halfway points between neighbouring magnitudes, and the code that wins the tie: the one with an even mantissa bit.
-_TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=torch.float64)
-_TIE_GOES_UP = torch.tensor([False, True, False, True, False, True, False])
+    Attributes:
+        name: the specification's.
+        bits: of a code.
+        magnitudes: the value of each code without its sign, ascending.
+        max_exponent: e of the largest magnitude m · 2^e, 1 ≤ m < 2 (`emax` in the specification).
+    """
+
+    name: str
+    bits: int
+    magnitudes: tuple[float, ...]
+    max_exponent: int
+
+    @property
+    def sign(self) -> int:
+        """The sign bit; the code that holds it alone is −0."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The value of each code."""
+        return self.magnitudes + tuple(-m for m in self.magnitudes)
+
+
+@dataclass(frozen=True)
+class ScaleType:
+    """What a scale byte b means: 2^(b − bias), except for one byte that is NaN."""
+
+    name: str
+    bias: int
+    nan: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """A block format: codes of `element`, two to a byte, and one `scale` byte for `block_size` of them along K."""
+
+    name: str
+    element: ElementType
+    scale: ScaleType
+    block_size: int
+
+    def packed_shape(self, E: int, N: int, K: int) -> tuple[int, int, int]:
+        """The shape of the bytes that hold an expert stack's codes: [E, N, K/2]."""
+        return E, N, K * self.element.bits // 8
+
+    def scales_shape(self, E: int, N: int, K: int) -> tuple[int, int, int]:
+        """The shape of its scale bytes: [E, N, K/block_size]."""
+        return E, N, K // self.block_size
+
+
+E2M1 = ElementType("E2M1", bits=4, magnitudes=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), max_exponent=2)
+E8M0 = ScaleType("E8M0", bias=127, nan=255)
+MXFP4 = Format("MXFP4", E2M1, E8M0, block_size=32)
+
+MX_BLOCK_SIZE = MXFP4.block_size
+E2M1_VALUES = E2M1.values
+E8M0_BIAS, E8M0_NAN = E8M0.bias, E8M0.nan
 
 SCALE_MODES = ("floor", "rceil", "ceil", "even")
 
-
-@cache
-def _codebook(device: torch.device) -> Tensor:
-    return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
+_codebooks: dict[torch.device, Tensor] = {}
 
 
 def fp4_codebook(device: torch.device | str) -> Tensor:
     """The 16 E2M1 values in code order: fp32 [16] on `device`, cached per device."""
-    return _codebook(torch.device(device))
+    device = torch.device(device)
+    # Under FakeTensorMode no tensor is real: what is made there must not be kept, nor what is kept be used there.
+    if type(torch.empty(0, device=device)) is not Tensor:
+        return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
+    if device not in _codebooks:
+        with torch.inference_mode(False):  # an inference tensor would be refused by later calls with gradients
+            _codebooks[device] = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
+    return _codebooks[device]
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -65,9 +125,10 @@ def pack_codes(codes: Tensor) -> Tensor:
     _require_uint8("codes", codes)
     if codes.shape[-1] % 2:
         raise ValueError(f"codes has {codes.shape[-1]} elements on its last axis; packing needs an even number")
-    if codes.numel() and int(codes.max()) > 15:
-        raise ValueError(f"codes holds {int(codes.max())}; an E2M1 code lies in 0..15")
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    largest = len(E2M1.values) - 1
+    if codes.numel() and int(codes.max()) > largest:
+        raise ValueError(f"codes holds {int(codes.max())}; an {E2M1.name} code lies in 0..{largest}")
+    return codes[..., 0::2] | (codes[..., 1::2] << E2M1.bits)
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
@@ -77,7 +138,7 @@ def unpack_codes(packed: Tensor) -> Tensor:
         TypeError: `packed` is not uint8.
     """
     _require_uint8("packed", packed)
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+    return torch.stack((packed & (1 << E2M1.bits) - 1, packed >> E2M1.bits), dim=-1).flatten(-2)
 
 
 def decode_scales(scales: Tensor) -> Tensor:
@@ -87,8 +148,8 @@ def decode_scales(scales: Tensor) -> Tensor:
         TypeError: `scales` is not uint8.
     """
     _require_uint8("scales", scales)
-    values = power_of_two(scales.to(torch.int64) - E8M0_BIAS)
-    return torch.where(scales == E8M0_NAN, torch.nan, values)
+    values = power_of_two(scales.to(torch.int64) - E8M0.bias)
+    return torch.where(scales == E8M0.nan, torch.nan, values)
 
 
 def decode_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,7 +174,7 @@ def decode_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
             f"scales has shape {tuple(scales.shape)}; codes of shape {tuple(codes.shape)} need one scale a block of "
             f"{MX_BLOCK_SIZE}: {tuple(blocks.shape[:-1])}"
         )
-    elements = fp4_codebook(codes.device).double()[blocks.long()]
+    elements = torch.tensor(E2M1.values, dtype=torch.float64, device=codes.device)[blocks.long()]
     exact = elements * decode_scales(scales)[..., None]
     return round_to(exact.flatten(-2), dtype).to(dtype)
 
@@ -149,7 +210,7 @@ def encode_blocks(w: Tensor, scale_mode: str = "floor") -> tuple[Tensor, Tensor]
     amax = blocks.abs().amax(dim=-1)
     valid = torch.isfinite(amax)
     exponent = _scale_exponent(torch.where(valid, amax, 0.0), scale_mode)
-    scales = torch.where(valid, exponent + E8M0_BIAS, E8M0_NAN).to(torch.uint8)
+    scales = torch.where(valid, exponent + E8M0.bias, E8M0.nan).to(torch.uint8)
     scaled = torch.where(valid[..., None], blocks * power_of_two(-exponent)[..., None], 0.0)
     return _nearest_codes(scaled).flatten(-2), scales
 
@@ -157,24 +218,25 @@ def encode_blocks(w: Tensor, scale_mode: str = "floor") -> tuple[Tensor, Tensor]
 def _scale_exponent(amax: Tensor, scale_mode: str) -> Tensor:
     """The shared exponent, an integer in −127..127, for finite fp64 `amax` ≥ 0."""
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa · 2^exponent, mantissa in [0.5, 1)
-    exponent = exponent.to(torch.int64) - 1 - E2M1_MAX_EXPONENT
+    exponent = exponent.to(torch.int64) - 1 - E2M1.max_exponent
     if scale_mode == "ceil":
         exponent += mantissa > 0.5
     elif scale_mode == "even":
         exponent += mantissa >= 0.875  # 1.75 = the midpoint of 1.5 and 2
     elif scale_mode == "rceil":
         exponent += mantissa > 0.75  # 6 = 0.75 · 2^3
-    return torch.where(amax == 0, -E8M0_BIAS, exponent.clamp(-E8M0_BIAS, E8M0_BIAS))
+    return torch.where(amax == 0, -E8M0.bias, exponent.clamp(-E8M0.bias, E8M0.bias))
 
 
 def _nearest_codes(x: Tensor) -> Tensor:
     """The E2M1 codes nearest to fp64 `x`, ties to the even mantissa, saturating at ±6; the sign of zero is kept."""
     magnitude = x.abs()
-    ties, tie_goes_up = _TIES.to(x.device), _TIE_GOES_UP.to(x.device)
-    above = torch.bucketize(magnitude, ties)  # ties strictly below the magnitude
-    on_tie = magnitude[..., None] == ties
-    codes = above + (on_tie & tie_goes_up).any(dim=-1)
-    return (codes | (torch.signbit(x).long() << 3)).to(torch.uint8)
+    # Halfway points between neighbours; of two neighbouring codes one is even, and its mantissa bit with it.
+    ties = [(a + b) / 2 for a, b in pairwise(E2M1.magnitudes)]
+    above = torch.bucketize(magnitude, x.new_tensor(ties))  # ties strictly below the magnitude
+    on_tie_below_even = (magnitude[..., None] == x.new_tensor(ties[1::2])).any(dim=-1)
+    codes = above + on_tie_below_even
+    return (codes | (torch.signbit(x).long() * E2M1.sign)).to(torch.uint8)
 
 
 def _blocked(name: str, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class Problem:
         """W_e decoded in the activation dtype: fp64 [K, N]."""
         weights = self.expert_weights
         if isinstance(weights, MXWeights):
-            one = MXWeights(weights.packed[e : e + 1], weights.scales[e : e + 1], weights.K, weights.N)
+            one = replace(weights, packed=weights.packed[e : e + 1], scales=weights.scales[e : e + 1], num_experts=1)
             return decode_mxfp4(one, self.dtype)[0].T.double()
         return weights[e].double()
 
@@ -237,7 +237,7 @@ class Problem:
 
     def _check_index_values(self) -> None:
         experts, positions, ends = (
-            self.sorted_expert_idxs.long(),
+            self.sorted_expert_idxs.long().contiguous(),
             self.sorted_scattered_idxs.long(),
             self.expert_offsets.long(),
         )

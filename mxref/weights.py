@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mxref.formats import MX_BLOCK_SIZE, decode_blocks, encode_blocks, pack_codes, unpack_codes
+from mxref.formats import MX_BLOCK_SIZE, MXFP4, Format, decode_blocks, encode_blocks, pack_codes, unpack_codes
 
 __all__ = ["MXLayout", "MXWeights", "decode_mxfp4", "encode_mxfp4"]
 
@@ -30,20 +30,23 @@ class MXWeights:
     """E expert matrices in MXFP4. Expert e's logical matrix is [K, N]; blocks of 32 run along K.
 
     Attributes:
-        packed: uint8 [E, N, K/2], two E2M1 codes a byte; [N, K/2] is taken as one expert.
-        scales: uint8 or torch.float8_e8m0fnu [E, N, K/32], E8M0 bytes in plain row order, stored as uint8.
+        packed: contiguous uint8 [E, N, K/2], two E2M1 codes a byte; [N, K/2] is taken as one expert.
+        scales: contiguous uint8 or torch.float8_e8m0fnu [E, N, K/32], E8M0 bytes in plain row order, kept as uint8.
         K: contraction size, a multiple of 32.
         N: output size.
         layout: the memory arrangement, see `MXLayout`.
         block_size: 32, the only block size of MXFP4.
         num_experts: E; taken from `packed` when None.
         orig_dtype: the floating-point type that the weights were quantised from (information only).
+        format: MXFP4.
 
     Raises:
         TypeError: a buffer has a dtype other than the above.
-        ValueError: a buffer's shape does not fit K, N, E and the block size, buffers lie on different devices, or the
-            scales are swizzled (padded and tiled for a hardware scaled matrix product).
+        ValueError: a buffer's shape does not fit K, N, E and the block size, a buffer is not contiguous, buffers lie on
+            different devices, or the scales are swizzled (padded and tiled for a hardware scaled matrix product).
     """
+
+    format: ClassVar[Format] = MXFP4
 
     packed: Tensor
     scales: Tensor
@@ -59,13 +62,14 @@ class MXWeights:
         _check_sizes(self.K, self.N, self.block_size, self.orig_dtype)
         packed, scales = _byte_buffers(self.packed, self.scales)
         E = packed.shape[0] if self.num_experts is None else self.num_experts
-        _check_shape("packed", packed, (E, self.N, self.K // 2), "[E, N, K/2]")
-        if scales.numel() != E * self.N * (self.K // MX_BLOCK_SIZE) and _looks_swizzled(scales, E, self.K, self.N):
+        expected = self.format.scales_shape(E, self.N, self.K)
+        _check_shape("packed", packed, self.format.packed_shape(E, self.N, self.K), "[E, N, K/2]")
+        if scales.shape != expected and _looks_swizzled(scales, E, self.K, self.N):
             raise ValueError(
                 f"scales has shape {tuple(scales.shape)}, the size of swizzled (128x4-tiled, padded) scales; MXWeights "
-                f"needs plain row order [E, N, K/32] = {(E, self.N, self.K // MX_BLOCK_SIZE)}: undo the swizzle first"
+                f"needs plain row order [E, N, K/32] = {expected}: undo the swizzle first"
             )
-        _check_shape("scales", scales, (E, self.N, self.K // MX_BLOCK_SIZE), "[E, N, K/32]")
+        _check_shape("scales", scales, expected, "[E, N, K/32]")
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "scales", scales)
         object.__setattr__(self, "num_experts", E)
@@ -85,8 +89,16 @@ class MXWeights:
         """Bytes of codes and scales together: 17/32 byte an element."""
         return self.packed.numel() + self.scales.numel()
 
+    def require_layout(self, layout: MXLayout, reader: str) -> None:
+        """Raise a ValueError that names both if the buffers are not arranged as `reader` reads them."""
+        if self.layout != layout:
+            raise ValueError(
+                f"the weights have layout {getattr(self.layout, 'name', self.layout)}; {reader} reads {layout.name}"
+            )
+
     def codes(self) -> Tensor:
         """The E2M1 codes, one a byte: uint8 [E, N, K]."""
+        self.require_layout(MXLayout.FWD, "unpacking")
         return unpack_codes(self.packed)
 
     def select(self, experts: Tensor) -> MXWeights:
@@ -128,7 +140,8 @@ class MXWeights:
 
     def to_gpt_oss(self) -> tuple[Tensor, Tensor]:
         """The gpt-oss checkpoint's pair (`*_blocks` [E, N, K/32, 16], `*_scales` [E, N, K/32]), without a copy."""
-        return self.packed.view(self.E, self.N, self.K // MX_BLOCK_SIZE, MX_BLOCK_SIZE // 2), self.scales
+        self.require_layout(MXLayout.FWD, "a gpt-oss checkpoint")
+        return self.packed.view(*self.scales.shape, -1), self.scales
 
     @classmethod
     def from_torchao(cls, mx: Any) -> MXWeights:
@@ -159,6 +172,7 @@ class MXWeights:
         Raises:
             ModuleNotFoundError: torchao is not installed.
         """
+        self.require_layout(MXLayout.FWD, "torchao")
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
         from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
@@ -211,7 +225,7 @@ def _check_sizes(K: int, N: int, block_size: int, orig_dtype: torch.dtype) -> No
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name} is {size!r}; expected an integer")
     if block_size != MX_BLOCK_SIZE:
-        raise ValueError(f"block_size is {block_size}; MXFP4 has blocks of {MX_BLOCK_SIZE} (16 would be NVFP4)")
+        raise ValueError(f"block_size is {block_size}; {MXFP4.name} has blocks of {MX_BLOCK_SIZE} (16 would be NVFP4)")
     if K < MX_BLOCK_SIZE or K % MX_BLOCK_SIZE:
         raise ValueError(f"K is {K}; expected a positive multiple of the block size {MX_BLOCK_SIZE}")
     if N < 1:
@@ -227,14 +241,21 @@ def _byte_buffers(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     if scales.dtype == getattr(torch, "float8_e8m0fnu", None):
         scales = scales.view(torch.uint8)
     if packed.dtype != torch.uint8:
-        raise TypeError(f"packed is {packed.dtype}; expected torch.uint8, two E2M1 codes a byte")
+        raise TypeError(f"packed is {packed.dtype}; expected torch.uint8, two {MXFP4.element.name} codes a byte")
     if scales.dtype != torch.uint8:
-        raise TypeError(f"scales is {scales.dtype}; expected E8M0 bytes: torch.uint8 or torch.float8_e8m0fnu")
+        scale = MXFP4.scale.name
+        raise TypeError(f"scales is {scales.dtype}; expected {scale} bytes: torch.uint8 or torch.float8_e8m0fnu")
     if packed.device != scales.device:
         raise ValueError(f"packed lies on {packed.device} and scales on {scales.device}; expected one device")
     if packed.ndim == 2 and scales.ndim == 2:
         packed, scales = packed[None], scales[None]
-    return packed.contiguous(), scales.contiguous()
+    for name, x in (("packed", packed), ("scales", scales)):
+        if not x.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; expected contiguous bytes: call "
+                f"{name}.contiguous() once, when the weights are made"
+            )
+    return packed, scales
 
 
 def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:

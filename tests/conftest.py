@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +14,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mxref.verification.records.record import EVIDENCE, write
-
-# `python -m pytest` puts the repository root first on sys.path; the room `kernels/` would then hide Hugging Face's
-# package of the same import name from transformers.
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    pytest.register_assert_rewrite("legal_calls")
     if config.getoption("--require-gpu") and not torch.cuda.is_available():
         raise pytest.UsageError("--require-gpu: torch sees no CUDA GPU on this machine")
     folder = config.getoption("--record-evidence")

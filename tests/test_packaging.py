@@ -1,13 +1,16 @@
 """What gets installed: one import name, `mxref`, typed, beside Hugging Face's `kernels` and never over it.
 
-The room `kernels/` shares its name with a package that transformers imports for gpt-oss. A wheel with a top-level
-`kernels` would overwrite that package, and the repository root on sys.path would hide it.
+The folder `kernels/` shares its name with a package that transformers imports for gpt-oss. A wheel with a top-level
+`kernels` would overwrite that package; with an `__init__.py` in the folder, the repository root on sys.path would hide
+it.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,11 +89,11 @@ class TestWheel:
         version = importlib.metadata.version("mxref")
         assert {PurePosixPath(name).parts[0] for name in wheel_names} == {"mxref", f"mxref-{version}.dist-info"}
 
-    def test_holds_every_module_of_every_room(self, wheel_names):
-        for room in ("mxref", "kernels", "verification"):
-            prefix = "mxref" if room == "mxref" else f"mxref/{room}"
-            modules = {f"{prefix}/{path.relative_to(ROOT / room)}" for path in (ROOT / room).rglob("*.py")}
-            assert modules, room
+    def test_holds_every_module(self, wheel_names):
+        for folder in ("mxref", "kernels", "verification"):
+            prefix = "mxref" if folder == "mxref" else f"mxref/{folder}"
+            modules = {f"{prefix}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
+            assert modules, folder
             assert modules <= wheel_names, modules - wheel_names
 
     def test_holds_the_data_files(self, wheel_names):
@@ -98,6 +101,15 @@ class TestWheel:
         templates = {path.name for path in (ROOT / "verification" / "report" / "templates").glob("*")}
         assert templates
         assert {f"mxref/verification/report/templates/{name}" for name in templates} <= wheel_names
+
+    def test_of_the_evidence_it_holds_the_ulp_baselines_alone(self, wheel_names):
+        evidence = {name for name in wheel_names if "/evidence/" in name}
+        baselines = (ROOT / "verification" / "evidence").glob("*/ulp_baseline.json")
+        assert evidence == {f"mxref/verification/{path.relative_to(ROOT / 'verification')}" for path in baselines}
+        assert evidence
+
+    def test_is_small(self, wheel):
+        assert wheel.stat().st_size < 400_000
 
     def test_holds_the_licence(self, wheel_names):
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
@@ -175,7 +187,28 @@ class TestBesideHuggingFaceKernels:
             )
 
     def test_python_m_pytest_from_the_root_leaves_it_alone_too(self):
-        """`python -m pytest` puts the root, and so the room `kernels/`, first on sys.path."""
+        """`python -m pytest` puts the root, and so the folder `kernels/`, first on sys.path."""
         hugging_face_kernels()
         test = f"{Path(__file__).relative_to(ROOT)}::{type(self).__name__}::test_pytest_leaves_their_name_alone"
         run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", test, cwd=ROOT)
+
+    def test_python_c_from_the_root_does_so_as_well(self):
+        expected = hugging_face_kernels().locate_file("kernels/__init__.py")
+        probe = "import peft, kernels; from transformers import GptOssForCausalLM; print(kernels.__file__)"
+        assert Path(run(sys.executable, "-c", probe, cwd=ROOT).strip()) == Path(str(expected))
+
+
+class TestReadme:
+    """The README's Python, pasted into a fresh process in the repository's root."""
+
+    BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+    def test_the_layer_runs(self):
+        (block,) = (block for block in self.BLOCKS if "parallel_linear_lora" in block)
+        run(sys.executable, "-c", block + "\nassert x.grad is not None and A.grad is not None", cwd=ROOT)
+
+    @pytest.mark.parametrize("block", BLOCKS)
+    def test_what_it_imports_is_there(self, block):
+        imports = [ast.unparse(node) for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert imports
+        run(sys.executable, "-c", "\n".join(imports), cwd=ROOT)

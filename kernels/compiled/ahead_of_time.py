@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mxref.formats import MXFP4
 from mxref.kernels.compiled.machine_code import Resources, disassemble, hazards, resources
 from mxref.kernels.device.configs import SHARED_MEMORY, Config, reachable_configs
 from mxref.kernels.device.dequant import dequantize_experts
@@ -180,7 +181,8 @@ def _launches(
     with recording(architecture) as recorder:
         weights: Tensor | MXWeights = torch.empty(E, N, K, dtype=dtype, device="meta").mT
         if step != "dense":
-            codes, scales = (torch.empty(E, N, K // d, dtype=torch.uint8, device="meta") for d in (2, 32))
+            shapes = MXFP4.packed_shape(E, N, K), MXFP4.scales_shape(E, N, K)
+            codes, scales = (torch.empty(shape, dtype=torch.uint8, device="meta") for shape in shapes)
             weights = MXWeights(codes, scales, K, N)
             dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
         ids = torch.empty(M * k, dtype=torch.int64, device="meta")
@@ -193,7 +195,7 @@ def _launches(
             x, weights, 1 if ordered else k, ids, ids, ids[:E], A, B, 0.5, bias, gates if step == "fused" else None,
             grouped_in=ordered, use_fused_dX=step == "fused", use_fused_gather=not ordered, config=config,
         )  # fmt: skip
-        y.backward(torch.empty_like(y))
+        torch.autograd.backward(y, torch.empty_like(y))
     return recorder.launches
 
 

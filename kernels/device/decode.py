@@ -16,8 +16,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["e2m1", "e8m0", "load_mxfp4_tile", "narrow"]
+from mxref.formats import MXFP4
 
+__all__ = ["BLOCK", "e2m1", "e8m0", "load_mxfp4_tile", "narrow"]
+
+BLOCK = tl.constexpr(MXFP4.block_size)
+SCALE_NAN = tl.constexpr(MXFP4.scale.nan)
 PLACEMENT = tl.constexpr(2.0**126)
 SCALE_MIN_BITS = tl.constexpr(0x00400000)  # 2^−127, an fp32 subnormal
 NAN_BITS = tl.constexpr(0x7FC00000)
@@ -36,7 +40,7 @@ def e8m0(scale_bytes):
     """The fp32 value 2^(b−127) of each scale byte (uint8): 2^−127 for 0, NaN for 255."""
     b = scale_bytes.to(tl.uint32)
     bits = tl.where(b == 0, SCALE_MIN_BITS, b << 23)
-    return tl.where(b == 255, NAN_BITS, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    return tl.where(b == SCALE_NAN, NAN_BITS, bits).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -57,11 +61,11 @@ def load_mxfp4_tile(packed, scales, expert, n, k0, N, K, dtype: tl.constexpr, RO
     """
     row = (expert.to(tl.int64) * N + n)[:, None]
     pairs = (k0 // 2 + tl.arange(0, COLS // 2))[None, :]
-    blocks = (k0 // 32 + tl.arange(0, COLS // 32))[None, :]
+    blocks = (tl.arange(0, COLS // BLOCK) + k0 // BLOCK)[None, :]
     inside = (n < N)[:, None]
     nibbles = tl.load(packed + row * (K // 2) + pairs, mask=inside & (pairs < K // 2), other=0)
-    scale = tl.load(scales + row * (K // 32) + blocks, mask=inside & (blocks < K // 32), other=0)
-    codes = tl.join(nibbles & 0xF, nibbles >> 4).reshape(ROWS, COLS // 32, 32)
+    scale = tl.load(scales + row * (K // BLOCK) + blocks, mask=inside & (blocks < K // BLOCK), other=0)
+    codes = tl.join(nibbles & 0xF, nibbles >> 4).reshape(ROWS, COLS // BLOCK, BLOCK)
     w = (e2m1(codes) * e8m0(scale)[:, :, None]).reshape(ROWS, COLS)
     if dtype == tl.float16:
         return w.to(tl.float16).to(tl.float32)

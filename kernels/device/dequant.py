@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.decode import e2m1, e8m0, narrow
+from mxref.kernels.device.decode import BLOCK, e2m1, e8m0, narrow
 from mxref.kernels.device.launch import INTERPRETED, aligned, architecture, launch
 from mxref.kernels.device.schedule import Routing
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 __all__ = ["active_or_sentinel", "dequantize_experts", "selective_lora_weights"]
 
@@ -38,7 +38,7 @@ def dequantize_kernel(
 ):
     """The programs share the chunks of the listed experts in turn; a slot whose id is outside 0..E−1 has none.
 
-    An expert's `size` = N·K weights lie one after another, eight to a word and thirty-two to a scale byte, in the order
+    An expert's `size` = N·K weights lie one after another, eight to a word and BLOCK to a scale byte, in the order
     of the output: the matrix's shape does not matter. A chunk is WORDS words. `slots` ids are listed, SLOTS ≥ slots.
     """
     slot = tl.arange(0, SLOTS)
@@ -51,7 +51,7 @@ def dequantize_kernel(
         word = (chunk % chunks).to(tl.int64) * WORDS + tl.arange(0, WORDS)
         inside = word < size // 8
         codes = tl.load(words + expert * (size // 8) + word, mask=inside, other=0)
-        scale = tl.load(scales + expert * (size // 32) + word // 4, mask=inside, other=0)
+        scale = tl.load(scales + expert * (size // BLOCK) + word // (BLOCK // 8), mask=inside, other=0)
         nibbles = (codes[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 0xF
         w = narrow(e2m1(nibbles) * e8m0(scale)[:, None], DTYPE)
         element = word[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -73,8 +73,9 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
 
     Raises:
         TypeError: `dtype` is none of the three.
-        ValueError: `experts` is not one-dimensional, or `out` does not fit.
+        ValueError: `experts` is not one-dimensional, `out` does not fit, or the weights have another layout than FWD.
     """
+    weights.require_layout(MXLayout.FWD, "dequantize_experts")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; expected one of {', '.join(str(d) for d in _DTYPES)}")
     if experts.ndim != 1:

@@ -34,13 +34,13 @@ from mxref.kernels.device.decode import load_mxfp4_tile, narrow
 from mxref.kernels.device.hopper import HEIGHTS, ROWS_LAYOUT, TALLEST, packed_matmul_kernel
 from mxref.kernels.device.launch import aligned, launch
 from mxref.kernels.device.schedule import Routing, source_rows
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 __all__ = ["LowRank", "PackedMatrix", "grouped_matmul"]
 
 DENSE = tl.constexpr(0)
-PACKED_ALONG_C = tl.constexpr(1)  # the 32-blocks run along the contraction: forward
-PACKED_ALONG_J = tl.constexpr(2)  # the 32-blocks run along the output: dX
+PACKED_ALONG_C = tl.constexpr(1)  # blocks run along the contraction: forward
+PACKED_ALONG_J = tl.constexpr(2)  # blocks run along the output: dX
 
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -149,11 +149,17 @@ class PackedMatrix:
         weights: the packed stack.
         dtype: the dtype whose precision a decoded weight has: the activations'.
         transposed: False: W_e is [K, N], the forward's; True: W_eᵀ [N, K], dX's. Both read the same bytes.
+
+    Raises:
+        ValueError: the weights have another layout than FWD.
     """
 
     weights: MXWeights
     dtype: torch.dtype
     transposed: bool = False
+
+    def __post_init__(self) -> None:
+        self.weights.require_layout(MXLayout.FWD, "the grouped product")
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -82,19 +82,23 @@ def tile_bound(rows: int, experts: int, block_m: int) -> int:
     return (rows + groups * (block_m - 1)) // block_m
 
 
-@dataclass
+_INVERSE = 0
+"""The inverse's key among a routing's tables; no tile has this height."""
+
+
+@dataclass(frozen=True)
 class Routing:
     """One call's routing as the kernels read it; tables derived from it are made once, on first use.
 
     Attributes:
         positions: integer [P], position token·k + slot of each routed row in expert order.
         offsets: integer [E], inclusive cumulative counts; rows at or beyond the last belong to no expert.
+        tables: those that were made already.
     """
 
     positions: Tensor
     offsets: Tensor
-    _tiles: dict[int, Tensor] = field(default_factory=dict)
-    _inverse: Tensor | None = None
+    tables: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def P(self) -> int:
@@ -108,7 +112,7 @@ class Routing:
 
     def tiles(self, block_m: int) -> Tensor:
         """int32 [bound, 3]: (group, first row, one past the last row) of each tile; the surplus is (0, 0, 0)."""
-        if block_m not in self._tiles:
+        if block_m not in self.tables:
             bound = tile_bound(self.P, self.E, block_m)
             tiles = torch.zeros(bound, 3, dtype=torch.int32, device=self.offsets.device)
             launch(
@@ -125,23 +129,24 @@ class Routing:
                 GROUPS=triton.next_power_of_2(self.E + 1),
                 CHUNK=128,
             )
-            self._tiles[block_m] = tiles
-        return self._tiles[block_m]
+            self.tables[block_m] = tiles
+        return self.tables[block_m]
 
     def inverse(self) -> Tensor:
         """int32 [P]: the routed row at each position, −1 where a sentinel holds it."""
-        if self._inverse is None:
-            self._inverse = torch.full((self.P,), -1, dtype=torch.int32, device=self.offsets.device)
+        if _INVERSE not in self.tables:
+            inverse = torch.full((self.P,), -1, dtype=torch.int32, device=self.offsets.device)
             launch(
                 inverse_kernel,
                 triton.cdiv(self.P, 1024),
                 num_warps=4,
                 num_stages=1,
-                inverse=self._inverse,
+                inverse=inverse,
                 positions=self.positions,
                 offsets=self.offsets,
                 P=self.P,
                 E=self.E,
                 BLOCK=1024,
             )
-        return self._inverse
+            self.tables[_INVERSE] = inverse
+        return self.tables[_INVERSE]

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from mxref.kernels.device.launch import compute_dtype
-from mxref.kernels.layer.autograd import Prepared, ScatterMoELoRA, parallel_linear_lora
+from mxref.kernels.layer.autograd import parallel_linear_lora
+from mxref.kernels.layer.operands import frozen_weights
+from mxref.kernels.layer.passes import Call, Needs, gradients
 from mxref.problem import Problem
-from mxref.weights import MXWeights
 
 __all__ = ["expert_linear"]
 
-_INPUTS, _LORA_A, _LORA_B, _BIASES, _GATES = 0, 6, 7, 9, 10
-"""Places of the differentiable operands among the arguments of `ScatterMoELoRA`."""
+_OPERANDS = """Tensor x, Tensor weight, Tensor? scales, SymInt k, Tensor sorted_expert_idxs,
+    Tensor sorted_scattered_idxs, Tensor expert_offsets, Tensor? lora_A, Tensor? lora_B, float scaling,
+    Tensor? expert_biases, Tensor? gates, bool grouped_in, bool grouped_out, bool use_fused_dX, bool use_fused_gather"""
+"""The operators' arguments: those of `parallel_linear_lora`, packed weights as two tensors."""
 
-_OPERANDS = (0, 7, 8, 10, 11)
-"""The same among the operators' arguments: x, A, B, biases and gates."""
+_PLACES = (0, 7, 8, 10, 11)
+"""Where the operands of `Needs` are among them."""
 
 
 def expert_linear(
@@ -56,174 +59,84 @@ def expert_linear(
         lora_A, lora_B, scaling, expert_biases, gates: as there.
         grouped_in, grouped_out, use_fused_dX, use_fused_gather: as there.
     """
-    order = (sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
-    extras: tuple[Any, ...] = (
-        lora_A,
-        lora_B,
-        scaling,
-        expert_biases,
-        gates,
-        grouped_in,
-        grouped_out,
-        use_fused_dX,
-        use_fused_gather,
-    )
+    operands = (
+        k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling, expert_biases, gates,
+        grouped_in, grouped_out, use_fused_dX, use_fused_gather,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
-        out: Tensor = scattermoe_lora(x, weight, scales, k, *order, *extras)[0]
+        out: Tensor = scattermoe_lora(x, weight, scales, *operands)[0]
         return out
-    return parallel_linear_lora(x, _weights(weight, scales), k, *order, *extras)
+    return parallel_linear_lora(x, frozen_weights(weight, scales), *operands)
 
 
-@torch.library.custom_op("mxref::scattermoe_lora", mutates_args=())
-def scattermoe_lora(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    k: int,
-    sorted_expert_idxs: Tensor,
-    sorted_scattered_idxs: Tensor,
-    expert_offsets: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    expert_biases: Tensor | None,
-    gates: Tensor | None,
-    grouped_in: bool,
-    grouped_out: bool,
-    use_fused_dX: bool,
-    use_fused_gather: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer's output, see `expert_linear`; Z [P, r]; and with gates Y [P, N]. [0] in the place of what is not."""
-    problem = Problem(
-        x,
-        _weights(weight, scales),
-        k,
-        sorted_expert_idxs,
-        sorted_scattered_idxs,
-        expert_offsets,
-        lora_A,
-        lora_B,
-        scaling,
-        expert_biases,
-        gates,
-        grouped_in,
-        grouped_out,
-    )
-    out, z, y = Prepared.of(problem, use_fused_dX, use_fused_gather).forward()
+@torch.library.custom_op("mxref::scattermoe_lora", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor, Tensor, Tensor)")
+def scattermoe_lora(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's output; Z, or [0] without adapters; Y in expert order, or [0] without gates."""
+    out, z, y = _call(operands).forward()
+    gates = operands[_PLACES[-1]]
     return out, out.new_empty(0) if z is None else z, out.new_empty(0) if gates is None else y
 
 
 @scattermoe_lora.register_fake
-def _(x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):
+def _(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, scales, _, experts, _, offsets, A, _, _, _, gates = operands[:12]
     P, N = experts.shape[0], weight.shape[2] if scales is None else weight.shape[1]
-    dtype = compute_dtype(x.dtype)
-    out = x.new_empty(P if gates is None else gates.shape[0], N, dtype=dtype)
+    out = x.new_empty(P if gates is None else gates.shape[0], N, dtype=compute_dtype(x.dtype))
     z = out.new_empty(0) if A is None else out.new_empty(P, A.shape[0] // offsets.shape[0])
     return out, z, out.new_empty(0) if gates is None else out.new_empty(P, N)
 
 
-@torch.library.custom_op("mxref::scattermoe_lora_backward", mutates_args=())
-def scattermoe_lora_backward(
-    grad_out: Tensor,
-    z: Tensor,
-    y: Tensor,
-    needs: list[bool],
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    k: int,
-    sorted_expert_idxs: Tensor,
-    sorted_scattered_idxs: Tensor,
-    expert_offsets: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    expert_biases: Tensor | None,
-    gates: Tensor | None,
-    grouped_in: bool,
-    grouped_out: bool,
-    use_fused_dX: bool,
-    use_fused_gather: bool,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "mxref::scattermoe_lora_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor z, Tensor y, bool[] needs, {_OPERANDS}) -> Tensor[]",
+)
+def scattermoe_lora_backward(grad_out: Tensor, z: Tensor, y: Tensor, needs: list[bool], *operands: Any) -> list[Tensor]:
     """Gradients of x, A, B, biases and gates, in the operands' own dtypes; [0] in the place of one not needed.
 
     z and y are the forward operator's; y may be [0] if the gates' gradient is not needed.
     """
-    operands = {_INPUTS: x, _LORA_A: lora_A, _LORA_B: lora_B, _BIASES: expert_biases, _GATES: gates}
-    needed = [need and operand is not None for need, operand in zip(needs, operands.values(), strict=True)]
-    problem = Problem(
-        x,
-        _weights(weight, scales),
-        k,
-        sorted_expert_idxs,
-        sorted_scattered_idxs,
-        expert_offsets,
-        lora_A,
-        lora_B,
-        scaling,
-        expert_biases,
-        gates,
-        grouped_in,
-        grouped_out,
-    )
-    prepared = Prepared.of(problem, use_fused_dX, use_fused_gather)
-    tape = _Tape(needed, prepared.call, prepared.saved(z, y))
-    found = ScatterMoELoRA.backward(tape, grad_out)
-    gradients = []
-    for place, operand in operands.items():
-        gradient = found[place]
-        if operand is None or gradient is None or not tape.needs_input_grad[place]:
-            gradients.append(x.new_empty(0))
-        else:
-            gradients.append(gradient.to(operand.dtype).clone(memory_format=torch.contiguous_format))
-    return gradients
-
-
-@scattermoe_lora_backward.register_fake
-def _(grad, z, y, needs, x, weight, scales, k, experts, positions, offsets, A, B, scaling, bias, gates, *flags):
-    operands = zip((x, A, B, bias, gates), needs, strict=True)
+    given = [operands[place] for place in _PLACES]
+    needed = Needs(*(need and operand is not None for need, operand in zip(needs, given, strict=True)))
+    call = _call(operands)
+    found = gradients(call.plan, needed, call.saved(needed, z, y), call.routing, grad_out)
     return [
-        x.new_empty(0) if operand is None or not needed else operand.new_empty(operand.shape)
-        for operand, needed in operands
+        grad_out.new_empty(0) if gradient is None else gradient.to(operand.dtype)
+        for gradient, operand in zip(found, given, strict=True)
     ]
 
 
-class _Tape:
-    """What `ScatterMoELoRA.backward` needs of an autograd context."""
+@scattermoe_lora_backward.register_fake
+def _(grad_out: Tensor, z: Tensor, y: Tensor, needs: list[bool], *operands: Any) -> list[Tensor]:
+    given = [operands[place] for place in _PLACES]
+    return [
+        grad_out.new_empty(0) if operand is None or not need else operand.new_empty(operand.shape)
+        for need, operand in zip(needs, given, strict=True)
+    ]
 
-    def __init__(self, needs: list[bool], call: Any, saved: tuple[Tensor | None, ...]):
-        wanted = dict(zip((_INPUTS, _LORA_A, _LORA_B, _BIASES, _GATES), needs, strict=True))
-        self.needs_input_grad = tuple(wanted.get(place, False) for place in range(17))
-        self.saved_tensors, self.call = saved, call
 
-
-def _weights(weight: Tensor, scales: Tensor | None) -> Tensor | MXWeights:
-    if scales is None:
-        return weight
-    return MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1])
+def _call(operands: tuple[Any, ...]) -> Call:
+    x, weight, scales, *rest = operands
+    return Call.of(Problem(x, frozen_weights(weight, scales), *rest[:-2]), *rest[-2:])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, z, y = output
     ctx.mark_non_differentiable(z, y)
-    kept = y if ctx.needs_input_grad[_OPERANDS[-1]] else y.new_empty(0)
+    kept = y if ctx.needs_input_grad[_PLACES[-1]] else y.new_empty(0)
     tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, Tensor)}
     ctx.places = tuple(tensors)
     ctx.save_for_backward(z, kept, *tensors.values())
     ctx.others = {i: value for i, value in enumerate(inputs) if i not in tensors}
-    ctx.count = len(inputs)
 
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     z, y, *tensors = ctx.saved_tensors
     by_place = {**dict(zip(ctx.places, tensors, strict=True)), **ctx.others}
-    inputs = [by_place[i] for i in range(ctx.count)]
-    needs = [bool(ctx.needs_input_grad[i]) for i in _OPERANDS]
-    found = scattermoe_lora_backward(grad_out, z, y, needs, *inputs)
-    gradients: list[Tensor | None] = [None] * ctx.count
-    for i, needed, gradient in zip(_OPERANDS, needs, found, strict=True):
-        gradients[i] = gradient if needed else None
-    return tuple(gradients)
+    needs = [bool(ctx.needs_input_grad[place]) for place in _PLACES]
+    found = scattermoe_lora_backward(grad_out, z, y, needs, *(by_place[i] for i in range(len(by_place))))
+    needed = {place: gradient for place, need, gradient in zip(_PLACES, needs, found, strict=True) if need}
+    return tuple(needed.get(i) for i in range(len(by_place)))
 
 
 scattermoe_lora.register_autograd(_backward, setup_context=_setup)

@@ -1,19 +1,27 @@
-"""From the caller's tensors to what the kernels read: validation, dtypes, contiguity, and the adapter's views."""
+"""From the caller's tensors to what the kernels read: validation, dtypes, contiguity, and views by expert."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mxref.kernels.device.configs import Config, config_for
-from mxref.kernels.device.grouped_matmul import LowRank, grouped_matmul
+from mxref.kernels.device.grouped_matmul import grouped_matmul
 from mxref.kernels.device.launch import architecture, compute_dtype
 from mxref.kernels.device.schedule import Routing
 from mxref.problem import Problem
+from mxref.weights import MXLayout, MXWeights
 
-__all__ = ["Adapter", "check_problem", "operand", "routing_of"]
+__all__ = [
+    "adapter_of",
+    "check_problem",
+    "columns_by_expert",
+    "frozen_weights",
+    "operand",
+    "project",
+    "routing_of",
+    "rows_by_expert",
+]
 
 MAX_RANK = 128
 """The largest LoRA rank: one tile holds all of it."""
@@ -37,6 +45,8 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
         raise TypeError("inputs is torch.float64; the kernels take bf16, fp16 or fp32: use the golden mxref for fp64")
     if problem.rank > MAX_RANK:
         raise ValueError(f"lora_A has rank {problem.rank}; the kernels take ranks 1 to {MAX_RANK}")
+    if isinstance(problem.expert_weights, MXWeights):
+        problem.expert_weights.require_layout(MXLayout.FWD, "the kernel")
     arch = architecture(problem.device)
     if config is None:
         return config_for(arch, problem.P, problem.E, problem.dtype)
@@ -56,41 +66,29 @@ def routing_of(positions: Tensor, offsets: Tensor) -> Routing:
     return Routing(positions.contiguous(), offsets.contiguous())
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter beside a product rows·W_e: it adds s · (rows·down_e)·up_e.
+def frozen_weights(weight: Tensor, scales: Tensor | None) -> Tensor | MXWeights:
+    """Packed weights from codes [E, N, K/2] and scales [E, N, K/32] in the layout FWD; dense ones have no scales."""
+    return weight if scales is None else MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1])
 
-    Attributes:
-        down: [E, C, r], a view: Aᵀ beside the forward's product, B beside dX's.
-        up: [E, r, J], a view: Bᵀ beside the forward's product, A beside dX's.
-        scaling: s.
-    """
 
-    down: Tensor
-    up: Tensor
-    scaling: float
+def adapter_of(problem: Problem) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """lora_A and lora_B as kernel operands, rounded to the activation dtype."""
+    if problem.lora_A is None or problem.lora_B is None:
+        return None, None
+    return operand(problem.lora_A.to(problem.dtype)), operand(problem.lora_B.to(problem.dtype))
 
-    @classmethod
-    def of(
-        cls, lora_A: Tensor | None, lora_B: Tensor | None, s: float, experts: int, dtype: torch.dtype
-    ) -> Adapter | None:
-        """The forward's adapter from lora_A [E·r, K] and lora_B [N, E·r], rounded to the activation dtype."""
-        if lora_A is None or lora_B is None:
-            return None
-        A = operand(lora_A.to(dtype)).unflatten(0, (experts, -1))
-        B = operand(lora_B.to(dtype)).unflatten(1, (experts, -1))
-        return cls(A.mT, B.permute(1, 2, 0), s)
 
-    def transposed(self) -> Adapter:
-        """The adapter beside the transposed product."""
-        return Adapter(self.up.mT, self.down.mT, self.scaling)
+def rows_by_expert(A: Tensor, experts: int) -> Tensor:
+    """[E·r, K] seen as [E, r, K]."""
+    return A.view(experts, -1, A.shape[1])
 
-    def project(self, rows: Tensor, routing: Routing, config: Config, fan_in: int | None) -> Tensor:
-        """R(rows·down), Z or V: [P, r] in expert order; `fan_in` as in `grouped_matmul`."""
-        rank = self.down.shape[2]
-        low = rows.new_empty(routing.P, rank)
-        return grouped_matmul(rows, self.down, routing, config.projection(rank), low, fan_in)
 
-    def share(self, low: Tensor) -> LowRank:
-        """What the product adds, given `project`'s rows."""
-        return LowRank(low, self.up, self.scaling)
+def columns_by_expert(B: Tensor, experts: int) -> Tensor:
+    """[N, E·r] seen as [E, N, r]."""
+    return B.view(B.shape[0], experts, -1).permute(1, 0, 2)
+
+
+def project(rows: Tensor, down: Tensor, routing: Routing, config: Config, fan_in: int | None) -> Tensor:
+    """R(rows·down_e), Z or V: [P, r] in expert order; down is [E, C, r], `fan_in` as in `grouped_matmul`."""
+    rank = down.shape[2]
+    return grouped_matmul(rows, down, routing, config.projection(rank), rows.new_empty(routing.P, rank), fan_in)

@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxref.kernels.device.grouped_matmul import PackedMatrix, grouped_matmul
-from mxref.kernels.layer.operands import Adapter, check_problem, operand, routing_of
+from mxref.kernels.device.grouped_matmul import LowRank, PackedMatrix, grouped_matmul
+from mxref.kernels.layer.operands import (
+    adapter_of,
+    check_problem,
+    columns_by_expert,
+    operand,
+    project,
+    routing_of,
+    rows_by_expert,
+)
 from mxref.problem import Problem
 from mxref.weights import MXWeights
 
@@ -53,15 +61,8 @@ def scatter2scatter_lora_mx(
     problem = Problem(
         X, W_mx, k, sorted_expert_idxs, sorted_scattered_idxs, offsets, lora_A, lora_B, scaling, b, None, x_grouped
     )
-    config = check_problem(problem)
-    routing = routing_of(sorted_scattered_idxs, offsets)
-    rows, fan_in = operand(X), None if x_grouped else k
-    out = _output(out, rows, problem.P, W_mx.N)
-    adapter = Adapter.of(lora_A, lora_B, scaling, problem.E, X.dtype)
-    lora = adapter.share(adapter.project(rows, routing, config, fan_in)) if adapter else None
-    bias = None if b is None else operand(b)
-    weight = PackedMatrix(W_mx, X.dtype)
-    return grouped_matmul(rows, weight, routing, config, out, fan_in, None if y_grouped else 1, lora, bias)
+    fan_in, fan_out = None if x_grouped else k, None if y_grouped else 1
+    return _product(problem, X, fan_in, fan_out, out, transposed=False)
 
 
 def scatter2scatter_lora_dX_mx(
@@ -106,15 +107,27 @@ def scatter2scatter_lora_dX_mx(
         raise ValueError(f"DY has shape {tuple(DY.shape)}; expected [P / k, N] with P = {P}, k = {k}, N = {W_mx.N}")
     dx_stand_in = DY.new_empty(1, 1).expand(P, W_mx.K)
     problem = Problem(dx_stand_in, W_mx, 1, sorted_expert_idxs, sorted_scattered_idxs, offsets, lora_A, lora_B, scaling)
+    fan_in, fan_out = None if dy_grouped else k, None if dx_grouped else 1
+    return _product(problem, DY, fan_in, fan_out, out, transposed=True)
+
+
+def _product(
+    problem: Problem, given: Tensor, fan_in: int | None, fan_out: int | None, out: Tensor | None, transposed: bool
+) -> Tensor:
+    """The rows `given` times the problem's weights, or `transposed` ones, with the adapter's share and the bias."""
     config = check_problem(problem)
-    routing = routing_of(sorted_scattered_idxs, offsets)
-    rows, fan_in = operand(DY), None if dy_grouped else k
-    out = _output(out, rows, P, W_mx.K)
-    adapter = Adapter.of(lora_A, lora_B, scaling, problem.E, DY.dtype)
-    adapter = adapter.transposed() if adapter else None
-    lora = adapter.share(adapter.project(rows, routing, config, fan_in)) if adapter else None
-    weight = PackedMatrix(W_mx, DY.dtype, transposed=True)
-    return grouped_matmul(rows, weight, routing, config, out, fan_in, None if dx_grouped else 1, lora)
+    assert isinstance(problem.expert_weights, MXWeights)
+    weight = PackedMatrix(problem.expert_weights, given.dtype, transposed)
+    routing = routing_of(problem.sorted_scattered_idxs, problem.expert_offsets)
+    rows, lora = operand(given), None
+    out = _output(out, rows, problem.P, weight.shape[2])
+    A, B = adapter_of(problem)
+    if A is not None and B is not None:
+        A, B = rows_by_expert(A, problem.E), columns_by_expert(B, problem.E)
+        down, up = (B, A) if transposed else (A.mT, B.mT)
+        lora = LowRank(project(rows, down, routing, config, fan_in), up, problem.scaling)
+    bias = None if problem.expert_biases is None else operand(problem.expert_biases)
+    return grouped_matmul(rows, weight, routing, config, out, fan_in, fan_out, lora, bias)
 
 
 def _offsets(sorted_expert_idxs: Tensor, weights: MXWeights) -> Tensor:

@@ -1,8 +1,9 @@
 """Production Triton kernels: ScatterMoE-LoRA on packed MXFP4 (or dense) weights, forward and backward.
 
-They compute what `mxref` defines, in its vocabulary. The data's way: `decode` (one tile), `schedule` (routed rows
-to tiles), `grouped_matmul`, `grouped_outer` and `slots` (the products), `scatter2scatter` and
-`autograd` (the layer). Set TRITON_INTERPRET=1 before the import to run on CPU tensors.
+They compute what `mxref` defines, in its vocabulary. The data's way: a call's operands become one `Problem`; `layer`
+validates it and starts the kernels of `device`, forward and backward; `models` puts the layer into models of other
+libraries; `compiled` compiles the kernels ahead of time. Set TRITON_INTERPRET=1 before the import to run on CPU
+tensors.
 """
 
 from mxref.kernels.device.configs import Config, reachable_configs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from mxref import MXWeights, decode_mxfp4, encode_mxfp4
 from mxref.formats import pack_codes
-from mxref.kernels import dequantize_experts, selective_lora_weights
+from mxref.kernels import dequantize_experts, parallel_linear_lora, selective_lora_weights
+from mxref.kernels.device.grouped_matmul import PackedMatrix
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -51,6 +54,21 @@ def test_dequantize_errors(every_case: MXWeights) -> None:
         dequantize_experts(every_case, torch.zeros(1, 1, dtype=torch.int64), torch.float32)
     with pytest.raises(ValueError, match="out is"):
         dequantize_experts(every_case, torch.zeros(1, dtype=torch.int64), torch.float32, torch.zeros(3))
+
+
+def test_another_layout_is_refused_before_a_kernel_starts(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = sample().problem
+    weights = problem.expert_weights
+    object.__setattr__(weights, "layout", 7)
+    monkeypatch.setattr("mxref.kernels.device.grouped_matmul.launch", None)
+    ids = torch.zeros(1, dtype=torch.int64)
+    for call in (
+        lambda: parallel_linear_lora(**problem.arguments()),
+        lambda: dequantize_experts(weights, ids, torch.float32),
+        lambda: PackedMatrix(weights, torch.float32),
+    ):
+        with pytest.raises(ValueError, match=r"the weights have layout 7; .* reads FWD"):
+            call()
 
 
 def test_selective_lora_weights() -> None:

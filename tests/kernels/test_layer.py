@@ -90,26 +90,3 @@ def test_strategy_a(sample: Any) -> None:
         y = kernels.parallel_linear_lora(p.inputs, dense, p.k, ids, p.sorted_scattered_idxs, offsets, A, B, p.scaling)
     assert active.numel() < p.E
     assert torch.equal(y, drawn.run(mxref.parallel_linear_lora)["y"])
-
-
-@pytest.mark.parametrize("name", ["inputs", "lora_A", "lora_B", "expert_biases", "gates", "grad_out"])
-def test_strided_operands(sample: Any, name: str) -> None:
-    drawn = sample(bias=True, gates=True)
-    expected = drawn.run(mxref.parallel_linear_lora)
-
-    def strided(x: torch.Tensor) -> torch.Tensor:
-        return x.detach().repeat_interleave(2, 1)[:, ::2].requires_grad_(x.requires_grad)
-
-    if name == "grad_out":
-        drawn = type(drawn)(drawn.problem, strided(drawn.grad_out))
-    else:
-        changed = {**drawn.problem.arguments(), name: strided(getattr(drawn.problem, name))}
-        drawn = type(drawn)(mxref.Problem(**changed), drawn.grad_out)
-    assert_identical(drawn.run(kernels.parallel_linear_lora), expected)
-
-
-def test_int32_indices(sample: Any) -> None:
-    drawn = sample(routing="sentinels", gates=True)
-    names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-    narrow = {name: getattr(drawn.problem, name).int() for name in names}
-    assert_identical(drawn.run(kernels.parallel_linear_lora, **narrow), drawn.run(mxref.parallel_linear_lora))

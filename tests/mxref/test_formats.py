@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mxref import formats
 from mxref.formats import (
     E2M1_VALUES,
     MX_BLOCK_SIZE,
+    MXFP4,
     SCALE_MODES,
     decode_blocks,
     decode_scales,
@@ -26,6 +29,7 @@ ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 # Codes 0..15, twice, under each of the 256 scale bytes.
 ALL_CODES = torch.arange(16, dtype=torch.uint8).repeat(256, 2)
 ALL_SCALES = ALL_BYTES[:, None]
+E2M1_HALF = torch.tensor([float(m) for m in MAGNITUDES])
 
 finite_fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 blocks_fp32 = st.lists(finite_fp32, min_size=MX_BLOCK_SIZE, max_size=MX_BLOCK_SIZE)
@@ -41,6 +45,30 @@ class TestE2M1:
         book = fp4_codebook("cpu")
         assert book[8] == 0
         assert torch.signbit(book).tolist() == [False] * 8 + [True] * 8
+
+    def test_names_and_numbers(self):
+        assert (MXFP4.name, MXFP4.element.name, MXFP4.scale.name) == ("MXFP4", "E2M1", "E8M0")
+        assert len(MXFP4.element.values) == 2**MXFP4.element.bits
+        assert MXFP4.element.values[MXFP4.element.sign] == 0
+        assert MXFP4.element.magnitudes[-1] == 1.5 * 2**MXFP4.element.max_exponent
+        assert MXFP4.packed_shape(3, 5, 96) == (3, 5, 48)
+        assert MXFP4.scales_shape(3, 5, 96) == (3, 5, 3)
+
+    @pytest.mark.parametrize("mode", [FakeTensorMode, torch.inference_mode])
+    def test_modes_leave_nothing_behind(self, monkeypatch, mode):
+        """What a mode makes must not serve later calls, and what there is already must not disturb the mode."""
+        monkeypatch.setattr(formats, "_codebooks", {})
+        for _ in range(2):
+            with mode():
+                codes, scales = torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.uint8)
+                assert decode_blocks(codes, scales, torch.float32).shape == (2, 32)
+                encode_blocks(torch.ones(2, 32))
+                assert fp4_codebook("cpu").double().shape == (16,)
+            assert torch.equal(decode_blocks(ALL_CODES, ALL_SCALES, torch.float64)[127, :8].float(), E2M1_HALF)
+            book = fp4_codebook("cpu")
+            assert type(book) is torch.Tensor
+            assert not book.is_inference()
+            assert book.tolist() == list(E2M1_VALUES)
 
     def test_codebook_is_cached_per_device(self):
         assert fp4_codebook("cpu") is fp4_codebook(torch.device("cpu"))

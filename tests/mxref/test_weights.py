@@ -48,16 +48,23 @@ class TestAccepts:
         packed, scales = buffers(experts=1)
         assert MXWeights(packed[0], scales[0], K, N).E == 1
 
-    def test_non_contiguous_buffers_are_laid_out_again(self):
-        packed, scales = buffers()
-        strided = packed.transpose(0, 1).contiguous().transpose(0, 1)
-        weights = MXWeights(strided, scales, K, N)
-        assert weights.packed.is_contiguous()
-        assert torch.equal(weights.packed, packed)
-
 
 class TestRefuses:
     """Each refusal names the argument, what it got, and what it needs."""
+
+    @pytest.mark.parametrize("name", ["packed", "scales"])
+    def test_strided_bytes(self, name: str) -> None:
+        given = dict(zip(("packed", "scales"), buffers(), strict=True))
+        given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
+        with pytest.raises(ValueError, match=rf"{name} has shape .* and strides .*; expected contiguous bytes"):
+            MXWeights(given["packed"], given["scales"], K, N)
+
+    def test_reading_another_layout(self) -> None:
+        weights = MXWeights(*buffers(), K, N)
+        object.__setattr__(weights, "layout", 7)
+        for read in (MXWeights.codes, decode_mxfp4, MXWeights.to_gpt_oss, MXWeights.to_torchao):
+            with pytest.raises(ValueError, match=r"the weights have layout 7; .* reads FWD"):
+                read(weights)
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -48,7 +48,7 @@ class Answer:
 
     outputs: Outputs
     label: str = ""
-    error: Exception | None = None
+    error: BaseException | None = None
     circumstance: str = ""
     like: int | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
@@ -56,8 +56,8 @@ class Answer:
 
 
 def answered(call: Callable[[], Outputs], label: str = "", circumstance: str = "", like: int | None = None) -> Answer:
-    """The answer that `call` gives; whatever it raises is part of it."""
+    """The answer that `call` gives; whatever it raises is part of it, a SystemExit too: 0 would read as a pass."""
     try:
         return Answer(call(), label, None, circumstance, like)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Answer({}, label, error, circumstance, like)

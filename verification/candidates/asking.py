@@ -52,11 +52,10 @@ def among_other_tokens(candidate: Candidate, sample: Sample) -> list[Answer]:
     """
     if candidate.configs is None:
         return _other_values(candidate, sample, "", "at equal shapes; no configuration can be pinned", 0)
-    answers: list[Answer] = []
-    for config in candidate.configs(sample.problem.dtype):
-        pinned = candidate.pinned(config)
-        answers += _other_values(pinned, sample, f"{config}, other values", "under a pinned tiling", len(answers))
-        answers += _fewer_tokens(pinned, sample, f"{config}, fewer rows", len(answers))
+    pinned, answers = _pinned(candidate, sample)
+    for name, each in pinned.items():
+        answers += _other_values(each, sample, f"{name}, other values", "under a pinned configuration", len(answers))
+        answers += _fewer_tokens(each, sample, f"{name}, fewer rows", len(answers))
     return answers
 
 
@@ -95,8 +94,9 @@ def under_every_configuration(candidate: Candidate, sample: Sample) -> list[Answ
     """What dispatch chooses on its own, then every configuration that it can reach, pinned; none without a pin."""
     if candidate.configs is None:
         return []
-    pinned = {str(config): candidate.pinned(config) for config in candidate.configs(sample.problem.dtype)}
-    return once(candidate, sample) + [answered(partial(each.run, sample), label) for label, each in pinned.items()]
+    pinned, errors = _pinned(candidate, sample)
+    runs = [answered(partial(each.run, sample), label) for label, each in pinned.items()]
+    return errors or once(candidate, sample) + runs
 
 
 def by_its_decoder(candidate: Candidate, sample: Sample) -> list[Answer]:
@@ -105,6 +105,15 @@ def by_its_decoder(candidate: Candidate, sample: Sample) -> list[Answer]:
     if decode is None or isinstance(weights, Tensor):
         return []
     return [answered(lambda: {"W": decode(weights, sample.case.dtype)})]
+
+
+def _pinned(candidate: Candidate, sample: Sample) -> tuple[dict[str, Candidate], list[Answer]]:
+    """The candidate under each configuration that it names, or the error that it raises instead."""
+    assert candidate.configs is not None
+    try:
+        return {str(config): candidate.pinned(config) for config in candidate.configs(sample.problem.dtype)}, []
+    except Exception as error:
+        return {}, [Answer({}, "configurations", error)]
 
 
 def _other_values(candidate: Candidate, sample: Sample, label: str, how: str, index: int) -> list[Answer]:

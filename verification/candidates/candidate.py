@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
+from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Sample
 from mxref.weights import MXWeights
 
@@ -78,7 +80,7 @@ class Candidate:
 
         Raises:
             NotImplementedError: the candidate does not cover this call.
-            TypeError: the candidate returned something else than a tensor.
+            TypeError: the candidate returned something else than a dense tensor on the sample's device.
             Exception: whatever else the candidate raises.
         """
         y, leaves = self.trace(sample)
@@ -87,28 +89,35 @@ class Candidate:
     def trace(self, sample: Sample, copy: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The forward pass alone: the output, and the leaves of its graph by the name of their gradient.
 
-        `copy=False` hands the operands over where they lie, without a copy of any. Raises what `run` does.
+        Operands are copies, laid out as the case's call has them; `copy=False` hands them over where they lie.
+        Raises what `run` does.
         """
-        problem = sample.problem
-        operands = {
-            tensor: getattr(problem, operand).detach()
-            for tensor, operand in OPERAND_OF.items()
-            if getattr(problem, operand) is not None
-        }
-        leaves = {tensor: (x.clone() if copy else x).requires_grad_() for tensor, x in operands.items()}
-        replaced = {OPERAND_OF[tensor]: leaf for tensor, leaf in leaves.items()}
-        y = self.call(**self._accepted(replace(problem, **replaced).arguments(), sample.case.flags()))
+        call, problem = sample.case.call, sample.problem
+        tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
+        operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
+        if copy:
+            operands = {name: lay_out(x, call.layout(name)) for name, x in operands.items()}
+        wanted = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.wants(tensor)}
+        leaves = {tensor: operands[name].requires_grad_() for tensor, name in wanted.items()}
+        arguments = self._accepted(replace(problem, **operands).arguments(), sample.case.flags())
+        with call.surroundings(problem.device.type):
+            if call.context == "checkpoint":
+                y = checkpoint(partial(self.call, **arguments), use_reentrant=False)
+            else:
+                y = self.call(**arguments)
         if not isinstance(y, Tensor):
             raise TypeError(f"{self.name} returned {type(y).__name__}; expected one tensor")
+        if y.layout is not torch.strided or y.device != problem.device:
+            raise TypeError(f"{self.name} returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
         return y, leaves
 
     def gradients(
         self, sample: Sample, y: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False
     ) -> dict[str, Tensor | None]:
         """The backward pass of `trace`; empty where there is none, or where it cannot be asked for."""
-        if not y.requires_grad or y.shape != sample.grad_out.shape:
+        if not leaves or not y.requires_grad or y.shape != sample.grad_out.shape:
             return {}
-        incoming = sample.grad_out.to(y.dtype)
+        incoming = lay_out(sample.grad_out.to(y.dtype), sample.case.call.dOut)
         try:
             gradients = torch.autograd.grad(
                 y, list(leaves.values()), incoming, retain_graph=retain_graph, allow_unused=True

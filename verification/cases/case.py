@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mxref.problem import Problem
+from mxref.verification.cases.call import Call
 from mxref.weights import MXWeights
 
 __all__ = ["Case", "Data", "Routing", "Sample"]
 
-Routing = Literal["uniform", "empty_experts", "one_expert", "sentinels", "ten_active"]
-Data = Literal[
-    "plain", "balanced", "lora", "bias", "positive", "cancelling", "wide", "boundary", "integer", "elements",
-    "one_hot_elements", "every_element", "nonfinite",
+Routing = Literal[
+    "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "descending", "sentinels", "all_sentinels",
+    "far_sentinels",
 ]  # fmt: skip
+Data = Literal[
+    "plain", "balanced", "lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid", "subnormal",
+    "integer", "elements", "one_hot_elements", "every_element", "nonfinite",
+]  # fmt: skip
+Special = Literal[
+    "", "nan row", "inf row", "nan dOut", "nan expert", "nan A", "nan gate", "nan remote"
+]  # fmt: skip
+GateValues = Literal["positive", "negative", "some zero"]
 
 
 @dataclass(frozen=True)
@@ -34,22 +42,30 @@ class Case:
         dtype: activation dtype.
         parameter_dtype: dtype of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
-            a quarter of the rows sentinels; or at most ten experts active.
+            at most ten experts active; the same expert in several slots of a token; positions descending within an
+            expert; a quarter of the rows sentinels, or all of them; or sentinels with ids far above E.
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
             `bias`, that term far above all others; `positive`, every number positive; `cancelling`, all sums over K
             and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes over 2^±60; `boundary`, scale bytes at
-            both ends of the range that decodes finitely; `integer`, fixtures that are exact in any order of summation
-            (see `integer`); `elements`, `one_hot_elements`, `every_element`, `nonfinite`: codes under chosen scale
-            bytes (see `elements`, which makes these cases).
+            both ends of the range that decodes finitely; `off_grid`, fp32 numbers that no 16-bit format holds;
+            `subnormal`, activations below the normal range; `integer`, fixtures that are exact in any order of
+            summation (see `integer`); `elements`, `one_hot_elements`, `every_element`, `nonfinite`: codes under chosen
+            scale bytes (see `elements`, which makes these cases).
         scaling: LoRA's s.
         bias: whether there are expert biases.
         gate_slots: g, or 0 for no gates.
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
+        gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero.
+        zero_B: lora_B is zero, as training begins.
+        special: what is not finite: one row of x or dOut, one expert's weights or lora_A, one gate, or what only
+            sentinels' slots read.
         grouped_in: inputs come in expert order, one row a routed row.
         fan_out: k, rows that each input row feeds; None for top_k (1 with `grouped_in`).
         grouped_out, use_fused_dX, use_fused_gather: passed to the call.
         dense: the weights are decoded already, a view [E, K, N] of the activation dtype.
         scale_bytes: of `nonfinite` data.
+        call: how the caller calls.
+        covers: (dimension, class) of each dimension of the domain that the case was made for, see `domain`.
     """
 
     name: str
@@ -67,6 +83,9 @@ class Case:
     bias: bool = False
     gate_slots: int = 0
     gate_exponent: int = 0
+    gate_values: GateValues = "positive"
+    zero_B: bool = False
+    special: Special = ""
     grouped_in: bool = False
     fan_out: int | None = None
     grouped_out: bool = False
@@ -74,6 +93,8 @@ class Case:
     use_fused_gather: bool = False
     dense: bool = False
     scale_bytes: tuple[int, ...] = ()
+    call: Call = field(default_factory=Call)
+    covers: tuple[tuple[str, str], ...] = ()
 
     @property
     def rows(self) -> int:

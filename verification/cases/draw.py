@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.problem import Problem
-from mxref.routing import flatten_sort_count
+from mxref.rounding import min_exponent
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.elements import draw_elements
 from mxref.verification.cases.gauge import Gauge, draw_gauge, scale_bytes
 from mxref.verification.cases.integer import draw_integer
 from mxref.verification.cases.routing import draw_routing
-from mxref.weights import MXWeights, decode_mxfp4
+from mxref.verification.cases.special import as_asked
+from mxref.weights import MXWeights
 
 __all__ = ["draw", "draw_for_weights"]
 
@@ -34,19 +35,8 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
     else:
         generator = torch.Generator().manual_seed(case.draw_seed(seed))
         sample = _draw(case, *_draw_weights(case, generator), "cpu", generator)
-    sample = _as_asked(sample).to(device)
+    sample = as_asked(sample).to(device)
     sample.problem.validate(check_values=True)
-    return sample
-
-
-def _as_asked(sample: Sample) -> Sample:
-    """Larger gates and decoded weights, where the case has them; both leave every exact sum exact."""
-    case, problem = sample.case, sample.problem
-    if case.gate_exponent and problem.gates is not None:
-        sample = sample.changed(gates=problem.gates * 2.0**case.gate_exponent)
-    if case.dense:
-        assert isinstance(problem.expert_weights, MXWeights)
-        sample = sample.changed(expert_weights=decode_mxfp4(problem.expert_weights, problem.dtype).mT)
     return sample
 
 
@@ -129,7 +119,7 @@ def _draw(
     E, K, N, r = case.experts, case.K, case.N, case.rank
 
     own = case.parameter_dtype
-    grid = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
+    grid = torch.bfloat16 if case.dtype == torch.float32 and case.data != "off_grid" else case.dtype
 
     def normal(rows: int, columns: int, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.randn(rows, columns, generator=generator) * factor.float()
@@ -137,6 +127,8 @@ def _draw(
         return x.to(dtype or grid).to(dtype or case.dtype).to(device)
 
     loose = 2.0**-4 if case.data == "boundary" else 1.0  # codes up to 6 without the usual 2^-6 scale
+    if case.data == "subnormal":
+        loose = 2.0 ** (min_exponent(case.dtype) - 2)
     sizes = {"plain": 0.02, "balanced": 0.2, "lora": 16.0}
     lora_A = lora_B = bias = gates = None
     if r:
@@ -149,8 +141,10 @@ def _draw(
         gates = (
             torch.softmax(torch.randn(shape, generator=generator), 1).to(own or grid).to(own or case.dtype).to(device)
         )
-    experts, positions, offsets = flatten_sort_count(draw_routing(case, generator), E)
+    experts, positions, offsets = draw_routing(case, generator)
     x, grad_out = normal(case.input_rows, K, loose / gauge.u), normal(*case.output_shape, loose / gauge.t)
+    if case.call.dOut == "expanded":
+        grad_out = grad_out[:1].expand(grad_out.shape)
     if case.data == "cancelling":
         x, grad_out = _cancelling(x, 1, 1), _cancelling(grad_out, 1, 1)
         lora_A = None if lora_A is None else _cancelling(lora_A, 1, -1)

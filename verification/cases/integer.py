@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mxref.problem import Problem
-from mxref.routing import flatten_sort_count
 from mxref.scattermoe import Backward, Forward, Rounded, RoundingPoints, backward, forward
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.gauge import draw_gauge, scale_bytes
@@ -74,7 +73,7 @@ def _draw(case: Case, draw: torch.Generator) -> tuple[Problem, Tensor]:
         (_dealt(case.input_rows, K, draw) / gauge.u).to(case.dtype),
         MXWeights(packed, scales, K, N),
         case.k,
-        *flatten_sort_count(draw_routing(case, draw), E),
+        *draw_routing(case, draw),
         lora_A,
         lora_B,
         case.scaling,

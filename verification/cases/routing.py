@@ -1,34 +1,48 @@
-"""The router's choices that cases ask for."""
+"""The routings that cases ask for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from mxref.routing import flatten_sort_count
 from mxref.verification.cases.case import Case
 
-__all__ = ["draw_routing"]
+__all__ = ["draw_choice", "draw_routing"]
 
 
-def draw_routing(case: Case, draw: torch.Generator) -> Tensor:
-    """The router's choice, int64 [tokens, top_k]: distinct experts a token, unless one expert takes everything.
+def draw_routing(case: Case, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """sorted_expert_idxs, sorted_scattered_idxs and expert_offsets of a drawn choice, int64.
 
-    Raises:
-        ValueError: the routing leaves fewer experts than top_k.
+    Positions need not ascend within an expert, and any id from E on is a sentinel's.
     """
+    experts, positions, offsets = flatten_sort_count(draw_choice(case, draw), case.experts)
+    if case.routing == "descending":
+        order = torch.argsort(experts * experts.numel() - torch.arange(experts.numel()), stable=True)
+        positions = positions[order]
+    if case.routing == "far_sentinels":
+        far = case.experts + 1 + torch.arange(experts.numel()) * 1000
+        experts = torch.where(experts >= case.experts, far, experts)
+    return experts, positions, offsets
+
+
+def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
+    """The router's choice, int64 [tokens, top_k]: distinct experts a token where there are enough of them."""
     E, shape = case.experts, (case.tokens, case.top_k)
     if case.routing == "one_expert":
         return torch.full(shape, E // 2)
+    if case.routing == "all_sentinels":
+        return torch.full(shape, E)
     allowed = torch.arange(E)
     if case.routing == "empty_experts":
         allowed = allowed[(allowed != 0) & (allowed != E // 2) & (allowed != E - 1)]
     elif case.routing == "ten_active":
         allowed = torch.randperm(E, generator=draw)[:10]
+    if case.routing == "duplicates" or allowed.numel() < case.top_k:
+        return allowed[torch.randint(0, allowed.numel(), shape, generator=draw)]
     scores = torch.rand(case.tokens, allowed.numel(), generator=draw)
     choice = allowed[scores.argsort(1)[:, : case.top_k]]
-    if choice.shape != shape:
-        raise ValueError(f"top_k is {case.top_k}; {case.name} leaves {allowed.numel()} experts to choose from")
-    if case.routing == "sentinels":
+    if case.routing in ("sentinels", "far_sentinels"):
         foreign = torch.randint(0, 3, shape, generator=draw)
         away = torch.rand(shape, generator=draw) < 0.25
         choice = torch.where(away, torch.tensor([-1, E, E + 7])[foreign], choice)

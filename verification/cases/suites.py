@@ -131,8 +131,8 @@ def _full(device_type: str) -> list[Case]:
         return [
             *_quick(device_type),
             Case("block gate_up, 64 tokens", 8, 512, 512, 64, 2, 16, bias=True, grouped_out=True),
-            Case("long K", 2, 2048, 64, 16, 1, 16, data="balanced"),
-            Case("long N", 2, 64, 2048, 16, 1, 16, data="balanced", use_fused_dX=True),
+            Case("longer K", 2, 2048, 64, 16, 1, 16, data="balanced"),
+            Case("longer N", 2, 64, 2048, 16, 1, 16, data="balanced", use_fused_dX=True),
             Case("long expert", 1, 64, 64, 700, 1, 16, data="balanced", use_fused_gather=True),
             Case("tens of experts", 40, 64, 64, 60, 4, 8, routing="ten_active"),
             Case("odd sizes, long", 3, 416, 352, 131, 2, 20, bias=True, gate_slots=2),

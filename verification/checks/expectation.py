@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from mxref.verification.arithmetic.thresholds import ALPHA, TILE, critical_z
 from mxref.verification.cases.case import Case, Sample
 
 __all__ = ["Expectation", "slopes_of"]
+
+T = TypeVar("T")
 
 
 def slopes_of(case: Case) -> int:
@@ -58,16 +61,22 @@ class Expectation:
 
     @cached_property
     def accepted(self) -> dict[str, Interval]:
-        """The accepted interval of every tensor that the sample's problem has."""
-        return intervals(self.sample.problem, self.fwd, self.bwd, self.sample.grad_out, self.points, self.how)
+        """The accepted interval of every tensor that is asked for."""
+        problem, dOut = self.sample.problem, self.sample.grad_out
+        bwd = self.bwd if self.sample.case.call.mode == "grad" else None
+        return self._asked_for(intervals(problem, self.fwd, bwd, dOut, self.points, self.how))
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
-        """The contract's own results: fp64, for every tensor that the sample's problem has."""
+        """The contract's own results: fp64, for every tensor that is asked for."""
         points = RoundingPoints.contract(self.sample.problem.dtype)
         fwd = forward(self.sample.problem, points)
         bwd = backward(self.sample.problem, fwd, self.sample.grad_out, points)
         named = {
             "Y": fwd.out, "dX": bwd.dx, "dA": bwd.dA, "dB": bwd.dB, "dbias": bwd.dbias, "dgates": bwd.dgates
         }  # fmt: skip
-        return {name: rounded.value for name, rounded in named.items() if rounded is not None}
+        return self._asked_for({name: rounded.value for name, rounded in named.items() if rounded is not None})
+
+    def _asked_for(self, tensors: dict[str, T]) -> dict[str, T]:
+        wants = self.sample.case.call.wants
+        return {name: tensor for name, tensor in tensors.items() if name == "Y" or wants(name)}

@@ -14,7 +14,10 @@ __all__ = ["inside_tensors", "right_and_unwritten", "unwritten", "wide_indices"]
 
 
 def unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """Every watched operand, and what lies around it, holds what it held before."""
+    """Every watched operand, and what lies around it, holds what it held before.
+
+    A run that ended in an error says nothing in a candidate's favour, but what it overwrote counts.
+    """
     return [
         Finding(
             "",
@@ -29,6 +32,7 @@ def unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]
         )
         for answer in answers
         for written in answer.written
+        if answer.error is None or written.inside or written.outside
     ]
 
 

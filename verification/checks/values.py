@@ -79,14 +79,22 @@ def decoded_bits(answers: Sequence[Answer], expected: Expectation) -> list[Findi
             findings.append(raised(answer, case))
             continue
         got, decoded = answer.outputs["W"], decode_mxfp4(weights, dtype)
-        if not isinstance(got, Tensor) or got.shape != decoded.shape or got.dtype != decoded.dtype:
-            form = f"{tuple(got.shape)} {got.dtype}" if isinstance(got, Tensor) else type(got).__name__
-            reason = f"decode returned {form}; expected {tuple(decoded.shape)} {decoded.dtype}"
+        if _form(got) != _form(decoded):
+            reason = f"decode returned {_form(got)}; expected {_form(decoded)}"
             findings.append(Finding("", case, "W", Status.FAIL, reason, decoded.numel(), decoded.numel()))
             continue
+        assert got is not None
         exact = decoded.double()
         comparison = compare(got, Interval(exact, exact, exact))
         signs = (torch.signbit(got) == torch.signbit(decoded)) | torch.isnan(decoded)
         comparison = replace(comparison, inside=comparison.inside & signs)
         findings.append(comparison.finding(case, "W", Status.PASS, "every bit equal to the reference"))
     return findings
+
+
+def _form(x: object) -> str:
+    """What two tensors must share to be compared."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    kind = "" if x.layout is torch.strided else f"{x.layout} "
+    return f"{kind}{tuple(x.shape)} {x.dtype} on {x.device}"

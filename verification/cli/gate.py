@@ -19,7 +19,7 @@ from mxref.verification.candidates.shipped import golden, shipped, torch_composi
 from mxref.verification.cli.options import choose_device, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.plan import Item, matches, plan, plan_checkpoint
+from mxref.verification.gate.plan import Item, plan, plan_checkpoint
 from mxref.verification.gate.result import GateResult
 from mxref.verification.gate.run import run_gate
 from mxref.verification.records import record, ulp_baseline
@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", metavar="LIST", help="with --weights: layers such as 0,3-5, or all (default: the first)"
     )
     how.add_argument("--experts", metavar="N", help="with --weights: experts of each projection, or all (default: 4)")
-    how.add_argument("--case", metavar="PATTERN", action="append", help="only cases that match; may be repeated")
+    how.add_argument(
+        "--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated"
+    )
     how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
     how.add_argument("--list", action="store_true", help="print what would be asked, and stop")
     where = parser.add_argument_group("where")
@@ -187,7 +189,7 @@ def _items(arguments: argparse.Namespace, candidate: Candidate, device: torch.de
         suite = "full" if arguments.full else "quick"
         items = plan("full" if arguments.full else "quick", device, arguments.seed, own=candidate.operators is not None)
     if arguments.case:
-        items = [item for item in items if matches(item.name, arguments.case)]
+        items = [item for item in items if item.fits(arguments.case)]
         if not items:
             raise UsageError(f"--case {' '.join(arguments.case)} matches no case; --list prints them")
         suite += f", cases matching {' or '.join(arguments.case)}"

@@ -43,6 +43,10 @@ class Item:
         """The case's."""
         return self.case.name
 
+    def fits(self, patterns: Sequence[str]) -> bool:
+        """Whether the case's name, or that of one of its checks, fits one of the patterns: see `matches`."""
+        return any(matches(name, patterns) for name in (self.name, *(check.name for check in self.checks)))
+
     @cached_property
     def sample(self) -> Sample | TableSample:
         """The sample, drawn once."""

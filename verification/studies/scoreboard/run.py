@@ -26,7 +26,7 @@ from mxref.verification.cases.elements import all_elements
 from mxref.verification.cases.suites import Suite
 from mxref.verification.cases.weights_behind import Weight, weight_at, weights_behind
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.gate.plan import Item, matches, plan, slopes_in
+from mxref.verification.gate.plan import Item, plan, slopes_in
 from mxref.verification.gate.result import describe_device
 from mxref.verification.gate.run import judge
 
@@ -122,7 +122,7 @@ class _Job:
         """The items by number."""
         suite: Suite = "full" if self.full else "quick"
         every = plan(suite, torch.device(self.device), self.seed, own=self.name == OWN)
-        chosen = [item for item in every if matches(item.name, self.only)]
+        chosen = [item for item in every if item.fits(self.only)]
         return {number: chosen[number] for number in range(self.first, len(chosen), self.of)}
 
 
@@ -143,7 +143,7 @@ def run_scoreboard(
         device: where.
         full: the release suite instead of the quick one.
         seed: of every draw.
-        only: cases that match one of these patterns; empty for all.
+        only: cases, or checks, that match one of these patterns; empty for all.
         processes: that share one implementation's items; compiling its kernels is what takes the time.
         on_item: called with the name, finished items, all items and a case that has just been judged.
     """

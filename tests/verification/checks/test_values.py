@@ -1,23 +1,22 @@
-"""Guards pass what is right and catch each kind of mistake, planted on the golden model's own results."""
+"""Checks of values pass what is right and catch each kind of mistake, planted on the golden model's own results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from judging import integers, quick
+from judging import ask, ask_about_decoding, integers, quick
 from torch import Tensor
 
 from mxref import parallel_linear_lora
 from mxref.formats import fp4_codebook
 from mxref.problem import Problem
-from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
-from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.checks.finding import ErrorSample, Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -50,15 +49,13 @@ class Golden:
 
 
 def judge(candidate: Golden, sample: Sample = SAMPLE, how: str = "tensor-core-sm90") -> dict[str, Finding]:
-    points = RoundingPoints.contract(sample.problem.dtype)
-    findings, _ = interval_guard(candidate, sample, points, ACCUMULATIONS[how])
+    findings = ask("interval", candidate, sample, how=ACCUMULATIONS[how])
     assert len({f.tensor for f in findings}) == len(findings)
     return {finding.tensor: finding for finding in findings}
 
 
-def failed(findings: Mapping[str, Finding] | list[Finding]) -> set[str]:
-    rows = findings.values() if isinstance(findings, Mapping) else findings
-    return {finding.tensor for finding in rows if finding.status is Status.FAIL}
+def failed(findings: Iterable[Finding]) -> set[str]:
+    return {finding.tensor for finding in findings if finding.status is Status.FAIL}
 
 
 def poke(tensor: str, value: Callable[[Tensor], Tensor], at: tuple[int, ...] = (1, 3)) -> Callable[[Outputs], None]:
@@ -75,8 +72,8 @@ def put(tensor: str, value: Tensor | None) -> Callable[[Outputs], None]:
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
-def test_the_golden_model_passes_every_guard(dtype: torch.dtype) -> None:
-    assert {f.status for f in decode_guard(Golden(decode=decode_mxfp4), "cpu", dtype)} == {Status.PASS}
+def test_the_golden_model_passes(dtype: torch.dtype) -> None:
+    assert {f.status for f in ask_about_decoding(Golden(decode=decode_mxfp4), dtype)} == {Status.PASS}
     how = "fp32-blocks-16" if dtype == FP32 else "tensor-core-sm90"
     for case in quick("cpu"):
         if case.rows * case.N <= 6000 and dtype != torch.float16:
@@ -84,7 +81,7 @@ def test_the_golden_model_passes_every_guard(dtype: torch.dtype) -> None:
             assert {f.status for f in findings.values()} == {Status.PASS}, case.name
     for case in integers("cpu" if dtype == FP32 else "cuda"):
         if case.dtype == dtype:
-            assert {f.status for f in integer_guard(Golden(), draw(case, "cpu", 1))} == {Status.PASS}, case.name
+            assert {f.status for f in ask("integer", Golden(), draw(case, "cpu", 1))} == {Status.PASS}, case.name
 
 
 def test_a_finding_carries_the_numbers() -> None:
@@ -114,12 +111,16 @@ def test_one_wrong_element_of_any_tensor_is_named(tensor: str) -> None:
     assert "[1, 1]: got" in str(finding)
 
 
-def test_the_next_bf16_number_is_caught() -> None:
-    after = poke("Y", lambda x: torch.nextafter(x, torch.tensor(torch.inf, dtype=BF16)))
-    example = judge(Golden(after=after))["Y"].counterexample
-    assert example is None or example.got > example.high
-    nudged = poke("Y", lambda x: x + 3 * x.abs() * 2.0**-8)
-    assert failed(judge(Golden(after=nudged))) == {"Y"}
+def test_two_bf16_numbers_further_is_caught() -> None:
+    """Both neighbours of an exact value may be honest, what lies behind them cannot."""
+
+    def two_up(x: Tensor) -> Tensor:
+        top = torch.tensor(torch.inf, dtype=BF16)
+        return torch.nextafter(torch.nextafter(x, top), top)
+
+    finding = judge(Golden(after=poke("Y", two_up)))["Y"]
+    assert finding.violations == 1
+    assert finding.counterexample.got > finding.counterexample.high
 
 
 @pytest.mark.parametrize(("value", "note"), [(torch.nan, "NaN where"), (torch.inf, ""), (-torch.inf, "")])
@@ -140,9 +141,10 @@ def test_what_is_not_finite_fails(value: float, note: str) -> None:
     ],
 )
 def test_malformed_results_fail_with_a_reason(after: Callable[[Outputs], None], tensor: str, reason: str) -> None:
-    for findings in (judge(Golden(after=after)), {f.tensor: f for f in integer_guard(Golden(after=after), SAMPLE)}):
-        assert findings[tensor].status is Status.FAIL
-        assert reason in findings[tensor].reason
+    for check in ("interval", "integer"):
+        (finding,) = (f for f in ask(check, Golden(after=after), SAMPLE) if f.tensor == tensor)
+        assert finding.status is Status.FAIL
+        assert reason in finding.reason
 
 
 def test_exceptions_are_findings() -> None:
@@ -152,8 +154,8 @@ def test_exceptions_are_findings() -> None:
     def crash(problem: Problem) -> Problem:
         raise RuntimeError("illegal memory access")
 
-    for guard in (lambda c: list(judge(c).values()), lambda c: integer_guard(c, SAMPLE)):
-        (declined,), (crashed,) = guard(Golden(before=refuse)), guard(Golden(before=crash))
+    for check in ("interval", "integer"):
+        (declined,), (crashed,) = (ask(check, Golden(before=before), SAMPLE) for before in (refuse, crash))
         assert (declined.status, declined.reason) == (Status.NOT_COVERED, "no gates")
         assert (crashed.status, crashed.reason) == (Status.FAIL, "raised RuntimeError: illegal memory access")
     left_out = judge(Golden(after=lambda outputs: outputs.pop("dX")))
@@ -193,10 +195,9 @@ MISTAKES: dict[str, tuple[Callable[[Problem], Problem], set[str]]] = {
 def test_planted_mistakes_are_caught(mistake: str) -> None:
     before, tensors = MISTAKES[mistake]
     sample = draw(Case("balanced", 3, 64, 64, 24, 2, 4, BF16, data="balanced", bias=True))
-    assert tensors <= failed(judge(Golden(before=before), sample))
-    integers = draw(integers("cuda")[0])
+    assert tensors <= failed(judge(Golden(before=before), sample).values())
     if mistake != "scaling one per cent off":  # bf16 rounds this away from small integers
-        assert {"Y"} <= failed(integer_guard(Golden(before=before), integers))
+        assert {"Y"} <= failed(ask("integer", Golden(before=before), draw(integers("cuda")[0])))
 
 
 DECODE_BUGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -212,7 +213,7 @@ def test_wrong_decoding_of_a_single_byte_is_caught(bug: str) -> None:
     def decode(weights: MXWeights, dtype: torch.dtype) -> Tensor:
         return decode_mxfp4(replace(weights, scales=DECODE_BUGS[bug](weights.scales)), dtype)
 
-    findings = decode_guard(Golden(other_bytes(DECODE_BUGS[bug], "scales"), decode=decode), "cpu", BF16)
+    findings = ask_about_decoding(Golden(other_bytes(DECODE_BUGS[bug], "scales"), decode=decode), BF16)
     assert failed(findings) == {"Y", "dX", "W"}
     (own,) = (f for f in findings if f.tensor == "W")
     assert own.violations <= 512
@@ -229,7 +230,7 @@ def test_an_infinite_scale_in_place_of_nan_is_caught() -> None:
         factor = torch.where(weights.scales == 255, torch.inf, 1.0).repeat_interleave(32, 2)
         return replace(problem, expert_weights=(W * factor).to(problem.dtype).mT)
 
-    findings = [f for f in decode_guard(Golden(before=infinite), "cpu", BF16) if f.status is Status.FAIL]
+    findings = [f for f in ask_about_decoding(Golden(before=infinite), BF16) if f.status is Status.FAIL]
     assert {(f.case, f.tensor) for f in findings} == {("byte 255 alone, bfloat16", t) for t in ("Y", "dX")}
 
 
@@ -237,12 +238,12 @@ def test_a_lost_sign_of_zero_and_a_wrong_code_are_caught_in_decode() -> None:
     def unsigned(weights: MXWeights, dtype: torch.dtype) -> Tensor:
         return decode_mxfp4(weights, dtype) + 0.0
 
-    (own,) = (f for f in decode_guard(Golden(decode=unsigned), "cpu", BF16) if f.tensor == "W")
+    (own,) = (f for f in ask_about_decoding(Golden(decode=unsigned), BF16) if f.tensor == "W")
     assert own.status is Status.FAIL
     assert own.violations == 255 * 32  # code 8 under every byte but NaN's, in every place
     assert fp4_codebook("cpu")[8] == 0
     swapped = other_bytes(lambda b: torch.where(b == 0x21, 0x12, b), "packed")
-    assert failed(decode_guard(Golden(before=swapped), "cpu", BF16)) == {"Y", "dX"}
+    assert failed(ask_about_decoding(Golden(before=swapped), BF16)) == {"Y", "dX"}
 
 
 def test_a_decode_of_the_wrong_form_or_that_raises_is_a_finding() -> None:
@@ -252,8 +253,8 @@ def test_a_decode_of_the_wrong_form_or_that_raises_is_a_finding() -> None:
     def absent(weights: MXWeights, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
-    assert "decode returned (2, 7, 256)" in decode_guard(Golden(decode=half), "cpu", BF16)[-1].reason
-    assert decode_guard(Golden(decode=absent), "cpu", BF16)[-1].status is Status.NOT_COVERED
+    assert "decode returned (2, 7, 256)" in ask_about_decoding(Golden(decode=half), BF16)[-1].reason
+    assert ask_about_decoding(Golden(decode=absent), BF16)[-1].status is Status.NOT_COVERED
 
 
 def test_nan_weights_must_stay_nan_and_infinite_ones_keep_their_sign() -> None:
@@ -281,11 +282,9 @@ def test_nan_weights_must_stay_nan_and_infinite_ones_keep_their_sign() -> None:
 
 def test_error_samples_are_thinned_and_finite() -> None:
     sample = draw(Case("many", 1, 32, 512, 96, 1, 4, BF16))
-    points = RoundingPoints.contract(BF16)
-    _, samples = interval_guard(Golden(), sample, points, ACCUMULATIONS["tensor-core-sm90"])
-    by_tensor = {s.tensor: s for s in samples}
-    assert set(by_tensor) == {"Y", "dX", "dA", "dB"}
-    y = by_tensor["Y"]
+    findings = judge(Golden(), sample)
+    assert {tensor for tensor, f in findings.items() if isinstance(f.picture, ErrorSample)} == {"Y", "dX", "dA", "dB"}
+    y = findings["Y"].picture
     assert 10_000 < len(y.error) <= 20_000
     assert len(y.magnitude) == len(y.error) == len(y.bound) == len(y.ulp_error)
     assert (abs(y.error) <= y.bound).all()

@@ -1,4 +1,4 @@
-"""No guard cries wolf: honest implementations pass under their true declaration, and under no false one.
+"""No check rejects what is right: honest implementations pass under their true declaration, and under no false one.
 
 A stratified part here; `mxref honest` judges every implementation on every kind of data.
 """

@@ -308,6 +308,6 @@ def test_an_interruption_leaves_no_traceback(
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mxref.verification.gate.run_gate", interrupt)
+    monkeypatch.setattr("mxref.verification.cli.gate.run_gate", interrupt)
     assert gate("--kernel", "golden") == 130
     assert capsys.readouterr().err == "mxref: interrupted\n"

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from mxref.verification.candidates.known import ENTRIES, entry
-from mxref.verification.cases.elements import all_elements, finite_sample, nonfinite_samples
-from mxref.verification.cases.weights_behind import weight_at, witnesses
 from mxref.verification.checks.finding import Status
 from mxref.verification.cli import main
 from mxref.verification.records.record import read
@@ -43,17 +41,17 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
     source = tmp_path_factory.mktemp("broken") / "broken.py"
     source.write_text(dedent(BROKEN))
     names = [f"{source}:dies_on_gates", f"{source}:takes_byte_0_for_zero", "axolotl"]
-    only = ["decode, float32", "integer, gates", "integer, k 8"]
+    only = ["every finite element, float32", "integer, gates", "integer, k 8"]
     return run_scoreboard(names, torch.device("cpu"), full=False, seed=0, only=only, processes=2)
 
 
-def test_a_process_that_dies_costs_one_step(board: Board) -> None:
+def test_a_process_that_dies_costs_one_item(board: Board) -> None:
     row = board.rows[0]
     (failure,) = row.failures
     assert failure.finding.case == "integer, gates"
     assert failure.finding.reason == "its process ended with code 3"
     passed = {finding.case for finding in row.findings if finding.status is Status.PASS}
-    assert "integer, k 8" in passed, "the steps after the loss ran in a new process"
+    assert "integer, k 8" in passed, "the items after the loss ran in a new process"
 
 
 def test_a_counterexample_names_code_and_scale_byte(board: Board) -> None:
@@ -82,27 +80,6 @@ def test_files(board: Board, tmp_path: Path) -> None:
     assert "scale byte 0x00" in text
     assert "got 0, expected" in text
     assert "its process ended with code 3" in text
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_witnesses_of_the_exhaustive_samples(dtype: torch.dtype) -> None:
-    """The named weight, decoded, is the element that it stands for."""
-    for sample in (finite_sample(dtype, "cpu"), *list(nonfinite_samples(dtype, "cpu"))[:2]):
-        weights = sample.problem.expert_weights
-        for tensor, coordinate in (("Y", (3, 7)), ("dX", (5, 20))):
-            for weight in witnesses(sample, tensor, coordinate):
-                assert weight == weight_at(weights, weight.expert, weight.k, weight.n)
-                assert (weight.n if tensor == "Y" else weight.k) == coordinate[1]
-    assert witnesses(finite_sample(dtype, "cpu"), "Y", (3, 7))
-    assert not witnesses(finite_sample(dtype, "cpu"), "dA", (0, 0))
-
-
-def test_weight_at_reads_the_right_nibble() -> None:
-    weights = all_elements()
-    codes = weights.codes()
-    for k in range(40):
-        assert weight_at(weights, 0, k, 200).code == int(codes[0, 200, k])
-        assert weight_at(weights, 0, k, 200).scale_byte == 200
 
 
 def test_entries() -> None:

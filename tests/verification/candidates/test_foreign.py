@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
-from judging import integers, quick
+from judging import ask, integers, quick
 
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
-from mxref.verification.candidates import foreign as outside
-from mxref.verification.candidates.candidate import Candidate, load
+from mxref.verification.candidates import foreign
+from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import load
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
@@ -30,14 +29,14 @@ BF16 = {case.name: case for case in quick("cuda")}
 @pytest.fixture(scope="module")
 def composite() -> Candidate:
     pytest.importorskip("torchao")
-    return load("mxref.verification.outside:grouped_mm")
+    return load("mxref.verification.candidates.foreign:grouped_mm")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_torchao_decodes_every_element(dtype: torch.dtype) -> None:
     pytest.importorskip("torchao")
     weights = all_elements()
-    got, expected = outside.torchao_decode(weights, dtype), decode_mxfp4(weights, dtype)
+    got, expected = foreign.torchao_decode(weights, dtype), decode_mxfp4(weights, dtype)
     assert got.dtype == expected.dtype
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.nan_to_num(), expected.nan_to_num())
@@ -45,39 +44,35 @@ def test_torchao_decodes_every_element(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", integers("cpu"), ids=lambda case: case.name)
 def test_composite_on_integers(composite: Candidate, case: Case) -> None:
-    assert not [str(finding) for finding in integer_guard(composite, draw(case)) if not finding.ok]
+    assert not [str(finding) for finding in ask("integer", composite, draw(case)) if not finding.ok]
 
 
 @pytest.mark.parametrize("name", ["sentinels, gates", "grouped in, by position", "rank 3", "k 8", "empty experts"])
 def test_composite_within_its_declared_intervals(composite: Candidate, name: str) -> None:
     sample = draw(CPU[name])
-    points = composite.points(sample.problem.dtype)
-    findings, _ = interval_guard(composite, sample, points, ACCUMULATIONS["undeclared"])
+    findings = ask("interval", composite, sample, composite.points(sample.problem.dtype), ACCUMULATIONS["undeclared"])
     assert not [str(finding) for finding in findings if not finding.ok]
 
 
 def test_composite_rounds_to_bf16_where_it_says(composite: Candidate) -> None:
-    sample = draw(BF16["balanced, bf16"])
-    how = ACCUMULATIONS["undeclared"]
-    declared, _ = interval_guard(composite, sample, composite.points(torch.bfloat16), how)
-    undeclared = replace(composite, declared_points=()).points(torch.bfloat16)
-    contract, _ = interval_guard(composite, sample, undeclared, how)
-    assert all(finding.ok for finding in declared)
+    sample, how = draw(BF16["balanced, bf16"]), ACCUMULATIONS["undeclared"]
+    assert all(finding.ok for finding in ask("interval", composite, sample, composite.points(torch.bfloat16), how))
+    contract = ask("interval", composite, sample, how=how)
     assert not all(finding.ok for finding in contract), "one rounding more than the contract has must show"
 
 
 def test_composite_without_sentinels_saves_the_mask(composite: Candidate) -> None:
     problem = draw(CPU["odd sizes"]).problem
-    y = outside.grouped_mm(**problem.arguments())
-    assert torch.equal(outside.grouped_mm(**problem.arguments(), sentinels=False), y)
+    y = foreign.grouped_mm(**problem.arguments())
+    assert torch.equal(foreign.grouped_mm(**problem.arguments(), sentinels=False), y)
 
 
 def test_composite_takes_dense_weights(composite: Candidate) -> None:
     problem = draw(CPU["odd sizes"]).problem
     assert isinstance(problem.expert_weights, mxref.MXWeights)
     dense = decode_mxfp4(problem.expert_weights, problem.dtype).mT
-    y = outside.grouped_mm(**problem.arguments())
-    assert torch.equal(outside.grouped_mm(**{**problem.arguments(), "expert_weights": dense}), y)
+    y = foreign.grouped_mm(**problem.arguments())
+    assert torch.equal(foreign.grouped_mm(**{**problem.arguments(), "expert_weights": dense}), y)
 
 
 @pytest.fixture
@@ -125,7 +120,7 @@ def fake_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "axolotl"]:
             del sys.modules[name]
-        outside.load_axolotl.cache_clear()
+        foreign.load_axolotl.cache_clear()
 
     forget()
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -135,7 +130,7 @@ def fake_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
 
 def test_axolotl_gets_our_operands_in_its_order(fake_axolotl: Any) -> None:
     problem = draw(CPU["odd sizes"]).problem
-    outside.axolotl(**problem.arguments(), use_fused_dX=True)
+    foreign.axolotl(**problem.arguments(), use_fused_dX=True)
     library = "axolotl.integrations.kernels.libs.scattermoe_lora"
     ((x, weights, k, *_, A, B, scaling, bias, gates, grouped_in, grouped_out, fused_dX, fused_gather),) = sys.modules[
         f"{library}.parallel_linear_lora"
@@ -149,7 +144,7 @@ def test_axolotl_gets_our_operands_in_its_order(fake_axolotl: Any) -> None:
 
 def test_axolotl_gets_zeros_for_an_adapter_that_is_not_there(fake_axolotl: Any) -> None:
     problem = draw(CPU["no LoRA"]).problem
-    outside.axolotl(**problem.arguments())
+    foreign.axolotl(**problem.arguments())
     _, _, _, _, _, _, A, B, *_ = sys.modules[
         "axolotl.integrations.kernels.libs.scattermoe_lora.parallel_linear_lora"
     ].calls[0]
@@ -161,4 +156,4 @@ def test_axolotl_gets_zeros_for_an_adapter_that_is_not_there(fake_axolotl: Any) 
 
 def test_axolotl_declines_rows_of_other_ranks(fake_axolotl: Any) -> None:
     with pytest.raises(NotImplementedError, match="drops rows of other ranks"):
-        outside.axolotl(**draw(CPU["sentinels"]).problem.arguments())
+        foreign.axolotl(**draw(CPU["sentinels"]).problem.arguments())

@@ -16,23 +16,10 @@ from rich.console import Console
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.checks.finding import Counterexample, DriftMap, ErrorSample, Finding, Status
-from mxref.verification.gate.run import GUARDS, GateResult
+from mxref.verification.checks.registry import why
+from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift, terminal
 from mxref.verification.report.page import as_html, failures, headline, share_text, write
-
-PASSED = Finding("interval", "small", "Y", Status.PASS, "inside", 96, 0, 1.5, 0.4, 0.25)
-FAILED = Finding(
-    "interval", "wide <case>", "dX", Status.FAIL, "3 of 64 outside", 64, 3, math.inf, 2.0, 7.5,
-    Counterexample((4, 17), math.nan, 1.25, 1.2, 1.3, "NaN where the reference is a number"),
-)  # fmt: skip
-WEAK = replace(PASSED, tensor="dA", status=Status.WEAK, reason="order-free only")
-DECLINED = Finding("integer", "gates", "all", Status.NOT_COVERED, "no gates here", 0, 0)
-DRIFTED = Finding(
-    "drift", "wide <case>", "dX", Status.FAIL, "LoRA's term is scaled by 1.01", 64, 0, bound_share=3.5,
-    details={"slopes": 36, "critical z": 5.25,
-             "legacy, not judged: ratio std": 0.0123, "legacy, not judged: y": "pass"},
-)  # fmt: skip
-EXACT = Finding("decode", "every finite element, float32", "Y", Status.PASS, "equal", 4096, 0, 0.0, 0.0, 0.0)
 
 
 def errors(tensor: str, scale: float = 1.0) -> ErrorSample:
@@ -52,17 +39,29 @@ def drift(case: str, tensor: str, largest: float, experts: int = 3, tiles: int =
     return DriftMap(case, tensor, rows, columns, z, 5.25, {0: 900, -30: 2, 1: 7})
 
 
+PASSED = Finding("interval", "small", "Y", Status.PASS, "inside", 96, 0, 1.5, 0.4, 0.25, picture=errors("Y"))
+FAILED = Finding(
+    "interval", "wide <case>", "dX", Status.FAIL, "3 of 64 outside", 64, 3, math.inf, 2.0, 7.5,
+    Counterexample((4, 17), math.nan, 1.25, 1.2, 1.3, "NaN where the reference is a number"),
+    picture=errors("dX", 40.0),
+)  # fmt: skip
+WEAK = replace(PASSED, tensor="dA", status=Status.WEAK, reason="order-free only", picture=None)
+DECLINED = Finding("integer", "gates", "all", Status.NOT_COVERED, "no gates here", 0, 0)
+DRIFTED = Finding(
+    "drift", "wide <case>", "dX", Status.FAIL, "LoRA's term is scaled by 1.01", 64, 0, bound_share=3.5,
+    details={"slopes": 36, "critical z": 5.25, "not judged: ratio std": 0.0123, "not judged: y": "pass"},
+    picture=drift("wide <case>", "dX", 18.4),
+)  # fmt: skip
+STEADY = Finding("drift", "small", "Y", Status.PASS, "no drift", 96, 0, picture=drift("small", "Y", -4.5))
+EXACT = Finding("decode", "every finite element, float32", "Y", Status.PASS, "equal", 4096, 0, 0.0, 0.0, 0.0)
+ALL = (PASSED, FAILED, WEAK, DECLINED, EXACT, STEADY)
+MAPS = [STEADY.picture, DRIFTED.picture]
+
+
 def result_of(*findings: Finding, name: str = "candidate", strict: bool = False) -> GateResult:
     candidate = replace(golden(), name=name, declared_points=("z-unrounded",))
-    samples = [errors("Y"), errors("dX", 40.0)]
     how = ACCUMULATIONS["fp32-blocks-64"]
-    return GateResult(
-        candidate, how, "some device", "quick", 7, strict, list(findings), samples, "today", 1.5, maps=MAPS
-    )
-
-
-ALL = (PASSED, FAILED, WEAK, DECLINED, EXACT)
-MAPS = [drift("small", "Y", -4.5), drift("wide <case>", "dX", 18.4)]
+    return GateResult(candidate, how, "some device", "quick", 7, strict, list(findings), "today", 1.5)
 
 
 def test_json_is_strict_and_complete(tmp_path: Path) -> None:
@@ -72,9 +71,9 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     data = json.loads(data_file.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert data["schema"] == "mxref.gate/1"
+    assert data["schema"] == "mxref.gate/2"
     assert (data["verdict"], data["exit_code"]) == ("fail", 1)
-    assert data["counts"] == {"pass": 2, "fail": 1, "weak pass": 1, "worse than baseline": 0, "not covered": 1}
+    assert data["counts"] == {"pass": 3, "fail": 1, "weak pass": 1, "worse than baseline": 0, "not covered": 1}
     assert data["candidate"] == {
         "name": "candidate",
         "rounding_points": ["z-unrounded"],
@@ -88,7 +87,7 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
     assert failed["max_ulp"] == "inf"
     assert failed["counterexample"]["got"] == "nan"
     assert failed["counterexample"]["coordinate"] == [4, 17]
-    assert set(data["guards"]) == set(GUARDS)
+    assert data["checks"] == why()
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_the_page_says_the_verdict_and_the_element() -> None:
     assert "[4, 17]" in html
     assert "NaN where the reference is a number" in html
     assert "wide &lt;case&gt;" in html
-    for explanation in (GUARDS["decode"], GUARDS["integer"], GUARDS["interval"]):
+    for explanation in (why()["decode"], why()["integer"], why()["interval"]):
         assert explanation in html
     assert "z-unrounded" in html
     assert "Worst offenders" in html
@@ -124,10 +123,10 @@ def test_failures_come_first() -> None:
     assert failures(result_of(DRIFTED, FAILED)) == [FAILED, DRIFTED]
 
 
-def test_legacy_numbers_are_there_and_say_that_they_decide_nothing() -> None:
+def test_numbers_that_decide_nothing_say_so() -> None:
     html = as_html(result_of(*ALL, DRIFTED))
     numbers = html[html.index("Further numbers") :]
-    assert "legacy, not judged" in numbers
+    assert "not judged" in numbers
     for text in (">ratio std<", ">0.0123<", ">pass<", ">critical z<", ">5.25<"):
         assert text in numbers
     assert "Further numbers" not in as_html(result_of(*ALL))

@@ -1,0 +1,141 @@
+"""Where the modules of version 0.1 went: importing one of them says what replaced it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "SPLIT", "install", "names_of"]
+
+
+def _under(package: str, names: dict[str, str]) -> dict[str, str]:
+    return {f"{package}.{old}": f"{package}.{new}" for old, new in names.items()}
+
+
+MOVED = {
+    "mxref.checkpoint": "mxref.checkpoints",
+    "mxref.deepseek_checkpoint": "mxref.checkpoints",
+    "mxref.verification.inspection": "mxref.checkpoints.statistics",
+    **_under(
+        "mxref.kernels",
+        {
+            "aot": "compiled.ahead_of_time",
+            "autograd": "layer.autograd",
+            "configs": "device.configs",
+            "decode": "device.decode",
+            "dequant": "device.dequant",
+            "experts": "models.experts",
+            "grouped_matmul": "device.grouped_matmul",
+            "grouped_outer": "device.grouped_outer",
+            "hopper": "device.hopper",
+            "hopper_decode": "device.hopper_decode",
+            "interop": "models.torchao",
+            "launch": "device.launch",
+            "layers": "models.moe_block",
+            "library": "layer.library",
+            "loading": "models.loading",
+            "machine_code": "compiled.machine_code",
+            "merging": "models.merging",
+            "operands": "layer.operands",
+            "packing": "models.packing",
+            "peft_adapters": "models.peft",
+            "scatter2scatter": "layer.scatter2scatter",
+            "schedule": "device.schedule",
+            "slots": "device.slots",
+            "transformers_experts": "models.transformers",
+        },
+    ),
+    **_under(
+        "mxref.verification",
+        {
+            "accumulation": "arithmetic.accumulation",
+            "allocations": "candidates.memory",
+            "baselines": "records",
+            "behaviour": "checks",
+            "bounds": "arithmetic.bounds",
+            "cliffs": "candidates.memory",
+            "composite": "candidates.composite",
+            "drift": "checks",
+            "emulation": "studies.conforming",
+            "entries": "candidates",
+            "exhaustive": "cases",
+            "fences": "candidates.memory",
+            "guards": "checks",
+            "honest": "studies.conforming",
+            "integer": "cases",
+            "margins": "candidates.memory",
+            "memory": "candidates.memory",
+            "metrics": "arithmetic.metrics",
+            "mutants": "studies.mutation",
+            "mutation": "studies.mutation",
+            "operators": "checks",
+            "options": "cli.options",
+            "outside": "candidates",
+            "programs": "candidates.memory",
+            "ratios": "checks",
+            "sampling": "cases",
+            "scheduling": "checks",
+            "scoreboard": "studies.scoreboard",
+            "scoreboard_report": "studies.scoreboard",
+            "steps": "gate.plan",
+            "syntax": "records.sources",
+            "thresholds": "arithmetic.thresholds",
+            "usage": "cli.usage",
+            "verdicts": "checks",
+            "witness": "cases",
+        },
+    ),
+}
+"""Old module -> the module, or the package of modules, that holds its contents."""
+
+SPLIT = {
+    "mxref.verification.candidates": {
+        "mxref.verification.candidates.candidate": (
+            "POINTS Candidate declare default_accumulation describe golden load shipped torch_composite"
+        ),
+    },
+    "mxref.verification.cases": {
+        "mxref.verification.cases.case": "Case Sample sample_for_weights usual_dtype with_dense_weights",
+        "mxref.verification.cases.suites": (
+            "FULL_OF_COLUMNS behaviour_cases configuration_cases full_cases integer_cases quick_cases"
+        ),
+    },
+    "mxref.verification.gate": {
+        "mxref.verification.gate.plan": "Step behaviour_steps case_steps checkpoint_steps decode_steps suite_steps",
+        "mxref.verification.gate.run": "GUARDS GateResult run_gate",
+    },
+}
+"""Old module whose name a package has now -> the package's modules, and which of the old names each took."""
+
+
+class _Finder(MetaPathFinder):
+    """Asked after all others, so only about modules that do not exist."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in MOVED:  # without `name=`, so that `from package import module` does not swallow it
+            raise ModuleNotFoundError(f"{fullname} has moved: use {MOVED[fullname]} (see MOVED in mxref.moved)")
+        return None
+
+
+def install() -> None:
+    """Explain missing modules from now on; calling it again changes nothing."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+def names_of(package: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a package in SPLIT: an ImportError for the names that the old module had."""
+    moved = {name: module for module, names in SPLIT[package].items() for name in names.split()}
+
+    def missing(name: str) -> Any:
+        if name in moved:  # an AttributeError's text would be lost in `from package import name`
+            raise ImportError(f"{package}.{name} has moved: see {moved[name]} (and SPLIT in mxref.moved)")
+        raise AttributeError(f"module {package} has no attribute {name}")
+
+    return missing

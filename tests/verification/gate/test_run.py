@@ -1,0 +1,169 @@
+"""The gate adds findings up, gives undeclared candidates their second chance, and runs a candidate once an item."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mxref
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.arithmetic.thresholds import critical_z
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.loading import declare
+from mxref.verification.candidates.shipped import golden
+from mxref.verification.cases.case import Case
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.checks.registry import CHECKS
+from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
+from mxref.verification.gate.result import GateResult
+from mxref.verification.gate.run import run_gate
+
+CPU = torch.device("cpu")
+SMALL = Case("small", 2, 64, 96, 9, 2, 4, bias=True, gate_slots=2)
+VALUES = ("interval", "drift", "sign", "exponent")
+
+
+def judged(candidate: Candidate, *cases: Case, strict: bool = False) -> GateResult:
+    return run_gate(candidate, plan_cases(cases, CPU, 0), CPU, suite="test", seed=0, strict=strict)
+
+
+def result_of(*statuses: Status, strict: bool = False) -> GateResult:
+    findings = [Finding("interval", "case", f"T{i}", status, "", 1, 0) for i, status in enumerate(statuses)]
+    how = ACCUMULATIONS["fp32-blocks-64"]
+    return GateResult(golden(), how, "device", "suite", 0, strict, findings)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "title", "code", "strict_code"),
+    [
+        ([Status.PASS, Status.PASS], "PASS", 0, 0),
+        ([Status.PASS, Status.NOT_COVERED], "PASS", 0, 1),
+        ([Status.PASS, Status.WEAK], "WEAK PASS", 0, 1),
+        ([Status.WEAK, Status.FAIL], "FAIL", 1, 1),
+        ([Status.NOT_COVERED, Status.NOT_COVERED], "FAIL", 1, 1),
+        ([], "FAIL", 1, 1),
+    ],
+)
+def test_findings_add_up(statuses: list[Status], title: str, code: int, strict_code: int) -> None:
+    assert (result_of(*statuses).title, result_of(*statuses).exit_code) == (title, code)
+    assert result_of(*statuses, strict=True).exit_code == strict_code
+
+
+def noisy(**operands: object) -> Tensor:
+    """Outside the running bound, inside the order-free one."""
+    return mxref.parallel_linear_lora(**operands) * (1 + 4e-5)  # type: ignore[arg-type]
+
+
+NOISY_CASE = Case("balanced", 2, 256, 256, 24, 2, 16, data="balanced")
+
+
+def test_an_undeclared_candidate_gets_a_weak_second_chance() -> None:
+    result = judged(Candidate("noisy", noisy), NOISY_CASE)
+    weak = [finding for finding in result.findings if finding.status is Status.WEAK]
+    assert weak
+    assert all("declare the accumulation" in finding.reason for finding in weak)
+    assert (result.title, result.exit_code) == ("WEAK PASS", 0)
+    assert judged(Candidate("noisy", noisy), NOISY_CASE, strict=True).exit_code == 1
+    # The plots show a weak tensor against the bound that it was accepted by.
+    for sample in result.samples:
+        assert (abs(sample.error) <= sample.bound).all()
+
+
+def test_a_declared_candidate_gets_none() -> None:
+    declared = declare(Candidate("noisy", noisy), None, "fp32-blocks-64")
+    assert judged(declared, NOISY_CASE).title == "FAIL"
+
+
+def test_declared_rounding_points_are_what_is_judged() -> None:
+    case = Case("odd scaling", 2, 128, 96, 40, 2, 4, torch.bfloat16, scaling=1 / 3, data="balanced")
+
+    def unrounded_z(*, lora_A: Tensor, lora_B: Tensor, **operands: object) -> Tensor:
+        wide = {name: x.float() if name == "inputs" else x for name, x in operands.items()}  # type: ignore[union-attr]
+        out = mxref.parallel_linear_lora(lora_A=lora_A.float(), lora_B=lora_B.float(), **wide)  # type: ignore[arg-type]
+        return out.to(torch.bfloat16)
+
+    def forward_only(points: tuple[str, ...]) -> Status:
+        candidate = Candidate(
+            "unrounded", lambda **o: unrounded_z(**o).detach(), points, ACCUMULATIONS["fp32-blocks-16"]
+        )
+        return next(f.status for f in judged(candidate, case).findings if f.tensor == "Y")
+
+    assert forward_only(("z-unrounded",)) is Status.PASS
+    assert forward_only(()) is Status.FAIL
+
+
+def test_what_a_complete_candidate_declines_is_a_failure() -> None:
+    def declines(**operands: object) -> Tensor:
+        raise NotImplementedError("not today")
+
+    assert judged(Candidate("partial", declines), SMALL).findings[0].status is Status.NOT_COVERED
+    finding = judged(Candidate("complete", declines, complete=True), SMALL).findings[0]
+    assert finding.status is Status.FAIL
+    assert "not today" in finding.reason
+
+
+def test_items_are_announced_before_they_are_judged() -> None:
+    seen: list[str] = []
+
+    def call(**operands: Any) -> Tensor:
+        seen.append("run")
+        return mxref.parallel_linear_lora(**operands)
+
+    items = plan_cases([SMALL, replace(SMALL, name="other")], CPU, 0)
+    run_gate(Candidate("", call), items, CPU, suite="", seed=0, on_item=lambda item: seen.append(item.name))
+    assert seen == ["small", "run", "other", "run"]
+
+
+def counting(runs: list[int]) -> Candidate:
+    def call(use_fused_dX: bool = False, use_fused_gather: bool = False, **operands: Any) -> Tensor:
+        runs.append(1)
+        return mxref.parallel_linear_lora(**operands)
+
+    return Candidate("counting", call)
+
+
+@pytest.mark.parametrize(
+    ("names", "runs_a_case"), [(VALUES, 1), (("poison", "unmutated"), 2), (("integer",), 1)], ids=str
+)
+def test_checks_that_share_their_runs_run_the_candidate_once(names: tuple[str, ...], runs_a_case: int) -> None:
+    checks = [check for check in CHECKS if check.name in names]
+    items, runs = plan("small", CPU, 0, own=False, checks=checks), list[int]()
+    result = run_gate(counting(runs), items, CPU, suite="", seed=0)
+    assert len(runs) == runs_a_case * len(items)
+    assert {finding.check for finding in result.findings} == set(names)
+
+
+def test_a_false_alarm_of_drift_is_shared_by_the_whole_run() -> None:
+    cases = [SMALL, replace(SMALL, name="wider", N=256), Case("integer", 2, 32, 32, 4, 2, 3, data="integer")]
+    items = plan_cases(cases, CPU, 0, VALUES)
+    assert slopes_in(items) == items[0].slopes + items[1].slopes > items[0].slopes > 0
+
+    def critical(items: list[Item]) -> set[float | str]:
+        findings = run_gate(golden(), items, CPU, suite="", seed=0).findings
+        return {finding.details["critical z"] for finding in findings if finding.check == "drift"}
+
+    assert critical(items) == {critical_z(slopes_in(items))}
+    assert critical(items[:1]) == {critical_z(items[0].slopes)}
+
+
+def test_what_is_declined_everywhere_passes_nothing() -> None:
+    def declines(**operands: Any) -> Tensor:
+        raise NotImplementedError("nothing is supported")
+
+    result = run_gate(Candidate("nothing", declines), plan("small", CPU, 0, own=False), CPU, suite="", seed=0)
+    assert {finding.status for finding in result.findings} == {Status.NOT_COVERED}
+    assert (result.verdict, result.exit_code) == (Status.NOT_COVERED, 1)
+
+
+def exits(**operands: Any) -> Tensor:
+    raise SystemExit(0)
+
+
+def test_a_candidate_that_ends_its_process_fails() -> None:
+    """Its exit code, 0, would read as a pass."""
+    (finding,) = judged(Candidate("exits", exits), SMALL).findings
+    assert (finding.status, finding.reason) == (Status.FAIL, "raised SystemExit: 0")

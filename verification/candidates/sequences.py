@@ -1,0 +1,165 @@
+"""Sequences of calls: what a call returns may not depend on the calls before it, after it, or between its two passes.
+
+hypothesis' state machines choose what is called when, and shrink a sequence that goes wrong to the shortest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from torch import Tensor
+
+from mxref.verification.candidates.answer import Answer, Outputs
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.shipped import golden
+from mxref.verification.cases.case import Sample
+from mxref.verification.cases.tokens import without
+
+__all__ = ["in_sequences"]
+
+_EXAMPLES, _STEPS = 12, 10
+
+
+def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """A call's results after a sequence that changes them, beside what the golden model gives for the same operands.
+
+    Args:
+        candidate: who is asked.
+        sample: an integer fixture of at least four tokens, ungrouped: its sums stay exact when signs change.
+
+    Returns:
+        Two answers, the second to be like the first, with the shortest sequence in its circumstance; of a sequence that
+        went well if none goes wrong.
+    """
+    seen: list[tuple[Answer, Answer]] = []
+
+    class Machine(_Calls):
+        def __init__(self) -> None:
+            super().__init__(candidate, sample, seen)
+
+    profile = settings(
+        max_examples=_EXAMPLES, stateful_step_count=_STEPS, derandomize=True, database=None, deadline=None,
+        verbosity=Verbosity.quiet, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    try:
+        run_state_machine_as_test(Machine, settings=profile)
+    except _DifferentError as error:
+        return list(error.answers)
+    except Exception as error:  # whatever a candidate raises is part of its answer
+        return [Answer({}, error=error)]
+    return list(seen[-1]) if seen else []
+
+
+class _DifferentError(AssertionError):
+    """A result is not what it should be."""
+
+    def __init__(self, answers: tuple[Answer, Answer]) -> None:
+        super().__init__(answers[1].circumstance)
+        self.answers = answers
+
+
+@dataclass
+class _Pending:
+    """A forward pass whose backward pass may still come.
+
+    Attributes:
+        name: of the output in the script.
+        which: operands it was called with.
+        y, leaves: its graph.
+        expected: the golden model's results for the operands as they were.
+        kept: a copy of y as it came.
+        changed: whether an operand was changed in place since.
+    """
+
+    name: str
+    which: str
+    y: Tensor
+    leaves: dict[str, Tensor]
+    expected: Outputs
+    kept: Tensor
+    changed: bool = False
+
+
+class _Calls(RuleBasedStateMachine):
+    """Calls on three sets of operands: a, the sample; b, of the same shapes, with other signs; c, the first tokens of a
+    alone, whose rows of x lie where those of a do.
+    """
+
+    def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]]) -> None:
+        super().__init__()
+        self.candidate, self.seen, self.script = candidate, seen, list[str]()
+        self.pending: list[_Pending] = []
+        a = sample.mapped(lambda _, x: x.clone())
+        b = sample.mapped(lambda name, x: -x if name in ("inputs", "grad_out") else x.clone())
+        first = torch.arange(sample.case.tokens // 2, device=sample.problem.device)
+        c = without(a, first)
+        c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
+        self.samples = {"a": a, "b": b, "c": c}
+
+    @rule(which=st.sampled_from("abc"))
+    def forward(self, which: str) -> None:
+        """Call, and hold the output against the golden model."""
+        name = f"y{sum(line.startswith('y') for line in self.script)}"
+        self.script.append(f"{name} = layer({which})")
+        sample = self.samples[which]
+        y, leaves = self.candidate.trace(sample, copy=False)
+        pending = _Pending(name, which, y, leaves, golden().run(sample), y.detach().clone())
+        self.pending.append(pending)
+        self._hold({"Y": y.detach()}, pending.expected)
+
+    @precondition(lambda self: bool(self.pending))
+    @rule(index=st.integers(0, 3), retain=st.booleans())
+    def backward(self, index: int, retain: bool) -> None:
+        """Gradients of an earlier call, one of several; after a change in place they may be refused."""
+        pending = self.pending[index % len(self.pending)]
+        self.script.append(f"gradients({pending.name}{', retain_graph=True' if retain else ''})")
+        try:
+            gradients = self.candidate.gradients(self.samples[pending.which], pending.y, pending.leaves, retain)
+        except RuntimeError:
+            if not pending.changed:
+                raise
+            gradients = {}
+        if not retain or not gradients:
+            self.pending.remove(pending)
+        self._hold(gradients, pending.expected)
+
+    @precondition(lambda self: bool(self.pending))
+    @rule(which=st.sampled_from("ab"), operand=st.sampled_from(["lora_A", "lora_B", "inputs"]))
+    def update(self, which: str, operand: str) -> None:
+        """Change an operand in place, as an optimiser does: its sign, which leaves every sum exact."""
+        self.script.append(f"{which}.{operand}.neg_()")
+        getattr(self.samples[which].problem, operand).neg_()
+        touched = {"b"} if which == "b" else {"a", "c"}
+        for pending in self.pending:
+            pending.changed |= pending.which in touched
+
+    @precondition(lambda self: bool(self.pending))
+    @rule()
+    def look_again(self) -> None:
+        """Outputs that were returned earlier are what they were."""
+        self.script.append("look at every output again")
+        for pending in self.pending:
+            self._hold({"Y": pending.y.detach()}, {"Y": pending.kept})
+
+    def _hold(self, got: Outputs, expected: Outputs) -> None:
+        """Keep the answers; raise if a value is wrong."""
+        right = {name: _like(expected.get(name), x) for name, x in got.items()}
+        after = f"after «{'; '.join(self.script)}»"
+        self.seen[:] = [(Answer(right), Answer(got, circumstance=after, like=0))]
+        if not all(_equal(x, right[name]) for name, x in got.items()):
+            raise _DifferentError(self.seen[0])
+
+
+def _like(x: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """A value in another one's dtype, and +0 for −0, which a sum may lose."""
+    return x if x is None or other is None else x.to(other.dtype) + 0.0
+
+
+def _equal(x: Tensor | None, right: Tensor | None) -> bool:
+    if x is None or right is None:
+        return x is right
+    return x.shape == right.shape and torch.equal(x, right)

@@ -1,0 +1,52 @@
+"""Suites that cover the domain: a case for each row of a covering array."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mxref.verification.cases.call import Call
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.covering import covering_array
+from mxref.verification.cases.domain import EXCLUDED, Class, dimensions_for
+
+__all__ = ["case_of", "domain_cases"]
+
+_WORD = {2: "pairs", 3: "triples"}
+
+
+def domain_cases(strength: int, dtypes: Sequence[torch.dtype], cheap: bool, seed: int) -> list[Case]:
+    """Cases in which every legal pair (`strength` 2) or triple (3) of classes occurs; another seed, other cases.
+
+    Args:
+        strength: 2 or 3.
+        dtypes: activation dtypes that are judged.
+        cheap: costly classes have stand-ins.
+        seed: of the array.
+    """
+    dimensions = dimensions_for(dtypes, cheap)
+    cases = []
+    for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
+        classes = {d.name: d.classes[index] for d, index in zip(dimensions, row, strict=True)}
+        cases.append(case_of(f"{_WORD[strength]} {number}", classes))
+    return cases
+
+
+def case_of(name: str, classes: dict[str, Class]) -> Case:
+    """The case that a class of each dimension describes: exact where such a draw exists, otherwise by intervals."""
+    fields: dict[str, Any] = {}
+    how: dict[str, Any] = {}
+    for each in classes.values():
+        fields |= each.case
+        how |= each.call
+    gated, rows = fields.pop("gated", False), fields.pop("rows", 0)
+    exact = classes["scaling"].name != "a third" and how.get("dOut") != "expanded"
+    fields.setdefault("data", "integer" if exact else "balanced")
+    if rows:
+        fields["tokens"] = -(-rows // fields["top_k"])
+    if gated:
+        fields["gate_slots"] = fields["top_k"]
+    covers = tuple((dimension, each.name) for dimension, each in classes.items())
+    return Case(name, **fields, call=Call(**how), covers=covers)
