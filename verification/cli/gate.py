@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from mxref.checkpoints.gpt_oss import ExpertTensor
+    from mxref.checkpoints import ExpertTensor
     from mxref.verification.candidates.candidate import Candidate
     from mxref.verification.gate.run import GateResult, Step
 
@@ -213,7 +213,7 @@ def _steps(arguments: argparse.Namespace, device: torch.device) -> tuple[list[St
 
 def _checkpoint(path: Path, layers: str | None) -> tuple[list[ExpertTensor], str]:
     """The projections of the chosen layers, and what to call them."""
-    from mxref.checkpoints.gpt_oss import list_expert_tensors
+    from mxref.checkpoints import list_expert_tensors
 
     try:
         tensors = list_expert_tensors(path)

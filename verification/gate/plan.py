@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mxref.checkpoints.gpt_oss import ExpertTensor, read_expert_weights
+from mxref.checkpoints import ExpertTensor, read_expert_weights
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.arithmetic.thresholds import INTERPRETED_RUNS, RUNS
 from mxref.verification.candidates.candidate import Candidate
