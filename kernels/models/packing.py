@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxref.checkpoints import Checkpoint, open_checkpoint, read_expert_biases, read_expert_weights
+from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_biases, read_expert_weights
 from mxref.formats import SCALE_MODES
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, check_adapter
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
-__all__ = ["experts_modules", "pack_experts"]
+__all__ = ["ADAPTERS_KEY", "experts_modules", "pack_experts"]
+
+ADAPTERS_KEY = "mxref_adapters"
+"""Where a model's configuration keeps rank and alpha of adapters that its packed experts own, for loading them."""
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
@@ -107,7 +110,20 @@ def pack_experts(
             experts.add_lora(rank, alpha, lora_dtype)
         experts.train(module.training)
         model.set_submodule(name, experts)
+    _prepare_saving(model, rank, alpha)
     return model
+
+
+def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:
+    """Let `save_pretrained` write packed tensors under the names that they have, and say what adapters they carry."""
+    model._weight_conversions = []  # transformers' rules would take packed stacks apart as if they were dense
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    if rank:
+        setattr(config, ADAPTERS_KEY, {"rank": rank, "alpha": float(rank if alpha is None else alpha)})
+    if config.model_type == "gpt_oss":  # what transformers needs to read the stacks
+        config.quantization_config = dict(gpt_oss.CONVENTION.quantization or {})
 
 
 def _is_stack(parameter: Any) -> bool:

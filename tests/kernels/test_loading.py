@@ -17,7 +17,7 @@ from moe_models import assert_near, make, tiny_gpt_oss
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
-from mxref.checkpoints.gpt_oss import INDEX_NAME
+from mxref.checkpoints.files import INDEX_NAME
 from mxref.kernels.models.loading import load_packed_model, save_packed_model
 from mxref.kernels.models.packing import pack_experts
 from mxref.kernels.models.peft import get_peft_model
