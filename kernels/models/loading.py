@@ -126,12 +126,13 @@ def _fill(
     """
     root, tied = checkpoint.files.root, set(getattr(model, "all_tied_weights_keys", {}))
     needed = _needed(model, checkpoint)
-    readers = {}
-    for name, matrix in checkpoint.others.items():
-        if renaming.name(name) in needed:
-            readers[name] = partial(matrix.read, checkpoint.files)
-        elif not _ignored(model, name):
-            raise ValueError(f"{root} holds {name}, which {type(model).__name__} has no place for")
+    readers = {
+        name: partial(matrix.read, checkpoint.files)
+        for name, matrix in checkpoint.others.items()
+        if renaming.name(name) in needed
+    }
+    if extra := [name for name in checkpoint.others if name not in readers and not _ignored(model, name)]:
+        raise ValueError(f"{root} holds {extra[0]}, one of {len(extra)} tensors that the model has no place for")
     stored_as: dict[str, str] = {}
     missing = set(needed)
     for target, name, value in renaming.tensors(readers):

@@ -171,12 +171,11 @@ def _expert_tensors(
 def _write_settings(model: Any, directory: Path, chosen: Convention) -> None:
     """The configuration, generation settings, and a tokenizer's files from where the model came."""
     config = copy.deepcopy(model.config)
-    if (
-        dict(getattr(config, "quantization_config", None) or {}).get("quant_method")
-        != chosen.quantization["quant_method"]
-    ):
-        config.quantization_config = copy.deepcopy(dict(chosen.quantization))
-    config.architectures = [type(model).__name__]
+    written = dict(chosen.quantization or {})
+    said = getattr(config, "quantization_config", None)
+    if not isinstance(said, dict) or said.get("quant_method") != written["quant_method"]:
+        config.quantization_config = copy.deepcopy(written)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
     if hasattr(config, ADAPTERS_KEY):
         delattr(config, ADAPTERS_KEY)
     config.save_pretrained(directory)
@@ -204,8 +203,8 @@ def _write_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_size
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         stale.discard(directory / INDEX_NAME)
-    for file in stale:
-        file.unlink(missing_ok=True)
+    for old in stale:
+        old.unlink(missing_ok=True)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ __all__ = [
     "read_other_tensors",
 ]
 
-CONVENTIONS = tuple(
+CONVENTIONS: tuple[Convention, ...] = tuple(
     module.CONVENTION for module in (gpt_oss, deepseek_v4, compressed_tensors, quark, modelopt, torchao)
 )
 """Every convention that is read, in the order in which they are tried."""

@@ -136,8 +136,8 @@ class Convention:
             names = next(names for names in PART_NAMES if experts[min(experts)].keys() & {*sum(names.values(), ())})
             for projection, parts in names.items():
                 wanted = [(f"{layer}.experts.{e}.{part}.weight", e, part) for e in range(count) for part in parts]
-                if missing := next((name for name, e, part in wanted if part not in experts.get(e, ())), None):
-                    raise ValueError(f"{missing} is missing in {files.root}, which has {count} experts a layer")
+                if absent := [name for name, e, part in wanted if part not in experts.get(e, ())]:
+                    raise ValueError(f"{absent[0]} is missing in {files.root}, which has {count} experts a layer")
                 matrices = [experts[e][part] for _, e, part in wanted]
                 projections.append(self._stacked(files, f"{_module_name(layer)}.experts.{projection}", count, matrices))
         return sorted(projections, key=lambda projection: natural(projection.tensor.name))

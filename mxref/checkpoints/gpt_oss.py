@@ -23,7 +23,7 @@ BIAS = "_bias"
 
 
 def _store(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    return codes.unflatten(-1, (-1, MX_BLOCK_SIZE // 2)), scales
+    return codes.view(*codes.shape[:-1], -1, MX_BLOCK_SIZE // 2), scales
 
 
 CONVENTION = Convention(
