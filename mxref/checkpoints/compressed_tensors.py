@@ -12,6 +12,7 @@ __all__ = ["CONVENTION"]
 
 CONVENTION = Convention(
     name="compressed-tensors",
+    checkpoints="LLM Compressor's `mxfp4-pack-quantized`; Kimi-K3",
     layout="*.weight_packed U8 [N, K/2] and *.weight_scale U8 [N, K/32]",
     source="compressed-tensors `compressors/mxfp4/base.py` and `compressors/nvfp4/base.py`; for Kimi-K3 NeMo AutoModel "
     "`components/models/kimi_k3/state_dict_adapter.py`",

@@ -8,7 +8,7 @@ expert and are stacked, gate rows before up rows; any other pair is a quantised 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,7 @@ class Convention:
 
     Attributes:
         name: as people call it.
+        checkpoints: whose they are.
         layout: names, dtypes and shapes in a line.
         source: where that was read.
         codes, scales: suffixes of the two tensors; scales may have one of several.
@@ -91,6 +92,7 @@ class Convention:
     """
 
     name: str
+    checkpoints: str
     layout: str
     source: str
     codes: str
@@ -120,7 +122,7 @@ class Convention:
         """
         pairs, orphans = self._pairs(files)
         for orphan, partners in orphans:
-            if self._half(orphan) or _EXPERT.fullmatch(orphan):
+            if self._half(orphan) or _EXPERT.fullmatch(orphan) or len(files.tensors[orphan].shape) > 2:
                 missing = " or ".join(partners)
                 raise ValueError(f"{files.where(orphan)} has no partner {missing}; MXFP4 needs codes and scales")
         projections = []
@@ -135,10 +137,7 @@ class Convention:
         for layer, experts in layers.items():
             names = next(names for names in PART_NAMES if experts[min(experts)].keys() & {*sum(names.values(), ())})
             for projection, parts in names.items():
-                wanted = [(f"{layer}.experts.{e}.{part}.weight", e, part) for e in range(count) for part in parts]
-                if absent := [name for name, e, part in wanted if part not in experts.get(e, ())]:
-                    raise ValueError(f"{absent[0]} is missing in {files.root}, which has {count} experts a layer")
-                matrices = [experts[e][part] for _, e, part in wanted]
+                matrices = list(_matrices(files, layer, experts, count, parts))
                 projections.append(self._stacked(files, f"{_module_name(layer)}.experts.{projection}", count, matrices))
         return sorted(projections, key=lambda projection: natural(projection.tensor.name))
 
@@ -206,6 +205,18 @@ class Convention:
 
 def _holds_experts(files: Files, pair: Pair) -> bool:
     return bool(_EXPERT.fullmatch(pair.weight)) or len(files.tensors[pair.codes].shape) > 2
+
+
+def _matrices(
+    files: Files, layer: str, experts: Mapping[int, Mapping[str, Pair]], count: int, parts: Iterable[str]
+) -> Iterator[Pair]:
+    """The pairs of one projection in the order of its rows."""
+    for e in range(count):
+        for part in parts:
+            if part not in experts.get(e, ()):
+                missing = f"{layer}.experts.{e}.{part}.weight is missing in {files.root}"
+                raise ValueError(f"{missing}, which has {count} experts a layer")
+            yield experts[e][part]
 
 
 def _module_name(layer: str) -> str:

@@ -20,6 +20,7 @@ def _store(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 CONVENTION = Convention(
     name="DeepSeek-V4",
+    checkpoints="DeepSeek-V4-Flash and -Pro",
     layout="*.weight I8 [N, K/2] and *.scale F8_E8M0 [N, K/32]",
     source="Megatron-Bridge `models/deepseek/deepseek_v4_bridge.py`, Model-Optimizer "
     "`modelopt/torch/quantization/qtensor/mxfp4_tensor.py` (`dequantize_packed`), and transformers "

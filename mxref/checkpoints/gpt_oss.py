@@ -28,6 +28,7 @@ def _store(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 CONVENTION = Convention(
     name="gpt-oss",
+    checkpoints="gpt-oss-20b and -120b; this project's own",
     layout="*_blocks U8 [E, N, K/32, 16] and *_scales U8 [E, N, K/32]",
     source="the openai/gpt-oss-20b checkpoint, and transformers `integrations/mxfp4.py`",
     codes="_blocks",

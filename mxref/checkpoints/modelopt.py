@@ -11,6 +11,7 @@ __all__ = ["CONVENTION"]
 
 CONVENTION = Convention(
     name="ModelOpt",
+    checkpoints="NVIDIA Model Optimizer's MXFP4",
     layout="*.weight U8 [N, K/2] and *.weight_scale U8 [N, K/32]",
     source="Model-Optimizer `modelopt/torch/export/quant_utils.py` and "
     "`modelopt/torch/quantization/qtensor/mxfp4_tensor.py`",

@@ -8,6 +8,7 @@ __all__ = ["CONVENTION"]
 
 CONVENTION = Convention(
     name="Quark",
+    checkpoints="AMD Quark's MXFP4",
     layout="*.weight U8 [N, K/2] and *.weight_scale U8 [N, K/32]",
     source="Quark `quark/torch/utils/pack.py` (`Pack_fp4`) and `quark/torch/export/constants.py`; vLLM "
     "`model_executor/layers/quantization/quark/quark_moe.py`",

@@ -33,11 +33,11 @@ def _check(files: Files, pair: Pair) -> None:
 
 CONVENTION = Convention(
     name="torchao",
+    checkpoints="torchao's safetensors, `MXTensor`",
     layout="*._name_qdata U8 [E, N, K/2] or [N, K/2] and *._name_scale F8_E8M0 [.., K/32]",
     source="torchao `prototype/safetensors/safetensors_support.py` and `prototype/mx_formats/mx_tensor.py`",
     codes="_qdata",
     scales=("_scale",),
-    telling=("_qdata",),
     weight="",
     check=_check,
 )

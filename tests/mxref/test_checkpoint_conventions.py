@@ -21,6 +21,7 @@ from mxref.checkpoints import (
     read_expert_weights,
     read_other_tensors,
 )
+from mxref.checkpoints.__main__ import page
 from mxref.weights import decode_mxfp4
 
 E0 = "model.layers.0.mlp.experts.0"
@@ -55,6 +56,13 @@ def test_reads_to_the_stacks_that_it_stands_for(name: str, tmp_path: Path) -> No
 def test_every_convention_has_a_maker_and_a_source() -> None:
     assert {convention.name for convention in CONVENTIONS} == MAKERS.keys() - {"Kimi-K3"}
     assert all(convention.source and convention.layout for convention in CONVENTIONS)
+
+
+def test_the_documented_table_is_the_one_that_is_generated() -> None:
+    """And it says what the commands do: the tests of each go over the same conventions."""
+    documented = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+    assert documented.read_text(encoding="utf-8") == page(), "run: python -m mxref.checkpoints > docs/checkpoints.md"
+    assert all(f"| {convention.name} |" in page() for convention in CONVENTIONS)
 
 
 def test_scales_under_the_name_that_transformers_gives_them(tmp_path: Path) -> None:
@@ -166,11 +174,14 @@ def test_damages_are_named(name: str, change: dict[str, Any], message: str, tmp_
         open_checkpoint(tmp_path)
 
 
-def test_an_expert_that_every_layer_lacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [4, 10**12])
+def test_an_expert_that_every_layer_lacks(count: int, tmp_path: Path) -> None:
     """Only the configuration knows of it."""
     MAKERS["Kimi-K3"](tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_experts": 4}}))
-    with pytest.raises(ValueError, match=r"experts\.3\.w1\.weight is missing in .*, which has 4 experts a layer"):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_experts": count}}))
+    with pytest.raises(
+        ValueError, match=rf"experts\.3\.w1\.weight is missing in .*, which has {count} experts a layer"
+    ):
         open_checkpoint(tmp_path)
 
 
