@@ -111,8 +111,9 @@ class Convention:
         """Whether a checkpoint has expert weights under these names."""
         if self.quant_method and files.quant_method not in ("", self.quant_method):
             return False
-        pairs, orphans = self._pairs(files)
-        return any(_holds_experts(files, pair) for pair in pairs) or any(self._half(name) for name, _ in orphans)
+        if any(_holds_experts(files, pair) for pair in self._pairs(files)):
+            return True
+        return bool(self.telling) and any(self._half(name) for name, _ in self._orphans(files))
 
     def projections(self, files: Files) -> list[Projection]:
         """Every expert projection, layer by layer, checked against the headers.
@@ -120,14 +121,15 @@ class Convention:
         Raises:
             ValueError: codes, scales, a matrix or an expert are missing, or a dtype or a shape is another.
         """
-        pairs, orphans = self._pairs(files)
-        for orphan, partners in orphans:
-            if self._half(orphan) or _EXPERT.fullmatch(orphan) or len(files.tensors[orphan].shape) > 2:
+        dtypes = {*self.code_dtypes, *self.scale_dtypes}
+        for orphan, partners in self._orphans(files):
+            stack = len(files.tensors[orphan].shape) > 2 and files.tensors[orphan].dtype in dtypes
+            if stack or self._half(orphan) or _EXPERT.fullmatch(orphan):
                 missing = " or ".join(partners)
                 raise ValueError(f"{files.where(orphan)} has no partner {missing}; MXFP4 needs codes and scales")
         projections = []
         layers: dict[str, dict[int, dict[str, Pair]]] = {}
-        for pair in pairs:
+        for pair in self._pairs(files):
             if match := _EXPERT.fullmatch(pair.weight):
                 layers.setdefault(match["layer"], {}).setdefault(int(match["expert"]), {})[match["part"]] = pair
             elif _holds_experts(files, pair):
@@ -143,7 +145,7 @@ class Convention:
 
     def matrices(self, files: Files) -> list[Pair]:
         """The quantised matrices outside the experts."""
-        pairs, _ = self._pairs(files)
+        pairs = self._pairs(files)
         return [p for p in pairs if not _holds_experts(files, p) and files.tensors[p.codes].dtype in self.code_dtypes]
 
     def sizes(self, files: Files, pair: Pair, axes: int) -> tuple[int, ...]:
@@ -171,7 +173,7 @@ class Convention:
         return (*codes[:-1], 2 * codes[-1])
 
     def _half(self, orphan: str) -> bool:
-        return orphan.endswith(self.telling) if self.telling else False
+        return bool(self.telling) and orphan.endswith(self.telling)
 
     def _stacked(self, files: Files, name: str, E: int, matrices: list[Pair]) -> Projection:
         """One projection of separate experts, all of one size."""
@@ -184,23 +186,23 @@ class Convention:
         N, K = shapes.pop()
         return Projection(ExpertTensor(name, E, N, K), tuple(matrices), per_expert=True)
 
-    def _pairs(self, files: Files) -> tuple[list[Pair], list[tuple[str, list[str]]]]:
-        """The pairs, and every tensor without its partner beside the names that the partner might have."""
-        pairs, orphans = [], []
+    def _pairs(self, files: Files) -> Iterator[Pair]:
         for name in files.tensors:
             if name.endswith(self.codes):
                 stem = name.removesuffix(self.codes)
-                partners = [stem + suffix for suffix in self.scales]
-                scales = next((partner for partner in partners if partner in files.tensors), None)
-                if scales is None:
-                    orphans.append((name, partners))
-                else:
-                    pairs.append(Pair(re.sub(r"\._(\w+)$", r".\1", stem) + self.weight, name, scales))
-            else:
-                suffix = next((suffix for suffix in self.scales if name.endswith(suffix)), None)
-                if suffix is not None and name.removesuffix(suffix) + self.codes not in files.tensors:
-                    orphans.append((name, [name.removesuffix(suffix) + self.codes]))
-        return pairs, orphans
+                for suffix in self.scales:
+                    if stem + suffix in files.tensors:
+                        yield Pair(_weight_name(stem) + self.weight, name, stem + suffix)
+                        break
+
+    def _orphans(self, files: Files) -> Iterator[tuple[str, list[str]]]:
+        """Tensors without a partner, and the names that the partner might have."""
+        for name in files.tensors:
+            partners = [name.removesuffix(self.codes) + suffix for suffix in self.scales]
+            if not name.endswith(self.codes):
+                partners = [name.removesuffix(end) + self.codes for end in self.scales if name.endswith(end)]
+            if partners and not any(partner in files.tensors for partner in partners):
+                yield name, partners
 
 
 def _holds_experts(files: Files, pair: Pair) -> bool:
@@ -217,6 +219,12 @@ def _matrices(
                 missing = f"{layer}.experts.{e}.{part}.weight is missing in {files.root}"
                 raise ValueError(f"{missing}, which has {count} experts a layer")
             yield experts[e][part]
+
+
+def _weight_name(stem: str) -> str:
+    """torchao puts an underscore before a parameter's name: experts._down_proj is experts.down_proj."""
+    module, _, parameter = stem.rpartition("._")
+    return f"{module}.{parameter}" if module and "." not in parameter else stem
 
 
 def _module_name(layer: str) -> str:

@@ -180,6 +180,15 @@ def test_dtypes_by_name(tmp_path: Path) -> None:
             load_packed_model(tmp_path, dtype=name)  # type: ignore[arg-type]
 
 
+def test_what_a_model_keeps_in_fp32(tmp_path: Path) -> None:
+    model = pack_experts(tiny_model("glm4_moe"), rank=0)
+    save_packed_model(model, tmp_path)
+    loaded = load_packed_model(tmp_path, rank=0, dtype=torch.bfloat16).state_dict()
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(loaded[name], model.state_dict()[name])
+    assert loaded["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+
+
 def test_a_stored_head_is_kept_though_the_configuration_ties_it(tmp_path: Path) -> None:
     """As transformers keeps it; and saved again, and loaded again."""
     tensors = make_gpt_oss_checkpoint(tmp_path / "source", layers=1)

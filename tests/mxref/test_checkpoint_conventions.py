@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from expert_checkpoints import MAKERS, deepseek_v4, gpt_oss, modelopt, torchao
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mxref import MXWeights
 from mxref.checkpoints import (
     CONVENTIONS,
     files,
     list_expert_tensors,
-    list_other_tensors,
     open_checkpoint,
     read_expert_weights,
     read_other_tensors,
@@ -78,12 +79,32 @@ def test_quantised_matrices_outside_the_experts_are_read_dense(tmp_path: Path) -
     assert torch.equal(attention, torch.tensor([2.0] * 128 + [0.5] * 2, dtype=torch.bfloat16)[:, None].expand(130, 64))
     tensors, _ = modelopt(tmp_path / "mxfp4")
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert list_other_tensors(tmp_path / "mxfp4") == [name]
-    ((_, decoded),) = read_other_tensors(tmp_path / "mxfp4")
-    from mxref import MXWeights
-
+    others = dict(read_other_tensors(tmp_path / "mxfp4"))
+    assert others.keys() == {name, "model.layers.0.self_attn.conv1d.weight"}
     stored = MXWeights(tensors[name], tensors[f"{name}_scale"], 64, 32)
-    assert torch.equal(decoded, decode_mxfp4(stored, torch.bfloat16)[0])
+    assert torch.equal(others[name], decode_mxfp4(stored, torch.bfloat16)[0])
+
+
+def test_fp8_without_known_scales_is_not_read(tmp_path: Path) -> None:
+    deepseek_v4(tmp_path)
+    name = "layers.0.attn.wkv"
+    changed(tmp_path, {f"{name}.scale": None})
+    with pytest.raises(ValueError, match="is F8_E4M3 without scales"):
+        list(read_other_tensors(tmp_path))
+    changed(tmp_path, {f"{name}.scale": torch.ones(3, 1)})
+    with pytest.raises(ValueError, match=r"shape \(130, 64\) and scales \(3, 1\); expected blocks of \[128, 128\]"):
+        list(read_other_tensors(tmp_path))
+
+
+def test_orders_of_rows_and_blocks_that_do_not_fit_a_module(tmp_path: Path) -> None:
+    torchao(tmp_path / "torchao")
+    assert "blocks run along N" in open_checkpoint(tmp_path / "torchao").cannot_fill(
+        SimpleNamespace(is_transposed=True)
+    )
+    deepseek_v4(tmp_path / "apart")
+    apart = open_checkpoint(tmp_path / "apart")
+    assert "interleaves" in apart.cannot_fill(SimpleNamespace(is_concatenated=False))
+    assert apart.cannot_fill(SimpleNamespace(is_concatenated=True, is_transposed=True)) == ""
 
 
 def test_an_index_of_shards_and_links_as_in_a_snapshot(tmp_path: Path) -> None:

@@ -95,13 +95,14 @@ def kimi_k3(directory: Path) -> tuple[Tensors, Stacks]:
 
 
 def quark(directory: Path, method: str = "quark") -> tuple[Tensors, Stacks]:
-    """With a quantised matrix outside the experts too."""
+    """With a quantised matrix and a convolution's three axes outside the experts."""
     expected = stacks(["model.layers.0.mlp"])
     names = ("gate_proj", "up_proj", "down_proj")
     tensors = separate(expected, str, names, lambda codes, scales: {".weight": codes, ".weight_scale": scales})
     attention = encode_mxfp4(torch.randn(32, 64, generator=torch.Generator().manual_seed(1)))
     tensors["model.layers.0.self_attn.q_proj.weight"] = attention.packed[0]
     tensors["model.layers.0.self_attn.q_proj.weight_scale"] = attention.scales[0]
+    tensors["model.layers.0.self_attn.conv1d.weight"] = torch.ones(4, 1, 3, dtype=torch.bfloat16)
     return _write(directory, tensors, {"quant_method": method}), expected
 
 
