@@ -116,7 +116,7 @@ def pack_experts(
 
 def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:
     """Let `save_pretrained` write packed tensors under the names that they have, and say what adapters they carry."""
-    model._weight_conversions = []  # transformers' rules would take packed stacks apart as if they were dense
+    model._weight_conversions = []  # the rules of transformers 5.17 take packed stacks apart as if they were dense
     config = getattr(model, "config", None)
     if config is None:
         return

@@ -196,6 +196,8 @@ def test_a_stored_head_is_kept_though_the_configuration_ties_it(tmp_path: Path) 
     (tmp_path / "source/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     model = load_packed_model(tmp_path / "source", rank=0)
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    model.tie_weights()  # as resizing the embeddings does
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
     save_packed_model(model, tmp_path / "again")
     assert_same_tensors(stored(tmp_path / "again"), tensors)
     assert_same_tensors(load_packed_model(tmp_path / "again", rank=0).state_dict(), tensors)
