@@ -5,25 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mxref.checkpoints.deepseek_v4 import (
-    is_deepseek_checkpoint,
-    list_deepseek_expert_tensors,
-    read_deepseek_expert_weights,
-)
-from mxref.checkpoints.gpt_oss import ExpertTensor, list_expert_tensors, read_expert_biases, read_expert_weights
+from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_biases, read_expert_weights
 from mxref.formats import SCALE_MODES
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, check_adapter
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
-__all__ = ["experts_modules", "pack_experts"]
+__all__ = ["ADAPTERS_KEY", "experts_modules", "pack_experts"]
+
+ADAPTERS_KEY = "mxref_adapters"
+"""Where a model's configuration keeps rank and alpha of adapters that its packed experts own, for loading them."""
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
 
 def pack_experts(
     model: nn.Module,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     rank: int = 16,
     alpha: float | None = None,
     *,
@@ -71,9 +69,9 @@ def pack_experts(
 
     Args:
         model: a transformers MoE model.
-        checkpoint: file or directory with gpt-oss or DeepSeek-V4 names, whose bytes are taken as they are; the layers
-            must be the model's. By default torchao MXTensor parameters are taken as they are and dense weights are
-            quantised.
+        checkpoint: of any convention of `mxref.checkpoints`, opened or its path; its bytes are taken as they are, and
+            its projections must be the model's. By default torchao MXTensor parameters are taken as they are and dense
+            weights are quantised.
         rank: of the adapters; 0 for none (as when PEFT adds its own).
         alpha: scaling is alpha / rank; alpha = rank by default.
         lora_dtype: of the adapters.
@@ -91,23 +89,20 @@ def pack_experts(
         check_adapter(rank, alpha, lora_dtype)
     if scale_mode not in SCALE_MODES:
         raise ValueError(f"scale_mode is {scale_mode!r}; expected one of {', '.join(SCALE_MODES)}")
-    read = read_expert_weights
-    if checkpoint is not None:
-        deepseek = is_deepseek_checkpoint(checkpoint)
-        read = read_deepseek_expert_weights if deepseek else read_expert_weights
-        listed = list_deepseek_expert_tensors(checkpoint) if deepseek else list_expert_tensors(checkpoint)
-        _check_checkpoint(modules, listed, checkpoint)
+    opened = None if checkpoint is None else open_checkpoint(checkpoint)
+    if opened is not None:
+        _check_checkpoint(modules, opened)
     else:
         for name, module in modules.items():
             _check_encodable(name, module)
     for name, module in modules.items():
         source = {f"{name}.{p}": p for p in PROJECTIONS}
         home = _home(module) if device is None else torch.device(device)
-        if checkpoint is not None:
-            packed = {source[key]: _own_copy(w, home) for key, w in read(checkpoint, source)}
+        if opened is not None:
+            packed = {source[key]: weights.to(home) for key, weights in read_expert_weights(opened, source)}
         else:
             packed = {p: _encode(module, p, scale_mode).to(home) for p in PROJECTIONS}
-        biases = _biases(module, name, checkpoint, home)
+        biases = _biases(module, name, opened, home)
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
             delattr(module, parameter)  # the module lives on behind its activation, without weights
         experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], module._apply_gate, biases)
@@ -115,7 +110,20 @@ def pack_experts(
             experts.add_lora(rank, alpha, lora_dtype)
         experts.train(module.training)
         model.set_submodule(name, experts)
+    _prepare_saving(model, rank, alpha)
     return model
+
+
+def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:
+    """Let `save_pretrained` write packed tensors under the names that they have, and say what adapters they carry."""
+    model._weight_conversions = []  # the rules of transformers 5.17 take packed stacks apart as if they were dense
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    if rank:
+        setattr(config, ADAPTERS_KEY, {"rank": rank, "alpha": float(rank if alpha is None else alpha)})
+    if config.model_type == "gpt_oss":  # what transformers needs to read the stacks
+        config.quantization_config = dict(gpt_oss.CONVENTION.quantization or {})
 
 
 def _is_stack(parameter: Any) -> bool:
@@ -143,14 +151,16 @@ def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     return (E, first, second) if getattr(module, "is_transposed", False) else (E, second, first)
 
 
-def _check_checkpoint(modules: Mapping[str, nn.Module], listed: Iterable[ExpertTensor], checkpoint: str | Path) -> None:
-    held = {entry.name: (entry.E, entry.K, entry.N) for entry in listed}
+def _check_checkpoint(modules: Mapping[str, nn.Module], checkpoint: Checkpoint) -> None:
+    held = {entry.name: (entry.E, entry.K, entry.N) for entry in checkpoint.expert_tensors}
     for name, module in modules.items():
+        if reason := checkpoint.cannot_fill(module):
+            raise ValueError(f"{name} cannot take its weights from {checkpoint.files.root}: {reason}")
         for projection in PROJECTIONS:
             key, expected = f"{name}.{projection}", _matrix_shape(module, projection)
             if held.get(key) != expected:
                 found = f"has [E, K, N] = {held[key]}" if key in held else "is missing"
-                raise ValueError(f"{key} {found} in {checkpoint}; the model needs {expected}")
+                raise ValueError(f"{key} {found} in {checkpoint.files.root}; the model needs {expected}")
 
 
 def _check_encodable(name: str, module: nn.Module) -> None:
@@ -174,19 +184,13 @@ def _encode(module: nn.Module, name: str, scale_mode: str) -> MXWeights:
     return encode_mxfp4((weight.mT if getattr(module, "is_transposed", False) else weight).contiguous(), scale_mode)
 
 
-def _biases(module: nn.Module, name: str, checkpoint: str | Path | None, device: torch.device) -> dict[str, Tensor]:
+def _biases(module: nn.Module, name: str, checkpoint: Checkpoint | None, device: torch.device) -> dict[str, Tensor]:
     """The biases that the module has; a checkpoint stands in for those on the meta device."""
     own = {p: bias.detach() for p in PROJECTIONS if (bias := getattr(module, f"{p}_bias", None)) is not None}
     meta = {f"{name}.{p}": p for p, bias in own.items() if bias.is_meta}
     stored = read_expert_biases(checkpoint, meta) if meta and checkpoint is not None else ()
     read = {meta[key]: bias.to(device, own[meta[key]].dtype, copy=True) for key, bias in stored}
     return {p: read[p] if p in read else bias.to(device) for p, bias in own.items()}
-
-
-def _own_copy(weights: MXWeights, device: torch.device) -> MXWeights:
-    """The weights in memory of their own: what safetensors reads is a window on the file, which may change."""
-    packed, scales = (buffer.to(device, copy=True) for buffer in (weights.packed, weights.scales))
-    return MXWeights(packed, scales, weights.K, weights.N, orig_dtype=weights.orig_dtype)
 
 
 def _home(module: Any) -> torch.device:
