@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
-from mxref.kernels.models.experts import PROJECTIONS, LoRA, PackedExperts
-from mxref.kernels.models.moe_block import unwrap_adapters
+from mxref.kernels.models.adapters import LoRA, unwrap_adapters
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
 __all__ = ["MergeLoss", "merge_adapters"]
