@@ -68,7 +68,8 @@ def routed_experts(
         activation: [P, 2I] -> [P, I], row by row.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     order = flatten_sort_count(experts, gate_up.weight.shape[0])
     hidden = gate_up.apply(x.to(dtype), experts.shape[1], order, grouped_out=True)
     out = down.apply(activation(hidden).to(dtype), 1, order, grouped_in=True, gates=gates)
@@ -165,15 +166,22 @@ class PackedExperts(nn.Module):
         check_adapter(rank, alpha, dtype)
         if self.rank:
             raise ValueError(f"there are adapters of rank {self.rank} already; call remove_lora() first")
-        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        adapters = {}
         for name in PROJECTIONS:
             E, K, N = self.shape(name)
             device = self.get_parameter(f"{name}_scales").device
             A = torch.empty(E * rank, K, dtype=dtype, device=device)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            self.register_parameter(f"{name}_lora_A", nn.Parameter(A))
-            B = torch.zeros(N, E * rank, dtype=dtype, device=device)
-            self.register_parameter(f"{name}_lora_B", nn.Parameter(B))
+            adapters[name] = LoRA(A, torch.zeros(N, E * rank, dtype=dtype, device=device), 0.0)
+        self.adopt_lora(rank, float(rank if alpha is None else alpha), adapters)
+
+    def adopt_lora(self, rank: int, alpha: float, adapters: Mapping[str, LoRA]) -> None:
+        """Own these adapters of both projections, without a copy; their scaling becomes alpha / rank."""
+        self.rank, self.alpha = rank, alpha
+        for name in PROJECTIONS:
+            for part, value in (("A", adapters[name].A), ("B", adapters[name].B)):
+                parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
+                self.register_parameter(f"{name}_lora_{part}", parameter)
 
     def remove_lora(self) -> None:
         """Drop the module's own adapters, if any."""
@@ -235,7 +243,8 @@ class PackedExperts(nn.Module):
         return f"MXFP4 [E, K, N]: {shapes}, rank={self.rank}"
 
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
-        blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
+        # detached: what backward reads are these bytes, whatever the parameters hold by then
+        blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
         return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:

@@ -36,6 +36,8 @@ HEADER = ("family", "experts", "packed", "HFScatterMoEGatedMLP", "PEFT on the pa
 
 _MODELS = Path(transformers.__file__).parent / "models"
 _EXPERTS = re.compile(r"^class (\w*Experts)\(", re.MULTILINE)
+_CLASS = re.compile(r"^class (\w+)\(.*\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
+"""A class's name and its body."""
 _TOLERANCE = 2e-5
 """Of the largest value, for fp32 sums in another order: some γ_n, n up to a few hundred, through two layers."""
 
@@ -64,6 +66,7 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma4": {"head_dim": None, "enable_moe_block": True},
     "glm5_next": {"qk_rope_head_dim": 0},
     "lfm2_moe": {"layer_types": ["full_attention", "full_attention"]},
+    "qwen3_omni_moe": {"shared_expert_intermediate_size": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Where a family wants other sizes; None leaves its own."""
@@ -151,7 +154,7 @@ def _experts_classes(family: str) -> dict[str, Any]:
 
 def _config(family: str, config_class: Any) -> Any:
     known = inspect.signature(config_class).parameters
-    sizes = {name: value for name, value in {**_SIZES, **_OWN_SIZES.get(family, {})}.items() if name in known}
+    sizes = {name: value for name, value in _SIZES.items() if name in known} | _OWN_SIZES.get(family, {})
     if "qk_rope_head_dim" in known:  # multi-head latent attention: a size of its own, and no groups
         sizes |= {"head_dim": None, "num_key_value_heads": 4}
     config = config_class(**{name: value for name, value in sizes.items() if value is not None})
@@ -180,11 +183,12 @@ def _build(family: str, name: str) -> nn.Module | str:
 
 
 def _blocks(family: str) -> Iterator[tuple[str, nn.Module | str]]:
-    """Modules that hold experts under that name, and no deeper."""
-    names = [f"{name}(" for name in _experts_classes(family)]
-    for name, item in _classes(family, "modeling", nn.Module).items():
-        if any(made in inspect.getsource(item) for made in names) and name not in _experts_classes(family):
-            yield name, _build(family, name)
+    """Modules that make experts of their own."""
+    experts = _experts_classes(family)
+    for path in sorted((_MODELS / family).glob("modeling_*.py")):
+        for name, body in _CLASS.findall(path.read_text()):
+            if name not in experts and any(f"{made}(" in body for made in experts):
+                yield name, _build(family, name)
 
 
 def _language_models(family: str) -> Iterator[tuple[str, nn.Module | str]]:
@@ -229,7 +233,7 @@ def _try_block(block: nn.Module | str) -> str:
     try:
         expected = block(x)
     except Exception as error:
-        return f"no: its own forward takes more than hidden states ({type(error).__name__})"
+        return f"no: its own forward fails on hidden states alone ({type(error).__name__})"
     dense = _refusal(lambda: HFScatterMoEGatedMLP.forward(block, x))
     if dense:
         return dense
@@ -252,14 +256,17 @@ def _try_peft(model: nn.Module | str) -> str:
         return refusal
     dequantise(model, packed)
     targets = [f"{name}.{projection}" for name in experts_modules(model) for projection in PROJECTIONS]
-    logits = []
+    outcomes, states = [], []
     for base in (packed, model):
         torch.manual_seed(3)
         config = peft.LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
         adapted: Any = peft.get_peft_model(base, config)
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        logits.append(_with_gradients(adapted(torch.arange(5)[None], use_cache=False).logits, *trained))
-    _assert_near(*logits)
+        outcomes.append(_with_gradients(adapted(torch.arange(5)[None], use_cache=False).logits, *trained))
+        states.append(peft.get_peft_model_state_dict(adapted))
+    _assert_near(*outcomes)
+    assert list(states[0]) == list(states[1]), "an adapter's names differ from plain PEFT's"
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
     return "yes"
 
 
@@ -298,7 +305,7 @@ def main(arguments: list[str]) -> None:
     path = Path(arguments[0])
     before, _, rest = path.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    path.write_text(f"{before}{BEGIN}\ntransformers {transformers.__version__}\n\n{table()}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from mxref.checkpoints.deepseek_v4 import (
     is_deepseek_checkpoint,
@@ -170,8 +171,8 @@ def _check_checkpoint(modules: Mapping[str, nn.Module], listed: Iterable[ExpertT
 def _check_encodable(name: str, module: nn.Module) -> None:
     for projection in PROJECTIONS:
         weight, (_, K, _) = getattr(module, projection), _matrix_shape(module, projection)
-        if weight.is_meta:
-            raise ValueError(f"{name}.{projection} lies on the meta device; give the checkpoint to read it from")
+        if weight.is_meta or isinstance(weight, FakeTensor):
+            raise ValueError(f"{name}.{projection} has no data (meta device); give the checkpoint to read it from")
         if K % MX_BLOCK_SIZE:
             raise ValueError(f"{name}.{projection} has K = {K}; MXFP4 needs a multiple of {MX_BLOCK_SIZE}")
         if is_mxfp4_param(weight) and getattr(module, "is_transposed", False):
