@@ -1,8 +1,8 @@
 """The packed experts' own adapters (`rank=r`) on disk, as a PEFT adapter.
 
-    from mxref.kernels.models.adapter_files import load_adapters, save_adapters
-    save_adapters(model, "run")         # adapter_config.json beside adapter_model.safetensors
-    load_adapters(model, "run")         # or peft.PeftModel.from_pretrained(model, "run") on dense or packed weights
+from mxref.kernels.models.adapter_files import load_adapters, save_adapters
+save_adapters(model, "run")         # adapter_config.json beside adapter_model.safetensors
+load_adapters(model, "run")         # or peft.PeftModel.from_pretrained(model, "run") on dense or packed weights
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A LoRA adapter of one expert projection: its two matrices, their order of columns here and in PEFT, and its limits."""
+"""A LoRA adapter of one expert projection: its matrices, their layouts here and in PEFT, and its limits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LoRA:
         Raises:
             ValueError: the ranks add up to more than the kernels take.
         """
-        A = [adapter.A.unflatten(0, (num_experts, -1)) for adapter in adapters]
+        A = [adapter.A.reshape(num_experts, -1, adapter.A.shape[1]) for adapter in adapters]
         ranks = [part.shape[1] for part in A]
         if sum(ranks) > MAX_RANK:
             raise ValueError(f"the active adapters have ranks {ranks}; together the kernels take up to {MAX_RANK}")
@@ -49,7 +49,7 @@ class LoRA:
         ]
         return cls(
             torch.cat(A, 1).flatten(0, 1),
-            torch.cat([part.unflatten(1, (num_experts, -1)) for part in B], 2).flatten(1),
+            torch.cat([part.reshape(part.shape[0], num_experts, -1) for part in B], 2).flatten(1),
             scaling,
         )
 

@@ -149,7 +149,8 @@ class PackedExperts(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As nn.Module does, for copies and pickles."""
-        super().__setstate__(state)
+        restore: Any = super().__setstate__
+        restore(state)
         _register_with_peft()
 
     def add_lora(self, rank: int, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> None:
@@ -169,7 +170,7 @@ class PackedExperts(nn.Module):
         adapters = {}
         for name in PROJECTIONS:
             E, K, N = self.shape(name)
-            device = self.get_parameter(f"{name}_scales").device
+            device = getattr(self, f"{name}_scales").device
             A = torch.empty(E * rank, K, dtype=dtype, device=device)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             adapters[name] = LoRA(A, torch.zeros(N, E * rank, dtype=dtype, device=device), 0.0)
@@ -204,7 +205,7 @@ class PackedExperts(nn.Module):
             ValueError: `name` is no projection.
         """
         _check_projection(name)
-        E, N, blocks, half = self.get_parameter(f"{name}_blocks").shape
+        E, N, blocks, half = getattr(self, f"{name}_blocks").shape
         return E, 2 * blocks * half, N
 
     def packed_weights(self, name: str) -> MXWeights:
@@ -214,7 +215,7 @@ class PackedExperts(nn.Module):
             ValueError: `name` is no projection.
         """
         _check_projection(name)
-        blocks, scales = (self.get_parameter(f"{name}_{part}").detach() for part in ("blocks", "scales"))
+        blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
         return MXWeights.from_gpt_oss(blocks, scales)
 
     def forward(
@@ -249,14 +250,15 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """What `to`, `half`, `type`, `cuda` and the like go through; refused before anything has changed."""
-        device = self.get_parameter(_PACKED[0]).device
+        device = getattr(self, _PACKED[0]).device
         converted = fn(torch.zeros(0, dtype=torch.uint8, device=device)).dtype
         if converted != torch.uint8:
             raise TypeError(
                 f"packed experts cannot become {converted}: their uint8 parameters are codes and scales, not numbers; "
                 "to(dtype) casts the other parameters and leaves these alone"
             )
-        super()._apply(fn, recurse)
+        apply: Any = super()._apply
+        apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every MoE family of the installed transformers, built small and tried: what the kernels cover, what they refuse and why.
+"""Every MoE family of the installed transformers, built small and tried: what the kernels cover, and what not and why.
 
     python -m mxref.kernels.models.families                   print the table family × feature
     python -m mxref.kernels.models.families docs/models.md    write it between that file's marks
@@ -24,9 +24,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.moe_block import HFScatterMoEGatedMLP
-from mxref.kernels.models.packing import experts_modules, not_covered, pack_experts
+from mxref.kernels.models.packing import experts_modules, pack_experts
 from mxref.weights import decode_mxfp4
 
 __all__ = ["BEGIN", "END", "HEADER", "dequantise", "families", "row", "small_model", "table"]
@@ -117,7 +117,9 @@ def dequantise(dense: nn.Module, packed: nn.Module) -> nn.Module:
         experts: Any = packed.get_submodule(name)
         for projection in PROJECTIONS:
             values = decode_mxfp4(experts.packed_weights(projection), torch.float32)
-            getattr(module, projection).data = (values.mT if getattr(module, "is_transposed", False) else values).contiguous()
+            getattr(module, projection).data = (
+                values.mT if getattr(module, "is_transposed", False) else values
+            ).contiguous()
     return dense
 
 
@@ -237,7 +239,9 @@ def _try_block(block: nn.Module | str) -> str:
     dense = _refusal(lambda: HFScatterMoEGatedMLP.forward(block, x))
     if dense:
         return dense
-    _assert_near(_with_gradients(_hidden(HFScatterMoEGatedMLP.forward(block, x)), x), _with_gradients(_hidden(expected), x))
+    _assert_near(
+        _with_gradients(_hidden(HFScatterMoEGatedMLP.forward(block, x)), x), _with_gradients(_hidden(expected), x)
+    )
     packed = pack_experts(copy.deepcopy(block), rank=0)
     dequantise(block, packed)
     _assert_near(

@@ -1,9 +1,9 @@
 """PEFT adapters whose base is `PackedExperts`.
 
-Importing this module makes PEFT's LoRA know packed experts, whichever way it is asked: `peft.get_peft_model`, a
-trainer's `peft_config`, `PeftModel.from_pretrained`, a model's own `add_adapter` and `load_adapter`. A model with packed
-experts imports it by itself. In PEFT's table of tuners the entry for LoRA becomes `LoraModel`, a subclass that treats
-every other model as PEFT does.
+Importing this module makes PEFT's LoRA know packed experts, by whichever door: `peft.get_peft_model`, a trainer's
+`peft_config`, `PeftModel.from_pretrained`, a model's own `add_adapter` and `load_adapter`. Packed experts import it by
+themselves. In PEFT's table of tuners the entry for LoRA becomes `LoraModel`, a subclass that treats every other model
+as PEFT does.
 
     from mxref.kernels.models.peft import get_peft_model
     model = get_peft_model(pack_experts(model, rank=0), LoraConfig(
@@ -66,7 +66,8 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) ->
             them or holds a name that nothing has, or the configuration asks for what packed weights cannot give.
     """
     _check_reaches_experts(model, config)
-    return peft.get_peft_model(model, config, **options)
+    adapted: peft.PeftModel = peft.get_peft_model(model, config, **options)
+    return adapted
 
 
 def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> peft.PeftModel:
@@ -81,7 +82,8 @@ def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> 
         TypeError, ValueError: as `get_peft_model`.
     """
     _check_reaches_experts(model, peft.PeftConfig.from_pretrained(str(directory)))
-    return peft.PeftModel.from_pretrained(model, str(directory), **options)
+    adapted: peft.PeftModel = peft.PeftModel.from_pretrained(model, str(directory), **options)
+    return adapted
 
 
 class LoraModel(lora_model.LoraModel):
@@ -106,10 +108,13 @@ class LoraModel(lora_model.LoraModel):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, PackedExperts):
             return ParamWrapper(target, adapter_name, config=lora_config, **options)
-        return lora_model.LoraModel._create_new_module(lora_config, adapter_name, target, **options)
+        as_peft_does: Any = lora_model.LoraModel._create_new_module
+        module: nn.Module = as_peft_does(lora_config, adapter_name, target, **options)
+        return module
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+        as_peft_does: Any = super()._check_merge_allowed
+        as_peft_does()
         if any(isinstance(module, ParamWrapper) for module in self.model.modules()):
             raise ValueError(_NO_MERGE)
 
@@ -133,12 +138,13 @@ class ParamWrapper(lora_layer.ParamWrapper):
     def get_param(self) -> Tensor:
         """A stand-in of the projection's dense shape [E, in, out], one number wide, where the packed weights lie."""
         base: Any = self.get_base_layer()
-        device = base.get_parameter(f"{self.parameter_name}_scales").device
+        device = getattr(base, f"{self.parameter_name}_scales").device
         return torch.zeros((), device=device).expand(base.shape(self.parameter_name))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts' forward with the active adapters of this wrapper and of those nested in it."""
-        self._check_forward_args(x, *args, **kwargs)
+        check: Any = self._check_forward_args
+        check(x, *args, **kwargs)
         base, adapters = unwrap_adapters(self)
         out: Tensor = base(x, *args, adapters=adapters, **kwargs)
         return out

@@ -132,7 +132,10 @@ def test_active_experts_of_dense_weights(active: torch.Tensor, error: type[Excep
         ({"use_dora": True}, "use_dora"),
         ({"r": 129}, "rank is 129"),
         ({"target_parameters": [*TARGETS, "mlp.experts.down_proj_bias"]}, "asked for down_proj_bias"),
-        ({"target_parameters": [*TARGETS, "mlp.experts.up_proj"]}, r"holds 'mlp\.experts\.up_proj'.*nearest names are \['mlp\.experts\.gate_up_proj'"),
+        (
+            {"target_parameters": [*TARGETS, "mlp.experts.up_proj"]},
+            r"holds 'mlp\.experts\.up_proj'.*nearest names are \['mlp\.experts\.gate_up_proj'",
+        ),
     ],
 )
 def test_peft(options: dict[str, Any], message: str) -> None:

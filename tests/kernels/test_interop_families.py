@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from mxref.kernels.models import families
 
@@ -15,7 +18,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 def documented() -> tuple[str, dict[str, tuple[str, ...]]]:
     """The version of transformers that the table was made with, and its rows by family."""
-    version, _, header, _, *rows = DOCS.read_text().partition(families.BEGIN)[2].partition(families.END)[0].split("\n")[1:-1]
+    version, _, header, _, *rows = (
+        DOCS.read_text().partition(families.BEGIN)[2].partition(families.END)[0].split("\n")[1:-1]
+    )
     cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in (header, *rows)]
     assert cells[0] == families.HEADER
     return version.removeprefix("transformers "), {row[0]: row for row in cells[1:]}
@@ -48,9 +53,11 @@ def test_another_activation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         packed = honest(model, **options)
         for module in packed.modules():
             if isinstance(module, families.PackedExperts):
-                gate = module._activation
-                module._activation = lambda x: gate(x.roll(x.shape[-1] // 2, -1))
+                module._activation = partial(swapped, module._activation)
         return packed
+
+    def swapped(gate: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+        return gate(gate_up.roll(gate_up.shape[-1] // 2, -1))
 
     monkeypatch.setattr(families, "pack_experts", exchanged)
     with pytest.raises(AssertionError):

@@ -139,7 +139,10 @@ def test_names_from_before_the_experts_were_stacked() -> None:
 
 
 BEFORE_WRAPPING: list[tuple[dict[str, Any], str]] = [
-    ({"target_parameters": ["mlp.experts.gate_up_prj"]}, r"'mlp\.experts\.gate_up_prj'.*nearest.*experts\.gate_up_proj"),
+    (
+        {"target_parameters": ["mlp.experts.gate_up_prj"]},
+        r"'mlp\.experts\.gate_up_prj'.*nearest.*experts\.gate_up_proj",
+    ),
     ({"target_parameters": ["experts.up_proj"]}, r"nearest names are \['experts\.gate_up_proj'"),
     ({"target_modules": ["q_proj", "gate_up_proj"], "target_parameters": None}, r"'gate_up_proj'.*target_parameters"),
     ({"r": 129}, r"experts\.gate_up_proj: rank is 129; the kernels take ranks 1 to 128"),

@@ -1,4 +1,4 @@
-"""`HFScatterMoEGatedMLP` against the blocks' own forward, dense and packed, with adapters; see test_interop_families too."""
+"""`HFScatterMoEGatedMLP` against the blocks' own forward, dense and packed, with adapters."""
 
 from __future__ import annotations
 

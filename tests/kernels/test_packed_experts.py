@@ -144,12 +144,13 @@ def test_without_data_there_are_shapes() -> None:
     assert torch.equal(experts(*call()), expected)
 
 
-@pytest.mark.parametrize("context", [torch.device("meta"), FakeTensorMode()], ids=["meta", "fake"])
-def test_packing_without_data_is_refused(context: Any) -> None:
-    with context:
-        holder = nn.ModuleDict({"experts": make("qwen3_experts")})
-    with pytest.raises(ValueError, match="has no data"):
-        pack_experts(holder)
+def test_packing_without_data_is_refused() -> None:
+    meta = make("qwen3_experts").to("meta")
+    with FakeTensorMode():
+        fake = make("qwen3_experts")
+    for experts in (meta, fake):
+        with pytest.raises(ValueError, match="has no data"):
+            pack_experts(nn.ModuleDict({"experts": experts}))
 
 
 def test_a_default_device_of_meta_changes_nothing() -> None:
@@ -265,7 +266,10 @@ def test_packing_takes_memory_for_one_expert(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_trains_after_packing() -> None:
     model = pack_experts(small_model("qwen3_moe").requires_grad_(True), rank=2)
-    assert {name.rpartition("_proj_")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert {name.rpartition("_proj_")[2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
     model = pack_experts(small_model("qwen3_moe").requires_grad_(True), rank=0)
     frozen = {name.rpartition(".")[2] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {f"{p}_{part}" for p in ("gate_up_proj", "down_proj") for part in ("blocks", "scales")}
