@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_biases, read_expert_weights
-from mxref.formats import SCALE_MODES
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, check_adapter
+from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
+from mxref.kernels.models.adapters import check_adapter
+from mxref.kernels.models.experts import PROJECTIONS, Activation, PackedExperts
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
-__all__ = ["ADAPTERS_KEY", "experts_modules", "pack_experts"]
+__all__ = ["ADAPTERS_KEY", "experts_modules", "not_covered", "pack_experts"]
 
 ADAPTERS_KEY = "mxref_adapters"
 """Where a model's configuration keeps rank and alpha of adapters that its packed experts own, for loading them."""
@@ -28,7 +30,8 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     """The experts modules of a transformers model by name, each checked to be one that the kernels cover.
 
     Covered: a stack of weights `gate_up_proj` and `down_proj` with the model's own `_apply_gate` between them, in
-    either orientation, gate and up halves or interleaved, with or without biases.
+    either orientation, gate and up halves or interleaved, with or without biases. Shared experts, which every token
+    passes, are no routed experts and stay as they are.
 
     Raises:
         TypeError: `model` is no module, or an experts module is of another kind; the message says which and why.
@@ -38,11 +41,15 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
         raise TypeError(f"model is {type(model).__name__}; expected a transformers model")
     if packed := next((name for name, m in model.named_modules() if isinstance(m, PackedExperts)), None):
         raise ValueError(f"{packed} is packed already")
-    found = {name: m for name, m in model.named_modules() if hasattr(m, "down_proj") and _is_stack(m.down_proj)}
+    found = {
+        name: m
+        for name, m in model.named_modules()
+        if _is_stack(getattr(m, "down_proj", None)) and "shared" not in name.rpartition(".")[2]
+    }
     for name, module in found.items():
         if "base_layer" in name.split("."):
             raise TypeError(f"{name} is wrapped by PEFT already; pack or choose the experts first, then add adapters")
-        if reason := _not_covered(module):
+        if reason := not_covered(module):
             raise TypeError(f"{name} ({type(module).__name__}) is not covered: {reason}")
     if not found:
         raise ValueError(
@@ -64,8 +71,11 @@ def pack_experts(
 ) -> nn.Module:
     """Replace every experts module of a transformers model by `PackedExperts`; returns the same model.
 
-    Everything is checked before the first module is replaced. Dense weights are let go one layer at a time; they may
-    lie on the meta device when a checkpoint is given.
+    Everything is checked before the first module is replaced. Dense weights are quantised one expert at a time and let
+    go one layer at a time; they may lie on the meta device when a checkpoint is given.
+
+    With adapters (`rank` above 0) everything else in the model is frozen, as PEFT does; unfreeze afterwards what is to
+    train beside them. With `rank=0` only the experts themselves are frozen, and PEFT freezes the rest.
 
     Args:
         model: a transformers MoE model.
@@ -95,17 +105,19 @@ def pack_experts(
     else:
         for name, module in modules.items():
             _check_encodable(name, module)
+    if rank:
+        model.requires_grad_(False)
     for name, module in modules.items():
         source = {f"{name}.{p}": p for p in PROJECTIONS}
         home = _home(module) if device is None else torch.device(device)
         if opened is not None:
             packed = {source[key]: weights.to(home) for key, weights in read_expert_weights(opened, source)}
         else:
-            packed = {p: _encode(module, p, scale_mode).to(home) for p in PROJECTIONS}
+            packed = {p: _encode(module, p, scale_mode, home) for p in PROJECTIONS}
         biases = _biases(module, name, opened, home)
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
             delattr(module, parameter)  # the module lives on behind its activation, without weights
-        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], module._apply_gate, biases)
+        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], Activation(module), biases)
         if rank:
             experts.add_lora(rank, alpha, lora_dtype)
         experts.train(module.training)
@@ -126,11 +138,7 @@ def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:
         config.quantization_config = dict(gpt_oss.CONVENTION.quantization or {})
 
 
-def _is_stack(parameter: Any) -> bool:
-    return isinstance(parameter, Tensor) and parameter.ndim == 3
-
-
-def _not_covered(module: nn.Module) -> str:
+def not_covered(module: nn.Module) -> str:
     """Why the kernels do not cover an experts module; empty if they do."""
     if not getattr(module, "has_gate", True) or not _is_stack(getattr(module, "gate_up_proj", None)):
         return "it has no stacked gate_up_proj; experts without a gate or with separate gate and up are not covered"
@@ -138,11 +146,18 @@ def _not_covered(module: nn.Module) -> str:
         return "it has no _apply_gate, so its activation is unknown"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalises each expert's output before the gates"
+    known = {*PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)}
+    if unknown := [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in known]:
+        return f"it holds {unknown[0]}, which the kernels do not know"
     for name in PROJECTIONS:
         weight = getattr(module, name)
         if not is_mxfp4_param(weight) and (not weight.is_floating_point() or weight.element_size() < 2):
             return f"{name} is {weight.dtype}; expected bf16, fp16, fp32 or a torchao MXTensor of FP4"
     return ""
+
+
+def _is_stack(parameter: Any) -> bool:
+    return isinstance(parameter, Tensor) and parameter.ndim == 3
 
 
 def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
@@ -166,10 +181,10 @@ def _check_checkpoint(modules: Mapping[str, nn.Module], checkpoint: Checkpoint) 
 def _check_encodable(name: str, module: nn.Module) -> None:
     for projection in PROJECTIONS:
         weight, (_, K, _) = getattr(module, projection), _matrix_shape(module, projection)
-        if weight.is_meta:
-            raise ValueError(f"{name}.{projection} lies on the meta device; give the checkpoint to read it from")
-        if K % 32:
-            raise ValueError(f"{name}.{projection} has K = {K}; MXFP4 needs a multiple of 32")
+        if weight.is_meta or isinstance(weight, FakeTensor):
+            raise ValueError(f"{name}.{projection} has no data (meta device); give the checkpoint to read it from")
+        if K % MX_BLOCK_SIZE:
+            raise ValueError(f"{name}.{projection} has K = {K}; MXFP4 needs a multiple of {MX_BLOCK_SIZE}")
         if is_mxfp4_param(weight) and getattr(module, "is_transposed", False):
             raise ValueError(
                 f"{name}.{projection} is an MXTensor in a module that stores [E, K, N], so its blocks run along N; "
@@ -177,11 +192,19 @@ def _check_encodable(name: str, module: nn.Module) -> None:
             )
 
 
-def _encode(module: nn.Module, name: str, scale_mode: str) -> MXWeights:
+def _encode(module: nn.Module, name: str, scale_mode: str, home: torch.device) -> MXWeights:
+    """A projection on the device `home`, quantised there one expert at a time; MXTensors keep their bytes."""
     weight = getattr(module, name).detach()
     if is_mxfp4_param(weight):
-        return MXWeights.from_torchao(weight)
-    return encode_mxfp4((weight.mT if getattr(module, "is_transposed", False) else weight).contiguous(), scale_mode)
+        return MXWeights.from_torchao(weight).to(home)
+    E, K, N = _matrix_shape(module, name)
+    packed = torch.empty(E, N, K // 2, dtype=torch.uint8, device=home)
+    scales = torch.empty(E, N, K // MX_BLOCK_SIZE, dtype=torch.uint8, device=home)
+    for e in range(E):
+        matrix = (weight[e].mT if getattr(module, "is_transposed", False) else weight[e]).to(home).contiguous()
+        one = encode_mxfp4(matrix, scale_mode)
+        packed[e], scales[e] = one.packed[0], one.scales[0]
+    return MXWeights(packed, scales, K, N, orig_dtype=one.orig_dtype)
 
 
 def _biases(module: nn.Module, name: str, checkpoint: Checkpoint | None, device: torch.device) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ class GlobalState:
     @classmethod
     def now(cls) -> GlobalState:
         """The state at this moment."""
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         generators = [torch.random.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
         modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         return cls(
