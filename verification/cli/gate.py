@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mxref.checkpoints.gpt_oss import ExpertTensor, list_expert_tensors
+from mxref.checkpoints import ExpertTensor, list_expert_tensors
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mxref.checkpoints.gpt_oss import ExpertTensor, read_expert_weights
+from mxref.checkpoints import ExpertTensor, read_expert_weights
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.small import usual_dtype
