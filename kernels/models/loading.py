@@ -63,7 +63,10 @@ def load_packed_model(
     checkpoint = open_checkpoint(directory)  # says what is wrong with the files before a model is built
     config = AutoConfig.from_pretrained(directory)
     alpha = _check_adapters(checkpoint, config, rank, alpha)
-    with init_empty_weights(include_buffers=False):  # buffers are computed, or stored and then replaced
+    with (
+        torch.device("cpu"),
+        init_empty_weights(include_buffers=False),
+    ):  # buffers are computed, or stored and then replaced
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
     model.requires_grad_(False)
     renaming = Renaming(model)

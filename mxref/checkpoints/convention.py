@@ -235,7 +235,7 @@ def _module_name(layer: str) -> str:
 
 def _rows(files: Files, names: Iterable[str], rows: int, columns: int) -> Tensor:
     """Tensors of bytes below each other: uint8 [rows, columns]."""
-    out, row = torch.empty(rows, columns, dtype=torch.uint8), 0
+    out, row = torch.empty(rows, columns, dtype=torch.uint8, device="cpu"), 0
     for tensor in files.read(names):
         data = tensor.view(torch.uint8).reshape(-1, columns)
         out[row : row + len(data)] = data

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 __all__ = ["INDEX_NAME", "Entry", "Files", "natural", "read_json", "resolve"]
 
@@ -95,7 +96,10 @@ class Files:
 
         Raises:
             ValueError: a file is no longer what it was when the checkpoint was opened.
+            RuntimeError: under FakeTensorMode, where tensors have no data.
         """
+        if detect_fake_mode() is not None:
+            raise RuntimeError(f"FakeTensorMode is active, where tensors have no data; read {self.root} outside of it")
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             for name in names:

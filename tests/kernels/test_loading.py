@@ -16,6 +16,7 @@ from gpt_oss_checkpoint import make_gpt_oss_checkpoint
 from moe_models import assert_near, make, tiny_gpt_oss
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
+from torch._subclasses import FakeTensorMode
 from transformers import GenerationConfig, GptOssForCausalLM, Mxfp4Config
 
 from mxref.checkpoints import open_checkpoint
@@ -178,6 +179,18 @@ def test_dtypes_by_name(tmp_path: Path) -> None:
     for name in ("float33", "uint8", 3):
         with pytest.raises(TypeError, match=f"dtype is .*{name}"):
             load_packed_model(tmp_path, dtype=name)  # type: ignore[arg-type]
+
+
+def test_contexts_without_data(tmp_path: Path) -> None:
+    """A default device is none of the checkpoint's; under FakeTensorMode there is nothing to read into."""
+    make_gpt_oss_checkpoint(tmp_path, layers=1)
+    expected = load_packed_model(tmp_path, rank=0)(IDS).logits
+    with torch.device("meta"):
+        model = load_packed_model(tmp_path, rank=1)
+    assert torch.equal(model(IDS).logits, expected)
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="FakeTensorMode is active"):
+        load_packed_model(tmp_path)
+    assert torch.equal(load_packed_model(tmp_path, rank=0)(IDS).logits, expected)
 
 
 def test_what_a_model_keeps_in_fp32(tmp_path: Path) -> None:
