@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", metavar="LIST", help="with --weights: layers such as 0,3-5, or all (default: the first)"
     )
     how.add_argument("--experts", metavar="N", help="with --weights: experts of each projection, or all (default: 4)")
-    how.add_argument("--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated")
+    how.add_argument(
+        "--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated"
+    )
     how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
     how.add_argument("--list", action="store_true", help="print what would be asked, and stop")
     where = parser.add_argument_group("where")

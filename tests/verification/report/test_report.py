@@ -21,6 +21,7 @@ from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift, terminal
 from mxref.verification.report.page import as_html, failures, headline, share_text, write
 
+
 def errors(tensor: str, scale: float = 1.0) -> ErrorSample:
     draw = np.random.default_rng(0)
     magnitude = np.exp(draw.normal(0, 3, 500))
