@@ -50,6 +50,7 @@ def test_the_smaller_sample_holds_each_finite_byte_once(dtype: torch.dtype) -> N
     sample, points = draw(one_hot_elements(dtype)), RoundingPoints.contract(dtype)
     weights = sample.problem.expert_weights
     assert weights.scales.flatten().tolist() == finite_bytes(dtype)
+    assert weights.codes()[0].sort().values.tolist() == [sorted([*range(16)] * 2)] * len(finite_bytes(dtype))
     W = decode_mxfp4(weights, dtype).double()[0]  # [N, K]
     fwd = forward(sample.problem, points)
     rows = torch.arange(len(W))
