@@ -7,7 +7,6 @@ hurts nobody else. An item that kills the process is that implementation's failu
 from __future__ import annotations
 
 import multiprocessing
-import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -199,21 +198,20 @@ def _one_process(
 ) -> tuple[int | None, str]:
     """One process for all of a job's items: the item that it was lost in, if it was, and what happened."""
     context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    process = context.Process(target=_work, args=(job, messages), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, sender), daemon=True)
     process.start()
-    waiting, heard = list(numbers), time.monotonic()
+    sender.close()  # this process's copy: the end of the other one is then the end of the messages
+    waiting = list(numbers)
     try:
         while waiting:
+            if not receiver.poll(_SILENCE):
+                return waiting[0], f"no answer in {_SILENCE:.0f} s"
             try:
-                kind, content = messages.get(timeout=1.0)
-            except queue.Empty:
-                if time.monotonic() - heard > _SILENCE:
-                    return waiting[0], f"no answer in {_SILENCE:.0f} s"
-                if not process.is_alive() and messages.empty():
-                    return waiting[0], f"its process ended with code {process.exitcode}"
-                continue
-            heard = time.monotonic()
+                kind, content = receiver.recv()
+            except (EOFError, OSError):
+                process.join()
+                return waiting[0], f"its process ended with code {process.exitcode}"
             if kind == "lost":
                 return waiting[0], content
             if kind == "unavailable":
@@ -231,16 +229,16 @@ def _one_process(
 
 
 def _work(job: _Job, messages: Any) -> None:
-    """What a process does: one message an item. Ends early when the GPU no longer answers."""
+    """What a process does: one message an item, sent before the next begins. Ends when the GPU no longer answers."""
     device, who = torch.device(job.device), entry(job.name)
     try:
         candidate = who.make(device)
     except (ImportError, ValueError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == who.package
-        messages.put(("unavailable", "not installed" if missing else str(error)))
+        messages.send(("unavailable", "not installed" if missing else str(error)))
         return
     how = candidate.accumulation or default_accumulation(device)
-    messages.put(("declared", (candidate.declared_points, str(how))))
+    messages.send(("declared", (candidate.declared_points, str(how))))
     if not candidate.complete:  # what was read in foreign code is tried first; the order-free bound is a second chance
         candidate = replace(candidate, accumulation=None)
     items = job.items()
@@ -251,9 +249,9 @@ def _work(job: _Job, messages: Any) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except RuntimeError as error:  # a check never raises: only a GPU that no longer answers comes here
-            messages.put(("lost", f"its process could not go on: {str(error).splitlines()[0]}"))
+            messages.send(("lost", f"its process could not go on: {str(error).splitlines()[0]}"))
             return
-        messages.put(("item", answer))
+        messages.send(("item", answer))
 
 
 def _judge_item(candidate: Candidate, item: Item, how: Accumulation, slopes: int) -> Answer:
