@@ -8,7 +8,7 @@ rank>=16               a number: rows, experts, K, N, rank or slots; also <=, = 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mxref.verification.cases.case import Case
@@ -75,7 +75,7 @@ class Subset:
         """The case without what is not covered of every case."""
         return replace(case, call=replace(case.call, needs=())) if self.forward else case
 
-    def within(self, dimensions: Iterable[Dimension]) -> list[Dimension]:
+    def within(self, dimensions: list[Dimension]) -> list[Dimension]:
         """The dimensions with the classes that some case within can have."""
         kept = []
         for dimension in dimensions:

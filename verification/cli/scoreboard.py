@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from mxref.verification.candidates.known import ENTRIES, OWN, entry
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cli.options import choose_device, positive, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
@@ -108,7 +109,7 @@ def _names(text: str | None) -> list[str]:
 
 def _check_cases(names: list[str], arguments: argparse.Namespace, device: torch.device) -> None:
 
-    items = plan("full" if arguments.full else "quick", device, arguments.seed, own=OWN in names)
+    items = plan(Scope("full" if arguments.full else "quick", device.type, arguments.seed), own=OWN in names)
     if not any(item.fits(arguments.case or ()) for item in items):
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.cases.scope import Scope
 from mxref.verification.checks.finding import Finding
 from mxref.verification.gate.plan import Item, plan
 from mxref.verification.gate.run import judge
@@ -36,7 +37,7 @@ class Layer:
 def layers(device: torch.device, seed: int = 0) -> list[Layer]:
     """Every check that judges mutants on `device`, in the gate's order."""
     by_check: dict[str, list[Trial]] = {}
-    for item in plan("small", device, seed, own=True):
+    for item in plan(Scope("small", device.type, seed), own=True):
         by_check.setdefault(item.checks[0].name, []).append(Trial(item.name, partial(_judge, item)))
     return [Layer(name, tuple(trials)) for name, trials in by_check.items()]
 
