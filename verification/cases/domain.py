@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DIMENSIONS", "EXCLUDED", "Class", "Dimension", "Exclusion", "dimensions_for"]
+__all__ = ["DIMENSIONS", "EXCLUDED", "Class", "Dimension", "Exclusion", "dimensions_for", "living"]
 
 _GRADIENTS = ("dX", "dA", "dB", "dbias", "dgates")
 
@@ -103,7 +103,10 @@ DIMENSIONS: tuple[Dimension, ...] = (
         "slots", two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, eight={"top_k": 8}
     ),
     _of("dtype", fp32={"dtype": torch.float32}, bf16={"dtype": torch.bfloat16}, fp16={"dtype": torch.float16}),
-    _of("parameters", as_activations={}, fp32={"parameter_dtype": torch.float32}),
+    _of(
+        "parameters",
+        as_activations={}, fp32={"parameter_dtype": torch.float32}, bf16={"parameter_dtype": torch.bfloat16},
+    ),
     Dimension(
         "weights",
         (
@@ -176,6 +179,8 @@ EXCLUDED: tuple[Exclusion, ...] = (
               "both choose the kind of numbers"),
     Exclusion("values", ("off every grid",), "dtype", ("bf16", "fp16"), "16-bit activations lie on a grid"),
     Exclusion("values", ("NaN gate",), "gates", ("none",), "there is no gate"),
+    Exclusion("values", ("NaN gate",), "output order", ("by expert",), "gates need rows by position"),
+    Exclusion("values", ("off every grid",), "parameters", ("fp32",), "the same as the activations' dtype"),
     Exclusion("values", ("NaN in A",), "adapters", ("none",), "there is no adapter"),
     Exclusion("values", ("NaN in a remote row",), "routing",
               ("uniform", "empty experts", "one takes all", "an expert twice", "descending positions"),
@@ -183,6 +188,7 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("values", ("NaN in a row", "inf in a row", "NaN in dOut", "NaN gate", "NaN in a remote row"), "rows",
               ("none",), "there is no row"),
     Exclusion("parameters", ("fp32",), "dtype", ("fp32",), "the same as the activations' dtype"),
+    Exclusion("parameters", ("bf16",), "dtype", ("bf16",), "the same as the activations' dtype"),
     Exclusion("experts", ("one",), "routing", ("empty experts",), "all rows would be nobody's"),
     Exclusion("experts", ("hundreds",), "K", ("2880",), "weights of 10 GB and more; the full suite has real shapes"),
     Exclusion("experts", ("hundreds",), "N", ("5760",), "weights of 10 GB and more; the full suite has real shapes"),
@@ -212,4 +218,16 @@ def dimensions_for(dtypes: Sequence[torch.dtype], cheap: bool) -> list[Dimension
                 Class(each.name, each.stand_in, each.call) if each.stand_in is not None else each for each in classes
             )
         found.append(Dimension(dimension.name, classes))
-    return found
+    return living(found)
+
+
+def living(dimensions: Sequence[Dimension]) -> list[Dimension]:
+    """The dimensions without classes that no call can have, because all of another dimension exclude them."""
+    forbidden = {frozenset(((e.first, a), (e.second, b))) for e in EXCLUDED for a in e.classes for b in e.others}
+
+    def lives(dimension: Dimension, each: Class) -> bool:
+        own = (dimension.name, each.name)
+        others = [other for other in dimensions if other.name != dimension.name]
+        return all(any(frozenset((own, (o.name, c.name))) not in forbidden for c in o.classes) for o in others)
+
+    return [Dimension(d.name, tuple(each for each in d.classes if lives(d, each))) for d in dimensions]

@@ -10,7 +10,7 @@ import torch
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import covering_array
-from mxref.verification.cases.domain import EXCLUDED, Class, Dimension, dimensions_for
+from mxref.verification.cases.domain import EXCLUDED, Class, Dimension, dimensions_for, living
 
 __all__ = ["case_of", "domain_cases"]
 
@@ -33,7 +33,7 @@ def domain_cases(
         seed: of the array.
         within: the dimensions without classes that are not asked for.
     """
-    dimensions = within(dimensions_for(dtypes, cheap))
+    dimensions = living(within(dimensions_for(dtypes, cheap)))
     cases = []
     for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
         classes = {d.name: d.classes[index] for d, index in zip(dimensions, row, strict=True)}
