@@ -1,8 +1,8 @@
 """Integer fixtures: samples whose every intermediate is exact, so that any order of summation gives the same bits.
 
-x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns; A has at most two nonzeros ±1 a
-column and B at most two a row; all 16 codes are dense in W; biases are −4..4, gates 1 or 2, s a power of two. All sums are then
-small multiples of 1/4. A gauge (see `gauge`) spreads the scale bytes over 2^±120 without touching any of this.
+x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns; A has at most two nonzeros ±1 a column
+and B at most two a row; all 16 codes are dense in W; biases are −4..4, gates 1 or 2, s a power of two. All sums are
+then small multiples of 1/4. A gauge (see `gauge`) spreads the scale bytes over 2^±120 without touching any of this.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def draw_integer(case: Case, seed: int) -> Sample:
         if is_exact_everywhere(problem, grad_out, RoundingPoints.contract(strictest)):
             return Sample(case, problem, grad_out)
     raise ValueError(
-        f"{case.name}: none of {_ATTEMPTS * len(_DENSITIES)} draws is exact in {strictest}; use fewer tokens, a smaller rank, "
-        "more columns, or a scaling that is a power of two"
+        f"{case.name}: none of {_ATTEMPTS * len(_DENSITIES)} draws is exact in {strictest}; use fewer tokens, a "
+        "smaller rank, more columns, or a scaling that is a power of two"
     )
 
 
