@@ -46,15 +46,15 @@ def test_every_legal_pair_of_classes_is_asked_in_the_quick_suite(scope: str, see
     device, _, interpreted = scope.partition(", ")
     asked = Scope("quick", device, seed, bool(interpreted))
     cases = [case for case in exact_cases(asked) + ordinary_cases(asked) if case.covers]
-    missing = legal(dimensions_for(asked.dtypes, asked.cheap), 2) - covered(cases, 2)
+    missing = legal(dimensions_for(asked.dtypes, asked.expense), 2) - covered(cases, 2)
     assert not missing, sorted(missing)[:5]
     assert len({case.name for case in cases}) == len(cases)
 
 
 def test_every_legal_triple_that_a_whole_call_can_hold_is_asked_in_the_full_suite() -> None:
     """What is missing is impossible together with some dimension's every class, whatever else is chosen."""
-    dimensions = dimensions_for(FP32, cheap=True)
-    missing = legal(dimensions, 3) - covered(domain_cases(3, FP32, True, 0), 3)
+    dimensions = dimensions_for(FP32, "interpreted")
+    missing = legal(dimensions, 3) - covered(domain_cases(3, FP32, "interpreted", 0), 3)
     pairs = legal(dimensions, 2)
 
     def dead(row: tuple[tuple[str, str], ...]) -> bool:
@@ -72,7 +72,7 @@ def test_every_legal_triple_that_a_whole_call_can_hold_is_asked_in_the_full_suit
 
 
 def test_another_seed_covers_with_other_cases() -> None:
-    one, other = (domain_cases(2, FP32, True, seed) for seed in (0, 1))
+    one, other = (domain_cases(2, FP32, "interpreted", seed) for seed in (0, 1))
     assert {case.covers for case in one}.isdisjoint(case.covers for case in other)
 
 
@@ -96,7 +96,7 @@ def test_the_generator_knows_what_it_leaves_out() -> None:
 
 @pytest.mark.parametrize("dtypes", [FP32, EVERY], ids=["fp32", "every dtype"])
 def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -> None:
-    for case in domain_cases(2, dtypes, True, 3)[::5]:
+    for case in domain_cases(2, dtypes, "cheap", 3)[::5]:
         sample, classes = draw(case), dict(case.covers)
         problem = sample.problem
         assert (problem.gates is None) == (classes["gates"] == "none")
