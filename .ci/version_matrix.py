@@ -23,8 +23,13 @@ FEATURES = {
     "formats": ["tests/mxref/test_formats_torchao.py"],
     "experts implementation, packing": ["tests/kernels/test_interop_transformers.py"],
     "MoE block layer": ["tests/kernels/test_layers.py"],
+    "every family": ["tests/kernels/test_interop_families.py"],
     "checkpoints": ["tests/kernels/test_loading.py", "tests/mxref/test_checkpoint.py"],
-    "PEFT adapters, merging": ["tests/kernels/test_interop_peft.py", "tests/kernels/test_merging.py"],
+    "PEFT adapters, merging": [
+        "tests/kernels/test_interop_peft.py",
+        "tests/kernels/test_interop_peft_doors.py",
+        "tests/kernels/test_merging.py",
+    ],
     "compile, autocast, checkpointing": ["tests/integration/test_torch_features.py"],
     "fine-tuning (notebook 04)": ["tests/test_notebooks.py", "-k", "04"],
 }

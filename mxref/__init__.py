@@ -8,6 +8,7 @@ gate that judges them in `mxref.verification`.
 from mxref import moved
 from mxref.autograd import ScatterMoELoRA, parallel_linear_lora
 from mxref.formats import MX_BLOCK_SIZE, fp4_codebook
+from mxref.not_covered import NotCovered
 from mxref.problem import Problem
 from mxref.routing import flatten_sort_count, get_active_experts, remap_expert_indices
 from mxref.scattermoe import RoundingPoints
@@ -17,6 +18,7 @@ __all__ = [
     "MX_BLOCK_SIZE",
     "MXLayout",
     "MXWeights",
+    "NotCovered",
     "Problem",
     "RoundingPoints",
     "ScatterMoELoRA",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from mxref.kernels.device.launch import compute_dtype
 from mxref.kernels.layer.autograd import parallel_linear_lora
@@ -49,7 +50,7 @@ def expert_linear(
     use_fused_dX: bool = False,
     use_fused_gather: bool = False,
 ) -> Tensor:
-    """`parallel_linear_lora` over plain tensors, eager or compiled, with the same bits.
+    """`parallel_linear_lora` over plain tensors, eager or compiled, with the same bits; shapes alone without data.
 
     Args:
         x: as `inputs` there.
@@ -63,7 +64,7 @@ def expert_linear(
         k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling, expert_biases, gates,
         grouped_in, grouped_out, use_fused_dX, use_fused_gather,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         out: Tensor = scattermoe_lora(x, weight, scales, *operands)[0]
         return out
     return parallel_linear_lora(x, frozen_weights(weight, scales), *operands)

@@ -6,65 +6,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module, metadata, util
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from mxref.kernels.layer.library import expert_linear
-from mxref.kernels.layer.operands import MAX_RANK
+from mxref.kernels.models.adapters import LoRA, check_adapter
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights
 
-__all__ = ["PROJECTIONS", "LoRA", "PackedExperts", "Projection", "check_adapter", "routed_experts"]
+__all__ = ["PEFT_MINIMUM", "PROJECTIONS", "Activation", "PackedExperts", "Projection", "routed_experts"]
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+"""Names of both projections, in the order in which transformers' experts modules hold them."""
 
-
-@dataclass(frozen=True)
-class LoRA:
-    """One projection's adapter: A [E·r, K] and B [N, E·r], both expert-major, and the factor of their product."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-
-    @classmethod
-    def joined(cls, adapters: Sequence[LoRA], num_experts: int) -> LoRA:
-        """One adapter whose product is the sum of the given ones', their ranks side by side; differentiable.
-
-        The layer has one scaling, which it applies to the sum in the accumulator. Scalings that differ by powers of
-        two are evened out in B, where such a factor is exact; others would need a rounding that nobody declared.
-
-        Args:
-            adapters: at least one, of any ranks.
-            num_experts: E.
-
-        Raises:
-            ValueError: the scalings' ratios are not powers of two.
-        """
-        scaling = min((adapter.scaling for adapter in adapters), key=abs)
-        if any(
-            adapter.scaling != scaling and not _power_of_two_ratio(adapter.scaling, scaling) for adapter in adapters
-        ):
-            raise ValueError(
-                f"the active adapters have scalings {[adapter.scaling for adapter in adapters]}, whose ratios are not "
-                "powers of two; activate one at a time with set_adapter, or choose r and lora_alpha so that they agree"
-            )
-        A = [adapter.A.unflatten(0, (num_experts, -1)) for adapter in adapters]
-        B = [
-            (adapter.B if adapter.scaling == scaling else adapter.B * (adapter.scaling / scaling)).unflatten(
-                1, (num_experts, -1)
-            )
-            for adapter in adapters
-        ]
-        return cls(torch.cat(A, 1).flatten(0, 1), torch.cat(B, 2).flatten(1), scaling)
-
-
-def _power_of_two_ratio(a: float, b: float) -> bool:
-    return a != 0 and b != 0 and abs(math.frexp(a / b)[0]) == 0.5
+PEFT_MINIMUM = Version("0.21.0")
+"""The oldest PEFT whose wrappers of parameters carry several adapters."""
 
 
 @dataclass(frozen=True)
@@ -110,43 +72,46 @@ def routed_experts(
         activation: [P, 2I] -> [P, I], row by row.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     order = flatten_sort_count(experts, gate_up.weight.shape[0])
     hidden = gate_up.apply(x.to(dtype), experts.shape[1], order, grouped_out=True)
     out = down.apply(activation(hidden).to(dtype), 1, order, grouped_in=True, gates=gates)
     return out.to(x.dtype)
 
 
-def check_adapter(rank: Any, alpha: Any = None, dtype: torch.dtype = torch.float32) -> None:
-    """Whether the kernels can have an adapter like this.
+@dataclass(frozen=True)
+class Activation:
+    """What an experts module of transformers does between its projections, [P, 2I] -> [P, I].
 
-    Raises:
-        TypeError: `rank` is no integer, `alpha` no number, or `dtype` no floating-point type of 16 bits or more.
-        ValueError: `rank` is not in 1..128, or `alpha` is not finite.
+    Looked up by name at every call: transformers may install `_apply_gate` under another function name, and a bound
+    method of such a name cannot be read back from a pickle.
+
+    Attributes:
+        experts: the module, emptied of its weights.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank is {rank!r}; expected an integer")
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank is {rank}; the kernels take ranks 1 to {MAX_RANK}")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
-        raise TypeError(f"alpha is {alpha!r}; expected a number, or None for alpha = rank")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}; expected a finite number")
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise TypeError(f"the adapters' dtype is {dtype}; expected bf16, fp16 or fp32")
+
+    experts: Any
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """Row by row."""
+        out: Tensor = self.experts._apply_gate(gate_up)
+        return out
 
 
 class PackedExperts(nn.Module):
     """All experts of one MoE layer, packed in MXFP4; a drop-in for a transformers experts module.
 
-    The codes and scales are buffers under their gpt-oss checkpoint names (`gate_up_proj_blocks`, …), so no optimiser,
-    no cast and no gradient reaches them, and `state_dict` holds what a gpt-oss checkpoint holds. Only the adapters,
-    if any, and the biases are parameters. (Under DistributedDataParallel give `broadcast_buffers=False`: the packed
-    weights never change, and would be sent anew in every step.)
+    The codes and scales are frozen uint8 parameters under their gpt-oss checkpoint names (`gate_up_proj_blocks`
+    [E, N, K/32, 16], `gate_up_proj_scales` [E, N, K/32], …): no optimiser and no gradient reaches them, they are
+    sharded, moved and broadcast as weights are, and `state_dict` holds what a gpt-oss checkpoint holds. `to(dtype)`,
+    `half()` and the like leave them alone; what would convert bytes to numbers (`type(dtype)`, loading other dtypes) is
+    refused. Biases are frozen too. The adapters, if the module owns any, are the only parameters that train.
 
     Attributes:
         num_experts: E.
         rank: of the adapters that this module owns, 0 for none.
+        alpha: their product's factor is alpha / rank.
     """
 
     is_transposed = True
@@ -174,17 +139,23 @@ class PackedExperts(nn.Module):
         if unknown := set(biases or {}) - set(PROJECTIONS):
             raise ValueError(f"biases holds {sorted(unknown)}; expected some of {', '.join(PROJECTIONS)}")
         self.num_experts = gate_up.E
-        self.rank = 0
+        self.rank, self.alpha = 0, 0.0
         self._activation = activation
-        self._scaling = 1.0
         for name, weights in zip(PROJECTIONS, (gate_up, down), strict=True):
             blocks, scales = weights.to_gpt_oss()
-            self.register_buffer(f"{name}_blocks", blocks)
-            self.register_buffer(f"{name}_scales", scales)
+            self.register_parameter(f"{name}_blocks", nn.Parameter(blocks, requires_grad=False))
+            self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
             bias = (biases or {}).get(name)
             if bias is not None and tuple(bias.shape) != (weights.E, weights.N):
                 raise ValueError(f"biases[{name!r}] has shape {tuple(bias.shape)}; expected {(weights.E, weights.N)}")
             self.register_parameter(f"{name}_bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        _register_with_peft()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As nn.Module does, for copies and pickles."""
+        restore: Any = super().__setstate__
+        restore(state)
+        _register_with_peft()
 
     def add_lora(self, rank: int, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Give both projections adapters with zero product: A uniform as PEFT draws it, B zero.
@@ -200,29 +171,36 @@ class PackedExperts(nn.Module):
         check_adapter(rank, alpha, dtype)
         if self.rank:
             raise ValueError(f"there are adapters of rank {self.rank} already; call remove_lora() first")
-        self.rank, self._scaling = rank, (rank if alpha is None else alpha) / rank
+        adapters = {}
         for name in PROJECTIONS:
             E, K, N = self.shape(name)
-            device = self.get_buffer(f"{name}_scales").device
+            device = getattr(self, f"{name}_scales").device
             A = torch.empty(E * rank, K, dtype=dtype, device=device)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            self.register_parameter(f"{name}_lora_A", nn.Parameter(A))
-            B = torch.zeros(N, E * rank, dtype=dtype, device=device)
-            self.register_parameter(f"{name}_lora_B", nn.Parameter(B))
+            adapters[name] = LoRA(A, torch.zeros(N, E * rank, dtype=dtype, device=device), 0.0)
+        self.adopt_lora(rank, float(rank if alpha is None else alpha), adapters)
+
+    def adopt_lora(self, rank: int, alpha: float, adapters: Mapping[str, LoRA]) -> None:
+        """Own these adapters of both projections, without a copy; their scaling becomes alpha / rank."""
+        self.rank, self.alpha = rank, alpha
+        for name in PROJECTIONS:
+            for part, value in (("A", adapters[name].A), ("B", adapters[name].B)):
+                parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
+                self.register_parameter(f"{name}_lora_{part}", parameter)
 
     def remove_lora(self) -> None:
         """Drop the module's own adapters, if any."""
         for name in PROJECTIONS if self.rank else ():
             delattr(self, f"{name}_lora_A")
             delattr(self, f"{name}_lora_B")
-        self.rank, self._scaling = 0, 1.0
+        self.rank, self.alpha = 0, 0.0
 
     def own_adapters(self) -> dict[str, LoRA]:
         """The module's own adapters by projection; empty without."""
         if not self.rank:
             return {}
         pairs = {n: (getattr(self, f"{n}_lora_A"), getattr(self, f"{n}_lora_B")) for n in PROJECTIONS}
-        return {name: LoRA(A, B, self._scaling) for name, (A, B) in pairs.items()}
+        return {name: LoRA(A, B, self.alpha / self.rank) for name, (A, B) in pairs.items()}
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """(E, K, N) of a projection.
@@ -231,17 +209,18 @@ class PackedExperts(nn.Module):
             ValueError: `name` is no projection.
         """
         _check_projection(name)
-        E, N, blocks, half = self.get_buffer(f"{name}_blocks").shape
+        E, N, blocks, half = getattr(self, f"{name}_blocks").shape
         return E, 2 * blocks * half, N
 
     def packed_weights(self, name: str) -> MXWeights:
-        """A projection's packed weights, sharing its buffers.
+        """A projection's packed weights, sharing its memory.
 
         Raises:
             ValueError: `name` is no projection.
         """
         _check_projection(name)
-        return MXWeights.from_gpt_oss(self.get_buffer(f"{name}_blocks"), self.get_buffer(f"{name}_scales"))
+        blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
+        return MXWeights.from_gpt_oss(blocks, scales)
 
     def forward(
         self,
@@ -269,8 +248,46 @@ class PackedExperts(nn.Module):
         return f"MXFP4 [E, K, N]: {shapes}, rank={self.rank}"
 
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
-        blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
+        # detached: what backward reads are these bytes, whatever the parameters hold by then
+        blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
         return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
+        """What `to`, `half`, `type`, `cuda` and the like go through; refused before anything has changed."""
+        device = getattr(self, _PACKED[0]).device
+        converted = fn(torch.zeros(0, dtype=torch.uint8, device=device)).dtype
+        if converted != torch.uint8:
+            raise TypeError(
+                f"packed experts cannot become {converted}: their uint8 parameters are codes and scales, not numbers; "
+                "to(dtype) casts the other parameters and leaves these alone"
+            )
+        apply: Any = super()._apply
+        apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """As nn.Module does; `load_state_dict` would otherwise convert other dtypes to bytes, value by value."""
+        for name in _PACKED:
+            stored = state_dict.get(prefix + name)
+            if stored is not None and stored.dtype != torch.uint8:
+                raise TypeError(f"{prefix}{name} is {stored.dtype}; expected torch.uint8 bytes, as a view if need be")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+_PACKED = tuple(f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales"))
+
+
+def _register_with_peft() -> None:
+    """Let PEFT, where it is installed, know packed experts before anything can add an adapter to them.
+
+    Raises:
+        ImportError: an older PEFT is installed, which would leave the experts out without a word.
+    """
+    if util.find_spec("peft") is None:
+        return
+    if (found := Version(metadata.version("peft"))) < PEFT_MINIMUM:
+        raise ImportError(f"peft {found} is installed; packed experts need peft >= {PEFT_MINIMUM}")
+    import_module("mxref.kernels.models.peft")
 
 
 def _check_projection(name: str) -> None:

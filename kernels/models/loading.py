@@ -1,35 +1,33 @@
-"""A gpt-oss checkpoint to a transformers model on packed experts, and back, one tensor at a time.
+"""A checkpoint to a transformers model on packed experts, one tensor at a time.
 
     from mxref.kernels.models.loading import load_packed_model, save_packed_model
     model = load_packed_model("./gpt-oss-20b", rank=16, device="cuda")
 
-The model is built without memory for its parameters. Experts go from the files into packed buffers, a projection at a
-time and never decoded; every other tensor goes from the files into its parameter. So at its highest, memory holds the
-finished model and one tensor more.
+The model is built without memory for its parameters. Experts go from the files into packed parameters, a projection at
+a time and never decoded; every other tensor goes from the files into its place, matrices in FP8 or MXFP4 as bf16. So at
+its highest, memory holds the finished model and one projection more.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from mxref.checkpoints.deepseek_v4 import is_deepseek_checkpoint
-from mxref.checkpoints.gpt_oss import list_expert_tensors, list_other_tensors, read_other_tensors
-from mxref.kernels.models.experts import PackedExperts
-from mxref.kernels.models.packing import pack_experts
+from mxref.checkpoints import Checkpoint, open_checkpoint
+from mxref.checkpoints.files import resolve
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.packing import ADAPTERS_KEY, experts_modules, pack_experts
+from mxref.kernels.models.saving import Origin, save_packed_model
+from mxref.kernels.models.stored_names import Renaming
 
 __all__ = ["load_packed_model", "save_packed_model"]
-
-_QUANTIZATION = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "model.embed_tokens"]}
-"""What transformers needs in config.json to read packed experts."""
 
 
 def load_packed_model(
@@ -38,94 +36,162 @@ def load_packed_model(
     alpha: float | None = None,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    lora_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
+    lora_dtype: torch.dtype | str = torch.float32,
 ) -> Any:
     """The causal language model of a checkpoint, frozen, its experts packed and with adapters.
 
     Args:
-        directory: config.json beside one safetensors file or shards with their index, gpt-oss names.
+        directory: config.json beside one safetensors file or shards with their index, of any convention of
+            `mxref.checkpoints`, or the id of a model in the local Hugging Face cache. What `save_pretrained` wrote for
+            a model with adapters of its own is read with these.
         rank: of the experts' adapters; 0 for none (as when PEFT adds its own).
-        alpha: scaling is alpha / rank; alpha = rank by default.
+        alpha: scaling is alpha / rank; by default alpha = rank, or that of stored adapters.
         device: where the model goes.
-        dtype: of the tensors that are not packed; as stored by default.
+        dtype: of the tensors that are not packed, but for those that the model keeps in fp32; as stored by default.
         lora_dtype: of the adapters.
 
     Raises:
         FileNotFoundError: `directory` or its config.json does not exist.
-        TypeError, ValueError: as `pack_experts`; also if a tensor is missing, left over or of another shape.
+        TypeError, ValueError: as `open_checkpoint` and `pack_experts`; also if a tensor is missing, left over or of
+            another shape, stored adapters are of another rank or alpha, or a dtype is none.
     """
-    directory = Path(directory)
+    dtype, lora_dtype = _dtype("dtype", dtype), _dtype("lora_dtype", lora_dtype) or torch.float32
+    directory = resolve(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {directory}; expected the directory of a transformers checkpoint")
-    if is_deepseek_checkpoint(directory):
-        raise ValueError(
-            f"{directory} has DeepSeek-V4 names, and FP8 tensors beside its experts; load the model with transformers "
-            "and pack its experts with pack_experts(model, directory)"
-        )
-    list_expert_tensors(directory)  # says what is wrong with the files before a model is built
+    checkpoint = open_checkpoint(directory)  # says what is wrong with the files before a model is built
     config = AutoConfig.from_pretrained(directory)
-    with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
+    alpha = _check_adapters(checkpoint, config, rank, alpha)
+    with (
+        torch.device("cpu"),
+        init_empty_weights(include_buffers=False),
+    ):  # buffers are computed, or stored and then replaced
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
-    pack_experts(model.requires_grad_(False), directory, rank, alpha, lora_dtype=lora_dtype, device=device)
-    _check_names(model, set(list_other_tensors(directory)), directory)
-    for name, tensor in read_other_tensors(directory):
-        _put(model, name, tensor, torch.device(device), dtype)
-    model.tie_weights()
+    model.requires_grad_(False)
+    renaming = Renaming(model)
+    checkpoint = checkpoint.renamed(_names_in(model, renaming, checkpoint))
+    pack_experts(model, checkpoint, rank, alpha, lora_dtype=lora_dtype, device=device)
+    stored = _fill(model, renaming, checkpoint, torch.device(device), dtype)
+    model.stored_as = Origin.of(checkpoint, stored)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.to(device).eval()  # what is left to move are the computed buffers
 
 
-def save_packed_model(model: Any, directory: str | Path, max_shard_size: int | str = "5GB") -> None:
-    """Save a packed model as a checkpoint that transformers and `load_packed_model` read; adapters are left out.
+def _dtype(name: str, given: Any) -> torch.dtype | None:
+    """A dtype, also by its name, as transformers takes it."""
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found is None and given in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is {given!r}; expected a dtype such as torch.bfloat16, or its name")
+    if not found.is_floating_point or found.itemsize < 2:
+        raise TypeError(f"{name} is {found}; expected bf16, fp16 or fp32")
+    return found
 
-    Bytes are written as they lie in the model, so a checkpoint that was loaded in its own dtype is saved unchanged.
-    What is no part of the model (tokenizer, generation settings) stays where it was.
 
-    Args:
-        model: a transformers model with packed experts; with PEFT adapters on it, give `model.unload()`, and save those
-            with `save_pretrained`.
-        directory: made if need be.
-        max_shard_size: bytes, or a string such as "5GB".
+def _check_adapters(checkpoint: Checkpoint, config: Any, rank: int, alpha: float | None) -> float | None:
+    """The adapters' alpha, if the checkpoint holds adapters of its own: those of the configuration."""
+    stored = [name for name in checkpoint.others if _is_adapter(name)]
+    if not stored:
+        return alpha
+    said = getattr(config, ADAPTERS_KEY, None)
+    said = said if isinstance(said, dict) else {}
+    if said.get("rank") != rank:
+        raise ValueError(
+            f"{checkpoint.files.root} holds {stored[0]}, an adapter of rank {said.get('rank', 'unknown')}; rank is "
+            f"{rank}: load it with its own"
+        )
+    if alpha not in (None, said.get("alpha")):
+        raise ValueError(f"{checkpoint.files.root} holds adapters of alpha {said.get('alpha')}; alpha is {alpha}")
+    return float(said["alpha"])
+
+
+def _names_in(model: Any, renaming: Renaming, checkpoint: Checkpoint) -> dict[str, str]:
+    """The model's names of the checkpoint's projections; those that belong to no module of it, such as mtp.*, stay."""
+    own = {f"{module}.{projection}" for module in experts_modules(model) for projection in PROJECTIONS}
+    names = {}
+    for name, projection in checkpoint.projections.items():
+        names[name] = name if name in own else renaming.name(projection.pairs[0].weight)
+        if names[name] not in own and not _ignored(model, projection.pairs[0].weight):
+            raise ValueError(f"{checkpoint.files.root} holds {name}, which {type(model).__name__} has no place for")
+    return names
+
+
+def _fill(
+    model: Any, renaming: Renaming, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, str]:
+    """Put every stored tensor outside the packed weights in its place; names in the checkpoint by the model's.
 
     Raises:
-        ValueError: `model` has no packed experts, or PEFT's adapters are on it.
+        ValueError: a tensor is missing, left over or of another shape.
     """
-    if not any(isinstance(module, PackedExperts) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no PackedExperts; save it with its own save_pretrained")
-    state = model.state_dict()
-    if wrapped := next((name for name in state if ".base_layer." in name), None):
-        raise ValueError(f"{wrapped} is wrapped by PEFT; save its adapters with save_pretrained, and model.unload()")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.config)
-    if getattr(config, "quantization_config", None) is None:
-        config.quantization_config = dict(_QUANTIZATION)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(directory)
-    own = {name: tensor for name, tensor in state.items() if not name.endswith(("_lora_A", "_lora_B"))}
-    tied = list(getattr(model, "all_tied_weights_keys", {}))
-    save_torch_state_dict(own, directory, max_shard_size=max_shard_size, shared_tensors_to_discard=tied)
+    root, tied = checkpoint.files.root, set(getattr(model, "all_tied_weights_keys", {}))
+    needed = _needed(model, checkpoint)
+    readers = {
+        name: partial(matrix.read, checkpoint.files)
+        for name, matrix in checkpoint.others.items()
+        if renaming.name(name) in needed
+    }
+    if extra := [name for name in checkpoint.others if name not in readers and not _ignored(model, name)]:
+        raise ValueError(f"{root} holds {extra[0]}, one of {len(extra)} tensors that the model has no place for")
+    stored_as: dict[str, str] = {}
+    missing = set(needed)
+    for target, name, value in renaming.tensors(readers):
+        _put(model, target, value, device, _kept_in_fp32(model, target, dtype))
+        missing.discard(target)
+        if name is not None:
+            stored_as[target] = name
+    if absent := sorted(missing - tied):
+        raise ValueError(f"{root} lacks {absent[0]}, one of {len(absent)} tensors that the model needs")
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if tied - set(getattr(model, "all_tied_weights_keys", {})):  # stored apart and different: kept apart
+        model.config.tie_word_embeddings = False
+    return stored_as
 
 
-def _check_names(model: Any, stored: set[str], directory: Path) -> None:
-    expected = {name for name, _ in _empty(model)}
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    if missing := sorted(expected - stored - tied):
-        raise ValueError(f"{directory} lacks {missing[0]}, one of {len(missing)} tensors that the model needs")
-    if extra := sorted(stored - expected - tied):
-        raise ValueError(f"{directory} holds {extra[0]}, one of {len(extra)} tensors that the model has no place for")
+def _needed(model: Any, checkpoint: Checkpoint) -> set[str]:
+    """What has to be stored: everything but packed weights and their biases; adapters if the checkpoint has some."""
+    experts = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, PackedExperts)
+        for key in module.state_dict()
+    }
+    adapters = {name for name in experts if _is_adapter(name)}
+    return set(model.state_dict()) - experts | (adapters if any(map(_is_adapter, checkpoint.others)) else set())
 
 
-def _empty(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_meta)
+def _is_adapter(name: str) -> bool:
+    return name.endswith(("_lora_A", "_lora_B"))
+
+
+def _ignored(model: Any, name: str) -> bool:
+    """Whether the model's class says that it has no use for a stored tensor, such as the layers mtp.*."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype for a tensor, given the one that is asked for."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    if dtype == torch.float16:
+        kept |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    small = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if small and any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept) else dtype
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
-    """A stored tensor, copied out of the file, as the parameter of its name."""
+    """A stored tensor as the parameter or buffer of its name."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    place = module.get_parameter(attribute)
+    place = getattr(module, attribute)
     if place.shape != tensor.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the checkpoint; the model needs {place.shape}")
-    value = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
-    module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} in the checkpoint; the model needs {tuple(place.shape)}"
+        )
+    value = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    if isinstance(place, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=place.requires_grad)
+    setattr(module, attribute, value)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
-from mxref.kernels.models.experts import PROJECTIONS, LoRA, PackedExperts
-from mxref.kernels.models.moe_block import unwrap_adapters
+from mxref.kernels.models.adapters import LoRA, unwrap_adapters
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
 __all__ = ["MergeLoss", "merge_adapters"]
@@ -93,7 +93,7 @@ def _merge(name: str, experts: PackedExperts, projection: str, lora: LoRA) -> Me
     """One projection, expert by expert, in fp64."""
     stack = experts.packed_weights(projection)
     A, B = (part.detach().double() for part in (lora.A, lora.B))
-    A, B = A.unflatten(0, (stack.E, -1)), B.unflatten(1, (stack.E, -1))
+    A, B = A.reshape(stack.E, -1, A.shape[1]), B.reshape(B.shape[0], stack.E, -1)
     error = total = delta_norm = kept = 0.0
     for e in range(stack.E):
         before = stack.select(torch.tensor([e], device=stack.device))
@@ -124,5 +124,4 @@ def _nearest(before: MXWeights, W: Tensor, wanted: Tensor) -> MXWeights:
 
 def _block_errors(got: Tensor, wanted: Tensor) -> Tensor:
     """Squared distance of every block, [E, N, K/32]."""
-    squares: Tensor = (got - wanted).square().unflatten(-1, (-1, MX_BLOCK_SIZE))
-    return squares.sum(-1)
+    return (got - wanted).square().reshape(*got.shape[:-1], -1, MX_BLOCK_SIZE).sum(-1)

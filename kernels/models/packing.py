@@ -5,32 +5,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
-from mxref.checkpoints.deepseek_v4 import (
-    is_deepseek_checkpoint,
-    list_deepseek_expert_tensors,
-    read_deepseek_expert_weights,
-)
-from mxref.checkpoints.gpt_oss import ExpertTensor, list_expert_tensors, read_expert_biases, read_expert_weights
-from mxref.formats import SCALE_MODES
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, check_adapter
+from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_biases, read_expert_weights
+from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
+from mxref.kernels.models.adapters import check_adapter
+from mxref.kernels.models.experts import PROJECTIONS, Activation, PackedExperts
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
-__all__ = ["experts_modules", "pack_experts"]
+__all__ = ["ADAPTERS_KEY", "experts_modules", "not_covered", "pack_experts"]
+
+ADAPTERS_KEY = "mxref_adapters"
+"""Where a model's configuration keeps rank and alpha of adapters that its packed experts own, for loading them."""
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
     """The experts modules of a transformers model by name, each checked to be one that the kernels cover.
 
     Covered: a stack of weights `gate_up_proj` and `down_proj` with the model's own `_apply_gate` between them, in
-    either orientation, gate and up halves or interleaved, with or without biases.
+    either orientation, gate and up halves or interleaved, with or without biases. Shared experts, which every token
+    passes, are no routed experts and stay as they are.
 
     Raises:
         TypeError: `model` is no module, or an experts module is of another kind; the message says which and why.
@@ -40,11 +41,15 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
         raise TypeError(f"model is {type(model).__name__}; expected a transformers model")
     if packed := next((name for name, m in model.named_modules() if isinstance(m, PackedExperts)), None):
         raise ValueError(f"{packed} is packed already")
-    found = {name: m for name, m in model.named_modules() if hasattr(m, "down_proj") and _is_stack(m.down_proj)}
+    found = {
+        name: m
+        for name, m in model.named_modules()
+        if _is_stack(getattr(m, "down_proj", None)) and "shared" not in name.rpartition(".")[2]
+    }
     for name, module in found.items():
         if "base_layer" in name.split("."):
             raise TypeError(f"{name} is wrapped by PEFT already; pack or choose the experts first, then add adapters")
-        if reason := _not_covered(module):
+        if reason := not_covered(module):
             raise TypeError(f"{name} ({type(module).__name__}) is not covered: {reason}")
     if not found:
         raise ValueError(
@@ -56,7 +61,7 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
 
 def pack_experts(
     model: nn.Module,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     rank: int = 16,
     alpha: float | None = None,
     *,
@@ -66,14 +71,17 @@ def pack_experts(
 ) -> nn.Module:
     """Replace every experts module of a transformers model by `PackedExperts`; returns the same model.
 
-    Everything is checked before the first module is replaced. Dense weights are let go one layer at a time; they may
-    lie on the meta device when a checkpoint is given.
+    Everything is checked before the first module is replaced. Dense weights are quantised one expert at a time and let
+    go one layer at a time; they may lie on the meta device when a checkpoint is given.
+
+    With adapters (`rank` above 0) everything else in the model is frozen, as PEFT does; unfreeze afterwards what is to
+    train beside them. With `rank=0` only the experts themselves are frozen, and PEFT freezes the rest.
 
     Args:
         model: a transformers MoE model.
-        checkpoint: file or directory with gpt-oss or DeepSeek-V4 names, whose bytes are taken as they are; the layers
-            must be the model's. By default torchao MXTensor parameters are taken as they are and dense weights are
-            quantised.
+        checkpoint: of any convention of `mxref.checkpoints`, opened or its path; its bytes are taken as they are, and
+            its projections must be the model's. By default torchao MXTensor parameters are taken as they are and dense
+            weights are quantised.
         rank: of the adapters; 0 for none (as when PEFT adds its own).
         alpha: scaling is alpha / rank; alpha = rank by default.
         lora_dtype: of the adapters.
@@ -91,38 +99,46 @@ def pack_experts(
         check_adapter(rank, alpha, lora_dtype)
     if scale_mode not in SCALE_MODES:
         raise ValueError(f"scale_mode is {scale_mode!r}; expected one of {', '.join(SCALE_MODES)}")
-    read = read_expert_weights
-    if checkpoint is not None:
-        deepseek = is_deepseek_checkpoint(checkpoint)
-        read = read_deepseek_expert_weights if deepseek else read_expert_weights
-        listed = list_deepseek_expert_tensors(checkpoint) if deepseek else list_expert_tensors(checkpoint)
-        _check_checkpoint(modules, listed, checkpoint)
+    opened = None if checkpoint is None else open_checkpoint(checkpoint)
+    if opened is not None:
+        _check_checkpoint(modules, opened)
     else:
         for name, module in modules.items():
             _check_encodable(name, module)
+    if rank:
+        model.requires_grad_(False)
     for name, module in modules.items():
         source = {f"{name}.{p}": p for p in PROJECTIONS}
         home = _home(module) if device is None else torch.device(device)
-        if checkpoint is not None:
-            packed = {source[key]: _own_copy(w, home) for key, w in read(checkpoint, source)}
+        if opened is not None:
+            packed = {source[key]: weights.to(home) for key, weights in read_expert_weights(opened, source)}
         else:
-            packed = {p: _encode(module, p, scale_mode).to(home) for p in PROJECTIONS}
-        biases = _biases(module, name, checkpoint, home)
+            packed = {p: _encode(module, p, scale_mode, home) for p in PROJECTIONS}
+        biases = _biases(module, name, opened, home)
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
             delattr(module, parameter)  # the module lives on behind its activation, without weights
-        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], module._apply_gate, biases)
+        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], Activation(module), biases)
         if rank:
             experts.add_lora(rank, alpha, lora_dtype)
         experts.train(module.training)
         model.set_submodule(name, experts)
+    _prepare_saving(model, rank, alpha)
     return model
 
 
-def _is_stack(parameter: Any) -> bool:
-    return isinstance(parameter, Tensor) and parameter.ndim == 3
+def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:
+    """Let `save_pretrained` write packed tensors under the names that they have, and say what adapters they carry."""
+    model._weight_conversions = []  # the rules of transformers 5.17 take packed stacks apart as if they were dense
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    if rank:
+        setattr(config, ADAPTERS_KEY, {"rank": rank, "alpha": float(rank if alpha is None else alpha)})
+    if config.model_type == "gpt_oss":  # what transformers needs to read the stacks
+        config.quantization_config = dict(gpt_oss.CONVENTION.quantization or {})
 
 
-def _not_covered(module: nn.Module) -> str:
+def not_covered(module: nn.Module) -> str:
     """Why the kernels do not cover an experts module; empty if they do."""
     if not getattr(module, "has_gate", True) or not _is_stack(getattr(module, "gate_up_proj", None)):
         return "it has no stacked gate_up_proj; experts without a gate or with separate gate and up are not covered"
@@ -130,11 +146,18 @@ def _not_covered(module: nn.Module) -> str:
         return "it has no _apply_gate, so its activation is unknown"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalises each expert's output before the gates"
+    known = {*PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)}
+    if unknown := [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in known]:
+        return f"it holds {unknown[0]}, which the kernels do not know"
     for name in PROJECTIONS:
         weight = getattr(module, name)
         if not is_mxfp4_param(weight) and (not weight.is_floating_point() or weight.element_size() < 2):
             return f"{name} is {weight.dtype}; expected bf16, fp16, fp32 or a torchao MXTensor of FP4"
     return ""
+
+
+def _is_stack(parameter: Any) -> bool:
+    return isinstance(parameter, Tensor) and parameter.ndim == 3
 
 
 def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
@@ -143,23 +166,25 @@ def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     return (E, first, second) if getattr(module, "is_transposed", False) else (E, second, first)
 
 
-def _check_checkpoint(modules: Mapping[str, nn.Module], listed: Iterable[ExpertTensor], checkpoint: str | Path) -> None:
-    held = {entry.name: (entry.E, entry.K, entry.N) for entry in listed}
+def _check_checkpoint(modules: Mapping[str, nn.Module], checkpoint: Checkpoint) -> None:
+    held = {entry.name: (entry.E, entry.K, entry.N) for entry in checkpoint.expert_tensors}
     for name, module in modules.items():
+        if reason := checkpoint.cannot_fill(module):
+            raise ValueError(f"{name} cannot take its weights from {checkpoint.files.root}: {reason}")
         for projection in PROJECTIONS:
             key, expected = f"{name}.{projection}", _matrix_shape(module, projection)
             if held.get(key) != expected:
                 found = f"has [E, K, N] = {held[key]}" if key in held else "is missing"
-                raise ValueError(f"{key} {found} in {checkpoint}; the model needs {expected}")
+                raise ValueError(f"{key} {found} in {checkpoint.files.root}; the model needs {expected}")
 
 
 def _check_encodable(name: str, module: nn.Module) -> None:
     for projection in PROJECTIONS:
         weight, (_, K, _) = getattr(module, projection), _matrix_shape(module, projection)
-        if weight.is_meta:
-            raise ValueError(f"{name}.{projection} lies on the meta device; give the checkpoint to read it from")
-        if K % 32:
-            raise ValueError(f"{name}.{projection} has K = {K}; MXFP4 needs a multiple of 32")
+        if weight.is_meta or isinstance(weight, FakeTensor):
+            raise ValueError(f"{name}.{projection} has no data (meta device); give the checkpoint to read it from")
+        if K % MX_BLOCK_SIZE:
+            raise ValueError(f"{name}.{projection} has K = {K}; MXFP4 needs a multiple of {MX_BLOCK_SIZE}")
         if is_mxfp4_param(weight) and getattr(module, "is_transposed", False):
             raise ValueError(
                 f"{name}.{projection} is an MXTensor in a module that stores [E, K, N], so its blocks run along N; "
@@ -167,26 +192,28 @@ def _check_encodable(name: str, module: nn.Module) -> None:
             )
 
 
-def _encode(module: nn.Module, name: str, scale_mode: str) -> MXWeights:
+def _encode(module: nn.Module, name: str, scale_mode: str, home: torch.device) -> MXWeights:
+    """A projection on the device `home`, quantised there one expert at a time; MXTensors keep their bytes."""
     weight = getattr(module, name).detach()
     if is_mxfp4_param(weight):
-        return MXWeights.from_torchao(weight)
-    return encode_mxfp4((weight.mT if getattr(module, "is_transposed", False) else weight).contiguous(), scale_mode)
+        return MXWeights.from_torchao(weight).to(home)
+    E, K, N = _matrix_shape(module, name)
+    packed = torch.empty(E, N, K // 2, dtype=torch.uint8, device=home)
+    scales = torch.empty(E, N, K // MX_BLOCK_SIZE, dtype=torch.uint8, device=home)
+    for e in range(E):
+        matrix = (weight[e].mT if getattr(module, "is_transposed", False) else weight[e]).to(home).contiguous()
+        one = encode_mxfp4(matrix, scale_mode)
+        packed[e], scales[e] = one.packed[0], one.scales[0]
+    return MXWeights(packed, scales, K, N, orig_dtype=one.orig_dtype)
 
 
-def _biases(module: nn.Module, name: str, checkpoint: str | Path | None, device: torch.device) -> dict[str, Tensor]:
+def _biases(module: nn.Module, name: str, checkpoint: Checkpoint | None, device: torch.device) -> dict[str, Tensor]:
     """The biases that the module has; a checkpoint stands in for those on the meta device."""
     own = {p: bias.detach() for p in PROJECTIONS if (bias := getattr(module, f"{p}_bias", None)) is not None}
     meta = {f"{name}.{p}": p for p, bias in own.items() if bias.is_meta}
     stored = read_expert_biases(checkpoint, meta) if meta and checkpoint is not None else ()
     read = {meta[key]: bias.to(device, own[meta[key]].dtype, copy=True) for key, bias in stored}
     return {p: read[p] if p in read else bias.to(device) for p, bias in own.items()}
-
-
-def _own_copy(weights: MXWeights, device: torch.device) -> MXWeights:
-    """The weights in memory of their own: what safetensors reads is a window on the file, which may change."""
-    packed, scales = (buffer.to(device, copy=True) for buffer in (weights.packed, weights.scales))
-    return MXWeights(packed, scales, weights.K, weights.N, orig_dtype=weights.orig_dtype)
 
 
 def _home(module: Any) -> torch.device:

@@ -1,21 +1,29 @@
 """PEFT adapters whose base is `PackedExperts`.
 
+Importing this module makes PEFT's LoRA know packed experts, by whichever door: `peft.get_peft_model`, a trainer's
+`peft_config`, `PeftModel.from_pretrained`, a model's own `add_adapter` and `load_adapter`. Packed experts import it by
+themselves. In PEFT's table of tuners the entry for LoRA becomes `LoraModel`, a subclass that treats every other model
+as PEFT does.
+
     from mxref.kernels.models.peft import get_peft_model
     model = get_peft_model(pack_experts(model, rank=0), LoraConfig(
         target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
 
-The result is an ordinary `PeftModel`: `save_pretrained`, `add_adapter`, `load_adapter`, `set_adapter`,
-`disable_adapter` and the rest are PEFT's, and an adapter's names and layouts are those of the same model with dense
-weights (A [r·E, in] expert-major, B [out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a
-dequantised model, and the reverse; `load_peft_model` reads it back. Rank and alpha are each adapter's own; active at
-once, adapters add up if their scalings differ by powers of two (see `LoRA.joined`). Merging is refused: packed weights
+The result is an ordinary `PeftModel`, and an adapter's names and layouts are those of the same model with dense weights
+(A [r·E, in] expert-major, B [out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a dequantised
+model, and the reverse. Rank and alpha are each adapter's own; several active ones add up (see `LoRA.joined`). What PEFT
+refuses for dense parameters (lora_dropout, DoRA, lora_bias, …) it refuses here. Merging is refused: packed weights
 cannot take a low-rank sum; `mxref.kernels.models.merging.merge_adapters` quantises it again, on request, and reports
 the loss.
+
+Not known to packed experts: `get_peft_model(mixed=True)` and X-LoRA, which name PEFT's own tuner; they leave the
+experts without adapters, and PEFT warns that no parameter was matched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,10 +32,12 @@ import peft
 import torch
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora import model as lora_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, check_adapter
-from mxref.kernels.models.moe_block import unwrap_adapters
+from mxref.kernels.models.adapters import check_adapter, unwrap_adapters
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 
 __all__ = ["LoraModel", "ParamWrapper", "get_peft_model", "load_peft_model"]
 
@@ -38,9 +48,12 @@ _NO_MERGE = (
     "with mxref.kernels.models.merging.merge_adapters(model)"
 )
 
+_EXPERT_MODULES = {"experts", "gate_proj", "up_proj", "w1", "w2", "w3", *PROJECTIONS}
+"""What a list of target_modules calls experts, in the belief that their projections are modules."""
+
 
 def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) -> peft.PeftModel:
-    """`peft.get_peft_model` for a model with packed experts.
+    """`peft.get_peft_model`, which must put adapters on packed experts.
 
     Args:
         model: a model that `pack_experts(…, rank=0)` made.
@@ -52,13 +65,13 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) ->
         ValueError: the model has no packed experts, they own adapters already, `target_parameters` reaches none of
             them or holds a name that nothing has, or the configuration asks for what packed weights cannot give.
     """
-    _check_targets(model, config)
-    with _visible_to_peft(model):
-        return _aware(peft.get_peft_model(model, _registered(config), **options))
+    _check_reaches_experts(model, config)
+    adapted: peft.PeftModel = peft.get_peft_model(model, config, **options)
+    return adapted
 
 
 def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> peft.PeftModel:
-    """`peft.PeftModel.from_pretrained` for a model with packed experts; the adapter may come from a dense model.
+    """`peft.PeftModel.from_pretrained`, for an adapter of packed experts; it may come from a dense model.
 
     Args:
         model: a model that `pack_experts(…, rank=0)` made.
@@ -66,32 +79,42 @@ def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> 
         options: keyword arguments of `PeftModel.from_pretrained`, such as `is_trainable=True` to continue.
 
     Raises:
-        ValueError: as `get_peft_model`.
+        TypeError, ValueError: as `get_peft_model`.
     """
-    config = peft.LoraConfig.from_pretrained(str(directory))
-    config.inference_mode = not options.get("is_trainable", False)
-    _check_targets(model, config)
-    with _visible_to_peft(model):
-        return _aware(peft.PeftModel.from_pretrained(model, str(directory), config=_registered(config), **options))
+    _check_reaches_experts(model, peft.PeftConfig.from_pretrained(str(directory)))
+    adapted: peft.PeftModel = peft.PeftModel.from_pretrained(model, str(directory), **options)
+    return adapted
 
 
 class LoraModel(lora_model.LoraModel):
-    """PEFT's tuner, which adds further adapters to packed experts and refuses to merge before it starts."""
+    """PEFT's tuner, which gives adapters to packed experts and refuses to merge before it starts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
-        """One more adapter, under the conditions of the first one.
+        """One more adapter.
 
         Raises:
-            ValueError: as `get_peft_model`.
+            ValueError: as `get_peft_model`, before anything is wrapped; an adapter may leave the experts alone.
         """
-        config = self.peft_config[adapter_name]
-        _check_targets(model, config)
-        _registered(config)
         with _visible_to_peft(model):
             super().inject_adapter(model, adapter_name, *args, **options)
 
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """PEFT's last step before it wraps anything, after it has brought old names up to date."""
+        super()._prepare_model(peft_config, model)
+        _check_config(model, peft_config)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, PackedExperts):
+            return ParamWrapper(target, adapter_name, config=lora_config, **options)
+        as_peft_does: Any = lora_model.LoraModel._create_new_module
+        module: nn.Module = as_peft_does(lora_config, adapter_name, target, **options)
+        return module
+
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+        as_peft_does: Any = super()._check_merge_allowed
+        as_peft_does()
         if any(isinstance(module, ParamWrapper) for module in self.model.modules()):
             raise ValueError(_NO_MERGE)
 
@@ -112,24 +135,16 @@ class ParamWrapper(lora_layer.ParamWrapper):
             )
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **options)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **options: Any) -> None:
-        """One more adapter, if the kernels can have it."""
-        check_adapter(r, lora_alpha)
-        if config.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights is {config.init_lora_weights!r}, which reads or changes the base weights; with "
-                "packed weights use True, False or 'gaussian'"
-            )
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
-
     def get_param(self) -> Tensor:
-        """A stand-in of the projection's dense shape [E, in, out], without memory."""
+        """A stand-in of the projection's dense shape [E, in, out], one number wide, where the packed weights lie."""
         base: Any = self.get_base_layer()
-        return torch.empty(base.shape(self.parameter_name), device="meta")
+        device = getattr(base, f"{self.parameter_name}_scales").device
+        return torch.zeros((), device=device).expand(base.shape(self.parameter_name))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts' forward with the active adapters of this wrapper and of those nested in it."""
-        self._check_forward_args(x, *args, **kwargs)
+        check: Any = self._check_forward_args
+        check(x, *args, **kwargs)
         base, adapters = unwrap_adapters(self)
         out: Tensor = base(x, *args, adapters=adapters, **kwargs)
         return out
@@ -138,24 +153,6 @@ class ParamWrapper(lora_layer.ParamWrapper):
         """Refused."""
         raise ValueError(_NO_MERGE)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device of the packed buffers, in the dtype that PEFT made."""
-        home = self.get_base_layer().get_buffer(f"{self.parameter_name}_scales").device
-        for part in (self.lora_A, self.lora_B):
-            if adapter_name in part and not part[adapter_name].weight.is_meta:
-                part[adapter_name].to(home)
-
-
-def _aware(adapted: peft.PeftModel) -> peft.PeftModel:
-    """The same model with a tuner that knows packed experts; PEFT chooses the class itself, by the adapter's type."""
-    adapted.base_model.__class__ = LoraModel
-    return adapted
-
-
-def _registered(config: peft.LoraConfig) -> peft.LoraConfig:
-    config._register_custom_module({PackedExperts: ParamWrapper})
-    return config
-
 
 def _packed(model: nn.Module) -> dict[str, PackedExperts]:
     """Packed experts by the name that they had before PEFT wrapped them."""
@@ -163,43 +160,85 @@ def _packed(model: nn.Module) -> dict[str, PackedExperts]:
     return {name.replace(".base_layer", ""): module for name, module in found}
 
 
-def _check_targets(model: nn.Module, config: Any) -> None:
+def _projection_names(model: nn.Module) -> list[str]:
+    return [f"{name}.{projection}" for name in _packed(model) for projection in PROJECTIONS]
+
+
+def _check_reaches_experts(model: nn.Module, config: Any) -> None:
     if not isinstance(config, peft.LoraConfig):
         raise TypeError(f"config is {type(config).__name__}; packed experts take peft.LoraConfig")
-    packed = _packed(model)
-    if not packed:
+    names = _projection_names(model)
+    if not names:
         raise ValueError("model has no PackedExperts; call pack_experts(model, rank=0) first")
-    if owner := next((name for name, module in packed.items() if module.rank), None):
-        raise ValueError(
-            f"{owner} owns adapters already (rank {packed[owner].rank}); pack with rank=0 for PEFT to add its own"
-        )
-    names = [f"{name}.{projection}" for name in packed for projection in PROJECTIONS]
-    targets = config.target_parameters or []
-    if not any(_reaches(target, names) for target in targets):
+    if not any(_reaches(target, names) for target in config.target_parameters or []):
         raise ValueError(
             f"target_parameters is {config.target_parameters}, which reaches no packed experts; expected names such "
             f"as {names[:2]}"
         )
-    names += [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
-    if lost := [target for target in targets if not _reaches(target, names)]:
-        raise ValueError(f"target_parameters holds {lost}, which no parameter of the model is called")
 
 
-def _reaches(target: str, names: list[str]) -> bool:
+def _check_config(model: nn.Module, config: Any) -> None:
+    """Whether a model's packed experts can have what a configuration asks for; any other model can."""
+    packed = _packed(model)
+    if not packed:
+        return
+    if owner := next((name for name, module in packed.items() if module.rank), None):
+        raise ValueError(
+            f"{owner} owns adapters already (rank {packed[owner].rank}), which PEFT would freeze; pack with rank=0 for "
+            "PEFT to add its own"
+        )
+    projections = _projection_names(model)
+    targets = list(config.target_parameters or [])
+    parameters = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+    _check_all_found("target_parameters", targets, parameters)
+    reached = [name for name in projections if any(_reaches(target, [name]) for target in targets)]
+    if not reached and isinstance(config.target_modules, (list, set)):
+        asked = [target for target in config.target_modules if target.rpartition(".")[2] in _EXPERT_MODULES]
+        modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+        _check_all_found("target_modules", asked, modules, f"; packed experts need target_parameters={projections[:2]}")
+    for name in reached:
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        try:
+            check_adapter(rank, alpha)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    if reached and config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights is {config.init_lora_weights!r}, which reads or changes the base weights; with "
+            "packed weights use True, False or 'gaussian'"
+        )
+
+
+def _check_all_found(argument: str, targets: Iterable[str], names: list[str], hint: str = "") -> None:
+    """Whether something in the model has each target's name; otherwise the nearest names are told."""
+    for target in targets:
+        if _reaches(target, names):
+            continue
+        parts = target.count(".") + 1
+        suffixes = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names)
+        near = difflib.get_close_matches(target, suffixes, n=3)
+        told = f"; the nearest names are {near}" if near else ""
+        raise ValueError(f"{argument} holds {target!r}, which nothing in the model is called{told}{hint}")
+
+
+def _reaches(target: str, names: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 @contextmanager
 def _visible_to_peft(model: nn.Module) -> Iterator[None]:
     """PEFT looks for parameters by name: for the time of an injection the packed projections stand there as such."""
-    packed = list(_packed(model).values())
-    for module in packed:
+    for module in _packed(model).values():
         for name in PROJECTIONS:
             stand_in = nn.Parameter(torch.empty(module.shape(name), device="meta"), requires_grad=False)
             module.register_parameter(name, stand_in)
     try:
         yield
     finally:
-        for module in packed:
+        for module in _packed(model).values():
             for name in PROJECTIONS:
-                delattr(module, name)
+                module._parameters.pop(name, None)
+
+
+peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = LoraModel

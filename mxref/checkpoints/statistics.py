@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mxref.checkpoints.deepseek_v4 import (
-    is_deepseek_checkpoint,
-    list_deepseek_expert_tensors,
-    read_deepseek_expert_weights,
-)
-from mxref.checkpoints.gpt_oss import list_expert_tensors, read_expert_weights
 from mxref.weights import MXWeights
 
-__all__ = ["BlockStatistics", "inspect_checkpoint"]
+__all__ = ["BlockStatistics"]
 
 _NAN_BYTE = 255
 
@@ -64,24 +56,6 @@ class BlockStatistics:
         """The smallest and the largest scale byte in use."""
         used = [byte for byte, count in enumerate(self.scale_bytes) if count]
         return used[0], used[-1]
-
-
-def inspect_checkpoint(path: Path) -> tuple[str, int, Iterator[BlockStatistics]]:
-    """The layout's name, the number of projections, and their statistics as they are read.
-
-    Args:
-        path: a safetensors file or a directory, with gpt-oss or DeepSeek-V4 names.
-
-    Raises:
-        FileNotFoundError, ValueError: it cannot be read, or holds no MXFP4 experts.
-    """
-    if is_deepseek_checkpoint(path):
-        layout, count = "DeepSeek-V4", len(list_deepseek_expert_tensors(path))
-        stacks = read_deepseek_expert_weights(path)
-    else:
-        layout, count = "gpt-oss", len(list_expert_tensors(path))
-        stacks = read_expert_weights(path)
-    return layout, count, (BlockStatistics.of(name, weights) for name, weights in stacks)
 
 
 def _largest(pairs: Tensor) -> Tensor:

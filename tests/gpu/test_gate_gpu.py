@@ -1,38 +1,24 @@
-"""The gate on the GPU, step by step: a failure names case, tensor, coordinate, got, expected and bound.
+"""Integer fixtures in fp32 on the GPU, by bits: its suites judge fp32 by intervals. The rest is `mxref gate --full`.
 
-The full suite: every code with every scale byte, integer fixtures, intervals and drift on small cases and on the shapes
-of real models (the golden model runs on the GPU too, in fp64), behaviour, and every reachable configuration.
+A failure names case, tensor, coordinate, got and expected.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from judging import integers
+from judging import ask, integers
 
-from mxref.verification.candidates.candidate import Candidate, shipped
 from mxref.verification.candidates.shipped import shipped
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
 from mxref.verification.checks.finding import Status
-from mxref.verification.gate.plan import Step, case_steps, suite_steps
 
 pytestmark = pytest.mark.gpu
 
-CUDA, SEED = torch.device("cuda"), 0
-STEPS = [
-    *suite_steps(CUDA, full=True, seed=SEED, every_guard=True),
-    *case_steps(integers("cpu"), CUDA, SEED),  # in fp32, which a GPU's own suite leaves to the intervals
-]
 
-
-@pytest.fixture(scope="module")
-def candidate(device: torch.device) -> Candidate:
-    return shipped(device)
-
-
-@pytest.mark.parametrize("step", [pytest.param(step, id=f"{step.guard}: {step.case}") for step in STEPS])
-def test_shipped_kernels(candidate: Candidate, step: Step) -> None:
-    assert candidate.accumulation is not None
-    findings, _ = step.judge(candidate, candidate.accumulation)
-    wrong = [str(finding) for finding in findings if finding.status is not Status.PASS]
+@pytest.mark.parametrize("case", integers("cpu"), ids=lambda case: case.name)
+def test_integers_in_fp32(device: torch.device, case: Case) -> None:
+    findings = ask("integer", shipped(device), draw(case, device))
     assert findings
-    assert not wrong, "\n".join(wrong)
+    assert [str(finding) for finding in findings if finding.status is not Status.PASS] == []

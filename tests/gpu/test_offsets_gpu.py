@@ -13,7 +13,6 @@ from torch import Tensor
 
 import mxref
 from mxref import MXWeights, Problem, flatten_sort_count, kernels
-from mxref.verification.cases.draw import draw
 
 pytestmark = pytest.mark.gpu
 

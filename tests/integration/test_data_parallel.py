@@ -1,4 +1,4 @@
-"""Data-parallel training of packed experts on two processes (gloo): the mean gradient, and untouched weights."""
+"""Packed experts on two processes (gloo), replicated or sharded: the mean gradient, and untouched weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TIMEOUT = 180
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch has no gloo")
-@pytest.mark.parametrize("broadcast", [True, False], ids=["buffers broadcast", "buffers left alone"])
-def test_two_processes_train_as_one(tmp_path: Path, broadcast: bool) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["DistributedDataParallel", "fully_shard"])
+def test_two_processes_train_as_one(tmp_path: Path, sharded: bool) -> None:
     """Every step's gradient is the mean of the processes' own; half of the experts sees one process's tokens only."""
     context = multiprocessing.spawn(
-        ddp_training.train, (PROCESSES, str(tmp_path), broadcast), nprocs=PROCESSES, join=False
+        ddp_training.train, (PROCESSES, str(tmp_path), sharded), nprocs=PROCESSES, join=False
     )
     assert context is not None
     results = [tmp_path / f"{process}.pt" for process in range(PROCESSES)]
@@ -39,7 +39,7 @@ def test_two_processes_train_as_one(tmp_path: Path, broadcast: bool) -> None:
     assert all(path.exists() for path in results), f"the processes did not train within {TIMEOUT} s"
     runs: list[dict[str, Any]] = [torch.load(path) for path in results]
     model = packed_experts()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = {name: p.clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in range(ddp_training.STEPS):
         own = [gradients_of(model, process, step) for process in range(PROCESSES)]
@@ -55,7 +55,7 @@ def test_two_processes_train_as_one(tmp_path: Path, broadcast: bool) -> None:
         for name, expected in model.state_dict().items():
             assert torch.equal(run["state"][name], expected), name
         assert len(before) == 4
-        assert all(torch.equal(run["state"][name], buffer) for name, buffer in before.items())
+        assert all(torch.equal(run["state"][name], tensor) for name, tensor in before.items())
 
 
 def gradients_of(model: torch.nn.Module, process: int, step: int) -> dict[str, Tensor]:

@@ -243,11 +243,11 @@ def test_no_tokens() -> None:
 
 def test_copies_share_nothing_and_casts_leave_the_bytes(tmp_path: Path) -> None:
     experts = packed_experts()
-    bytes_before = experts.get_buffer("down_proj_blocks").clone()
+    bytes_before = experts.get_parameter("down_proj_blocks").clone()
     torch.save(experts.state_dict(), tmp_path / "state.pt")
     other = packed_experts()
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
     experts.to(torch.bfloat16)
-    assert torch.equal(experts.get_buffer("down_proj_blocks"), bytes_before)
+    assert torch.equal(experts.get_parameter("down_proj_blocks"), bytes_before)
     assert experts.get_parameter("down_proj_lora_A").dtype == torch.bfloat16
     assert other.get_parameter("down_proj_lora_A").dtype == torch.float32

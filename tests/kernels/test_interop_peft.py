@@ -13,7 +13,8 @@ from moe_models import assert_near, tiny_gpt_oss
 from peft.utils import get_peft_model_state_dict
 
 from mxref import decode_mxfp4
-from mxref.kernels.models.experts import PROJECTIONS, LoRA
+from mxref.kernels.models.adapters import LoRA
+from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.packing import experts_modules, pack_experts
 from mxref.kernels.models.peft import get_peft_model, load_peft_model
 
@@ -62,7 +63,7 @@ def test_names_shapes_and_draws_are_pefts() -> None:
 
 def test_train_save_and_continue_in_plain_peft(tmp_path: Path) -> None:
     packed, dense = packed_and_dense()
-    before = {name: buffer.clone() for name, buffer in packed.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     ours = get_peft_model(packed, lora(init_lora_weights=False))
     first = losses(ours, 2)
     assert first[1] < first[0]
@@ -74,7 +75,9 @@ def test_train_save_and_continue_in_plain_peft(tmp_path: Path) -> None:
         get_peft_model_state_dict(ours).values(), get_peft_model_state_dict(theirs).values(), strict=True
     ):
         assert_near(ours_p, theirs_p)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in _base_buffers(ours) if name in before)
+    after = ours.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
 def test_continue_from_plain_peft(tmp_path: Path) -> None:
@@ -159,11 +162,25 @@ def test_several_adapters_saved_and_loaded(tmp_path: Path) -> None:
             assert_near(again(IDS).logits, theirs(IDS).logits)
 
 
-def test_only_scalings_in_powers_of_two_add_up() -> None:
-    model = get_peft_model(packed_and_dense()[0], lora())
-    model.add_adapter("second", lora(lora_alpha=3.6))
+@pytest.mark.parametrize("alpha", [3.6, -6.0, 0.0, 6.0])
+def test_scalings_of_any_ratio_add_up(alpha: float) -> None:
+    models = []
+    for model, wrap in zip(packed_and_dense(), (get_peft_model, peft.get_peft_model), strict=True):
+        torch.manual_seed(5)
+        adapted: Any = wrap(model, lora(init_lora_weights=False))
+        adapted.add_adapter("second", lora(init_lora_weights=False, lora_alpha=alpha))
+        adapted.base_model.set_adapter(["default", "second"])
+        models.append(adapted)
+    ours, theirs = models
+    assert_near(ours(IDS).logits, theirs(IDS).logits)
+    torch.testing.assert_close(losses(ours, 2), losses(theirs, 2), rtol=1e-4, atol=0)
+
+
+def test_ranks_that_add_up_to_too_much_say_so() -> None:
+    model = get_peft_model(packed_and_dense()[0], lora(r=100))
+    model.add_adapter("second", lora(r=40))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=r"down_proj with default, second: .*scalings \[2.0, 1.2\]"):
+    with pytest.raises(ValueError, match=r"down_proj with default, second: .* ranks \[100, 40\].* up to 128"):
         model(IDS)
 
 
@@ -180,7 +197,7 @@ def test_joined_adapters_are_their_sum() -> None:
         return lora.scaling * lora.B.unflatten(1, (E, -1))[:, e] @ lora.A.unflatten(0, (E, -1))[e]
 
     joined = LoRA.joined(adapters, E)
-    assert joined.scaling == 0.75
+    assert joined.scaling == -6.0
     for e in range(E):
         assert torch.equal(product(joined, e), sum(product(lora, e) for lora in adapters))
 
@@ -207,8 +224,3 @@ def test_what_is_refused() -> None:
         get_peft_model(packed_and_dense()[0], lora(target_modules=["experts"]))
     with pytest.raises(ValueError, match="owns adapters already"):
         get_peft_model(pack_experts(tiny_gpt_oss(), rank=2), lora())
-
-
-def _base_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
-    prefix = "base_model.model."
-    return [(name.removeprefix(prefix).replace(".base_layer", ""), b) for name, b in model.named_buffers()]

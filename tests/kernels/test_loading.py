@@ -15,9 +15,13 @@ import torch
 from gpt_oss_checkpoint import make_gpt_oss_checkpoint
 from moe_models import assert_near, make, tiny_gpt_oss
 from safetensors.torch import load_file, save_file
-from transformers import GptOssForCausalLM, Mxfp4Config
+from tiny_models import tiny_model
+from torch._subclasses import FakeTensorMode
+from transformers import GenerationConfig, GptOssForCausalLM, Mxfp4Config
 
-from mxref.checkpoints.gpt_oss import INDEX_NAME
+from mxref.checkpoints import open_checkpoint
+from mxref.checkpoints.files import INDEX_NAME
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.loading import load_packed_model, save_packed_model
 from mxref.kernels.models.packing import pack_experts
 from mxref.kernels.models.peft import get_peft_model
@@ -89,7 +93,6 @@ def test_a_model_quantised_here_is_saved_as_a_checkpoint(tmp_path: Path) -> None
         tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
     )
     assert_near(model(IDS).logits, dense.float()(IDS).logits)
-    assert model.config.to_dict().get("quantization_config") is None
 
 
 MEASURE = """
@@ -99,6 +102,7 @@ from pathlib import Path
 def memory(field):
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.loading import load_packed_model
 load_packed_model(sys.argv[1], rank=0)  # imports what loading imports late
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
@@ -150,10 +154,8 @@ def test_a_checkpoint_that_does_not_fit_says_so(tmp_path: Path, change: Any, mes
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_packed_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
-    save_file({"layers.0.ffn.experts.0.w1.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="DeepSeek-V4 names"):
-        load_packed_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run: hf download somebody/nothing"):
+        load_packed_model("somebody/nothing")
     with pytest.raises(ValueError, match="has no PackedExperts"):
         save_packed_model(make("qwen3_moe"), tmp_path)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -161,3 +163,241 @@ def test_what_is_refused(tmp_path: Path) -> None:
     adapted = get_peft_model(pack_experts(tiny_gpt_oss(), rank=0), config)
     with pytest.raises(ValueError, match="wrapped by PEFT"):
         save_packed_model(adapted, tmp_path)
+    model = pack_experts(tiny_gpt_oss(), rank=0)
+    with pytest.raises(ValueError, match="expected one of gpt-oss, DeepSeek-V4, compressed-tensors"):
+        save_packed_model(model, tmp_path, convention="Quark")
+    with pytest.raises(ValueError, match="has no names for separate experts"):
+        save_packed_model(model, tmp_path, convention="compressed-tensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtypes_by_name(tmp_path: Path) -> None:
+    make_gpt_oss_checkpoint(tmp_path, layers=1)
+    model = load_packed_model(tmp_path, rank=1, dtype="float32", lora_dtype="torch.bfloat16")
+    assert model.lm_head.weight.dtype == torch.float32
+    assert {p.dtype for name, p in model.named_parameters() if "_lora_" in name} == {torch.bfloat16}
+    for name in ("float33", "uint8", 3):
+        with pytest.raises(TypeError, match=f"dtype is .*{name}"):
+            load_packed_model(tmp_path, dtype=name)  # type: ignore[arg-type]
+
+
+def test_contexts_without_data(tmp_path: Path) -> None:
+    """A default device is none of the checkpoint's; under FakeTensorMode there is nothing to read into."""
+    make_gpt_oss_checkpoint(tmp_path, layers=1)
+    expected = load_packed_model(tmp_path, rank=0)(IDS).logits
+    with torch.device("meta"):
+        model = load_packed_model(tmp_path, rank=1)
+    assert torch.equal(model(IDS).logits, expected)
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="FakeTensorMode is active"):
+        load_packed_model(tmp_path)
+    assert torch.equal(load_packed_model(tmp_path, rank=0)(IDS).logits, expected)
+
+
+def test_what_a_model_keeps_in_fp32(tmp_path: Path) -> None:
+    model = pack_experts(tiny_model("glm4_moe"), rank=0)
+    save_packed_model(model, tmp_path)
+    loaded = load_packed_model(tmp_path, rank=0, dtype=torch.bfloat16).state_dict()
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(loaded[name], model.state_dict()[name])
+    assert loaded["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+
+
+def test_a_stored_head_is_kept_though_the_configuration_ties_it(tmp_path: Path) -> None:
+    """As transformers keeps it; and saved again, and loaded again."""
+    tensors = make_gpt_oss_checkpoint(tmp_path / "source", layers=1)
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    (tmp_path / "source/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = load_packed_model(tmp_path / "source", rank=0)
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    model.tie_weights()  # as resizing the embeddings does
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    save_packed_model(model, tmp_path / "again")
+    assert_same_tensors(stored(tmp_path / "again"), tensors)
+    assert_same_tensors(load_packed_model(tmp_path / "again", rank=0).state_dict(), tensors)
+
+
+def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
+    tensors = make_gpt_oss_checkpoint(tmp_path / "source", layers=1)
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    (tmp_path / "source/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "source/model.safetensors", metadata={"format": "pt"})
+    model = load_packed_model(tmp_path / "source", rank=0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    save_packed_model(model, tmp_path / "again")
+    assert_same_tensors(stored(tmp_path / "again"), tensors)
+
+
+def test_files_beside_the_weights_come_along(tmp_path: Path) -> None:
+    source, again = tmp_path / "source", tmp_path / "again"
+    make_gpt_oss_checkpoint(source, layers=1)
+    GenerationConfig(eos_token_id=[5, 9], pad_token_id=3, temperature=0.5, do_sample=True).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        (source / name).write_text(name)
+    (source / "notes.txt").write_text("stay")
+    model = load_packed_model(source, rank=0)
+    assert model.generation_config.eos_token_id == [5, 9]
+    save_packed_model(model, again)
+    kept = {path.name for path in source.iterdir()} - {"notes.txt"}
+    assert {path.name for path in again.iterdir()} == kept
+    assert (again / "tokenizer.json").read_text() == "tokenizer.json"
+    assert load_packed_model(again, rank=0).generation_config.temperature == 0.5
+
+
+def test_shards_of_an_earlier_checkpoint_go(tmp_path: Path) -> None:
+    make_gpt_oss_checkpoint(tmp_path, layers=1)
+    model = load_packed_model(tmp_path, rank=0)
+    save_packed_model(model, tmp_path / "again", "20KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
+    save_packed_model(model, tmp_path / "again")
+    assert sorted(p.name for p in (tmp_path / "again").iterdir() if "model" in p.name) == ["model.safetensors"]
+
+
+class TestOwnAdapters:
+    """What `save_pretrained`, and so Trainer, writes for a model whose packed experts own their adapters."""
+
+    @pytest.fixture
+    def trained(self, tmp_path: Path) -> Any:
+        make_gpt_oss_checkpoint(tmp_path / "source", layers=1)
+        model = load_packed_model(tmp_path / "source", rank=2, alpha=5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter)
+        return model
+
+    def test_come_back(self, trained: Any, tmp_path: Path) -> None:
+        trained.save_pretrained(tmp_path / "again")
+        again = load_packed_model(tmp_path / "again", rank=2)
+        assert torch.equal(again(IDS).logits, trained(IDS).logits)
+        assert {name for name, p in again.named_parameters() if p.requires_grad} == {
+            name for name, p in trained.named_parameters() if p.requires_grad
+        }
+
+    def test_of_another_rank_or_alpha_are_refused(self, trained: Any, tmp_path: Path) -> None:
+        trained.save_pretrained(tmp_path / "again")
+        for options, message in (({"rank": 3}, "adapter of rank 2; rank is 3"), ({"rank": 0}, "rank is 0"),
+                                 ({"rank": 2, "alpha": 2.0}, "alpha 5.0; alpha is 2.0")):  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                load_packed_model(tmp_path / "again", **options)
+
+    def test_are_left_out_of_a_checkpoint(self, trained: Any, tmp_path: Path) -> None:
+        save_packed_model(trained, tmp_path / "again")
+        assert_same_tensors(stored(tmp_path / "again"), stored(tmp_path / "source"))
+        assert "mxref_adapters" not in json.loads((tmp_path / "again/config.json").read_text())
+
+
+def as_from(directory: Path, suffixes: dict[str, str], quantization: dict[str, Any]) -> None:
+    """Rewrite a checkpoint of ours as another tool would have named it."""
+
+    def renamed(name: str) -> str:
+        return next((name.removesuffix(old) + new for old, new in suffixes.items() if name.endswith(old)), name)
+
+    save_file({renamed(name): tensor for name, tensor in stored(directory).items()}, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+
+
+class TestFamilies:
+    """Logits of the model that was saved, bit for bit, under every name that a family's experts can have."""
+
+    @pytest.mark.parametrize(
+        ("family", "convention"),
+        [
+            ("gpt_oss", "gpt-oss"),
+            ("granitemoe", "gpt-oss"),
+            ("qwen3_moe", "compressed-tensors"),
+            ("mixtral", "compressed-tensors"),
+            ("minimax_m2", "compressed-tensors"),
+            ("glm4_moe", "compressed-tensors"),
+            ("kimi_linear", "compressed-tensors"),
+            ("deepseek_v4", "DeepSeek-V4"),
+            ("qwen3_moe", "gpt-oss"),
+        ],
+    )
+    def test_saved_and_loaded(self, family: str, convention: str, tmp_path: Path) -> None:
+        model = pack_experts(tiny_model(family), rank=0)
+        asked = (family, convention) in (("deepseek_v4", "DeepSeek-V4"), ("qwen3_moe", "gpt-oss"))
+        save_packed_model(model, tmp_path, convention=convention if asked else None)
+        loaded = load_packed_model(tmp_path, rank=0)
+        assert loaded.stored_as.convention == open_checkpoint(tmp_path).convention.name == convention
+        assert_same_tensors(loaded.state_dict(), dict(model.state_dict()))
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        save_packed_model(loaded, tmp_path / "again")
+        assert_same_tensors(stored(tmp_path / "again"), stored(tmp_path))
+
+    @pytest.mark.parametrize("family", ["qwen3_moe", "minimax_m2", "deepseek_v4"])
+    def test_save_pretrained(self, family: str, tmp_path: Path) -> None:
+        model = pack_experts(tiny_model(family), rank=2, alpha=3.0)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(load_packed_model(tmp_path, rank=2)(IDS).logits, model(IDS).logits)
+
+    def test_a_packed_gpt_oss_is_read_by_transformers(self, tmp_path: Path) -> None:
+        model = pack_experts(tiny_gpt_oss(), rank=0)
+        model.save_pretrained(tmp_path)
+        dense = GptOssForCausalLM.from_pretrained(
+            tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+        )
+        assert_near(model(IDS).logits, dense.float()(IDS).logits)
+
+    @pytest.mark.parametrize("tool", ["quark", "modelopt"])
+    def test_quark_and_modelopt(self, tool: str, tmp_path: Path) -> None:
+        model = pack_experts(tiny_model("qwen3_moe"), rank=0)
+        save_packed_model(model, tmp_path)
+        as_from(tmp_path, {".weight_packed": ".weight"}, {"quant_method": tool})
+        assert torch.equal(load_packed_model(tmp_path, rank=0)(IDS).logits, model(IDS).logits)
+
+    def test_torchao(self, tmp_path: Path) -> None:
+        """Written by torchao's own serialisation."""
+        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+        model = pack_experts(tiny_model("qwen3_moe"), rank=0)
+        save_packed_model(model, tmp_path)
+        state = {name: tensor for name, tensor in stored(tmp_path).items() if ".experts." not in name}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedExperts):
+                state |= {f"{name}.{p}": module.packed_weights(p).to_torchao() for p in ("gate_up_proj", "down_proj")}
+        tensors, metadata = flatten_tensor_state_dict(state)
+        save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+        assert torch.equal(load_packed_model(tmp_path, rank=0)(IDS).logits, model(IDS).logits)
+
+    def test_deepseek_v4_as_it_is_released(self, tmp_path: Path) -> None:
+        """Its own names, FP8 outside the experts, a layer for which the model has no use; saved under its names."""
+        model = pack_experts(tiny_model("deepseek_v4"), rank=0)
+        matrix = model.model.layers[0].self_attn.q_a_proj.weight
+        codes = matrix.data.mul(4).to(torch.float8_e4m3fn)
+        matrix.data = codes.float() / 4
+        save_packed_model(model, tmp_path, convention="DeepSeek-V4")
+        tensors = {DEEPSEEK_NAMES.get(name, name.removeprefix("model.")): t for name, t in stored(tmp_path).items()}
+        tensors |= {name.replace("layers.1", "mtp.0"): t.clone() for name, t in tensors.items() if "layers.1" in name}
+        released = {"layers.0.attn.wq_a.weight": codes}
+        scales = torch.full((-(-codes.shape[0] // 128), 1), 125, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        released["layers.0.attn.wq_a.scale"] = scales
+        save_file({**tensors, **released}, tmp_path / "model.safetensors")
+        loaded = load_packed_model(tmp_path, rank=0, dtype=torch.float32)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        save_packed_model(loaded, tmp_path / "again")
+        assert stored(tmp_path / "again").keys() == {name for name in tensors if "mtp" not in name}
+
+    def test_interleaved_rows_are_not_filled_with_rows_apart(self, tmp_path: Path) -> None:
+        model = pack_experts(tiny_gpt_oss(), rank=0)
+        save_packed_model(model, tmp_path)
+        tensors = stored(tmp_path)
+        for projection, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            name = f"model.layers.0.mlp.experts.{projection}"
+            for suffix, new in (("_blocks", "weight_packed"), ("_scales", "weight_scale")):
+                for e, stack in enumerate(tensors.pop(name + suffix)):
+                    rows = stack.flatten(1) if suffix == "_blocks" else stack
+                    for part, piece in zip(parts, rows.chunk(len(parts)), strict=True):
+                        tensors[f"model.layers.0.mlp.experts.{e}.{part}.{new}"] = piece.clone()
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="stores gate and up rows apart, and the module interleaves them"):
+            load_packed_model(tmp_path)
+
+
+DEEPSEEK_NAMES = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.hc_head.hc_fn": "hc_head_fn",
+    "model.hc_head.hc_base": "hc_head_base",
+    "model.hc_head.hc_scale": "hc_head_scale",
+}
+"""Names in released DeepSeek-V4 checkpoints that transformers does not give back when it saves."""

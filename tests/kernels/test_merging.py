@@ -50,7 +50,7 @@ def by_block(error: Tensor) -> Tensor:
 def test_the_sum_is_quantised_and_the_loss_is_the_loss(std: float) -> None:
     holder = packed_experts(std)
     experts: Any = holder["experts"]
-    before = {name: buffer.clone() for name, buffer in experts.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
     sums = {projection: dense(experts, projection) for projection in PROJECTIONS}
     model, losses = merge_adapters(holder)
     assert model is holder
@@ -64,7 +64,7 @@ def test_the_sum_is_quantised_and_the_loss_is_the_loss(std: float) -> None:
         nearest = torch.stack([by_block(other - W - delta) for other in (W, *candidates)]).amin(0)
         assert torch.equal(by_block(again - W - delta), nearest)
         for name in (f"{projection}_blocks", f"{projection}_scales"):
-            assert torch.equal(experts.get_buffer(name)[0], before[name][0])
+            assert torch.equal(experts.get_parameter(name)[0], before[name][0])
         error = (again - W - delta).norm()
         torch.testing.assert_close(loss.weights, float(error / (W + delta).norm()))
         torch.testing.assert_close(loss.adapter, float(error / delta.norm()))
@@ -76,9 +76,9 @@ def test_the_sum_is_quantised_and_the_loss_is_the_loss(std: float) -> None:
 
 def test_an_adapter_without_a_product_leaves_every_byte() -> None:
     holder = packed_experts(0.0)
-    before = {name: buffer.clone() for name, buffer in holder.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in holder.state_dict().items()}
     _, losses = merge_adapters(holder)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in holder.named_buffers())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in holder.state_dict().items())
     assert [(loss.weights, loss.adapter, loss.kept) for loss in losses] == [(0.0, 0.0, 1.0)] * 2
 
 

@@ -169,6 +169,20 @@ class TestEncodeDecode:
         assert torch.equal(weights.scales, scales)
         assert (weights.E, weights.N, weights.K, weights.orig_dtype) == (E, N, K, torch.float32)
 
+    def test_encodes_some_rows_of_one_expert_at_a_time(self, monkeypatch):
+        """Temporaries are many times the size of what they are made from."""
+        import mxref.weights as module
+
+        sizes = []
+        monkeypatch.setattr(module, "_ELEMENTS_AT_ONCE", 2 * K)
+        monkeypatch.setattr(module, "encode_blocks", lambda w, mode: sizes.append(w.numel()) or encode_blocks(w, mode))
+        w = torch.randn(K, E, N, generator=torch.Generator().manual_seed(0)).permute(1, 2, 0)
+        codes, scales = encode_blocks(w)
+        weights = encode_mxfp4(w)
+        assert max(sizes) <= 2 * K
+        assert torch.equal(weights.codes(), codes)
+        assert torch.equal(weights.scales, scales)
+
     def test_decode_reads_blocks_along_K(self):
         weights = stack()
         decoded = decode_mxfp4(weights, torch.float64)

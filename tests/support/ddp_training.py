@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from moe_models import EXPERTS, HIDDEN, TOP_K, packed_experts
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS, TOKENS = 3, 6
@@ -29,21 +32,31 @@ def loss_of(model: nn.Module, process: int, step: int) -> Tensor:
     return out.square().mean()
 
 
-def train(process: int, processes: int, directory: str, broadcast_buffers: bool) -> None:
-    """One process of the run: gradients of every step, then parameters and buffers, in `directory`/{process}.pt."""
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def train(process: int, processes: int, directory: str, sharded: bool) -> None:
+    """One process of the run: gradients of every step, then the state, whole, in `directory`/{process}.pt."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{directory}/meeting", rank=process, world_size=processes)
     try:
         model = packed_experts()
-        parallel = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
+        parallel: Any
+        if sharded:
+            parallel = fully_shard(model, mesh=init_device_mesh("cpu", (processes,)), reshard_after_forward=True)
+            assert model.down_proj_blocks.to_local().shape[0] == EXPERTS // processes
+        else:
+            parallel = DistributedDataParallel(model)
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         gradients: list[dict[str, Tensor]] = []
         for step in range(STEPS):
             optimiser.zero_grad()
             loss_of(parallel, process, step).backward()
-            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            gradients.append({n: _whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
             optimiser.step()
-        found: dict[str, Any] = {"gradients": gradients, "state": model.state_dict()}
+        state = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+        found: dict[str, Any] = {"gradients": gradients, "state": state}
         torch.save(found, Path(directory) / f"{process}.part")
         (Path(directory) / f"{process}.part").rename(Path(directory) / f"{process}.pt")  # whole, or not there
         del parallel  # its hooks hold the group

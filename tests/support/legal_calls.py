@@ -13,40 +13,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from samples import Sample, Spec, draw
+from samples import Sample, Spec, draw, reference
 from torch import Tensor
 
-from mxref import MXWeights, Problem, decode_mxfp4, flatten_sort_count
+from mxref import MXWeights, decode_mxfp4, flatten_sort_count
 from mxref.formats import E8M0_NAN
 
 SMALL = Spec(E=3, K=64, N=40, M=6, k=2, bias=True)
 ALL = slice(None)
 ROUTING = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-
-
-def plain(problem: Problem) -> Tensor:
-    """The layer as differentiable fp64 operations on whole tensors; sentinels' slots are left out."""
-    p, E = problem, problem.E
-    owned = p.sorted_expert_idxs < E
-    e, position = p.sorted_expert_idxs[owned].long(), p.sorted_scattered_idxs[owned].long()
-    W = p.expert_weights
-    dense = (decode_mxfp4(W, torch.float64).mT if isinstance(W, MXWeights) else W.double())[e]
-    row = torch.arange(p.P, device=p.device)[owned]
-    x = p.inputs.double()[row if p.grouped_in else position // p.k]
-    y = torch.einsum("pk,pkn->pn", x, dense)
-    if p.lora_A is not None and p.lora_B is not None:
-        z = torch.einsum("pk,prk->pr", x, p.lora_A.double().unflatten(0, (E, -1))[e])
-        y = y + p.scaling * torch.einsum("pr,npr->pn", z, p.lora_B.double().unflatten(1, (E, -1))[:, e])
-    if p.expert_biases is not None:
-        y = y + p.expert_biases.double()[e]
-    if p.gates is not None:
-        gated = p.gates.double().flatten()[position, None] * y
-        return gated.new_zeros(p.gates.shape[0], p.N).index_add(0, position // p.gates.shape[1], gated)
-    return y.new_zeros(p.P, p.N).index_put((row if p.grouped_out else position,), y)
-
-
-def reference(sample: Sample) -> dict[str, Tensor]:
-    return sample.run(lambda **arguments: plain(Problem(**arguments)))
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, GptOssConfig, GptOssForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
@@ -26,6 +27,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": INTERMEDIATE,
     },
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INTERMEDIATE, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": EXPERTS, "intermediate_size": INTERMEDIATE},
     "deepseek_v3": {
         "n_routed_experts": EXPERTS,
         "moe_intermediate_size": INTERMEDIATE,
@@ -37,6 +39,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 _BLOCKS = {
     "qwen2_moe": Qwen2MoeSparseMoeBlock,
     "qwen3_moe": Qwen3MoeSparseMoeBlock,
+    "mixtral": MixtralSparseMoeBlock,
     "deepseek_v3": DeepseekV3MoE,
     "gpt_oss": GptOssExperts,
     "deepseek_v4": DeepseekV4Experts,

@@ -1,4 +1,4 @@
-"""Calls drawn from small integers: every product and sum is exact in fp32, in any order."""
+"""Calls drawn from small integers, so that fp32 is exact in any order, and what is right for them in plain fp64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxref import MXWeights, Problem, flatten_sort_count
+from mxref import MXWeights, Problem, decode_mxfp4, flatten_sort_count
 from mxref.formats import pack_codes
 
 
@@ -83,3 +83,28 @@ def draw(spec: Spec, device: torch.device, seed: int = 0) -> Sample:
         grouped_out=spec.grouped_out,
     )
     return Sample(problem, integers(spec.M if spec.gates else P, N, leaf=False))
+
+
+def plain(problem: Problem) -> Tensor:
+    """The layer as differentiable fp64 operations on whole tensors; sentinels' slots are left out."""
+    p, E = problem, problem.E
+    owned = p.sorted_expert_idxs < E
+    e, position = p.sorted_expert_idxs[owned].long(), p.sorted_scattered_idxs[owned].long()
+    W = p.expert_weights
+    dense = (decode_mxfp4(W, torch.float64).mT if isinstance(W, MXWeights) else W.double())[e]
+    row = torch.arange(p.P, device=p.device)[owned]
+    x = p.inputs.double()[row if p.grouped_in else position // p.k]
+    y = torch.einsum("pk,pkn->pn", x, dense)
+    if p.lora_A is not None and p.lora_B is not None:
+        z = torch.einsum("pk,prk->pr", x, p.lora_A.double().unflatten(0, (E, -1))[e])
+        y = y + p.scaling * torch.einsum("pr,npr->pn", z, p.lora_B.double().unflatten(1, (E, -1))[:, e])
+    if p.expert_biases is not None:
+        y = y + p.expert_biases.double()[e]
+    if p.gates is not None:
+        gated = p.gates.double().flatten()[position, None] * y
+        return gated.new_zeros(p.gates.shape[0], p.N).index_add(0, position // p.gates.shape[1], gated)
+    return y.new_zeros(p.P, p.N).index_put((row if p.grouped_out else position,), y)
+
+
+def reference(sample: Sample) -> dict[str, Tensor]:
+    return sample.run(lambda **arguments: plain(Problem(**arguments)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from races import (
+from benchmarks import (
     BASE,
     BASE_DX,
     BASE_FORWARD,
@@ -22,6 +22,7 @@ from races import (
     STEP,
     TINY,
     FakeClock,
+    WallClock,
     fixed_ceilings,
     golden_decoder,
     out_of_memory,
@@ -31,11 +32,11 @@ from rich.console import Console
 from torch import Tensor
 
 import mxref
-from mxref.verification.bench import benchmark, paths, racing, report, workloads
+from mxref.verification.bench import benchmark, pairs, paths, report, workloads
 from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
+from mxref.verification.bench.pairs import Effort, runnable, time_shape
 from mxref.verification.bench.paths import COPY, DEQUANTISED, Path, every_path, our_paths, reference
-from mxref.verification.bench.racing import Effort, runnable, time_shape
-from mxref.verification.bench.timing import EventClock, WallClock
+from mxref.verification.bench.timing import EventClock
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
 from mxref.verification.cases.small import usual_dtype
 from mxref.verification.cli import main
@@ -63,16 +64,16 @@ def test_eager_where_one_side_cannot_be_captured() -> None:
 
 def test_rounds_alternate_between_the_two_sides() -> None:
     clock = FakeClock()
-    racing._rounds(ours := lambda: 1, theirs := lambda: 2, clock, Effort(3, 5, 1e9))
+    pairs._rounds(ours := lambda: 1, theirs := lambda: 2, clock, Effort(3, 5, 1e9))
     assert clock.calls == [ours, theirs, *[theirs, ours] * 3]
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
 def test_what_is_timed_is_the_layer(measure: workloads.Measure) -> None:
     workload = Workload.draw(TINY, CPU, torch.float32)
-    side = racing._ready(workload, measure, DECODER if measure is DECODE else GOLDEN, WallClock())
-    expected = racing._ready(workload, measure, reference(measure), WallClock())
-    assert racing.distance(side.results, expected.results) < 1e-5
+    side = pairs._ready(workload, measure, DECODER if measure is DECODE else GOLDEN, WallClock())
+    expected = pairs._ready(workload, measure, reference(measure), WallClock())
+    assert pairs.distance(side.results, expected.results) < 1e-5
     output, whole, rows = (
         [(TINY.rows, TINY.N)],
         [(TINY.tokens, TINY.K), (16, TINY.K), (TINY.N, 16)],
@@ -98,7 +99,7 @@ def test_a_backward_alone_has_its_forward_before_the_clock_and_on_its_stream() -
 
     with clock.stream():
         workload = Workload.draw(TINY, CPU, torch.float32)
-        rows = racing._time_measure(workload, BASE_DX, [Path("counted", "", layer)], clock, EFFORT)
+        rows = pairs._time_measure(workload, BASE_DX, [Path("counted", "", layer)], clock, EFFORT)
     assert [row.status for row in rows] == ["ok", "ok"]
     composite_alone = 2 * (2 + 2 * EFFORT.rounds)  # eager and captured, each with its probe
     assert forwards == [(True, composite_alone)]
@@ -191,7 +192,7 @@ def draw(shape: Shape, device: torch.device) -> Workload:
 def distance(workload: Workload, measure: Measure, path: Path) -> float:
     """From the reference."""
     expected = runnable(workload, measure, reference(measure))()
-    return racing.distance(runnable(workload, measure, path)(), expected)
+    return pairs.distance(runnable(workload, measure, path)(), expected)
 
 
 def test_strategies_compute_the_layer(device: torch.device) -> None:
@@ -199,7 +200,7 @@ def test_strategies_compute_the_layer(device: torch.device) -> None:
     *strategies, decoding = our_paths()
     assert [path.name for path in strategies] == ["dense", "strategy A", "strategy B", "automatic"]
     for path in strategies:
-        assert distance(workload, STEP, path) < racing.AGREEMENT
+        assert distance(workload, STEP, path) < pairs.AGREEMENT
     assert (decoding.name, decoding.parts) == ("dequantize_experts", ("decode",))
 
 
@@ -224,7 +225,7 @@ class TestDequantised:
     @pytest.mark.parametrize("measure", [BASE, BASE_FORWARD, BASE_DX], ids=lambda measure: measure.name)
     def test_computes_the_base_products(self, measure: Measure, device: torch.device) -> None:
         assert DEQUANTISED.covers(measure)
-        assert distance(draw(SPARSE, device), measure, DEQUANTISED) < racing.AGREEMENT
+        assert distance(draw(SPARSE, device), measure, DEQUANTISED) < pairs.AGREEMENT
 
     def test_decodes_the_active_experts_in_each_pass_and_keeps_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         decoded: list[Tensor] = []
@@ -269,7 +270,7 @@ class TestOnTheGPU:
                     for output in captured.outputs:
                         output.zero_()
                     captured.replay()
-                    assert racing.distance(captured.outputs, expected) < racing.AGREEMENT, path.name
+                    assert pairs.distance(captured.outputs, expected) < pairs.AGREEMENT, path.name
 
     def test_memory_beyond_the_results(self, device: torch.device) -> None:
         clock, size = EventClock(device), 64 << 20

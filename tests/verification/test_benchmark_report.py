@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from races import (
+from benchmarks import (
     CPU,
     DECODER,
     GOLDEN,
@@ -25,9 +26,13 @@ from rich.console import Console
 
 from mxref.verification.bench import report
 from mxref.verification.bench.benchmark import Bench, run_benchmark
+from mxref.verification.bench.pairs import Row
 from mxref.verification.bench.paths import DEQUANTISED, Path
 from mxref.verification.bench.samples import keep_samples
 from mxref.verification.bench.workloads import MEASURES
+from mxref.verification.cli import bench as cli_bench
+from mxref.verification.cli import main
+from mxref.verification.cli.history import load_history
 from mxref.verification.records.readme import blocks
 from mxref.verification.records.record import read, write
 
@@ -88,6 +93,34 @@ class TestReport:
         bench = run_benchmark(green(), [replace(TINY, name=shape)], ways, CPU, FakeClock(), fixed_ceilings)
         bench.first_call = first_call
         return kept(root, bench)
+
+
+@pytest.mark.usefixtures("gpu")
+class TestCommand:
+    """`mxref bench` with a benchmark that was timed before."""
+
+    def run(self, bench: Bench, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+        monkeypatch.setattr(cli_bench, "choose_device", lambda wanted, require_gpu: torch.device("cuda"))
+        monkeypatch.setattr(cli_bench, "_measure", lambda shapes, device, peers: bench)
+        return main(["bench", *arguments])
+
+    def test_keeps_what_was_asked_for(self, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench, root = timed(GOLDEN), tmp_path / "evidence"
+        places = ["--out", str(tmp_path), "--samples", str(tmp_path / "samples"), "--record", str(root)]
+        assert self.run(bench, monkeypatch, *places) == 0
+        assert json.loads((tmp_path / "bench.json").read_text()) == report.as_json(bench)
+        stamp = bench.started.replace(":", "")
+        written = {str(path.relative_to(root)) for path in root.rglob("*.*")}
+        assert written == {f"nvidia-h200/{name}" for name in ("bench.json", "bench.md", f"history/{stamp}.json")}
+        assert [entry.commit for entry in load_history(root)["nvidia-h200"]] == ["abc"]
+        assert (tmp_path / "samples" / "nvidia-h200" / "0001_abc.json").is_file()
+
+    def test_what_failed_is_no_evidence(self, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = green()
+        bench.rows = [Row("tiny", "step", "ours", "composite", True, 3.0, "disagrees")]
+        assert self.run(bench, monkeypatch, "--out", str(tmp_path), "--record", str(tmp_path / "evidence")) == 1
+        assert (tmp_path / "bench.json").is_file()
+        assert not (tmp_path / "evidence").exists()
 
 
 def test_terminal_shows_what_was_measured() -> None:

@@ -1,4 +1,4 @@
-"""`mxref inspect`, and the DeepSeek-V4 reader that it shares with the kernels."""
+"""`mxref inspect`: what it counts, what it prints, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from expert_checkpoints import MAKERS
 
-from mxref import MXWeights, encode_mxfp4
-from mxref.checkpoints.deepseek_v4 import (
-    is_deepseek_checkpoint,
-    list_deepseek_expert_tensors,
-    read_deepseek_expert_weights,
-)
-from mxref.checkpoints.gpt_oss import write_expert_weights
-from mxref.checkpoints.statistics import BlockStatistics, inspect_checkpoint
+from mxref import MXWeights
+from mxref.checkpoints import write_expert_weights
+from mxref.checkpoints.statistics import BlockStatistics
 from mxref.verification.cli import main
 
 NAME = "model.layers.0.mlp.experts.down_proj"
@@ -60,49 +54,19 @@ def test_errors_take_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert err.count("\n") == 1
 
 
-def deepseek_tensors(experts: int = 3, scale_name: str = "scale") -> tuple[dict[str, Tensor], dict[str, MXWeights]]:
-    """One layer as a DeepSeek-V4 checkpoint stores it, and the stacks it should become."""
-    w13 = encode_mxfp4(torch.randn(experts, 32, 64, generator=torch.Generator().manual_seed(0)))
-    w2 = encode_mxfp4(torch.randn(experts, 64, 32, generator=torch.Generator().manual_seed(1)))
-    tensors = {"embed.weight": torch.zeros(2, 2)}
-    for e in range(experts):
-        rows = {"w1": (w13, slice(0, 16)), "w3": (w13, slice(16, 32)), "w2": (w2, slice(0, 64))}
-        for part, (stack, own) in rows.items():
-            stem = f"layers.0.ffn.experts.{e}.{part}"
-            tensors[f"{stem}.weight"] = stack.packed[e, own].view(torch.int8).clone()
-            tensors[f"{stem}.{scale_name}"] = stack.scales[e, own].view(torch.float8_e8m0fnu).clone()
-    prefix = "model.layers.0.mlp.experts"
-    return tensors, {f"{prefix}.gate_up_proj": w13, f"{prefix}.down_proj": w2}
+@pytest.mark.parametrize("convention", MAKERS)
+def test_every_convention(tmp_path: Path, capsys: pytest.CaptureFixture[str], convention: str) -> None:
+    _, stacks = MAKERS[convention](tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for name in stacks:
+        assert name in out
+    assert f"{'compressed-tensors' if convention == 'Kimi-K3' else convention} names · {len(stacks)} projections" in out
 
 
-@pytest.mark.parametrize("scale_name", ["scale", "weight_scale_inv"])
-def test_deepseek_layout(tmp_path: Path, scale_name: str) -> None:
-    tensors, expected = deepseek_tensors(scale_name=scale_name)
-    save_file(tensors, tmp_path / "m.safetensors")
-    assert is_deepseek_checkpoint(tmp_path)
-    assert [(t.name, t.E, t.N, t.K) for t in list_deepseek_expert_tensors(tmp_path)] == [
-        (name, w.E, w.N, w.K) for name, w in expected.items()
-    ]
-    for name, weights in read_deepseek_expert_weights(tmp_path):
-        assert torch.equal(weights.packed, expected[name].packed)
-        assert torch.equal(weights.scales, expected[name].scales)
-    layout, count, statistics = inspect_checkpoint(tmp_path)
-    assert (layout, count, len(list(statistics))) == ("DeepSeek-V4", 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layers.0.ffn.experts.1.w3.weight": None}, r"experts\.1\.w3\.weight is missing"),
-        ({"layers.0.ffn.experts.1.w3.scale": None}, "has no scales"),
-        ({"layers.0.ffn.experts.0.w2.weight": torch.zeros(64, 16)}, "dtype F32; expected I8"),
-        ({"layers.0.ffn.experts.0.w2.scale": torch.zeros(64, 1)}, "dtype F32; expected F8_E8M0"),
-        ({"layers.0.ffn.experts.0.w2.weight": torch.zeros(64, 32, dtype=torch.int8)}, "has shape"),
-    ],
-)
-def test_broken_deepseek_checkpoints(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
-    tensors, _ = deepseek_tensors()
-    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
-    save_file(changed, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=message):
-        list_deepseek_expert_tensors(tmp_path)
+@pytest.mark.parametrize("argument", ["somebody/nothing", "../nothing"])
+def test_what_is_not_there(capsys: pytest.CaptureFixture[str], argument: str) -> None:
+    assert main(["inspect", argument]) == 2
+    err = capsys.readouterr().err
+    assert f"no checkpoint at {argument}" in err
+    assert ("hf download" in err) == (argument == "somebody/nothing")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mxref.verification.candidates.shipped import golden
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cli import main
 from mxref.verification.gate.plan import plan
 from mxref.verification.gate.run import run_gate
@@ -238,7 +239,7 @@ def test_a_recorded_failure_stays_visible(records: Path, kind: str) -> None:
 
 
 def test_summary_of_a_gate() -> None:
-    items = [item for item in plan("quick", CPU, 0, own=False) if item.name in ("integer", "no tokens")]
+    items = [item for item in plan(Scope("quick", "cpu"), own=False) if item.name in ("integer", "no tokens")]
     summary = gate_summary(run_gate(golden(), items, CPU, suite="quick", seed=0))
     assert summary["passed"]
     assert summary["failures"] == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from races import GOLDEN, out_of_memory, timed
+from benchmarks import GOLDEN, out_of_memory, timed
 
 from mxref.verification.bench import plots
 from mxref.verification.bench.history import FLOOR, Entry, as_entry, judge, noise, ratios_of

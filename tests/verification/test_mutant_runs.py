@@ -20,6 +20,7 @@ import torch
 
 from mxref.verification.candidates.asking import once
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import drawn_cases, smallest
 from mxref.verification.cases.tables import TableCase
 from mxref.verification.checks.finding import Finding, Status
@@ -215,7 +216,7 @@ def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.Monke
     monkeypatch.setattr(session, "arguments", lambda *_: dict.fromkeys(("respelt", "bias twice"), "an argument"))
     case = smallest(torch.float32)
     blind = Check("blind", "Accepts everything.", "", Asked.OWN, lambda *_: [case], once, lambda *_: [_finding(True)])
-    result = judge([harmless, harmful], plan("small", CPU, 0, own=True, checks=[blind]), _setting())
+    result = judge([harmless, harmful], plan(Scope("small", "cpu"), own=True, checks=[blind]), _setting())
     assert [judged.fate for judged in result.judged] == [Fate.EQUIVALENT, Fate.SURVIVED]
     assert result.exit_code == 1
 
@@ -242,7 +243,7 @@ def test_a_check_sees_what_it_was_made_for(file: str, function: str, edit: Edit,
     """One mutant for each check that came late: the cases before it let this one live."""
     mutant = locate(Place(f"device/{file}.py", function), edit, SOURCES, "late")
     [asked] = [each for each in CHECKS if each.name == check]
-    healthy, mutated = _ask(plan("small", CPU, 0, own=True, checks=[asked]), [None, mutant])
+    healthy, mutated = _ask(plan(Scope("small", "cpu"), own=True, checks=[asked]), [None, mutant])
     assert healthy.kills == {}
     assert set(mutated.kills) == {check}
 

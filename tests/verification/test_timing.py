@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from races import (
+from benchmarks import (
     CPU,
     TINY,
     FakeClock,
+    WallClock,
 )
 from torch import Tensor
 
 import mxref
 from mxref.verification.bench import first_call
 from mxref.verification.bench.paths import Path
-from mxref.verification.bench.timing import Ceilings, EventClock, WallClock, measure_ceilings
+from mxref.verification.bench.timing import Ceilings, EventClock, measure_ceilings
 from mxref.verification.bench.workloads import Shape, Workload
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks import WallClock
 from rich.console import Console
 
 from mxref.kernels import Config
 from mxref.kernels.device.configs import config_for
 from mxref.verification.bench import tuning
-from mxref.verification.bench.timing import WallClock
 from mxref.verification.bench.workloads import Shape
-from mxref.verification.cli import main
+from mxref.verification.cli import main, tune
 from mxref.verification.cli.tune import pinned_table, table
 
 SHAPE = Shape("small", 2, 64, 64, 8, 2, rank=4)
@@ -84,6 +85,22 @@ def test_every_candidate_fits(architecture: str) -> None:
         config.check_fits(architecture, torch.bfloat16)
     assert any(config.hopper for config in found) == (architecture == "sm_90")
     assert len(set(found)) == len(found) > 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the interpreter")
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = (SHAPE, replace(SHAPE, name="other"))
+    monkeypatch.setattr(tune, "choose_device", lambda wanted, require_gpu: CPU)
+    monkeypatch.setattr(tune, "CASES", shapes)
+    monkeypatch.setattr(tune, "EventClock", lambda device: WallClock())
+    monkeypatch.setattr(tune, "candidates", lambda arch, dtype: [Config(16, 32, 32, num_stages=1)])
+    compiled: list[object] = []
+    monkeypatch.setattr(tune, "compile_ahead", lambda *arguments: compiled.append(arguments))
+    assert main(["tune"]) == 0
+    out = capsys.readouterr().out
+    assert len(compiled) == 1
+    assert all(f"{shape.name} (" in out for shape in shapes)
+    assert "one tiling for all of these shapes" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

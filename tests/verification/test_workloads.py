@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from races import (
+from benchmarks import (
     BASE,
     BASE_DX,
     BASE_FORWARD,

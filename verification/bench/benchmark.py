@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxref.verification.bench.pairs import Effort, Row, time_shape
 from mxref.verification.bench.paths import Path
-from mxref.verification.bench.racing import Effort, Row, time_shape
 from mxref.verification.bench.timing import Ceilings, Clock
 from mxref.verification.bench.workloads import Shape
 from mxref.verification.candidates.shipped import shipped

@@ -17,8 +17,8 @@ from dataclasses import asdict
 
 import torch
 
+from mxref.verification.bench.pairs import runnable
 from mxref.verification.bench.paths import Path, our_paths
-from mxref.verification.bench.racing import runnable
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 from mxref.verification.cases.small import usual_dtype
 

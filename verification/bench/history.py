@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mxref.verification.bench.benchmark import Bench
-from mxref.verification.bench.racing import Row, digits
+from mxref.verification.bench.pairs import Row, digits
 
 __all__ = ["FLOOR", "Change", "Entry", "Key", "as_entry", "judge", "noise", "ratios_of"]
 
@@ -129,7 +129,8 @@ def judge(entries: Sequence[Entry], baseline: str | None = None) -> list[Change]
 
     Args:
         entries: of one GPU, oldest first.
-        baseline: the start of a date, commit or digest; that run is the yardstick. None: the best earlier one of each.
+        baseline: the start of a date, commit or digest; that run is what the latest is held against. None: the best
+            earlier one of each ratio.
 
     Raises:
         ValueError: no earlier run, or more than one, matches `baseline`.

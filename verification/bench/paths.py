@@ -178,23 +178,15 @@ class _DecodedProduct(torch.autograd.Function):
 _decoded_product: Callable[..., Tensor] = _DecodedProduct.apply
 
 
-def _dequantised(*, x: Tensor, weights: MXWeights, experts: Tensor, ends: Tensor) -> Tensor:
-    return _decoded_product(x, weights, experts, ends)
-
-
 def _dequantised_operands(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
-    return {
-        "x": operands["inputs"],
-        "weights": operands["expert_weights"],
-        "experts": _active(operands["sorted_scattered_idxs"], operands["expert_offsets"]),
-        "ends": operands["expert_offsets"].int(),
-    }
+    experts = _active(operands["sorted_scattered_idxs"], operands["expert_offsets"])
+    return {"operands": (operands["inputs"], operands["expert_weights"], experts, operands["expert_offsets"].int())}
 
 
 DEQUANTISED = Path(
     "dequantise + grouped_mm",
     "decode the active experts before each product, which is one torch._grouped_mm",
-    _dequantised,
+    lambda operands: _decoded_product(*operands),
     _dequantised_operands,
     2.0,
     ours=False,

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mxref.verification.bench.benchmark import Bench
-from mxref.verification.bench.racing import Row, digits
+from mxref.verification.bench.pairs import Row, digits
 from mxref.verification.bench.summary import BEYOND, eager_mark, markdown_table, once, summary
 
 __all__ = ["as_json", "as_markdown", "print_bench"]

@@ -19,7 +19,7 @@ from pytest_benchmark.storage.file import FileStorage
 from pytest_benchmark.utils import get_commit_info
 
 from mxref.verification.bench.benchmark import Bench
-from mxref.verification.bench.racing import Row
+from mxref.verification.bench.pairs import Row
 
 __all__ = ["keep_samples"]
 

@@ -1,4 +1,4 @@
-"""Clocks: seconds that one call takes, on a GPU by CUDA events, on a CPU by the wall; and a machine's ceilings.
+"""Clocks: seconds that one call takes on a GPU, by CUDA events; and a machine's ceilings.
 
 Nothing here knows what is timed. A clock samples a callable, captures it as a CUDA graph where that is possible, and
 tells how much memory it takes beyond what was there. Allocation stays outside the timed window: a graph has its memory
@@ -8,17 +8,16 @@ from the capture on, and an eager call finds the allocator's cache warm.
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "Ceilings", "Clock", "EventClock", "WallClock", "clock_for", "measure_ceilings"]
+__all__ = ["Captured", "Ceilings", "Clock", "EventClock", "measure_ceilings"]
 
 Run = Callable[[], Sequence[Tensor]]
 """What is timed: a call without arguments; it returns its results."""
@@ -139,43 +138,10 @@ class EventClock:
         return torch.cuda.max_memory_allocated(self._device) - before - returned
 
 
-class WallClock:
-    """Wall time on a CPU, where nothing is captured and memory is not counted."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
-
-    def stream(self) -> AbstractContextManager[None]:
-        """Nothing to choose."""
-        return nullcontext()
-
-    def sample(self, call: Callable[[], object], count: int) -> list[float]:
-        """See `Clock`."""
-        seconds = []
-        for _ in range(count):
-            begin = self._now()
-            call()
-            seconds.append(self._now() - begin)
-        return seconds
-
-    def capture(self, run: Run) -> Captured | None:
-        """None: there is nothing to capture into."""
-        return None
-
-    def extra_bytes(self, run: Run) -> int | None:
-        """None: not counted."""
-        return None
-
-
 def _stored_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of the storages that the tensors lie in, each counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def clock_for(device: torch.device) -> Clock:
-    """The clock of a device."""
-    return EventClock(device) if device.type == "cuda" else WallClock()
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,17 @@ from functools import partial
 from multiprocessing import get_context
 
 import torch
-from torch import Tensor
 
 from mxref.kernels import Config, parallel_linear_lora
 from mxref.kernels.device.configs import HOPPER_HEIGHTS, config_for, shape_class
 from mxref.kernels.device.launch import architecture
-from mxref.verification.bench.racing import AGREEMENT, distance
-from mxref.verification.bench.timing import Clock
+from mxref.verification.bench.pairs import AGREEMENT, distance, runnable
+from mxref.verification.bench.paths import Path
+from mxref.verification.bench.timing import Clock, Run
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 from mxref.verification.cases.small import usual_dtype
 
 __all__ = ["Pinned", "Timing", "candidates", "compile_ahead", "pinned_costs", "tune_shape"]
-
-_STEP = MEASURES[0]
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,10 @@ def pinned_costs(tuned: Sequence[Sequence[Timing]]) -> list[Pinned]:
     return sorted(costs, key=lambda cost: cost.worst)
 
 
-def _step(workload: Workload, config: Config) -> Callable[[], Sequence[Tensor]]:
+def _step(workload: Workload, config: Config) -> Run:
     """Forward and backward under one tiling."""
-    operands = workload.operands(_STEP)
-    leaves = workload.gradients_of(operands)
-
-    def run() -> Sequence[Tensor]:
-        y = parallel_linear_lora(**operands, use_fused_dX=True, use_fused_gather=True, config=config)
-        return y.detach(), *torch.autograd.grad(y, leaves, workload.grad_out.to(y.dtype))
-
-    return run
+    call = partial(parallel_linear_lora, use_fused_dX=True, use_fused_gather=True, config=config)
+    return runnable(workload, MEASURES[0], Path(str(config), "", call))
 
 
 def _fits(config: Config, arch: str, dtype: torch.dtype) -> bool:

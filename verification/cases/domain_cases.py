@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,23 +10,30 @@ import torch
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import covering_array
-from mxref.verification.cases.domain import EXCLUDED, Class, dimensions_for
+from mxref.verification.cases.domain import EXCLUDED, Class, Dimension, Expense, dimensions_for, living
 
 __all__ = ["case_of", "domain_cases"]
 
 _WORD = {2: "pairs", 3: "triples"}
 
 
-def domain_cases(strength: int, dtypes: Sequence[torch.dtype], cheap: bool, seed: int) -> list[Case]:
+def domain_cases(
+    strength: int,
+    dtypes: Sequence[torch.dtype],
+    expense: Expense,
+    seed: int,
+    within: Callable[[list[Dimension]], list[Dimension]] = lambda dimensions: dimensions,
+) -> list[Case]:
     """Cases in which every legal pair (`strength` 2) or triple (3) of classes occurs; another seed, other cases.
 
     Args:
         strength: 2 or 3.
         dtypes: activation dtypes that are judged.
-        cheap: costly classes have stand-ins.
+        expense: whether costly classes have stand-ins.
         seed: of the array.
+        within: the dimensions without classes that are not asked for.
     """
-    dimensions = dimensions_for(dtypes, cheap)
+    dimensions = living(within(dimensions_for(dtypes, expense)))
     cases = []
     for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
         classes = {d.name: d.classes[index] for d, index in zip(dimensions, row, strict=True)}

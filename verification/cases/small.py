@@ -16,7 +16,8 @@ from mxref.verification.cases.elements import element_cases, one_hot_elements
 __all__ = [
     "FULL_OF_COLUMNS", "behaviour_cases", "decode_cases", "decoder_cases", "drawn_cases", "index_cases",
     "integer_cases",
-    "narrow_decode_cases", "operator_case", "own_integer_cases", "remote_cases", "smallest", "stack_cases",
+    "narrow_decode_cases", "operator_case", "own_integer_cases", "remote_cases", "sequence_cases", "smallest",
+    "stack_cases",
     "unordered_cases",
     "usual_dtype",
 ]  # fmt: skip
@@ -126,6 +127,12 @@ def index_cases(device_type: str) -> list[Case]:
         replace(sizes, name="sizes, LoRA", bias=False, K=32, N=32, tokens=260, rank=32),
         replace(sizes, name="sizes, gradients of LoRA", bias=False, tokens=45, rank=16),
     ]
+
+
+def sequence_cases(device_type: str) -> list[Case]:
+    """For sequences of calls: an integer fixture with sentinels and gates, ungrouped, of a few tokens."""
+    base = smallest(usual_dtype(device_type))
+    return [replace(base, name="sequences", experts=3, tokens=6, gate_slots=2, routing="sentinels")]
 
 
 def stack_cases(device_type: str) -> list[Case]:

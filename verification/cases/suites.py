@@ -11,21 +11,23 @@ lie on the bf16 grid; rounding to 16 bits is judged on a GPU.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 
 import torch
 
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.domain_cases import domain_cases
 from mxref.verification.cases.elements import element_cases, every_element
+from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.small import FULL_OF_COLUMNS
 
 __all__ = [
-    "Suite", "behaviour_cases", "configuration_cases", "decode_cases", "decoder_cases", "drawn_cases", "integer_cases",
-    "narrow_decode_cases", "own_integer_cases",
+    "Suite", "behaviour_cases", "configuration_cases", "decode_cases", "decoder_cases", "drawn_cases", "exact_cases",
+    "integer_cases",
+    "narrow_decode_cases", "ordinary_cases", "own_integer_cases",
 ]  # fmt: skip
-
-Suite = Literal["small", "quick", "full"]
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -75,6 +77,26 @@ def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
         _like(base, "129 columns", N=129, use_fused_dX=True),
         _like(sentinels, "gates beyond fp16", gate_exponent=20),
     ]
+
+
+def exact_cases(scope: Scope) -> list[Case]:
+    """Fixtures that are exact in any order of summation: named ones, and those that cover the domain."""
+    return [*integer_cases(scope.suite, scope.device_type), *(case for case in _domain(scope) if case.exact)]
+
+
+def ordinary_cases(scope: Scope) -> list[Case]:
+    """Ordinary numbers: named cases, and those that cover the domain where no exact fixture exists."""
+    return [*drawn_cases(scope.suite, scope.device_type), *(case for case in _domain(scope) if not case.exact)]
+
+
+@lru_cache(maxsize=4)
+def _domain(scope: Scope) -> list[Case]:
+    """Cases that hold every legal pair of classes of the domain, in the full suite every triple."""
+    if scope.suite == "small":
+        return []
+    strength = 3 if scope.suite == "full" else 2
+    cases = domain_cases(strength, scope.dtypes, scope.expense, scope.seed, scope.subset.within)
+    return [case for case in cases if scope.subset.holds(case)]
 
 
 def drawn_cases(suite: Suite, device_type: str) -> list[Case]:

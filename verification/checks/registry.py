@@ -16,11 +16,12 @@ import torch
 from mxref.verification.candidates import asking, asking_kernels
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.sequences import in_sequences
 from mxref.verification.cases import small, suites
 from mxref.verification.cases.case import Case
-from mxref.verification.cases.suites import Suite
+from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.tables import TableCase, table_cases
-from mxref.verification.checks.bits import a_configuration, same_bits
+from mxref.verification.checks.bits import a_configuration, same_bits, same_values
 from mxref.verification.checks.drift import no_drift
 from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.memory import inside_tensors, right_and_unwritten, unwritten, wide_indices
@@ -40,8 +41,7 @@ class Asked(StrEnum):
     OWN_ON_GPU = "this project's kernels, on a GPU"
 
 
-Cases = Callable[[Suite, str], Sequence[Case | TableCase]]
-"""(suite, device type) -> cases."""
+Cases = Callable[[Scope], Sequence[Case | TableCase]]
 
 
 @dataclass(frozen=True)
@@ -83,46 +83,51 @@ def why() -> dict[str, str]:
 
 def _small(cases: Callable[[str], list[Case]]) -> Cases:
     """The small cases in every suite."""
-    return lambda suite, device_type: cases(device_type)
+    return lambda scope: cases(scope.device_type)
 
 
-_drawn, _behaviour, _remote = suites.drawn_cases, suites.behaviour_cases, _small(small.remote_cases)
-_operators: Cases = lambda suite, device_type: [small.operator_case(device_type)]  # noqa: E731
+def _named(cases: Callable[[Suite, str], list[Case]]) -> Cases:
+    """The named cases of a suite."""
+    return lambda scope: cases(scope.suite, scope.device_type)
+
+
+_drawn, _behaviour, _remote = suites.ordinary_cases, _named(suites.behaviour_cases), _small(small.remote_cases)
+_operators: Cases = lambda scope: [small.operator_case(scope.device_type)]  # noqa: E731
 
 CHECKS: tuple[Check, ...] = (
     Check(
         "integer",
         "Inputs are small integers chosen so that every sum is exact in any order. Nothing may differ, not by one bit: "
         "whatever does is a wrong index, sign, scale or a missing term, never rounding.",
-        "one run", Asked.ANY, suites.integer_cases, asking.once, equal,
+        "one run", Asked.ANY, suites.exact_cases, asking.once, equal,
     ),
     Check(
         "integer, further",
         "The same on weights that are decoded already, on an N that no tile divides, and with gates beyond fp16's "
         "range.",
-        "one run", Asked.OWN, suites.own_integer_cases, asking.once, equal,
+        "one run", Asked.OWN, _named(suites.own_integer_cases), asking.once, equal,
     ),
     Check(
         "decode",
         "Every pair of an MXFP4 code and a scale byte, 16 × 256 of them, in every place of a block, is decoded through "
         "the products and compared with the value that the format defines.",
-        "one run", Asked.ANY, suites.decode_cases, asking.once, equal,
+        "one run", Asked.ANY, _named(suites.decode_cases), asking.once, equal,
     ),
     Check(
         "decode in 16 bits",
         "The same in bf16 and fp16 under Triton's interpreter, whose fp32 is exact enough for what is exact.",
-        "one run", Asked.INTERPRETED, suites.narrow_decode_cases, asking.once, equal,
+        "one run", Asked.INTERPRETED, _named(suites.narrow_decode_cases), asking.once, equal,
     ),
     Check(
         "decoder",
         "A decode that runs outside the products is compared bit by bit, −0 included, which a product loses.",
-        "one decode", Asked.ANY, suites.decoder_cases, asking.by_its_decoder, decoded_bits,
+        "one decode", Asked.ANY, _named(suites.decoder_cases), asking.by_its_decoder, decoded_bits,
     ),
     Check(
         "tables",
         "The kernels' tables of tiles and rows, entry by entry: products hide a schedule's mistakes where two cancel, "
         "where a tile is computed twice, or where no case has as many tiles as a real batch.",
-        "tables only", Asked.OWN, lambda suite, device_type: table_cases(), asking_kernels.for_tables, right_tables,
+        "tables only", Asked.OWN, lambda scope: table_cases(), asking_kernels.for_tables, right_tables,
     ),
     Check(
         "addresses",
@@ -224,10 +229,17 @@ CHECKS: tuple[Check, ...] = (
         "ten runs, three interpreted", Asked.ANY, _behaviour, asking.repeatedly, same_bits,
     ),
     Check(
+        "sequences",
+        "Calls in any order, of several forward passes, gradients of earlier ones, operands changed in place as an "
+        "optimiser does, other shapes in the same memory: a result depends on its operands alone. A failure is shrunk "
+        "to the shortest sequence.",
+        "a hundred tiny runs", Asked.ANY, _small(small.sequence_cases), in_sequences, same_values,
+    ),
+    Check(
         "configurations",
         "Every kernel configuration that dispatch can reach is pinned and judged, and dispatch on its own gives the "
         "bits of one of them: no other is shipped.",
-        "one run a configuration", Asked.ANY, suites.configuration_cases, asking.under_every_configuration,
+        "one run a configuration", Asked.ANY, _named(suites.configuration_cases), asking.under_every_configuration,
         a_configuration,
     ),
     Check(
@@ -244,7 +256,7 @@ BASELINE = Check(
     "the bound, is shown until it is accepted on purpose.",
     "no run of its own",
     Asked.OWN,
-    lambda suite, device_type: [],
+    lambda scope: [],
     lambda candidate, sample: [],
     lambda answers, expected: [],
 )

@@ -14,10 +14,10 @@ from rich.console import Console
 from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
 from mxref.verification.bench.first_call import first_call
 from mxref.verification.bench.history import ratios_of
+from mxref.verification.bench.pairs import Effort
 from mxref.verification.bench.paths import every_path
-from mxref.verification.bench.racing import Effort
 from mxref.verification.bench.report import as_json, as_markdown, print_bench
-from mxref.verification.bench.timing import clock_for, measure_ceilings
+from mxref.verification.bench.timing import EventClock, measure_ceilings
 from mxref.verification.bench.workloads import CASES, DENSE, LARGE, QUICK, Shape
 from mxref.verification.cli.options import choose_device
 from mxref.verification.cli.progress import Meter
@@ -100,7 +100,7 @@ def _shapes(arguments: argparse.Namespace) -> tuple[Shape, ...]:
 
 
 def _measure(shapes: tuple[Shape, ...], device: torch.device, peers: bool) -> Bench:
-    paths, clock = every_path(installed=peers), clock_for(device)
+    paths, clock = every_path(installed=peers), EventClock(device)
     with Meter(len(shapes)) as meter:
         meter.show("gate: " + ", ".join(path.name for path in paths if path.ours))
         bench = Bench(describe_device(device), gate_paths(paths, device), Effort())

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mxref.checkpoints.gpt_oss import ExpertTensor, list_expert_tensors
+from mxref.checkpoints import ExpertTensor, list_expert_tensors
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
+from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cli.options import choose_device, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
@@ -187,7 +189,10 @@ def _items(arguments: argparse.Namespace, candidate: Candidate, device: torch.de
         raise UsageError("--layers and --experts choose from a checkpoint: give --weights too")
     else:
         suite = "full" if arguments.full else "quick"
-        items = plan("full" if arguments.full else "quick", device, arguments.seed, own=candidate.operators is not None)
+        scope = Scope(
+            "full" if arguments.full else "quick", device.type, arguments.seed, runs_interpreted(candidate, device)
+        )
+        items = plan(scope, own=candidate.operators is not None)
     if arguments.case:
         items = [item for item in items if item.fits(arguments.case)]
         if not items:

@@ -23,8 +23,9 @@ DESCRIPTION = (
 
 EPILOG = """\
 examples:
-  mxref inspect model.safetensors          one file, gpt-oss names (*_blocks, *_scales)
-  mxref inspect ./gpt-oss-20b              a directory of shards; DeepSeek-V4 names are read too
+  mxref inspect model.safetensors          one file
+  mxref inspect ./gpt-oss-20b              a directory of shards
+  mxref inspect openai/gpt-oss-20b         a model of the local Hugging Face cache; nothing is downloaded
 
 exit codes: 0 the checkpoint was read, whatever it holds; 2 wrong use or not readable
 """
@@ -34,7 +35,7 @@ _WIDTH = 24
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="a safetensors file, or a directory that holds them")
+    parser.add_argument("file", metavar="FILE", type=Path, help="a safetensors file, a directory, or a model id")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from mxref.checkpoints.statistics import inspect_checkpoint
+    from mxref.checkpoints import open_checkpoint, read_expert_weights
+    from mxref.checkpoints.statistics import BlockStatistics
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
@@ -57,9 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_column(column, justify="left" if column in ("tensor", "") else "right", overflow="fold")
     blocks = nan = 0
     try:
-        layout, count, statistics = inspect_checkpoint(arguments.file)
-        progress = Console(stderr=True)
-        for found in track(statistics, "reading", total=count, console=progress, transient=True):
+        checkpoint = open_checkpoint(arguments.file)
+        count, progress = len(checkpoint.projections), Console(stderr=True)
+        stacks = read_expert_weights(checkpoint)
+        for name, weights in track(stacks, "reading", total=count, console=progress, transient=True):
+            found = BlockStatistics.of(name, weights)
             blocks, nan = blocks + found.blocks, nan + found.nan
             low, high = found.byte_range
             share = [_share(part, found.blocks) for part in (found.zero, found.saturated, found.nan)]
@@ -71,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
                 *share[:2],
                 Text(share[2], style="red" if found.nan else "bright_black"),
             )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
     console.print(table)
-    summary = f"{layout} names · {count} projections · {blocks:,} blocks of 32 · {nan:,} NaN"
+    summary = f"{checkpoint.convention.name} names · {count} projections · {blocks:,} blocks of 32 · {nan:,} NaN"
     console.print(Text(summary, style="red" if nan else "bright_black"))
     return 0
 

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 
 from mxref.verification.candidates.known import ENTRIES, OWN, entry
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cli.options import choose_device, positive, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.plan import matches, plan
+from mxref.verification.gate.plan import plan
 from mxref.verification.records import record
 from mxref.verification.records.record import EVIDENCE
 from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="full", action="store_false", default=False, help="the quick suite (default)")
     size.add_argument("--full", action="store_true", help="the suite for a release: more and larger cases")
-    parser.add_argument("--case", metavar="PATTERN", action="append", help="only cases that match; may be repeated")
+    parser.add_argument(
+        "--case", metavar="PATTERN", action="append", help="cases or checks that match; may be repeated"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument(
@@ -106,8 +109,8 @@ def _names(text: str | None) -> list[str]:
 
 def _check_cases(names: list[str], arguments: argparse.Namespace, device: torch.device) -> None:
 
-    items = plan("full" if arguments.full else "quick", device, arguments.seed, own=OWN in names)
-    if not any(matches(item.name, arguments.case or ()) for item in items):
+    items = plan(Scope("full" if arguments.full else "quick", device.type, arguments.seed), own=OWN in names)
+    if not any(item.fits(arguments.case or ()) for item in items):
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mxref.kernels.device.launch import architecture
-from mxref.verification.bench.timing import clock_for
+from mxref.verification.bench.timing import EventClock
 from mxref.verification.bench.tuning import Pinned, Timing, candidates, compile_ahead, pinned_costs, tune_shape
 from mxref.verification.bench.workloads import CASES
 from mxref.verification.cases.small import usual_dtype
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     shapes = [shape for shape in CASES if any(text in shape.name for text in wanted)]
     if not shapes:
         raise UsageError(f"--shape {' '.join(wanted)} matches none of: {', '.join(shape.name for shape in CASES)}")
-    console, clock = Console(width=None if sys.stdout.isatty() else 120), clock_for(device)
+    console, clock = Console(width=None if sys.stdout.isatty() else 120), EventClock(device)
     configs = candidates(architecture(device), usual_dtype(device.type))
     with Meter(len(configs) * len(shapes)) as meter:
         meter.show(f"compiling {len(configs)} tilings")

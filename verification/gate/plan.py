@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from mxref.checkpoints.gpt_oss import ExpertTensor, read_expert_weights
+from mxref.checkpoints import ExpertTensor, read_expert_weights
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import usual_dtype
-from mxref.verification.cases.suites import Suite
 from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.expectation import slopes_of
 from mxref.verification.checks.registry import CHECKS, Check
@@ -59,14 +59,19 @@ class Item:
         return slopes_of(self.case) if drift and isinstance(self.case, Case) else 0
 
 
-def plan(suite: Suite, device: torch.device, seed: int, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item]:
-    """All that a candidate is asked on a device, in the checks' order; `own`: it is this project's kernels."""
+def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item]:
+    """All that a candidate is asked within a scope, in the checks' order; `own`: it is this project's kernels."""
+    device = torch.device(scope.device_type)
     asked = [check for check in checks if check.is_for(own, device)]
     items = []
     for _, alike in groupby(asked, key=lambda check: (id(check.ask), id(check.cases))):
         together = tuple(alike)
-        for case in together[0].cases(suite, device.type):
-            items.append(Item(together, case, _drawing(case, device, seed)))
+        for case in together[0].cases(scope):
+            if isinstance(case, Case):
+                if not scope.subset.holds(case):
+                    continue
+                case = scope.subset.of(case)
+            items.append(Item(together, case, _drawing(case, device, scope.seed)))
     return items
 
 
@@ -92,7 +97,8 @@ def plan_checkpoint(
         seed: of everything that is not the checkpoint's.
     """
     interval = tuple(check for check in CHECKS if check.name == "interval")
-    items = plan("quick", device, seed, own=False, checks=[check for check in CHECKS if check.name == "decode"])
+    decode = [check for check in CHECKS if check.name == "decode"]
+    items = plan(Scope("quick", device.type, seed), own=False, checks=decode)
     for tensor in tensors:
         count = tensor.E if experts is None else min(experts, tensor.E)
         name = f"{tensor.name}, experts 0–{count - 1} of {tensor.E}"

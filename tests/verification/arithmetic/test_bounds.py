@@ -1,6 +1,6 @@
 """Bounds hold for everything honest and for nothing else.
 
-Honest arithmetic is emulated, independently of the code under test; see `mxref.verification.emulation`.
+Honest arithmetic is emulated, independently of the code under test; see `studies.conforming.emulation`.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def test_fp32_blocks_see_a_thousandth_in_nearly_every_element() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 200), st.integers(0, 2**31), st.sampled_from(list(HONEST)), st.integers(0, 40))
 def test_any_order_of_any_length_is_inside_gamma(n: int, seed: int, honest: str, spread: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    P, Q = wild(3, n, spread, draw), wild(n, 4, spread, draw)
+    generator = torch.Generator().manual_seed(seed)
+    P, Q = wild(3, n, spread, generator), wild(n, 4, spread, generator)
     accumulator = Accumulator(ACCUMULATIONS["undeclared"], FP32, 3, 4, P.device)
     accumulator.dot(P, Q, "Y")
     got = HONEST[honest](torch.zeros(3, 4, dtype=torch.float64), P, Q)
@@ -185,8 +185,8 @@ def test_any_order_of_any_length_is_inside_gamma(n: int, seed: int, honest: str,
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 100), st.integers(0, 2**31), st.sampled_from([(16, 25), (8, 24)]), st.integers(0, 60))
 def test_running_bound_of_tensor_cores_on_wild_operands(n: int, seed: int, arch: tuple[int, int], spread: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    P, Q = round_to(wild(3, n, spread, draw), BF16), round_to(wild(n, 4, spread, draw), BF16)
+    generator = torch.Generator().manual_seed(seed)
+    P, Q = round_to(wild(3, n, spread, generator), BF16), round_to(wild(n, 4, spread, generator), BF16)
     dot, zeros = tensor_core(*arch), torch.zeros(3, 4, dtype=torch.float64)
     got = dot(r32(-0.75 * dot(zeros, P, Q)), P, Q.flip(1))
     for how in (Accumulation("tensor_core", *arch), ACCUMULATIONS["undeclared"]):
@@ -197,18 +197,18 @@ def test_running_bound_of_tensor_cores_on_wild_operands(n: int, seed: int, arch:
         assert bool(((got - accumulator.value).abs() <= accumulator.radius()).all())
 
 
-def wild(rows: int, columns: int, spread: int, draw: torch.Generator) -> Tensor:
+def wild(rows: int, columns: int, spread: int, generator: torch.Generator) -> Tensor:
     """Magnitudes over 2^±spread, a tenth zeros, in fp32."""
-    x = torch.randn(rows, columns, generator=draw).double()
-    exponents = torch.randint(-spread, spread + 1, (rows, columns), generator=draw).double()
-    keep = torch.rand(rows, columns, generator=draw) > 0.1
+    x = torch.randn(rows, columns, generator=generator).double()
+    exponents = torch.randint(-spread, spread + 1, (rows, columns), generator=generator).double()
+    keep = torch.rand(rows, columns, generator=generator) > 0.1
     return r32(x * torch.exp2(exponents) * keep)
 
 
 @pytest.mark.parametrize("kind", ["tensor_core", "fp32_blocks"])
 def test_split_k_and_permuted_orders_are_followed(kind: str) -> None:
-    draw = torch.Generator().manual_seed(7)
-    P, Q = round_to(wild(5, 200, 3, draw), BF16), round_to(wild(200, 6, 3, draw), BF16)
+    generator = torch.Generator().manual_seed(7)
+    P, Q = round_to(wild(5, 200, 3, generator), BF16), round_to(wild(200, 6, 3, generator), BF16)
     dot = tensor_core() if kind == "tensor_core" else blocks(16)
     evens_first = torch.cat((torch.arange(0, 200, 2), torch.arange(1, 200, 2)))
     how = Accumulation(kind, 16, orders={"Y": Order(lambda n: evens_first, parts=3)})  # type: ignore[arg-type]
@@ -245,9 +245,9 @@ def test_other_chains_are_followed() -> None:
 
 
 def test_rho_by_brute_force() -> None:
-    draw = torch.Generator().manual_seed(0)
-    q = torch.randn(200, generator=draw).double()
-    e = q.abs() * torch.rand(200, generator=draw).double() * 2.0**-6
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(200, generator=generator).double()
+    e = q.abs() * torch.rand(200, generator=generator).double() * 2.0**-6
     moved = q + e * torch.linspace(-1, 1, 501, dtype=torch.float64)[:, None]
     expected = (round_to(moved, BF16) - round_to(q, BF16)).abs().amax(0)
     assert torch.equal(rho(q, e, BF16), expected)
@@ -336,3 +336,9 @@ def test_the_rounding_of_gated_gradients_reaches_every_sum_over_them() -> None:
         assert bool((added["dbias"][e] >= 0.99 * 2.0**-24 * dy[rows].abs().sum(0)).all())
     least = 2.0**-24 * position(problem, through).view(12, 2, 64).sum(1)
     assert bool((added["dX"] >= 0.99 * least).all())
+
+
+def test_accumulations_are_named_or_described() -> None:
+    assert str(ACCUMULATIONS["fp32-blocks-64"]) == "fp32-blocks-64"
+    own = Accumulation("fp32_blocks", step=48, lora="apart")
+    assert str(own) == "fp32 in blocks of 48, LoRA product apart, bias last"

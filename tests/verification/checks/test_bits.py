@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +71,19 @@ def test_bits_that_change_from_run_to_run(run: int, how: str) -> None:
     assert found["dX"].status is Status.PASS
     assert found["Y"].reason.startswith(f"other bits in run {run}{how}: ")
     assert found["Y"].counterexample is not None
+
+
+def test_a_gradient_that_comes_and_goes() -> None:
+    for first in (0, 1):
+        runs = iter(range(first, 100))
+
+        def forgetful(runs: Iterator[int] = runs, **operands: Any) -> Tensor:
+            return layer(**operands | {"lora_A": operands["lora_A"].detach()} if next(runs) % 2 else operands)
+
+        found = {finding.tensor: finding for finding in ask("determinism", candidate(forgetful), PLAIN)}
+        assert found["Y"].status is Status.PASS
+        assert found["dA"].status is Status.FAIL
+        assert found["dA"].reason.startswith("other bits in run 2")
 
 
 def test_rows_that_see_each_other() -> None:

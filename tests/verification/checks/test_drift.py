@@ -1,4 +1,4 @@
-"""Honest arithmetic never drifts, on many draws; what the checks of drift, sign and exponent promise to see they see."""
+"""Honest arithmetic never drifts, on many draws; what the checks of drift, sign and exponent promise is seen."""
 
 from __future__ import annotations
 

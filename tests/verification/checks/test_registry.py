@@ -16,6 +16,7 @@ import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.suites import Suite
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import BASELINE, CHECKS, Asked, Check, why
@@ -47,13 +48,15 @@ def test_checks_that_share_a_run_stand_together() -> None:
 @pytest.mark.parametrize("suite", ["small", "quick", "full"])
 def test_cases_of_a_check_have_names_of_their_own(suite: Suite, device_type: str) -> None:
     for check in CHECKS:
-        names = [case.name for case in check.cases(suite, device_type)]
+        names = [case.name for case in check.cases(Scope(suite, device_type))]
         assert len(set(names)) == len(names), check.name
 
 
 def first_item(check: Check) -> Item:
     """The smallest case that it is asked about."""
-    return (plan("small", CPU, 0, own=True, checks=[check]) or plan("quick", CPU, 0, own=True, checks=[check]))[0]
+    return (
+        plan(Scope("small", "cpu"), own=True, checks=[check]) or plan(Scope("quick", "cpu"), own=True, checks=[check])
+    )[0]
 
 
 def ill(do: Callable[..., Any]) -> Candidate:
@@ -126,6 +129,6 @@ def test_configurations_that_cannot_be_listed_are_a_finding(check: Check) -> Non
 
 def test_the_smallest_cases_are_all_passed_by_the_golden_model() -> None:
     """What any candidate is asked; this project's own kernels are judged by the gate itself."""
-    for item in plan("small", CPU, 0, own=False):
+    for item in plan(Scope("small", "cpu"), own=False):
         wrong = [str(f) for f in judge(item, golden(), ACCUMULATIONS["fp32-blocks-64"]) if f.status is not Status.PASS]
         assert wrong == [], item.name

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.suites import Suite
 from mxref.verification.checks.registry import CHECKS, Asked
 from mxref.verification.gate.plan import matches, plan, plan_cases
@@ -40,7 +41,7 @@ def test_a_check_is_asked_of_whom_it_says(device: torch.device, own: bool, asked
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 def test_what_may_end_the_use_of_the_gpu_comes_last(device: torch.device) -> None:
-    order = [item.checks[0].name for item in plan("small", device, 0, own=True)]
+    order = [item.checks[0].name for item in plan(Scope("small", device.type), own=True)]
     assert order == sorted(order, key=[check.name for check in CHECKS].index)
     assert (order[-1] == "guard pages") == (device.type == "cuda")
 

@@ -16,6 +16,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.scope import Scope
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
@@ -131,9 +132,9 @@ def counting(runs: list[int]) -> Candidate:
 )
 def test_checks_that_share_their_runs_run_the_candidate_once(names: tuple[str, ...], runs_a_case: int) -> None:
     checks = [check for check in CHECKS if check.name in names]
-    items, runs = plan("small", CPU, 0, own=False, checks=checks), list[int]()
+    items, runs = plan(Scope("small", "cpu"), own=False, checks=checks), list[int]()
     result = run_gate(counting(runs), items, CPU, suite="", seed=0)
-    assert len(runs) == runs_a_case * len(items)
+    assert len(runs) == runs_a_case * len(checks[0].cases(Scope("small", "cpu")))
     assert {finding.check for finding in result.findings} == set(names)
 
 
@@ -154,7 +155,7 @@ def test_what_is_declined_everywhere_passes_nothing() -> None:
     def declines(**operands: Any) -> Tensor:
         raise NotImplementedError("nothing is supported")
 
-    result = run_gate(Candidate("nothing", declines), plan("small", CPU, 0, own=False), CPU, suite="", seed=0)
+    result = run_gate(Candidate("nothing", declines), plan(Scope("small", "cpu"), own=False), CPU, suite="", seed=0)
     assert {finding.status for finding in result.findings} == {Status.NOT_COVERED}
     assert (result.verdict, result.exit_code) == (Status.NOT_COVERED, 1)
 

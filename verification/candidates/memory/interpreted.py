@@ -26,7 +26,7 @@ INDEX_LIMIT = 3 << 12
 
 @contextmanager
 def checked_indices() -> Iterator[None]:
-    """Within this context an interpreted 32-bit sum, difference or product beyond INDEX_LIMIT raises OverflowError."""
+    """Within this context a kernel with a 32-bit sum, difference or product beyond INDEX_LIMIT raises."""
     compute = interpreter.InterpreterBuilder.binary_op
 
     def checked(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
@@ -88,7 +88,7 @@ class _Touched:
 
 @contextmanager
 def checked_memory() -> Iterator[_Touched]:
-    """Within this context an interpreted kernel that leaves its tensors raises an IndexError."""
+    """Within this context an interpreted kernel that leaves its tensors, or writes an element twice, raises."""
     touched = _Touched()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, to_host = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst

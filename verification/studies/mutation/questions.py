@@ -14,6 +14,7 @@ from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.tables import TableCase
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS, Asked, Check
@@ -34,7 +35,7 @@ def questions(device: torch.device, seed: int = 0) -> list[Item]:
     All samples are drawn here, on the CPU, for every process that is forked from this one; each moves them to its
     device, since a process that has touched a GPU cannot hand it to its forks.
     """
-    return [_drawn(item, device, seed) for item in plan("small", device, seed, own=True)]
+    return [_drawn(item, device, seed) for item in plan(Scope("small", device.type, seed), own=True)]
 
 
 def is_open(item: Item, kills: Collection[str], every: bool) -> bool:

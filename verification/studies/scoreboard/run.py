@@ -19,7 +19,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.known import OWN, entry
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.elements import all_elements
-from mxref.verification.cases.suites import Suite
+from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.weights_behind import Weight, weight_at, weights_behind
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.plan import Item, plan, slopes_in
@@ -118,7 +118,7 @@ class _Job:
     def items(self) -> dict[int, Item]:
         """The items by number."""
         suite: Suite = "full" if self.full else "quick"
-        every = plan(suite, torch.device(self.device), self.seed, own=self.name == OWN)
+        every = plan(Scope(suite, self.device, self.seed, self.name == OWN), own=self.name == OWN)
         chosen = [item for item in every if item.fits(self.only)]
         return {number: chosen[number] for number in range(self.first, len(chosen), self.of)}
 

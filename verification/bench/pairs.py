@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Row:
         ratios: the round's median over the reference's in the same round.
         least_flops, least_bytes: with weights in MXFP4: what the limit is made of.
         limit: seconds that they take at the run's ceilings.
-        eager: median of the eager time, and `eager_ratio` to the reference's.
+        eager: median of the eager time.
         rows_per_s, flops_per_s, bytes_per_s: achieved, 0 where there is no product; bytes count the weights in the form
             that this way reads.
         extra_bytes: the most memory beyond the operands and the results, which are the output and the gradients; None
@@ -71,7 +71,6 @@ class Row:
     least_bytes: float = 0.0
     limit: float = 0.0
     eager: float = 0.0
-    eager_ratio: float = 0.0
     rows_per_s: float = 0.0
     flops_per_s: float = 0.0
     bytes_per_s: float = 0.0
@@ -147,7 +146,7 @@ def _time_measure(
         other = _ready(workload, measure, beside, clock)
     except torch.OutOfMemoryError:
         return _no_room(workload.shape, measure, paths, mean)
-    rows = [_row(workload, measure, beside, other, _alternate(other, other, clock, effort))]
+    rows = [_row(workload, measure, beside, other, other, clock, effort)]
     for path in paths:
         try:
             side = _ready(workload, measure, path, clock)
@@ -156,7 +155,7 @@ def _time_measure(
                 status = f"disagrees with the {beside.name} by {apart:.2g}"
                 rows.append(_lost(workload.shape, measure, path, mean, status))
             else:
-                rows.append(_row(workload, measure, path, side, _alternate(side, other, clock, effort)))
+                rows.append(_row(workload, measure, path, side, other, clock, effort))
             del side
         except torch.OutOfMemoryError:
             rows.append(_lost(workload.shape, measure, path, mean, "out of memory"))
@@ -208,25 +207,6 @@ def runnable(workload: Workload, measure: Measure, path: Path) -> Run:
     return lambda: torch.autograd.grad(y, leaves, workload.grad_out, retain_graph=True)
 
 
-@dataclass(frozen=True)
-class _Times:
-    """Rounds of samples of one side and of its neighbour, by graph where both have one, and eager."""
-
-    mode: str
-    own: list[list[float]]
-    other: list[list[float]]
-    eager_own: list[list[float]]
-    eager_other: list[list[float]]
-
-
-def _alternate(side: _Side, other: _Side, clock: Clock, effort: Effort) -> _Times:
-    eager = _rounds(side.run, other.run, clock, effort)
-    if side.captured is None or other.captured is None:
-        return _Times("eager", *eager, *eager)
-    graphs = _rounds(side.captured.replay, other.captured.replay, clock, effort)
-    return _Times("graph", *graphs, *eager)
-
-
 def _rounds(
     own: Callable[[], object], other: Callable[[], object], clock: Clock, effort: Effort
 ) -> tuple[list[list[float]], list[list[float]]]:
@@ -241,27 +221,29 @@ def _rounds(
     return ours, theirs
 
 
-def _row(workload: Workload, measure: Measure, path: Path, side: _Side, times: _Times) -> Row:
-    shape, middle = workload.shape, statistics.median(_flat(times.own))
-    eager, eager_other = statistics.median(_flat(times.eager_own)), statistics.median(_flat(times.eager_other))
+def _row(
+    workload: Workload, measure: Measure, path: Path, side: _Side, other: _Side, clock: Clock, effort: Effort
+) -> Row:
+    """Time one side beside the other: as graphs where both have one, and eager."""
+    eager = own, others = _rounds(side.run, other.run, clock, effort)
+    mode = "eager"
+    if side.captured is not None and other.captured is not None:
+        mode, (own, others) = "graph", _rounds(side.captured.replay, other.captured.replay, clock, effort)
+    shape, middle = workload.shape, statistics.median(_flat(own))
     flops, octets = workload.least(measure)
-    return Row(
-        shape.name, measure.name, path.name, reference(measure).name, path.ours, shape.rows / workload.active, "ok",
-        times.mode,
-        samples=tuple(map(tuple, times.own)),
-        ratios=tuple(
-            statistics.median(own) / statistics.median(other)
-            for own, other in zip(times.own, times.other, strict=True)
-        ),
+    return replace(
+        _lost(shape, measure, path, shape.rows / workload.active, "ok"),
+        mode=mode,
+        samples=tuple(map(tuple, own)),
+        ratios=tuple(statistics.median(a) / statistics.median(b) for a, b in zip(own, others, strict=True)),
         least_flops=flops,
         least_bytes=octets,
-        eager=eager,
-        eager_ratio=eager / eager_other,
+        eager=statistics.median(_flat(eager[0])),
         rows_per_s=shape.rows / middle if measure.products else 0.0,
         flops_per_s=workload.flops(measure) / middle,
         bytes_per_s=workload.bytes(measure, path.bytes_per_weight) / middle,
         extra_bytes=side.extra_bytes,
-    )  # fmt: skip
+    )
 
 
 def _lost(shape: Shape, measure: Measure, path: Path, mean: float, status: str) -> Row:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 import mxref
 from mxref.verification.bench import timing
 from mxref.verification.bench.benchmark import Bench, run_benchmark
+from mxref.verification.bench.pairs import Effort
 from mxref.verification.bench.paths import Path
-from mxref.verification.bench.racing import Effort
 from mxref.verification.bench.timing import Captured, Ceilings
 from mxref.verification.bench.workloads import MEASURES, Shape
 
@@ -58,6 +59,34 @@ class FakeClock:
     def extra_bytes(self, run: timing.Run) -> int | None:
         run()
         return 1000
+
+
+class WallClock:
+    """Wall time on a CPU, where nothing is captured and memory is not counted."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Nothing to choose."""
+        return nullcontext()
+
+    def sample(self, call: Callable[[], object], count: int) -> list[float]:
+        """See `Clock`."""
+        seconds = []
+        for _ in range(count):
+            begin = self._now()
+            call()
+            seconds.append(self._now() - begin)
+        return seconds
+
+    def capture(self, run: timing.Run) -> Captured | None:
+        """None: there is nothing to capture into."""
+        return None
+
+    def extra_bytes(self, run: timing.Run) -> int | None:
+        """None: not counted."""
+        return None
 
 
 def fixed_ceilings() -> Ceilings:

@@ -1,0 +1,194 @@
+"""One checkpoint, opened once: its convention, its expert projections, and every other tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from mxref.checkpoints import compressed_tensors, deepseek_v4, gpt_oss, modelopt, quark, torchao
+from mxref.checkpoints.convention import Convention, ExpertTensor, Projection
+from mxref.checkpoints.files import Files, natural
+from mxref.checkpoints.matrices import Matrix, matrices_of
+from mxref.weights import MXWeights
+
+__all__ = [
+    "CONVENTIONS",
+    "Checkpoint",
+    "list_expert_tensors",
+    "list_other_tensors",
+    "open_checkpoint",
+    "read_expert_biases",
+    "read_expert_weights",
+    "read_other_tensors",
+]
+
+CONVENTIONS: tuple[Convention, ...] = tuple(
+    module.CONVENTION for module in (gpt_oss, deepseek_v4, compressed_tensors, quark, modelopt, torchao)
+)
+"""Every convention that is read, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint, checked in full against its files' headers; tensors are read when they are asked for.
+
+    Attributes:
+        convention: under which its experts are named.
+        files: where its tensors lie.
+        projections: the expert projections by name, layer by layer.
+        biases: names of stored biases [E, N] by their projection's name.
+        others: every other weight by name; quantised ones are read as dense matrices.
+    """
+
+    convention: Convention
+    files: Files
+    projections: dict[str, Projection]
+    biases: dict[str, str]
+    others: dict[str, Matrix]
+
+    @property
+    def expert_tensors(self) -> list[ExpertTensor]:
+        """Names and sizes of the projections."""
+        return [replace(projection.tensor, name=name) for name, projection in self.projections.items()]
+
+    def cannot_fill(self, module: object) -> str:
+        """Why an experts module of transformers cannot take these weights, whatever their sizes; empty if it can."""
+        per_expert = any(projection.per_expert for projection in self.projections.values())
+        if per_expert and not getattr(module, "is_concatenated", True):
+            return f"{self.convention.name} stores gate and up rows apart, and the module interleaves them"
+        if self.convention is torchao.CONVENTION and not per_expert and getattr(module, "is_transposed", False):
+            return "the module stores [E, K, N], so torchao's blocks run along N; the kernels need blocks along K"
+        return ""
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with other names for some projections, {name: new name}."""
+
+        projections = {names.get(name, name): projection for name, projection in self.projections.items()}
+        return replace(self, projections=projections, biases={names.get(n, n): b for n, b in self.biases.items()})
+
+
+def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
+    """Recognise a checkpoint's convention and check all its headers; an opened one is returned as it is.
+
+    Args:
+        path: a safetensors file, a directory, or the id of a model in the local Hugging Face cache, see
+            `mxref.checkpoints.files`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a file is damaged; no convention's expert weights are in it, and the message says what is; or the
+            weights are not as their convention has them.
+    """
+    if isinstance(path, Checkpoint):
+        return path
+    files = Files.of(path)
+    convention = next((convention for convention in CONVENTIONS if convention.recognises(files)), None)
+    if convention is None:
+        raise ValueError(f"{files.root} holds no MXFP4 experts in a known layout: {_description(files)}")
+    projections = {projection.tensor.name: projection for projection in convention.projections(files)}
+    biases = {name: name + gpt_oss.BIAS for name in projections if name + gpt_oss.BIAS in files.tensors}
+    for name, bias in biases.items():
+        expected = (projections[name].tensor.E, projections[name].tensor.N)
+        if files.tensors[bias].shape != expected:
+            raise ValueError(f"{files.where(bias)} has shape {files.tensors[bias].shape}; expected [E, N] = {expected}")
+    owned = {tensor for projection in projections.values() for p in projection.pairs for tensor in (p.codes, p.scales)}
+    others = matrices_of(files, convention, owned | set(biases.values()))
+    return Checkpoint(convention, files, projections, biases, others)
+
+
+def list_expert_tensors(path: str | Path | Checkpoint) -> list[ExpertTensor]:
+    """The MXFP4 expert projections of a checkpoint, layer by layer, from the files' headers alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_checkpoint`.
+    """
+    return open_checkpoint(path).expert_tensors
+
+
+def read_expert_weights(
+    path: str | Path | Checkpoint, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, MXWeights]]:
+    """Expert weights by name, one projection in memory at a time, nothing decoded.
+
+    The checkpoint is checked in full when this function is called; tensors are read as the iterator advances.
+
+    Args:
+        path: see `open_checkpoint`; whoever reads several times opens it once.
+        names: the projections wanted, in this order; all of them, layer by layer, when None.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_checkpoint`; also for a name that the checkpoint does not hold.
+    """
+    opened = open_checkpoint(path)
+    wanted = _wanted(names, list(opened.projections), opened)
+    return ((name, opened.projections[name].read(opened.files)) for name in wanted)
+
+
+def read_expert_biases(
+    path: str | Path | Checkpoint, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Expert biases [E, N] in the checkpoint's dtype, by the projection's name; by default all those present.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_expert_weights`.
+    """
+    opened = open_checkpoint(path)
+    wanted = _wanted(names, list(opened.biases), opened)
+    return zip(wanted, _copies(opened.files, [opened.biases[name] for name in wanted]), strict=True)
+
+
+def list_other_tensors(path: str | Path | Checkpoint) -> list[str]:
+    """Names of the weights that belong to no expert projection: attention, router, norms, embeddings.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_checkpoint`.
+    """
+    return sorted(open_checkpoint(path).others, key=natural)
+
+
+def read_other_tensors(
+    path: str | Path | Checkpoint, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `list_other_tensors` names, one in memory at a time; as stored, or bf16 where quantised.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_expert_weights`.
+    """
+    opened = open_checkpoint(path)
+    wanted = _wanted(names, list_other_tensors(opened), opened)
+    return ((name, opened.others[name].read(opened.files)) for name in wanted)
+
+
+def _copies(files: Files, names: Iterable[str]) -> Iterator[Tensor]:
+    return (tensor.clone() for tensor in files.read(names))
+
+
+def _wanted(names: Iterable[str] | None, present: list[str], opened: Checkpoint) -> list[str]:
+    if names is None:
+        return present
+    wanted, known = list(names), set(present)
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"names holds {unknown}; {opened.files.root} has {present}")
+    return wanted
+
+
+def _description(files: Files) -> str:
+    """What a checkpoint of no known convention holds, and what that is."""
+    of_dtype: dict[str, list[str]] = {}
+    for name, entry in files.tensors.items():
+        of_dtype.setdefault(entry.dtype, []).append(name)
+    listed = ", ".join(f"{len(names)} {dtype}, such as {names[0]}" for dtype, names in sorted(of_dtype.items()))
+    found = f"{len(files.tensors)} tensors ({listed or 'none'})"
+    if files.quantization:
+        method = files.quant_method or "of an unnamed kind"
+        return f"{found}, and its configuration says that it is quantised, {method}; {_known()}"
+    if of_dtype and of_dtype.keys() <= {"BF16", "F16", "F32", "F64", "I64", "BOOL"}:
+        return f"{found}, which are not quantised; mxref.kernels.pack_experts quantises a model's experts"
+    return f"{found}; {_known()}"
+
+
+def _known() -> str:
+    return "known are " + "; ".join(f"{convention.name} ({convention.layout})" for convention in CONVENTIONS)

@@ -1,0 +1,107 @@
+"""Draws: deterministic, valid, and what their case asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from judging import integers, quick
+
+from mxref.rounding import round_to
+from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.draw import draw, draw_for_weights
+from mxref.verification.cases.gauge import Gauge, scale_bytes
+from mxref.weights import MXWeights
+
+SUITES = {
+    "quick": quick("cpu"), "integer": integers("cpu"),
+    "quick, gpu": quick("cuda"), "integer, gpu": integers("cuda"),
+}  # fmt: skip
+
+
+def same(a: Sample, b: Sample) -> bool:
+    pairs = [(a.grad_out, b.grad_out)]
+    for name, operand in a.problem.arguments().items():
+        other = getattr(b.problem, name)
+        if isinstance(operand, torch.Tensor):
+            pairs.append((operand, other))
+        elif isinstance(operand, MXWeights):
+            pairs += [(operand.packed, other.packed), (operand.scales, other.scales)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_case_builds_a_valid_sample(suite: str) -> None:
+    for case in SUITES[suite]:
+        sample = draw(case, "cpu", 0)
+        problem = sample.problem
+        problem.validate(check_values=True)
+        assert (problem.E, problem.K, problem.N, problem.P, problem.rank) == (
+            case.experts, case.K, case.N, case.rows, case.rank
+        )  # fmt: skip
+        out = forward(problem, RoundingPoints.contract(problem.dtype)).out.value
+        assert tuple(out.shape) == tuple(sample.grad_out.shape) == case.output_shape
+        assert sample.grad_out.dtype == problem.dtype == case.dtype
+        if case.dtype == torch.float32:  # judged on a CPU, where values stay on the bf16 grid
+            for x in (problem.inputs, sample.grad_out):
+                assert torch.equal(round_to(x.double(), torch.bfloat16), x.double())
+
+
+@pytest.mark.parametrize("name", ["block down", "wide scales", "sentinels"])
+def test_a_draw_depends_on_case_and_seed_alone(name: str) -> None:
+    case = next(c for c in quick("cpu") if c.name == name)
+    assert same(draw(case, "cpu", 3), draw(case, "cpu", 3))
+    assert not same(draw(case, "cpu", 3), draw(case, "cpu", 4))
+    assert not same(draw(case, "cpu", 3), draw(replace(case, name="another"), "cpu", 3))
+
+
+def test_routings_do_what_they_say() -> None:
+    counts = {
+        case.name: torch.diff(draw(case).problem.expert_offsets, prepend=torch.tensor([0]))
+        for case in quick("cpu")
+        if case.name in ("empty experts", "one expert")
+    }
+    assert not counts["empty experts"][[0, 3, 5]].any()
+    assert counts["empty experts"].sum() == 48
+    assert counts["one expert"].tolist() == [0, 0, 40, 0]
+    sentinels = draw(next(c for c in quick("cpu") if c.name == "sentinels")).problem
+    assert 0 < int((sentinels.sorted_expert_idxs == sentinels.E).sum()) < sentinels.P / 2
+    ten = draw(Case("ten", 40, 64, 64, 60, 4, routing="ten_active")).problem
+    assert len(ten.segments()) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boundary_scales_reach_both_ends_and_stay_finite(dtype: torch.dtype) -> None:
+    case = Case("boundary", 2, 192, 96, 16, dtype=dtype, data="boundary", bias=True)
+    sample = draw(case)
+    scales = sample.problem.expert_weights.scales
+    assert (int(scales.min()), int(scales.max())) == ((0, 252) if dtype == torch.bfloat16 else (104, 140))
+    points = RoundingPoints.contract(dtype)
+    fwd = forward(sample.problem, points)
+    bwd = backward(sample.problem, fwd, sample.grad_out, points)
+    for rounded in (fwd.out, bwd.dx, bwd.dA, bwd.dB, bwd.dbias):
+        assert bool(torch.isfinite(rounded.value).all())
+
+
+def test_balanced_data_makes_both_terms_alike() -> None:
+    problem = draw(next(c for c in quick("cpu") if c.name == "balanced")).problem
+    x, points = expert_order_inputs(problem), RoundingPoints.exact()
+    base = torch.cat([x[a:b] @ problem.expert_weight(e) for e, a, b in problem.segments()])
+    low = forward(problem, points).y.exact - base
+    assert 0.4 < float(low.norm() / base.norm()) < 2.5
+
+
+def test_a_gauge_moves_scales_and_nothing_else() -> None:
+    gauge = Gauge.from_exponents(torch.tensor([-60, 0, 60]), torch.tensor([60, -60]))
+    assert scale_bytes(gauge).tolist() == [[127, 7], [187, 67], [247, 127]]
+    assert gauge.u.shape == (64,)
+
+
+def test_a_sample_around_given_weights() -> None:
+    weights = draw(Case("given", 6, 64, 96)).problem.expert_weights
+    sample = draw_for_weights(weights, "layer 0", tokens=9, top_k=4, rank=8, bias=True, gate_slots=4)
+    assert sample.problem.expert_weights is weights or torch.equal(sample.problem.expert_weights.packed, weights.packed)
+    assert tuple(sample.grad_out.shape) == (9, 96)
+    assert sample.problem.rank == 8

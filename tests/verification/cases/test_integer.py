@@ -1,0 +1,48 @@
+"""Integer fixtures: exact in any order of summation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from judging import integers
+
+from mxref.scattermoe import RoundingPoints, expert_order_inputs
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
+from mxref.verification.cases.integer import is_exact_everywhere
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("seed", range(3))
+def test_integer_fixtures_are_exact_at_every_rounding_point(device_type: str, seed: int) -> None:
+    spread = set()
+    for case in integers(device_type):
+        sample = draw(case, "cpu", seed)
+        strictest = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
+        assert is_exact_everywhere(sample.problem, sample.grad_out, RoundingPoints.contract(strictest))
+        spread |= set(sample.problem.expert_weights.scales.flatten().tolist())
+    if device_type == "cpu":
+        assert min(spread) < 30
+        assert max(spread) > 224
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_integer_sums_agree_bit_for_bit_in_shuffled_fp32_orders(seed: int) -> None:
+    problem = draw(integers("cpu")[0], "cpu", seed).problem
+    x = expert_order_inputs(problem).float()
+    generator = torch.Generator().manual_seed(seed)
+    for e, start, end in problem.segments():
+        W, (A, B) = problem.expert_weight(e).float(), (t.float() for t in problem.expert_lora(e))
+        z = x[start:end].double() @ A.double().T
+        exact = x[start:end].double() @ W.double() + problem.scaling * (z @ B.double().T)
+        operands = torch.cat((W, problem.scaling * (A.T @ B.T))), torch.cat((x[start:end], x[start:end]), 1)
+        for _ in range(5):
+            total = torch.zeros(end - start, problem.N)
+            for k in torch.randperm(2 * problem.K, generator=generator).tolist():
+                total = total + operands[1][:, k, None] * operands[0][None, k]
+            assert torch.equal(total.double(), exact)
+
+
+def test_integer_data_that_cannot_be_exact_is_refused() -> None:
+    with pytest.raises(ValueError, match="draws is exact"):
+        draw(Case("a third", 1, 32, 32, 8, 1, 4, data="integer", scaling=1 / 3))

@@ -1,0 +1,72 @@
+"""Global state of torch that a call may not change: what the next call, anybody's, would see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+__all__ = ["GlobalState"]
+
+_SUBNORMAL = 1e-40
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """One look at it. Fields are compared by equality; their names are what a finding calls them."""
+
+    default_dtype: torch.dtype
+    default_device: str
+    deterministic_algorithms: tuple[bool, bool]
+    threads: int
+    gradients_enabled: bool
+    inference_mode: bool
+    autocast: tuple[bool, bool]
+    random_numbers: tuple[int, ...]
+    fp32_products: tuple[str, bool]
+    flush_to_zero: bool
+
+    @classmethod
+    def now(cls) -> GlobalState:
+        """The state at this moment."""
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        generators = [torch.random.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
+        modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        return cls(
+            torch.get_default_dtype(),
+            str(torch.get_default_device()),
+            modes,
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+            tuple(hash(state.numpy().tobytes()) for state in generators),
+            (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
+            float(torch.tensor(_SUBNORMAL, dtype=torch.float32, device="cpu") * 1) == 0.0,
+        )
+
+    def changes(self, before: GlobalState) -> dict[str, str]:
+        """What is different now, in words by name."""
+        changed = {}
+        for field in fields(self):
+            was, value = getattr(before, field.name), getattr(self, field.name)
+            if was != value:
+                name = field.name.replace("_", " ")
+                told = "" if field.name == "random_numbers" else f": {_plain(was)} → {_plain(value)}"
+                changed[name] = f"{name} {'were drawn or seeded' if not told else 'changed'}{told}"
+        return changed
+
+    def restore(self) -> None:
+        """Put back what can be put back, but for random numbers."""
+        torch.set_default_dtype(self.default_dtype)
+        torch.set_default_device(self.default_device)
+        torch.use_deterministic_algorithms(self.deterministic_algorithms[0], warn_only=self.deterministic_algorithms[1])
+        torch.set_num_threads(self.threads)
+        torch.set_grad_enabled(self.gradients_enabled)
+        torch.set_float32_matmul_precision(self.fp32_products[0])
+        torch.set_flush_denormal(self.flush_to_zero)
+
+
+def _plain(value: Any) -> str:
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,149 @@
+"""A subset of the domain that a candidate declares to cover, in the domain's own words.
+
+forward                no gradients
+gates=none             one class, or several: routing=uniform|empty experts
+rank>=16               a number: rows, experts, K, N, rank or slots; also <=, = and a|b
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension
+
+__all__ = ["Condition", "Subset", "parse_subset"]
+
+_NUMBERS: dict[str, Callable[[Case], int]] = {
+    "rows": lambda case: case.rows,
+    "experts": lambda case: case.experts,
+    "K": lambda case: case.K,
+    "N": lambda case: case.N,
+    "rank": lambda case: case.rank,
+    "slots": lambda case: case.top_k,
+}
+
+_FORM = re.compile(r"\s*([\w ]+?)\s*(>=|<=|=)\s*(.+?)\s*")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One dimension held to some classes, or to some numbers.
+
+    Attributes:
+        dimension: its name.
+        relation: "=", ">=" or "<=".
+        values: class names, or numbers as text.
+    """
+
+    dimension: str
+    relation: str
+    values: tuple[str, ...]
+
+    def holds(self, case: Case) -> bool:
+        """Whether a case lies within."""
+        if self.dimension in _NUMBERS and all(value.isdigit() for value in self.values):
+            number, bounds = _NUMBERS[self.dimension](case), [int(value) for value in self.values]
+            return {"=": number in bounds, ">=": number >= bounds[0], "<=": number <= bounds[0]}[self.relation]
+        covered = dict(case.covers).get(self.dimension)
+        return (covered or _class_of(case, self.dimension)) in self.values
+
+    def __str__(self) -> str:
+        return f"{self.dimension}{self.relation}{'|'.join(self.values)}"
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Conditions that all hold; `forward`: gradients are not covered."""
+
+    conditions: tuple[Condition, ...] = ()
+    forward: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.conditions) or self.forward
+
+    def __str__(self) -> str:
+        return ", ".join([*(["forward"] if self.forward else []), *map(str, self.conditions)])
+
+    def holds(self, case: Case) -> bool:
+        """Whether a case lies within."""
+        return all(condition.holds(case) for condition in self.conditions)
+
+    def of(self, case: Case) -> Case:
+        """The case without what is not covered of every case."""
+        return replace(case, call=replace(case.call, needs=())) if self.forward else case
+
+    def within(self, dimensions: list[Dimension]) -> list[Dimension]:
+        """The dimensions with the classes that some case within can have."""
+        kept = []
+        for dimension in dimensions:
+            own = [condition for condition in self.conditions if condition.dimension == dimension.name]
+            classes = tuple(each for each in dimension.classes if all(_allows(c, dimension, each) for c in own))
+            kept.append(Dimension(dimension.name, classes))
+        return kept
+
+
+def parse_subset(text: str) -> Subset:
+    """`forward,gates=none,rank>=16` as conditions.
+
+    Raises:
+        ValueError: a condition is not understood, or names no dimension or class of the domain.
+    """
+    conditions, forward = [], False
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part == "forward":
+            forward = True
+            continue
+        form = _FORM.fullmatch(part)
+        if form is None:
+            raise ValueError(f"{part!r} is no condition; expected forward, DIMENSION=CLASS|CLASS or rank>=16")
+        condition = Condition(form[1], form[2], tuple(value.strip() for value in form[3].split("|")))
+        _check(condition)
+        conditions.append(condition)
+    return Subset(tuple(conditions), forward)
+
+
+def _check(condition: Condition) -> None:
+    named = {dimension.name: [each.name for each in dimension.classes] for dimension in DIMENSIONS}
+    if condition.dimension not in named:
+        raise ValueError(f"{condition.dimension!r} is no dimension; choose from {', '.join(named)}")
+    numeric = condition.dimension in _NUMBERS and all(value.isdigit() for value in condition.values)
+    unknown = [value for value in condition.values if value not in named[condition.dimension]]
+    if condition.relation != "=" and not (numeric and len(condition.values) == 1):
+        raise ValueError(f"{condition} compares no number; {', '.join(_NUMBERS)} are numbers")
+    if not numeric and unknown:
+        classes = ", ".join(named[condition.dimension])
+        raise ValueError(f"{unknown[0]!r} is no class of {condition.dimension}; choose from {classes}")
+
+
+def _allows(condition: Condition, dimension: Dimension, each: Class) -> bool:
+    """Whether some case of a class can meet a condition on its dimension."""
+    if condition.dimension in _NUMBERS and all(value.isdigit() for value in condition.values):
+        fields = {key: value for key, value in each.case.items() if key != "rows"}
+        if dimension.name == "rows":
+            return True  # rows are tokens times slots: judged case by case
+        return condition.holds(Case("", **fields))
+    return each.name in condition.values
+
+
+def _class_of(case: Case, dimension: str) -> str:
+    """The class of a case that was not made from the domain: the one whose fields agree with most of its own."""
+    classes = next(each.classes for each in DIMENSIONS if each.name == dimension)
+
+    def agrees(each: Class) -> bool:
+        fields = {name: value for name, value in each.case.items() if name not in ("gated", "rows")}
+        gated = not each.case.get("gated") or case.gate_slots > 0
+        return (
+            gated
+            and all(getattr(case, name) == value for name, value in fields.items())
+            and all(getattr(case.call, name) == value for name, value in each.call.items())
+        )
+
+    exact = [each for each in classes if agrees(each) and (each.case or each.call)]
+    if dimension == "gates" and not case.gate_slots:
+        return "none"
+    if dimension == "adapters" and not case.rank:
+        return "none"
+    return (exact or [classes[0]])[-1].name
