@@ -21,7 +21,7 @@ from mxref.verification.cases.tokens import without
 
 __all__ = ["in_sequences"]
 
-_EXAMPLES, _STEPS = 12, 10
+_EXAMPLES, _STEPS = 8, 8
 
 
 def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:

@@ -79,8 +79,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("none", {"tokens": 0}),
             Class("one token", {"tokens": 1}),
             Class("a tile and a tail", {"tokens": 37}),
-            Class("hundreds an expert", {"tokens": 300}, cost=10.0, stand_in={"tokens": 70}),
-            Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0, stand_in={"tokens": 140}),
+            Class("hundreds an expert", {"tokens": 300}, cost=10.0, stand_in={"tokens": 48}),
+            Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0, stand_in={"tokens": 70}),
         ),
     ),
     Dimension(
@@ -88,7 +88,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("few", {"experts": 4}),
             Class("one", {"experts": 1}),
-            Class("hundreds", {"experts": 260}, cost=3.0, stand_in={"experts": 33}, stands_in="interpreted"),
+            Class("hundreds", {"experts": 260}, cost=3.0, stand_in={"experts": 17}, stands_in="interpreted"),
         ),
     ),
     Dimension(

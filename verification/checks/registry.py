@@ -86,6 +86,11 @@ def _small(cases: Callable[[str], list[Case]]) -> Cases:
     return lambda scope: cases(scope.device_type)
 
 
+def _few(cases: Callable[[str], list[Case]]) -> Cases:
+    """All of the small cases for mutants, which may be visible in one alone, and the first five for the kernels."""
+    return lambda scope: cases(scope.device_type)[: None if scope.suite == "small" else 5]
+
+
 def _named(cases: Callable[[Suite, str], list[Case]]) -> Cases:
     """The named cases of a suite."""
     return lambda scope: cases(scope.suite, scope.device_type)
@@ -133,7 +138,7 @@ CHECKS: tuple[Check, ...] = (
         "addresses",
         "Every load and store lies inside the tensors of its launch, and no two programs write the same element: a "
         "mask that is too wide often changes no result, and faults one day.",
-        "one run", Asked.INTERPRETED, _small(small.integer_cases), asking_kernels.with_watched_memory, inside_tensors,
+        "one run", Asked.INTERPRETED, _few(small.integer_cases), asking_kernels.with_watched_memory, inside_tensors,
     ),
     Check(
         "interval",
@@ -184,7 +189,7 @@ CHECKS: tuple[Check, ...] = (
         "red zones",
         "What the kernels allocate lies between red zones too: a lost mask of a load spreads NaN, that of a store "
         "damages a zone, and an element that nothing wrote stays NaN.",
-        "one run, one decode", Asked.OWN, _small(small.integer_cases), asking_kernels.between_fresh_red_zones,
+        "one run, one decode", Asked.OWN, _few(small.integer_cases), asking_kernels.between_fresh_red_zones,
         right_and_unwritten,
     ),
     Check(
