@@ -146,7 +146,7 @@ def _finding(case: str, tensor: str, got: Tensor, interval: Interval, fit: _Fit,
         reason = f"{lost} of {got.numel()} elements are NaN or infinite where the reference is a number"
         return Finding("", case, tensor, Status.FAIL, reason, got.numel(), lost, details=details, picture=picture)
     if not fitted:
-        reason = "nothing to fit: every term is zero"
+        reason = "nothing to fit: every term is zero, or a multiple of a rounded value"
         return Finding("", case, tensor, Status.PASS, reason, got.numel(), 0, details=details, picture=picture)
     worst = int(excess.argmax())
     where = (worst // 3 // excess.shape[1], worst // 3 % excess.shape[1], worst % 3)
@@ -179,6 +179,8 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     rounding = _rounding(problem, tensor, expected.points)
     sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
+    if tensor == "Y" and problem.gates is not None:
+        usable &= ~_multiples(problem)[:, None]
     residual = torch.where(usable, (got.double() - interval.exact) / sigma, 0.0)
     inverse = torch.where(usable, 1 / sigma, 0.0)
     make = _gradient_groups if tensor in ("dA", "dB") else _row_groups
@@ -291,6 +293,19 @@ def _same_row(problem: Problem, source: Tensor, rows: Tensor) -> Tensor:
     """How often each pair of an input row and an expert occurs among some routed rows."""
     counts: Tensor = torch.unique(source[rows] * problem.E + problem.sorted_expert_idxs[rows], return_counts=True)[1]
     return counts
+
+
+def _multiples(problem: Problem) -> Tensor:
+    """Rows of gated Y that add one routed value to itself and to nothing else; bool [T].
+
+    Such a row is (Σ gates)·v with v rounded already, and gates sum to nearly 1: at 1 + 2^-p every element is rounded in
+    the same direction, which is no mean of many errors.
+    """
+    owned = owned_rows(problem)
+    routed = torch.stack((_targets(problem, "Y"), problem.row_sources(), problem.sorted_expert_idxs))[:, owned]
+    tokens = 0 if problem.gates is None else problem.gates.shape[0]
+    values, terms = (torch.bincount(each[0], minlength=tokens) for each in (routed.unique(dim=1), routed))
+    return (values == 1) & (terms > 1)
 
 
 def _targets(problem: Problem, tensor: str) -> Tensor:

@@ -275,3 +275,15 @@ def test_an_expert_twice_in_a_token_is_one_error_and_not_two() -> None:
         return torch.from_numpy(picture.z)
 
     torch.testing.assert_close(z(eight), z(one), rtol=1e-9, atol=0)
+
+
+def test_a_row_that_adds_one_value_to_itself_is_no_drift() -> None:
+    """(g₁ + g₂)·v with g₁ + g₂ = 1 + 2^-11 is rounded down everywhere, by whoever computes it."""
+    case = Case("twice", 2, 64, 1024, 64, 2, 4, torch.float16, data="balanced", routing="one_expert", gate_slots=2)
+    drawn = draw(case)
+    assert drawn.problem.gates is not None
+    gates = torch.tensor([251 / 256, 41 / 2048], dtype=drawn.problem.gates.dtype).expand_as(drawn.problem.gates)
+    sample = drawn.changed(gates=gates.contiguous())
+    expected = Expectation(sample, RoundingPoints.contract(torch.float16), HOPPER)
+    findings = BY_NAME["drift"].compare([Answer(golden().run(sample))], expected)
+    assert {(f.tensor, f.status) for f in findings if f.status is not Status.PASS} == set()
