@@ -1,4 +1,4 @@
-"""Mutants are judged: what kills one, what says nothing about it, what survives, and what is kept of it."""
+"""Mutants are judged: what kills one, what says nothing about it, and what survives."""
 
 from __future__ import annotations
 
@@ -26,17 +26,14 @@ from mxref.verification.cases.tables import TableCase
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS, Asked, Check
 from mxref.verification.gate.plan import Item, plan
-from mxref.verification.records import record as records
 from mxref.verification.studies.mutation import compiled, runner, session
 from mxref.verification.studies.mutation.catalogue import catalogue, stratified
 from mxref.verification.studies.mutation.locate import Edit, locate
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.questions import FOREIGN, questions
-from mxref.verification.studies.mutation.record import judged_before, left_open, payload, texts
 from mxref.verification.studies.mutation.runner import Outcome, Setting, run
-from mxref.verification.studies.mutation.session import EQUIVALENT_SHARE, FalseKillError, Fate, Judged, Session, judge
+from mxref.verification.studies.mutation.session import FalseKillError, Fate, judge
 from mxref.verification.studies.mutation.sources import Place, read_sources
-from mxref.verification.studies.mutation.tables import as_markdown, idle, kills_by_check, kills_by_kind
 from mxref.verification.studies.processes import Limits
 
 SOURCES = read_sources()
@@ -265,57 +262,6 @@ def test_the_matrix_survives_a_crash() -> None:
     assert set(outcome.kills) == {"first", "second", "third"}
     assert outcome.judged == ["first", "second", "third", "fourth"]
     assert told == [outcome]
-
-
-def _recorded() -> Session:
-    """Two mutants by hand and two of the sweep, of which the last survived."""
-    swept = [mutant.name for mutant in everything() if not mutant.by_hand][:2]
-    kills = {"bias twice": ["integer", "interval"], "nibbles swapped": ["tables"], swept[0]: ["integer"], swept[1]: []}
-    found = Session("cpu", True, ["integer", "tables", "interval"])
-    found.judged += [
-        Judged(_named(name), Fate.KILLED if checks else Fate.SURVIVED, dict.fromkeys(checks, "a reason"))
-        for name, checks in kills.items()
-    ]
-    return found
-
-
-def test_tables_tell_what_each_check_is_needed_for() -> None:
-    found = _recorded()
-    assert [row for row in kills_by_check(found) if row[0] in found.checks] == [
-        ["integer", "1", "0", "1"], ["tables", "1", "1", "0"], ["interval", "1", "0", "0"],
-    ]  # fmt: skip
-    assert kills_by_kind(found)[-1] == ["all", "4", "3", "2 (50%)"], "a foreign kernel is not asked for tables"
-    assert [*idle(found)] == ["integer", "interval"]
-
-
-def test_a_record_is_plain_data_and_a_page(tmp_path: Path) -> None:
-    found = _recorded()
-    mutants = [judged.mutant for judged in found.judged]
-
-    def page(entry: records.Entry) -> str:
-        return as_markdown(found, SOURCES, entry)
-
-    path = records.write("mutants", payload(found), CPU, tmp_path, texts=texts(mutants, SOURCES), page=page)
-    entry, text = records.read(path), path.with_suffix(".md").read_text()
-    assert entry["passed"] is False
-    assert entry["killed"]["bias twice"] == ["integer", "interval"]
-    assert entry["survived"] == [mutants[-1].name]
-    assert entry["killed as a foreign kernel would be"] == 2
-    assert "kernels/device/decode.py" in entry["sources"]
-    assert left_open(entry, mutants) == mutants[-1:]
-    assert [judged.mutant for judged in judged_before(entry, mutants)] == mutants[:-1]
-    with pytest.raises(ValueError, match="another catalogue; write it again: mxref mutants --all --record"):
-        left_open(entry, [*mutants, _named("sign bit lost")])
-    assert "3 of 4 mutants killed, 2 as a foreign kernel would be" in text
-    assert "- **interval**: Ordinary numbers." in text
-    assert mutants[-1].edit(SOURCES[mutants[-1].place.file].text)[1] in text
-
-
-@pytest.mark.parametrize("path", sorted(records.EVIDENCE.glob("*/mutants.json")), ids=lambda path: path.parent.name)
-def test_what_is_recorded_is_explained(path: Path) -> None:
-    entry = records.read(path)
-    assert (entry["survived"], entry["unjudged"]) == ([], [])
-    assert len(entry["equivalent"]) <= EQUIVALENT_SHARE * (len(entry["equivalent"]) + len(entry["killed"]))
 
 
 def test_who_forks_for_a_gpu_never_touches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
