@@ -144,7 +144,7 @@ adapters_of_experts = peft.LoraConfig(
 
 
 def packed() -> nn.Module:
-    """The checkpoint's bytes in packed buffers."""
+    """The checkpoint's bytes, packed."""
     model = load_packed_model(directory, rank=0, device=device, dtype=dtype)
     return get_peft_model(model, adapters_of_experts)
 
@@ -210,9 +210,9 @@ def train(model: nn.Module, seed: int) -> Run:
 
 # %%
 ours = packed()
-before = {name: buffer.to("cpu", copy=True) for name, buffer in ours.named_buffers()}
+before = {name: p.to("cpu", copy=True) for name, p in ours.named_parameters() if p.dtype == torch.uint8}
 run = train(ours, SEEDS[0])
-after = {name: buffer.cpu() for name, buffer in ours.named_buffers()}
+after = {name: p.cpu() for name, p in ours.named_parameters() if p.dtype == torch.uint8}
 bytes_packed = sum(
     m.packed_weights(p).nbytes for m in ours.modules() if isinstance(m, PackedExperts) for p in PROJECTIONS
 )

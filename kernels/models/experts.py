@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module, util
+from importlib import import_module, metadata, util
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from mxref.kernels.layer.library import expert_linear
@@ -19,10 +20,13 @@ from mxref.kernels.models.adapters import LoRA, check_adapter
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights
 
-__all__ = ["PROJECTIONS", "Activation", "PackedExperts", "Projection", "routed_experts"]
+__all__ = ["PEFT_MINIMUM", "PROJECTIONS", "Activation", "PackedExperts", "Projection", "routed_experts"]
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 """Names of both projections, in the order in which transformers' experts modules hold them."""
+
+PEFT_MINIMUM = Version("0.21.0")
+"""The oldest PEFT whose wrappers of parameters carry several adapters."""
 
 
 @dataclass(frozen=True)
@@ -274,9 +278,16 @@ _PACKED = tuple(f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", 
 
 
 def _register_with_peft() -> None:
-    """Let PEFT, where it is installed, know packed experts before anything can add an adapter to them."""
-    if util.find_spec("peft") is not None:
-        import_module("mxref.kernels.models.peft")
+    """Let PEFT, where it is installed, know packed experts before anything can add an adapter to them.
+
+    Raises:
+        ImportError: an older PEFT is installed, which would leave the experts out without a word.
+    """
+    if util.find_spec("peft") is None:
+        return
+    if (found := Version(metadata.version("peft"))) < PEFT_MINIMUM:
+        raise ImportError(f"peft {found} is installed; packed experts need peft >= {PEFT_MINIMUM}")
+    import_module("mxref.kernels.models.peft")
 
 
 def _check_projection(name: str) -> None:

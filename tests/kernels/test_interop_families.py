@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from mxref.kernels.models import families
+from mxref.kernels.models.experts import PackedExperts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
@@ -52,7 +53,7 @@ def test_another_activation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def exchanged(model: torch.nn.Module, **options: int) -> torch.nn.Module:
         packed = honest(model, **options)
         for module in packed.modules():
-            if isinstance(module, families.PackedExperts):
+            if isinstance(module, PackedExperts):
                 module._activation = partial(swapped, module._activation)
         return packed
 

@@ -16,6 +16,8 @@ from moe_models import EXPERTS, HIDDEN, TOP_K, assert_near, make, packed_experts
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mxref.kernels.models import experts as experts_module
+from mxref.kernels.models import packing
 from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.families import small_model
 from mxref.kernels.models.packing import pack_experts
@@ -255,8 +257,6 @@ def test_a_whole_model_offloaded_by_accelerate() -> None:
 
 
 def test_packing_takes_memory_for_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxref.kernels.models import packing
-
     shapes, encode = [], packing.encode_mxfp4
     monkeypatch.setattr(packing, "encode_mxfp4", lambda w, mode: shapes.append(w.shape) or encode(w, mode))
     pack_experts(nn.ModuleDict({"experts": make("gpt_oss")}), rank=0)
@@ -273,3 +273,9 @@ def test_what_trains_after_packing() -> None:
     model = pack_experts(small_model("qwen3_moe").requires_grad_(True), rank=0)
     frozen = {name.rpartition(".")[2] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {f"{p}_{part}" for p in ("gate_up_proj", "down_proj") for part in ("blocks", "scales")}
+
+
+def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_module.metadata, "version", lambda name: "0.18.1")
+    with pytest.raises(ImportError, match=r"peft 0\.18\.1 is installed; packed experts need peft >= 0\.21\.0"):
+        pack_experts(nn.ModuleDict({"experts": make("gpt_oss")}))

@@ -45,7 +45,7 @@ def train(process: int, processes: int, directory: str, sharded: bool) -> None:
         parallel: Any
         if sharded:
             parallel = fully_shard(model, mesh=init_device_mesh("cpu", (processes,)), reshard_after_forward=True)
-            assert model.get_parameter("down_proj_blocks").to_local().shape[0] == EXPERTS // processes
+            assert model.down_proj_blocks.to_local().shape[0] == EXPERTS // processes
         else:
             parallel = DistributedDataParallel(model)
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

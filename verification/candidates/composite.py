@@ -36,13 +36,18 @@ class _Round(torch.autograd.Function):
 
 
 def composite(*, use_fused_dX: bool = False, use_fused_gather: bool = False, **operands: Any) -> Tensor:
-    """The layer with the keywords of `mxref.parallel_linear_lora`, differentiable by autograd.
+    """The layer with the keywords of `mxref.parallel_linear_lora`, differentiable by autograd; autocast is ignored.
 
     Raises:
         TypeError, ValueError: as `Problem.validate`.
     """
     problem = Problem(**operands)
     problem.validate(check_values=False)
+    with torch.autocast(problem.device.type, enabled=False):
+        return _layer(problem)
+
+
+def _layer(problem: Problem) -> Tensor:
     A, B, gates, weights = problem.lora_A, problem.lora_B, problem.gates, problem.expert_weights
     dtype, wide = problem.dtype, torch.promote_types(problem.dtype, torch.float32)
     R: Callable[..., Tensor] = _Round.apply

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-__all__ = ["DIMENSIONS", "EXCLUDED", "Class", "Dimension", "Exclusion", "dimensions_for"]
+__all__ = ["DIMENSIONS", "EXCLUDED", "Class", "Dimension", "Exclusion", "Expense", "dimensions_for", "living"]
+
+StandsIn = Literal["cheap", "interpreted"]
+Expense = Literal["any", "cheap", "interpreted"]
+"""What a suite may cost: anything; on a CPU, plain PyTorch in the quick suite; interpreted kernels in any suite."""
 
 _GRADIENTS = ("dX", "dA", "dB", "dbias", "dgates")
 
@@ -26,8 +30,8 @@ class Class:
         case: fields of `Case` that it sets; "gated" stands for a gate a slot, "rows" for so many routed rows or more.
         call: fields of `Call` that it sets.
         cost: seconds that such a case takes where `stand_in` takes its place.
-        stand_in: fields of `Case` on a CPU in the quick suite, and for interpreted kernels always, just past the same
-            boundary of an implementation's tiles.
+        stand_in: fields of `Case` in place of a costly class, just past the same boundary of an implementation's tiles.
+        stands_in: where: for interpreted kernels alone, or wherever the quick suite runs on a CPU too.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Class:
     call: Mapping[str, Any] = field(default_factory=dict)
     cost: float = 0.0
     stand_in: Mapping[str, Any] | None = None
+    stands_in: StandsIn = "cheap"
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,14 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0, stand_in={"tokens": 140}),
         ),
     ),
-    _of("experts", few={"experts": 4}, one={"experts": 1}, hundreds={"experts": 260}),
+    Dimension(
+        "experts",
+        (
+            Class("few", {"experts": 4}),
+            Class("one", {"experts": 1}),
+            Class("hundreds", {"experts": 260}, cost=3.0, stand_in={"experts": 33}, stands_in="interpreted"),
+        ),
+    ),
     Dimension(
         "K",
         (
@@ -103,7 +115,10 @@ DIMENSIONS: tuple[Dimension, ...] = (
         "slots", two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, eight={"top_k": 8}
     ),
     _of("dtype", fp32={"dtype": torch.float32}, bf16={"dtype": torch.bfloat16}, fp16={"dtype": torch.float16}),
-    _of("parameters", as_activations={}, fp32={"parameter_dtype": torch.float32}),
+    _of(
+        "parameters",
+        as_activations={}, fp32={"parameter_dtype": torch.float32}, bf16={"parameter_dtype": torch.bfloat16},
+    ),
     Dimension(
         "weights",
         (
@@ -176,6 +191,8 @@ EXCLUDED: tuple[Exclusion, ...] = (
               "both choose the kind of numbers"),
     Exclusion("values", ("off every grid",), "dtype", ("bf16", "fp16"), "16-bit activations lie on a grid"),
     Exclusion("values", ("NaN gate",), "gates", ("none",), "there is no gate"),
+    Exclusion("values", ("NaN gate",), "output order", ("by expert",), "gates need rows by position"),
+    Exclusion("values", ("off every grid",), "parameters", ("fp32",), "the same as the activations' dtype"),
     Exclusion("values", ("NaN in A",), "adapters", ("none",), "there is no adapter"),
     Exclusion("values", ("NaN in a remote row",), "routing",
               ("uniform", "empty experts", "one takes all", "an expert twice", "descending positions"),
@@ -183,6 +200,7 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("values", ("NaN in a row", "inf in a row", "NaN in dOut", "NaN gate", "NaN in a remote row"), "rows",
               ("none",), "there is no row"),
     Exclusion("parameters", ("fp32",), "dtype", ("fp32",), "the same as the activations' dtype"),
+    Exclusion("parameters", ("bf16",), "dtype", ("bf16",), "the same as the activations' dtype"),
     Exclusion("experts", ("one",), "routing", ("empty experts",), "all rows would be nobody's"),
     Exclusion("experts", ("hundreds",), "K", ("2880",), "weights of 10 GB and more; the full suite has real shapes"),
     Exclusion("experts", ("hundreds",), "N", ("5760",), "weights of 10 GB and more; the full suite has real shapes"),
@@ -200,16 +218,31 @@ EXCLUDED: tuple[Exclusion, ...] = (
 """Pairs of classes that are no legal call, or no different one."""
 
 
-def dimensions_for(dtypes: Sequence[torch.dtype], cheap: bool) -> list[Dimension]:
-    """The domain where only some activation dtypes are judged; `cheap`: costly classes have stand-ins."""
+def dimensions_for(dtypes: Sequence[torch.dtype], expense: Expense) -> list[Dimension]:
+    """The domain where only some activation dtypes are judged, at some expense, see `Class.stands_in`."""
+    replaced: dict[Expense, tuple[str, ...]] = {"any": (), "cheap": ("cheap",), "interpreted": ("cheap", "interpreted")}
     found = []
     for dimension in DIMENSIONS:
         classes = dimension.classes
         if dimension.name == "dtype":
             classes = tuple(each for each in classes if each.case["dtype"] in dtypes)
-        if cheap:
-            classes = tuple(
-                Class(each.name, each.stand_in, each.call) if each.stand_in is not None else each for each in classes
-            )
+        classes = tuple(
+            Class(each.name, each.stand_in, each.call)
+            if each.stand_in is not None and each.stands_in in replaced[expense]
+            else each
+            for each in classes
+        )
         found.append(Dimension(dimension.name, classes))
-    return found
+    return living(found)
+
+
+def living(dimensions: Sequence[Dimension]) -> list[Dimension]:
+    """The dimensions without classes that no call can have, because all of another dimension exclude them."""
+    forbidden = {frozenset(((e.first, a), (e.second, b))) for e in EXCLUDED for a in e.classes for b in e.others}
+
+    def lives(dimension: Dimension, each: Class) -> bool:
+        own = (dimension.name, each.name)
+        others = [other for other in dimensions if other.name != dimension.name]
+        return all(any(frozenset((own, (o.name, c.name))) not in forbidden for c in o.classes) for o in others)
+
+    return [Dimension(d.name, tuple(each for each in d.classes if lives(d, each))) for d in dimensions]

@@ -10,7 +10,7 @@ import torch
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import covering_array
-from mxref.verification.cases.domain import EXCLUDED, Class, Dimension, dimensions_for
+from mxref.verification.cases.domain import EXCLUDED, Class, Dimension, Expense, dimensions_for, living
 
 __all__ = ["case_of", "domain_cases"]
 
@@ -20,7 +20,7 @@ _WORD = {2: "pairs", 3: "triples"}
 def domain_cases(
     strength: int,
     dtypes: Sequence[torch.dtype],
-    cheap: bool,
+    expense: Expense,
     seed: int,
     within: Callable[[list[Dimension]], list[Dimension]] = lambda dimensions: dimensions,
 ) -> list[Case]:
@@ -29,11 +29,11 @@ def domain_cases(
     Args:
         strength: 2 or 3.
         dtypes: activation dtypes that are judged.
-        cheap: costly classes have stand-ins.
+        expense: whether costly classes have stand-ins.
         seed: of the array.
         within: the dimensions without classes that are not asked for.
     """
-    dimensions = within(dimensions_for(dtypes, cheap))
+    dimensions = living(within(dimensions_for(dtypes, expense)))
     cases = []
     for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
         classes = {d.name: d.classes[index] for d, index in zip(dimensions, row, strict=True)}

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from mxref.verification.cases.domain import Expense
 from mxref.verification.cases.subset import Subset
 
 __all__ = ["Scope", "Suite"]
@@ -41,6 +42,8 @@ class Scope:
         return (torch.float32, torch.bfloat16, torch.float16) if narrow else (torch.float32,)
 
     @property
-    def cheap(self) -> bool:
-        """Whether costly classes have stand-ins: on a CPU, but for plain PyTorch in the full suite."""
-        return self.device_type == "cpu" and (self.interpreted or self.suite != "full")
+    def expense(self) -> Expense:
+        """What the suite may cost."""
+        if self.device_type != "cpu":
+            return "any"
+        return "interpreted" if self.interpreted else "any" if self.suite == "full" else "cheap"

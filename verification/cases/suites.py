@@ -95,7 +95,7 @@ def _domain(scope: Scope) -> list[Case]:
     if scope.suite == "small":
         return []
     strength = 3 if scope.suite == "full" else 2
-    cases = domain_cases(strength, scope.dtypes, scope.cheap, scope.seed, scope.subset.within)
+    cases = domain_cases(strength, scope.dtypes, scope.expense, scope.seed, scope.subset.within)
     return [case for case in cases if scope.subset.holds(case)]
 
 

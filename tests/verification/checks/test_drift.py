@@ -13,6 +13,7 @@ from judging import BY_NAME, quick
 from torch import Tensor
 
 from mxref.rounding import round_to
+from mxref.routing import flatten_sort_count
 from mxref.scattermoe import RoundingPoints, expert_order_inputs
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.candidates.answer import Answer
@@ -254,3 +255,23 @@ def test_nothing_to_fit_and_what_cannot_be_fitted() -> None:
 def test_the_most_slopes_of_a_case_are_counted() -> None:
     assert slopes_of(Case("", 4, 65, 64, rank=4)) == 5 * 2 * 3 + 5 * 3 * 3 + 5 * 3 + 5 * 2
     assert slopes_of(Case("", 4, 64, 64, rank=0)) == 2 * 5 * 2
+
+
+def test_an_expert_twice_in_a_token_is_one_error_and_not_two() -> None:
+    """Its rows are the same to the last bit: eight of them are as significant as one of them alone."""
+    eight = draw(Case("alike", 1, 64, 512, 1, 8, 4, BF16, data="balanced", routing="one_expert"))
+    p = eight.problem
+    idxs, positions, offsets = flatten_sort_count(torch.zeros(1, 1, dtype=torch.int64), 1)
+    one = eight.changed(
+        eight.grad_out[:1], k=1, sorted_expert_idxs=idxs, sorted_scattered_idxs=positions, expert_offsets=offsets
+    )
+    assert (p.inputs.shape[0], p.P, one.problem.P) == (1, 8, 1)
+
+    def z(sample: Sample) -> Tensor:
+        expected = Expectation(sample, RoundingPoints.contract(BF16), HOPPER)
+        findings = BY_NAME["drift"].compare([Answer(honest_values(expected, BF16))], expected)
+        (picture,) = [f.picture for f in findings if f.tensor == "Y"]
+        assert isinstance(picture, DriftMap)
+        return torch.from_numpy(picture.z)
+
+    torch.testing.assert_close(z(eight), z(one), rtol=1e-9, atol=0)

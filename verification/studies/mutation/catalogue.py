@@ -1,233 +1,83 @@
-"""The mutants by hand, inside the kernels: mistakes that people make there. Those of the host code: `catalogue_host`.
-
-Each snippet occurs exactly once in its file and each edit is one that compiles, or at least looks as if it did.
-"""
+"""All mutants of the kernels' sources as they are now: those by hand, and the systematic ones."""
 
 from __future__ import annotations
 
-from mxref.verification.studies.mutation.mutant import Bug
+import random
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["KERNEL_BUGS"]
+from mxref.verification.studies.mutation.bug import Bug, Equivalent, plant
+from mxref.verification.studies.mutation.bugs import KERNEL_BUGS
+from mxref.verification.studies.mutation.bugs_hopper import HOPPER_BUGS
+from mxref.verification.studies.mutation.bugs_host import HOST_BUGS
+from mxref.verification.studies.mutation.equivalents import PORTABLE
+from mxref.verification.studies.mutation.equivalents_hopper import HOPPER
+from mxref.verification.studies.mutation.locate import StaleMutantError
+from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.sources import Place, Source
+from mxref.verification.studies.mutation.sweep import sweep
 
-_DECODE = [
-    Bug("sign bit lost", "device/decode.py", "((codes & 8) << 28) | ", "", "decode", "every weight comes out positive"),
-    Bug("codes masked to two bits", "device/decode.py", "(codes & 7) << 22", "(codes & 3) << 22", "decode",
-        "3 and 4 share a mantissa; codes 4 to 7 become 0 to 3"),
-    Bug("codes placed one bit higher", "device/decode.py", "(codes & 7) << 22", "(codes & 7) << 23", "decode",
-        "the mantissa bit lands in the exponent"),
-    Bug("codebook one power too small", "device/decode.py", "2.0**126", "2.0**125", "decode", "bias of E2M1 taken as 2"),
-    Bug("byte 0 is zero", "device/decode.py", "tl.where(b == 0, SCALE_MIN_BITS, b << 23)", "b << 23", "scales",
-        "the bare shift reads byte 0 as 0 instead of 2^-127"),
-    Bug("byte 0 one power too large", "device/decode.py", "0x00400000", "0x00800000", "scales", "2^-126 in place of 2^-127"),
-    Bug("byte 255 is infinite", "device/decode.py", "0x7FC00000", "0x7F800000", "scales", "byte 255 means NaN"),
-    Bug("byte 254 is NaN", "device/decode.py", "b == 255", "b >= 254", "scales", "the largest finite scale lost"),
-    Bug("NaN scales not seen", "device/decode.py", "b == 255", "b == 256", "scales", "b << 23 of 255 is infinity"),
-    Bug("scale exponent off by one", "device/decode.py", "b << 23)", "(b + 1) << 23)", "scales", "bias 126 instead of 127"),
-    Bug("bf16 weights from the lower half", "device/decode.py", "(w.to(tl.uint32, bitcast=True) >> 16)",
-        "(w.to(tl.uint32, bitcast=True) >> 15)", "rounding", "the upper half of an fp32 is its bf16"),
-]  # fmt: skip
+__all__ = ["BUGS", "EQUIVALENTS", "arguments", "catalogue", "stale_equivalents", "stratified"]
 
-_TILE = [
-    Bug("nibbles swapped", "device/decode.py", "tl.join(nibbles & 0xF, nibbles >> 4)",
-        "tl.join(nibbles >> 4, nibbles & 0xF)", "decode", "even k lies in the low nibble, not in the high one"),
-    Bug("nibbles by halves of a block", "device/decode.py",
-        "tl.join(nibbles & 0xF, nibbles >> 4).reshape(ROWS, COLS // 32, 32)",
-        "tl.join((nibbles & 0xF).reshape(ROWS, COLS // 32, 16), (nibbles >> 4).reshape(ROWS, COLS // 32, "
-        "16)).permute(0, 1, 3, 2).reshape(ROWS, COLS // 32, 32)", "decode",
-        "low nibbles first, high nibbles after: another project's packing"),
-    Bug("high nibble keeps a low bit", "device/decode.py", "nibbles >> 4)", "(nibbles >> 3) & 0xF)", "decode",
-        "shift off by one"),
-    Bug("fp16 weights unrounded", "device/decode.py", "return w.to(tl.float16).to(tl.float32)", "return w", "rounding",
-        "a weight has the activation dtype's precision, overflow included"),
-    Bug("weights of expert 0", "device/decode.py", "row = (expert.to(tl.int64) * N + n)",
-        "row = (expert.to(tl.int64) * 0 + n)", "expert indexing",
-        "codes and scales of the first expert for everyone"),
-    Bug("expert stride by K", "device/decode.py", "row = (expert.to(tl.int64) * N + n)",
-        "row = (expert.to(tl.int64) * K + n)", "strides", "K and N exchanged: square weights would forgive it"),
-    Bug("scale row stride of 16-blocks", "device/decode.py", "scales + row * (K // 32)", "scales + row * (K // 16)",
-        "scales", "NVFP4 blocks"),
-    Bug("one scale a step", "device/decode.py", "k0 // 32 + tl.arange(0, COLS // 32)",
-        "k0 // 32 + tl.arange(0, COLS // 32) * 0", "scales", "every block of a tile takes the tile's first scale"),
-    Bug("scales of the first step", "device/decode.py", "k0 // 32 + tl.arange(0, COLS // 32)", "tl.arange(0, COLS // 32)",
-        "scales", "the step forgotten"),
-    Bug("scales one block ahead", "device/decode.py", "k0 // 32 + tl.arange(0, COLS // 32)",
-        "k0 // 32 + 1 + tl.arange(0, COLS // 32)", "scales", "a prefetch that runs one too far"),
-    Bug("last scale cut", "device/decode.py", "(blocks < K // 32)", "(blocks < K // 32 - 1)", "tails",
-        "the last block's scale reads as byte 0"),
-    Bug("last codes cut", "device/decode.py", "(pairs < K // 2)", "(pairs < K // 2 - 1)", "tails", "the last byte of a row"),
-    Bug("codes of the first step", "device/decode.py", "k0 // 2 + tl.arange(0, COLS // 2)", "tl.arange(0, COLS // 2)",
-        "decode", "the step forgotten"),
-    Bug("last row of weights cut", "device/decode.py", "inside = (n < N)[:, None]", "inside = (n < N - 1)[:, None]", "tails",
-        "N tail off by one, in the load"),
-]  # fmt: skip
+BUGS: tuple[tuple[Place, Bug], ...] = (*KERNEL_BUGS, *HOPPER_BUGS, *HOST_BUGS)
+"""By hand."""
 
-_MATMUL = [
-    Bug("last row of a tile skipped", "device/grouped_matmul.py", "source_rows(rows, rows < end, positions, fan_out, P)",
-        "source_rows(rows, rows < end - 1, positions, fan_out, P)", "tails", "M tail off by one, in the store"),
-    Bug("rows of the next expert", "device/grouped_matmul.py", "source_rows(rows, rows < end, positions, fan_in, P)",
-        "source_rows(rows, rows < P, positions, fan_in, P)", "masks",
-        "harmless for Z: its rows are stored under their own mask"),
-    Bug("rows of the next expert are stored", "device/grouped_matmul.py",
-        "source_rows(rows, rows < end, positions, fan_out, P)", "source_rows(rows, rows < P, positions, fan_out, P)",
-        "masks", "a tile overwrites its neighbour's rows"),
-    Bug("sentinel tiles computed", "device/grouped_matmul.py", "if expert < E:", "if expert <= E:", "sentinels",
-        "the sentinel group takes part with weights from behind the stack"),
-    Bug("last expert taken for a sentinel", "device/grouped_matmul.py", "if expert < E:", "if expert < E - 1:", "sentinels",
-        "the last expert's rows become zero"),
-    Bug("sentinel rows left unwritten", "device/grouped_matmul.py", "if begin >= end:", "if (begin >= end) | (expert >= E):",
-        "sentinels", "their rows must be zero, whatever the buffer held"),
-    Bug("scaling dropped", "device/grouped_matmul.py", 'input_precision="ieee") * s', 'input_precision="ieee")',
-        "LoRA scaling", "the adapter's term unscaled"),
-    Bug("adapter of expert 0", "device/grouped_matmul.py", "factor + expert * stride_fe", "factor + 0 * stride_fe",
-        "expert indexing", "every expert uses the first one's up projection"),
-    Bug("expert ignored", "device/grouped_matmul.py", "weight + expert * stride_we", "weight + 0 * stride_we",
-        "expert indexing", "the decoded stack, A and B read at expert 0"),
-    Bug("contraction tail cut", "device/grouped_matmul.py", "for c0 in range(0, C, BLOCK_K):",
-        "for c0 in range(0, C - C % BLOCK_K, BLOCK_K):", "tails", "K not a multiple of the step: its tail is lost"),
-    Bug("first step of the contraction lost", "device/grouped_matmul.py", "for c0 in range(0, C, BLOCK_K):",
-        "for c0 in range(BLOCK_K, C, BLOCK_K):", "tails", "a software pipeline without its prologue"),
-    Bug("accumulator restarted in each step", "device/grouped_matmul.py", "acc = tl.dot(x, w, acc,", "acc = tl.dot(x, w,",
-        "accumulation", "only the last step remains"),
-    Bug("accumulator kept in fp16", "device/grouped_matmul.py", 'acc = tl.dot(x, w, acc, input_precision="ieee")',
-        'acc = tl.dot(x, w, acc, input_precision="ieee").to(tl.float16).to(tl.float32)', "accumulation",
-        "partial sums rounded to 16 bits"),
-    Bug("tf32", "device/grouped_matmul.py", 'acc = tl.dot(x, w, acc, input_precision="ieee")',
-        'acc = tl.dot(x, w, acc, input_precision="tf32")', "accumulation", "fp32 activations mean IEEE products",
-        gpu_only=True),
-    Bug("bias of expert 0", "device/grouped_matmul.py", "bias + expert * J + j", "bias + j", "biases",
-        "the expert forgotten"),
-    Bug("column blocks overlap", "device/grouped_matmul.py", "j0 = (tl.program_id(0) % blocks) * BLOCK_N",
-        "j0 = (tl.program_id(0) % blocks) * (BLOCK_N - 32)", "tails", "block stride one MX block short"),
-    Bug("last column cut", "device/grouped_matmul.py", "in_J = j < J", "in_J = j < J - 1", "tails", "N tail off by one"),
-    Bug("column mask one too wide", "device/grouped_matmul.py", "in_J = j < J", "in_J = j < J + 1", "masks",
-        "one column beyond N is written: the next row's first"),
-    Bug("scaling squared", "device/grouped_matmul.py", 'input_precision="ieee") * s', 'input_precision="ieee") * s * s',
-        "LoRA scaling", "s folded into the adapter and applied again"),
-    Bug("adapter overwritten by the base product", "device/grouped_matmul.py", "for c0 in range(0, C, BLOCK_K):",
-        "acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        for c0 in range(0, C, BLOCK_K):",
-        "LoRA scaling", "the accumulator is cleared before the main loop"),
-    Bug("rank tail unmasked in the factor", "device/grouped_matmul.py", "mask=in_R[:, None] & in_J[None, :],",
-        "mask=in_J[None, :],", "masks", "reads beyond the last expert's adapter"),
-    Bug("result 0.1 % too small", "device/grouped_matmul.py", "acc.to(out.dtype.element_ty),",
-        "(acc * 0.999).to(out.dtype.element_ty),", "accumulation", "a small systematic error"),
-    Bug("result 2^-20 too large", "device/grouped_matmul.py", "acc.to(out.dtype.element_ty),",
-        "(acc * 1.00000095367431640625).to(out.dtype.element_ty),", "accumulation", "far below any allclose"),
-    Bug("result rounded through bf16", "device/grouped_matmul.py", "acc.to(out.dtype.element_ty),",
-        "acc.to(tl.bfloat16).to(out.dtype.element_ty),", "rounding", "one rounding point too many"),
-    Bug("dX reads the first columns of W", "device/grouped_matmul.py",
-        "load_mxfp4_tile(weight, scales, expert, c, j0, C, J,", "load_mxfp4_tile(weight, scales, expert, c, 0, C, J,",
-        "scheduling", "the column block forgotten"),
-    Bug("Y reads the first k of W", "device/grouped_matmul.py", "load_mxfp4_tile(weight, scales, expert, j, c0, J, C,",
-        "load_mxfp4_tile(weight, scales, expert, j, 0, J, C,", "scheduling", "the step forgotten"),
-    Bug("bias twice", "device/grouped_matmul.py", "acc += tl.load(bias", "acc += 2 * tl.load(bias", "biases",
-        "once in the accumulator, once in the epilogue"),
-    Bug("bias subtracted", "device/grouped_matmul.py", "acc += tl.load(bias", "acc -= tl.load(bias", "biases", "sign"),
-    Bug("bias narrowed", "device/grouped_matmul.py", "mask=in_J, other=0).to(tl.float32)[None, :]",
-        "mask=in_J, other=0).to(tl.float16).to(tl.float32)[None, :]", "biases", "an fp32 bias rounded to 16 bits"),
-]  # fmt: skip
+EQUIVALENTS: tuple[tuple[Place, Equivalent], ...] = (*PORTABLE, *HOPPER)
+"""Mutants of the sweep that change nothing."""
 
-_OUTER = [
-    Bug("dA and dB unscaled", "device/grouped_outer.py", "(acc * s).to", "acc.to", "LoRA scaling",
-        "s forgotten in both gradients"),
-    Bug("dA and dB scaled each step", "device/grouped_outer.py", 'acc = tl.dot(l_tile, w_tile, acc, input_precision="ieee")',
-        'acc = tl.dot(l_tile, w_tile, acc, input_precision="ieee") * s', "LoRA scaling", "s inside the loop"),
-    Bug("dA and dB from the last rows only", "device/grouped_outer.py", "acc = tl.dot(l_tile, w_tile, acc,",
-        "acc = tl.dot(l_tile, w_tile,", "dA/dB", "accumulator restarted in each step"),
-    Bug("dA and dB accumulate in fp16", "device/grouped_outer.py",
-        'acc = tl.dot(l_tile, w_tile, acc, input_precision="ieee")',
-        'acc = tl.dot(l_tile, w_tile, acc, input_precision="ieee").to(tl.float16).to(tl.float32)', "accumulation",
-        "partial sums rounded to 16 bits"),
-    Bug("dA and dB in tf32", "device/grouped_outer.py", 'acc = tl.dot(l_tile, w_tile, acc, input_precision="ieee")',
-        'acc = tl.dot(l_tile, w_tile, acc, input_precision="tf32")', "accumulation",
-        "fp32 activations mean IEEE products", gpu_only=True),
-    Bug("dA and dB rank tail cut", "device/grouped_outer.py", "in_J, in_R = j < J, r < RANK",
-        "in_J, in_R = j < J, r < RANK - 1", "tails", "the last rank's gradient is never written"),
-    Bug("dA and dB ranks overrun", "device/grouped_outer.py", "in_J, in_R = j < J, r < RANK",
-        "in_J, in_R = j < J, r <= RANK", "masks", "the next expert's first rank is overwritten"),
-    Bug("dA and dB of the wrong expert", "device/grouped_outer.py", "out + expert * stride_oe",
-        "out + (expert ^ 1) * stride_oe", "expert indexing", "neighbouring experts exchanged"),
-    Bug("dbias forgets rows beyond one step", "device/grouped_outer.py", "acc += tl.sum(tile.to(tl.float32), axis=0)",
-        "acc = tl.sum(tile.to(tl.float32), axis=0)", "biases", "only the last 32 rows count"),
-    Bug("dbias summed in fp16", "device/grouped_outer.py", "tl.sum(tile.to(tl.float32), axis=0)",
-        "tl.sum(tile.to(tl.float16), axis=0).to(tl.float32)", "accumulation", "rows narrowed before the sum"),
-    Bug("dbias of the next expert", "device/grouped_outer.py", "out + expert * J + j, acc",
-        "out + (expert ^ 1) * J + j, acc", "biases", "neighbouring experts exchanged"),
-]  # fmt: skip
 
-_SLOTS = [
-    Bug("gates ignored", "device/slots.py", "value = gate[:, None] * value", "value = value", "gates",
-        "slots summed unweighted"),
-    Bug("gate of the wrong slot", "device/slots.py", "gates + t * slots + slot", "gates + t * slots + (slots - 1 - slot)",
-        "gates", "slots taken backwards"),
-    Bug("gate of the routed row", "device/slots.py", "tl.load(gates + position, mask=live",
-        "tl.load(gates + rows, mask=live", "gates", "gates are by position, rows by expert"),
-    Bug("last slot only", "device/slots.py", "acc += value", "acc = value", "gates", "sum over slots lost"),
-    Bug("sentinel slots count", "device/slots.py", "live = row >= 0", "live = row >= -1", "sentinels",
-        "a slot without a row reads the row before the first"),
-    Bug("row 0 never counts", "device/slots.py", "live = row >= 0", "live = row > 0", "sentinels",
-        "row 0 taken for a sentinel"),
-    Bug("slot sum in fp16", "device/slots.py", "acc += value", "acc = (acc + value).to(tl.float16).to(tl.float32)",
-        "accumulation", "partial sums rounded to 16 bits"),
-    Bug("gated value rounded before the sum", "device/slots.py", "value = gate[:, None] * value",
-        "value = (gate[:, None] * value).to(rows_in.dtype.element_ty).to(tl.float32)", "rounding",
-        "one rounding too many a slot", gpu_only=True),
-    Bug("dgate of the gated gradient", "device/slots.py", "* J + j, mask=mask, other=0).to(tl.float32) * value",
-        "* J + j, mask=mask, other=0).to(tl.float32) * value * 2", "gates", "gate gradient doubled"),
-    Bug("dgate from the last columns", "device/slots.py", "dot += tl.load(y", "dot = tl.load(y", "gates",
-        "only the last block of columns counts"),
-    Bug("dY ungated", "device/slots.py", "other=0).to(tl.float32)[:, None] * value",
-        "other=0).to(tl.float32)[:, None] * 0 + value", "gates", "dA, dB, dX from dOut itself"),
-    Bug("gradient of the wrong token", "device/slots.py", "(position // fan)[:, None] * J", "(position % fan)[:, None] * J",
-        "gates", "remainder for quotient"),
-    Bug("sentinel rows get gradients", "device/slots.py",
-        "owned = rows < tl.minimum(tl.load(offsets + E - 1).to(tl.int64), P)", "owned = rows < P", "sentinels",
-        "dgates of slots that another rank owns must be zero"),
-]  # fmt: skip
+def catalogue(sources: Mapping[str, Source]) -> list[Mutant]:
+    """All mutants, those by hand first; a systematic one that repeats one by hand is left out.
 
-_SCHEDULE = [
-    Bug("tile of the next group", "device/schedule.py", "tl.store(entry, group, mask=live)",
-        "tl.store(entry, group + 1, mask=live)", "scheduling", "each expert's rows meet the next one's weights"),
-    Bug("tile end beyond the group", "device/schedule.py", "tl.minimum(row + BLOCK_M, end)", "row + BLOCK_M", "scheduling",
-        "the last tile of a group runs into the next"),
-    Bug("partial tiles dropped", "device/schedule.py", "+ BLOCK_M - 1) // BLOCK_M, 0)", ") // BLOCK_M, 0)", "scheduling",
-        "floor for ceiling: remainders are lost"),
-    Bug("tiles overlap by one row", "device/schedule.py", "row = begin + t * BLOCK_M", "row = begin + t * (BLOCK_M - 1)",
-        "scheduling", "stride of the tiles off by one"),
-    Bug("groups overwrite each other's tiles", "device/schedule.py", "tl.where(g < group, counts, 0)",
-        "tl.where(g < group - 1, counts, 0)", "scheduling", "prefix sum off by one"),
-    Bug("sentinel group has no tiles", "device/schedule.py", "counts = tl.where(g <= E,", "counts = tl.where(g < E,",
-        "sentinels", "its rows are never zeroed"),
-    Bug("first expert starts late", "device/schedule.py", "mask=(g > 0) & (g <= E), other=0)",
-        "mask=(g > 0) & (g <= E), other=1)", "scheduling", "row 0 belongs to nobody"),
-    Bug("position not divided by the fan", "device/schedule.py", "return position // fan,", "return position,", "scheduling",
-        "routed row for token"),
-    Bug("position out of range trusted", "device/schedule.py", "(position >= 0) & (position < P)", "live", "masks",
-        "without it a wild position is dereferenced"),
-    Bug("negative position trusted", "device/schedule.py", "(position >= 0) & (position < P)", "(position < P)", "masks",
-        "masked lanes hold -1"),
-    Bug("first row of an expert skipped", "device/schedule.py", "return tl.minimum(tl.maximum(begin, 0), P)",
-        "return tl.minimum(tl.maximum(begin + 1, 0), P)", "dA/dB", "dA, dB and dbias miss one row an expert"),
-    Bug("expert 0 begins before row 0", "device/schedule.py", "offsets + expert - 1, mask=expert > 0",
-        "offsets + expert - 1, mask=expert >= 0", "masks", "reads the word before the offsets"),
-    Bug("sentinel rows in the inverse", "device/schedule.py", "tl.minimum(tl.load(offsets + E - 1).to(tl.int64), P)", "P",
-        "sentinels", "sentinel slots then enter the sum"),
-]  # fmt: skip
+    Raises:
+        StaleMutantError: one by hand no longer fits.
+    """
+    by_hand = [plant(place, bug, sources) for place, bug in BUGS]
+    known = {mutant.change for mutant in by_hand}
+    return by_hand + [m for source in sources.values() for m in sweep(source) if m.change not in known]
 
-_DEQUANT = [
-    Bug("inactive experts decoded", "device/dequant.py", "(listed >= 0) & (listed < E)", "(listed >= 0) & (listed <= E)",
-        "sentinels", "the marker E is read behind the stack"),
-    Bug("last expert never decoded", "device/dequant.py", "(listed >= 0) & (listed < E)",
-        "(listed >= 0) & (listed < E - 1)", "expert indexing", "its slot stays uninitialised"),
-    Bug("decoded into the expert's place", "device/dequant.py", "out + place * size + element",
-        "out + expert * size + element", "expert indexing", "a list in any order needs its own slots"),
-    Bug("last decoded word not stored", "device/dequant.py", "element, w, mask=inside[:, None])",
-        "element, w, mask=(word < size // 8 - 1)[:, None])", "tails", "tail off by one"),
-    Bug("decoded weights not masked", "device/dequant.py", "element, w, mask=inside[:, None])", "element, w)", "masks",
-        "the next slot's first weights are overwritten"),
-    Bug("last chunk never decoded", "device/dequant.py", "chunks = tl.cdiv(size, WORDS * 8)", "chunks = size // (WORDS * 8)",
-        "tails", "chunks rounded down"),
-    Bug("chunks of one program skipped", "device/dequant.py", "range(tl.program_id(0),", "range(tl.program_id(0) + 1,",
-        "scheduling", "program 0 begins with chunk 1"),
-]  # fmt: skip
 
-KERNEL_BUGS: tuple[Bug, ...] = (*_DECODE, *_TILE, *_MATMUL, *_OUTER, *_SLOTS, *_SCHEDULE, *_DEQUANT)
+def arguments(mutants: Iterable[Mutant], sources: Mapping[str, Source]) -> dict[str, str]:
+    """Name -> why the mutant changes nothing, for those of which that is said."""
+    changes = dict[tuple[str, int, int, str], str]()
+    for place, entry in EQUIVALENTS:
+        try:
+            changes |= {mutant.change: entry.argument for mutant in entry.mutants(place, sources)}
+        except StaleMutantError:  # it speaks of nothing here: its mutants, if there are any, survive unexplained
+            continue
+    return {mutant.name: changes[mutant.change] for mutant in mutants if mutant.change in changes}
+
+
+def stale_equivalents(mutants: Iterable[Mutant], sources: Mapping[str, Source]) -> list[str]:
+    """What is wrong with each entry that does not speak of mutants of the catalogue."""
+    known, told = {mutant.change for mutant in mutants}, []
+    for place, entry in EQUIVALENTS:
+        try:
+            unknown = [mutant for mutant in entry.mutants(place, sources) if mutant.change not in known]
+        except StaleMutantError as error:
+            told.append(f"{error}")
+        else:
+            told += [f"{place}: the catalogue has no mutant {mutant.name}" for mutant in unknown]
+    return told
+
+
+def stratified(mutants: Iterable[Mutant], size: int, seed: int) -> list[Mutant]:
+    """A sample that takes the functions in turn, and within a function the kinds of mistake in turn.
+
+    Args:
+        mutants: what to choose from.
+        size: how many; all of them if there are fewer.
+        seed: of the choice.
+    """
+    draw = random.Random(seed)
+    strata: dict[Place, dict[str, list[Mutant]]] = {}
+    for mutant in mutants:
+        strata.setdefault(mutant.place, {}).setdefault(mutant.category, []).append(mutant)
+    queues = [_in_turn([draw.sample(kind, len(kind)) for kind in kinds.values()], draw) for kinds in strata.values()]
+    return _in_turn(queues, draw)[:size]
+
+
+def _in_turn(queues: Sequence[list[Mutant]], draw: random.Random) -> list[Mutant]:
+    """One from each queue, in a drawn order, and again until all are empty."""
+    queues = draw.sample(list(queues), len(queues))
+    longest = max(map(len, queues), default=0)
+    return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]

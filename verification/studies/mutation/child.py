@@ -1,4 +1,4 @@
-"""What a mutant's own process does: build `mxref.kernels` from the edited sources, ask the layers, report."""
+"""What a mutant's own process does: build `mxref.kernels` from the edited sources, ask the checks, say what they find."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import faulthandler
 import importlib.util
 import os
 import resource
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,10 +21,13 @@ from triton.runtime import interpreter
 import mxref
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import shipped
-from mxref.verification.studies.mutation.layers import Layer, Trial
-from mxref.verification.studies.mutation.mutant import Mutant, Source
+from mxref.verification.gate.plan import Item, slopes_in
+from mxref.verification.gate.run import judge
+from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.questions import IMPORT, is_open
+from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["Task", "import_kernels", "run_child", "write_sources"]
+__all__ = ["Said", "Task", "import_kernels", "run_child", "write_sources"]
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
@@ -40,26 +40,33 @@ class Task:
     Attributes:
         mutant: which; None for the sources as they are.
         sources: the kernels', by file name.
-        layers: what to ask, in this order.
-        device: what the layers were made for.
+        items: the questions, in this order.
+        device: what they were made for.
         gpu: the one to see, as CUDA_VISIBLE_DEVICES names it; None for what is visible anyway.
-        trial_seconds: processor time after which a trial counts as hung.
-        matrix: ask every layer; otherwise the first rejection ends it.
+        every: see `is_open`.
     """
 
     mutant: Mutant | None
     sources: Mapping[str, Source]
-    layers: Sequence[Layer]
+    items: Sequence[Item]
     device: torch.device
     gpu: str | None
-    trial_seconds: float
-    matrix: bool
+    every: bool
 
 
-def run_child(task: Task, folder: Path, messages: Connection) -> None:
-    """Build in `folder`, judge, report: (layer, None) when a layer starts, (layer, reason) when it rejects the mutant.
+@dataclass(frozen=True)
+class Said:
+    """A child's message: item `number` begins, None before the first; or which checks reject the mutant, and why."""
 
-    The first rejection ends it; in a matrix it ends the questions to that layer.
+    number: int | None
+    rejections: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
+    """Build in `folder`, judge, report.
+
+    Raises:
+        MemoryError, OSError: the import failed for want of memory or disk space, which tells nothing of the mutant.
     """
     _quiet()
     if task.gpu is not None:
@@ -68,20 +75,18 @@ def run_child(task: Task, folder: Path, messages: Connection) -> None:
         write_sources(task.mutant, task.sources, folder)
         import_kernels(folder)
         candidate = shipped(task.device)
+    except (MemoryError, OSError):
+        raise
     except Exception:
-        messages.send(("import", traceback.format_exc(limit=1).strip().splitlines()[-1]))
+        send(Said(None, {IMPORT: traceback.format_exc(limit=1).strip().splitlines()[-1]}))
         return
-    killed = set[str]()
-    for layer in task.layers:
-        if layer.name in killed:
-            continue
-        messages.send((layer.name, None))
-        trials = (_reject(trial, candidate, task.trial_seconds) for trial in layer.trials)
-        if (reason := next(filter(None, trials), None)) is not None:
-            messages.send((layer.name, reason))
-            killed.add(layer.name)
-            if not task.matrix:
-                return
+    slopes, kills = slopes_in(task.items), set[str]()
+    for number, item in enumerate(task.items):
+        if is_open(item, kills, task.every):
+            send(Said(number))
+            if rejections := _rejections(item, candidate, slopes):
+                send(Said(number, rejections))
+                kills.update(rejections)
 
 
 def _quiet() -> None:
@@ -121,8 +126,7 @@ def _interpret_only() -> None:
 def write_sources(mutant: Mutant | None, sources: Mapping[str, Source], folder: Path) -> None:
     """The kernels' sources with the mutant's edit, as files: Triton reads a function's source from its file."""
     for name, source in sources.items():
-        edited = mutant is not None and mutant.file == name
-        text = mutant.apply(source.text) if mutant is not None and edited else source.text
+        text = mutant.apply(source.text) if mutant is not None and mutant.place.file == name else source.text
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -142,31 +146,12 @@ def import_kernels(folder: Path) -> None:
     mxref.kernels = kernels
 
 
-def _reject(trial: Trial, candidate: Candidate, seconds: float) -> str | None:
-    """Why the trial rejects the candidate, or None."""
+def _rejections(item: Item, candidate: Candidate, slopes: int) -> dict[str, str]:
+    """Check -> why it rejects the candidate; whatever is raised outside the checks counts for the first of them."""
+    assert candidate.accumulation is not None
     try:
-        with _time_limit(seconds):
-            findings = trial.judge(candidate)
+        findings = judge(item, candidate, candidate.accumulation, slopes)
     except Exception as error:
-        return f"{trial.name}: {type(error).__name__}: {error}"[:300]
-    return next((f"{finding}"[:300] for finding in findings if not finding.ok), None)
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after so much processor time: a busy machine makes nothing look hung.
-
-    Python cannot interrupt who spins in a library, waiting for a GPU: a little later the system ends the process.
-    """
-
-    def expired(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"hung: no result in {seconds:.0f} s of processor time")
-
-    signal.signal(signal.SIGPROF, expired)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 1.2 * seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        return {item.checks[0].name: f"{item.name}: {type(error).__name__}: {error}"[:300]}
+    failed = [finding for finding in findings if not finding.ok]
+    return {finding.check: f"{finding}"[:300] for finding in reversed(failed)}

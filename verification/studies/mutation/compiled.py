@@ -1,8 +1,8 @@
 """Whether a mutant leaves the compiled kernels as they were: the same PTX for every launch that dispatch can make.
 
-Or whether what it makes of them is nothing to run: no code at all, or code with a hazard (see `kernels.aot`).
+Or whether what it makes of them is nothing to run: no code at all, or code with a hazard (see `kernels.compiled`).
 
-    python -m mxref.verification.mutation.compiled UNMUTATED FOLDER...          one word a folder of kernel sources
+    python -m mxref.verification.studies.mutation.compiled UNMUTATED FOLDER...          one word a folder of kernel sources
 
 Only a process without TRITON_INTERPRET can compile, so this runs as one. It says nothing about host code beyond the
 launches' own specialisation: judge mutants of jit functions by it.
@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from mxref.verification.studies.mutation.child import import_kernels, write_sources
-from mxref.verification.studies.mutation.mutant import Mutant, Source
+from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.sources import Source
+from mxref.verification.studies.processes import FROM_OUTSIDE
 
 __all__ = ["same_code"]
 
 _ARCHITECTURE = "sm_90"
-_SAME, _OTHER, _BROKEN = "same", "other", "broken"
+_SAME, _OTHER, _BROKEN, _UNKNOWN = "same", "other", "broken", "unknown"
 
 
 def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: int = 1) -> tuple[set[str], set[str]]:
@@ -41,7 +43,7 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
         RuntimeError: the unmutated kernels do not compile, so nothing can be said.
     """
     jitted = {(s.file, f.name) for s in sources.values() for f in s.functions if f.jit}
-    candidates = [mutant for mutant in mutants if (mutant.file, mutant.function) in jitted]
+    candidates = [mutant for mutant in mutants if (mutant.place.file, mutant.place.function) in jitted]
     if not candidates:
         return set(), set()
     with tempfile.TemporaryDirectory(prefix="mxref-compiled-") as root:
@@ -54,19 +56,21 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": f"{root}/cache"}
 
-        def compare(part: Sequence[str]) -> list[str]:
+        def compare(part: Sequence[str]) -> tuple[list[str], int]:
             command = [sys.executable, "-m", __name__, folders[0], *part]
-            return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()
+            told = subprocess.run(command, env=environment, capture_output=True, text=True)
+            return told.stdout.split(), -told.returncode
 
         def told(part: Sequence[str]) -> list[str]:
             """A word for each folder; a compiler that crashes says nothing, and the next process goes on behind it."""
             words: list[str] = []
             while len(words) < len(part):
-                words += compare(part[len(words) :])[1:]
-                words += [_BROKEN] if len(words) < len(part) else []
+                said, died_of = compare(part[len(words) :])
+                words += said[1:]
+                words += [_UNKNOWN if died_of in FROM_OUTSIDE else _BROKEN] if len(words) < len(part) else []
             return words
 
-        if compare([]) != [_SAME]:  # and fills the cache for all others
+        if compare([])[0] != [_SAME]:  # and fills the cache for all others
             raise RuntimeError(
                 f"the unmutated kernels do not compile for {_ARCHITECTURE}; see python -m mxref.kernels.compiled.ahead_of_time"
             )

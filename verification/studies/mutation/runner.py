@@ -1,7 +1,9 @@
 """Runs mutants: one forked process each (see `child`).
 
 The parent imports everything else and draws every sample once; a child costs a fork, an import of the kernel modules,
-and its trials. Whatever a mutant does to its process, a crash or a loop without end, the parent only sees that it died.
+and its questions. A mutant that crashes its process, or spends a question's processor time, is killed. A child that dies
+while it imports, or waits, or is ended by somebody else, says nothing: the machine may be to blame. Its mutant is asked
+again with nothing beside it, and that it waits then counts only if the unmutated sources hardly do.
 """
 
 from __future__ import annotations
@@ -10,29 +12,31 @@ import importlib
 import math
 import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import torch
 
-from mxref.verification.studies.mutation.child import Task, run_child
-from mxref.verification.studies.mutation.layers import Layer
-from mxref.verification.studies.mutation.mutant import Mutant, Source
+from mxref.verification.gate.plan import Item
+from mxref.verification.studies.mutation.child import Said, Task, run_child
+from mxref.verification.studies.mutation.mutant import Mutant
+from mxref.verification.studies.mutation.questions import IMPORT, is_open
+from mxref.verification.studies.mutation.sources import Source
+from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "Setting", "run"]
 
-_PATIENCE = 3
-"""A child may be silent for so many times a trial's processor time by the clock; then it waits for something, or
-spins where no signal reaches it, in an allocator whose memory it has overwritten.
-"""
+_IMPORTING = Limits(processor=300.0, silence=1200.0)
+"""What a child may take before its first question."""
+
+_PATIENCE = 10
+"""By the clock a question may take so many times what it may take of processor time."""
+
+_HARDLY = 0.1
+"""The part of that which the unmutated sources may need at most, for waiting to be the mutant's fault."""
 
 _LENIENCE = 20
 """Times a mutant's limit that the unmutated sources are given: nobody compiled for them before."""
@@ -44,51 +48,53 @@ class Outcome:
 
     Attributes:
         mutant: which.
-        kills: layer -> why it rejected the mutant, for each layer that did.
-        judged: layers that ran, in the order in which they did last.
+        kills: check -> why it rejected the mutant, for each that did; "import" for the import.
+        judged: checks that ran, in the order in which they did last.
+        unjudged: check -> why it gave no answer, for each that was asked in vain.
         seconds: wall-clock time.
     """
 
     mutant: Mutant | None
     kills: dict[str, str] = field(default_factory=dict)
     judged: list[str] = field(default_factory=list)
+    unjudged: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def killed(self) -> bool:
-        """Whether any layer rejected it."""
+        """Whether any check rejected it."""
         return bool(self.kills)
 
 
-@dataclass
-class _Job:
-    outcome: Outcome
-    task: Task
-    folder: Path
-    process: ForkProcess
-    messages: Connection
-    started: float
-    heard: float
-    done: bool = False
+@dataclass(frozen=True)
+class Setting:
+    """How mutants are judged.
 
-    @property
-    def left(self) -> list[Layer]:
-        """What a child that died while it asked every layer has not come to: all layers that did not kill."""
-        kills = self.outcome.kills
-        died = self.process.exitcode and "import" not in kills
-        return [layer for layer in self.task.layers if layer.name not in kills] if died else []
+    Attributes:
+        sources: the kernels' sources that the mutants belong to.
+        device: what the questions were made for.
+        matrix: ask every check about each mutant by hand, not only until one is enough; see `is_open`.
+        jobs: processes at once.
+        trial_seconds: processor time after which a question about a mutant counts as hung.
+    """
+
+    sources: Mapping[str, Source]
+    device: torch.device
+    matrix: bool = False
+    jobs: int = 1
+    trial_seconds: float = 20.0
+
+    def limits(self, lenience: int = 1) -> Limits:
+        """Of one question."""
+        return Limits(lenience * self.trial_seconds, lenience * _PATIENCE * self.trial_seconds)
 
 
 def run(
     mutants: Sequence[Mutant | None],
-    sources: Mapping[str, Source],
-    layers: Sequence[Layer],
+    items: Sequence[Item],
+    setting: Setting,
     *,
-    device: torch.device,
-    matrix: bool = False,
     apart: bool = False,
-    jobs: int = 1,
-    trial_seconds: float = 20.0,
     until: float = math.inf,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
@@ -96,61 +102,127 @@ def run(
 
     Args:
         mutants: what to judge; None for the unmutated sources.
-        sources: the kernels' sources that the mutants belong to.
-        layers: what judges them.
-        device: what the layers were made for.
-        matrix: ask every layer about every mutant; otherwise stop at the first that rejects it.
-        apart: the unmutated sources' trials are shared among `jobs` processes.
-        jobs: processes at once.
-        trial_seconds: a mutant's trial that takes more processor time counts as hung.
+        items: the questions, in this order.
+        setting: how.
+        apart: the unmutated sources' items are shared among processes, and given more time.
         until: the time, by the monotonic clock, from which on no further mutant is begun.
         on_outcome: called as each mutant is done.
 
     Returns:
         One outcome a mutant that was begun; of the unmutated sources, if `apart`, one a process.
     """
-    if device.type == "cpu":
+    if setting.device.type == "cpu":
         _import_what_children_need()
-    context, gpus = get_context("fork"), _gpus() if device.type == "cuda" else []
-    whole = _in_rounds(layers)
-    shares = [whole[job::jobs] for job in range(min(jobs, len(whole)))] if apart else [whole]
-    pending = [(Outcome(mutant), part) for mutant in mutants for part in ([whole] if mutant is not None else shares)]
-    pending.reverse()
-    running, outcomes = list[_Job](), list[Outcome]()
-    with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root:
-        try:
-            while pending or running:
-                if time.monotonic() > until:
-                    pending = [(outcome, part) for outcome, part in pending if outcome in outcomes]
-                while pending and len(running) < jobs:
-                    outcome, part = pending.pop()
-                    if outcome not in outcomes:
-                        outcomes.append(outcome)
-                    folder = Path(tempfile.mkdtemp(dir=root))
-                    receiver, sender = context.Pipe(duplex=False)
-                    gpu = gpus[len(outcomes) % len(gpus)] if gpus else None
-                    limit = trial_seconds * (_LENIENCE if apart and outcome.mutant is None else 1)
-                    task = Task(outcome.mutant, sources, part, device, gpu, limit, matrix)
-                    process = context.Process(target=run_child, args=(task, folder, sender))
-                    process.start()
-                    sender.close()
-                    now = time.monotonic()
-                    running.append(_Job(outcome, task, folder, process, receiver, now, now))
-                wait([job.messages for job in running], timeout=0.5)
-                for job in running:
-                    _listen(job)
-                for job in [job for job in running if job.done]:
-                    running.remove(job)
-                    job.outcome.seconds += time.monotonic() - job.started
-                    if matrix and job.left:
-                        pending.append((job.outcome, job.left))
-                    else:
-                        on_outcome(job.outcome)
-        finally:
-            for job in running:
-                job.process.kill()
-                job.process.join()
+    parts = min(setting.jobs, len(items)) if apart else 1
+    shares = [items[part::parts] for part in range(parts)]
+    patient = setting.limits(_LENIENCE if apart else 1)
+    with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root, Pool[_Part](setting.jobs, "fork") as pool:
+        judge = _Judge(setting, Path(root), on_outcome)
+        for mutant in mutants:
+            for share in [items] if mutant is not None else shares:
+                pool.waiting.append(judge.job(Outcome(mutant), share, setting.limits() if mutant else patient))
+        outcomes = [job.about.outcome for job in pool.waiting]
+        if time.monotonic() > until:
+            pool.waiting.clear()
+            return []
+        for job, said in pool:
+            if time.monotonic() > until:
+                unbegun = [job for job in pool.waiting if not job.about.outcome.judged]
+                for late in unbegun:
+                    pool.waiting.remove(late)
+                    outcomes.remove(late.about.outcome)
+            pool.waiting.extend(judge.hear(job, said))
+        judge.ask_again()
     return outcomes
+
+
+@dataclass(eq=False)
+class _Part:
+    """One child's part: whom it asks what, where it builds its sources, and which item it is at."""
+
+    outcome: Outcome
+    items: Sequence[Item]
+    limits: Limits
+    folder: Path
+    at: int | None = None
+
+    @property
+    def checks(self) -> list[str]:
+        """Whose item it is at."""
+        return [IMPORT] if self.at is None else [check.name for check in self.items[self.at].checks]
+
+
+class _Judge:
+    """Keeps the outcomes while their children speak, and whom to ask again."""
+
+    def __init__(self, setting: Setting, root: Path, on_outcome: Callable[[Outcome], None]) -> None:
+        self._setting, self._root, self._on_outcome = setting, root, on_outcome
+        self._gpus = _gpus() if setting.device.type == "cuda" else []
+        self._again: list[_Part] = []
+        self._jobs = 0
+
+    def job(self, outcome: Outcome, items: Sequence[Item], limits: Limits) -> Job[_Part]:
+        """A child's work."""
+        part = _Part(outcome, items, limits, self._root / str(self._jobs))
+        gpu = self._gpus[self._jobs % len(self._gpus)] if self._gpus else None
+        self._jobs += 1
+        sources, device = self._setting.sources, self._setting.device
+        task = Task(outcome.mutant, sources, items, device, gpu, self._every(outcome))
+        return Job(part, run_child, (task, part.folder), _IMPORTING)
+
+    def hear(self, job: Job[_Part], said: Said | Ended, alone: bool = False) -> list[Job[_Part]]:
+        """Take note of what a child said, or how it ended; what is left to ask then."""
+        part, outcome = job.about, job.about.outcome
+        if isinstance(said, Said):
+            part.at, job.limits = said.number, part.limits
+            outcome.kills |= said.rejections
+            if not said.rejections and part.at is not None:
+                outcome.judged = [*(check for check in outcome.judged if check not in part.checks), *part.checks]
+            return []
+        outcome.seconds += time.monotonic() - job.started
+        shutil.rmtree(part.folder, ignore_errors=True)
+        tells_nothing = not said.well and (said.from_outside or part.at is None)
+        if tells_nothing and not alone:
+            self._again.append(part)
+            return []
+        if tells_nothing and not self._hangs(part, said):
+            outcome.unjudged |= dict.fromkeys(part.checks, f"{said}")
+        elif not said.well:
+            outcome.kills = dict.fromkeys(part.checks, f"{said}") | outcome.kills
+        left = [] if said.well or part.at is None else part.items[part.at + 1 :]
+        left = [item for item in left if is_open(item, outcome.kills, self._every(outcome))]
+        if left:
+            return [self.job(outcome, left, part.limits)]
+        self._on_outcome(outcome)
+        return []
+
+    def ask_again(self) -> None:
+        """Ask alone, one by one, what nobody answered."""
+        for part in self._again:
+            with Pool[_Part](1, "fork") as pool:
+                pool.waiting.append(self.job(part.outcome, part.items[part.at or 0 :], part.limits))
+                for job, said in pool:
+                    pool.waiting.extend(self.hear(job, said, alone=True))
+
+    def _every(self, outcome: Outcome) -> bool:
+        return outcome.mutant is None or (self._setting.matrix and outcome.mutant.by_hand)
+
+    def _hangs(self, part: _Part, ended: Ended) -> bool:
+        """Whether a mutant that waited in vain, alone, has itself to blame."""
+        return ended.over == "silence" and part.at is not None and self.control(part) < _HARDLY * part.limits.silence
+
+    def control(self, part: _Part) -> float:
+        """Seconds by the clock that the unmutated sources need alone for a part's item; inf without an answer."""
+        assert part.at is not None
+        begun = -math.inf
+        with Pool[_Part](1, "fork") as pool:
+            pool.waiting.append(self.job(Outcome(None), [part.items[part.at]], part.limits))
+            for job, said in pool:
+                if isinstance(said, Said):
+                    begun, job.limits = -math.inf if said.rejections else time.monotonic(), part.limits
+                elif not said.well:
+                    return math.inf
+        return time.monotonic() - begun
 
 
 def _gpus() -> list[str]:
@@ -166,43 +238,3 @@ def _import_what_children_need() -> None:
     """
     for name in ("torch.fx.experimental.symbolic_shapes", "torch._inductor"):
         importlib.import_module(name)
-
-
-def _in_rounds(layers: Sequence[Layer]) -> list[Layer]:
-    """The first trial of every layer, then the second of every layer, and so on, the slow layers last."""
-    single = {layer.name: [Layer(layer.name, (trial,)) for trial in layer.trials] for layer in layers}
-    rounds = zip_longest(*(single[layer.name] for layer in layers if not layer.slow))
-    quick = [layer for each in rounds for layer in each if layer is not None]
-    return quick + [trial for layer in layers if layer.slow for trial in single[layer.name]]
-
-
-def _listen(job: _Job) -> None:
-    """Take what a child said; notice its death; end it when it is far over time."""
-    outcome = job.outcome
-    try:
-        while job.messages.poll():
-            layer, reason = job.messages.recv()
-            job.heard = time.monotonic()
-            if reason is not None:
-                outcome.kills[layer] = reason
-            else:
-                outcome.judged = [*(name for name in outcome.judged if name != layer), layer]
-    except EOFError:
-        job.process.join()
-        job.done = True
-    if not job.done and time.monotonic() - job.heard > _PATIENCE * job.task.trial_seconds:
-        job.process.kill()
-        job.process.join()
-        job.done = True
-    if job.done:
-        code = job.process.exitcode
-        if code and outcome.judged[-1:]:
-            outcome.kills.setdefault(outcome.judged[-1], f"crashed: {_died(code)}")
-        elif code:
-            outcome.kills.setdefault("import", f"crashed: {_died(code)}")
-        job.messages.close()
-        shutil.rmtree(job.folder, ignore_errors=True)
-
-
-def _died(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from mxref.verification.studies.mutation.mutant import Function, Mutant, Source, is_fast, is_for_gpu_tilings
+from mxref.verification.studies.mutation.mutant import Mutant, mutate
+from mxref.verification.studies.mutation.sources import Function, Source, is_for_gpu_tilings, is_gpu_branch
 
 __all__ = ["OPERATORS", "sweep"]
 
@@ -33,44 +35,23 @@ _SPEED_ONLY = ("num_warps", "num_stages", "max_registers")
 
 
 def sweep(source: Source) -> list[Mutant]:
-    """Every systematic mutant of one file, in the order of the text; edits that lead to the same text count once."""
-    mutants: list[Mutant] = []
-    seen: set[str] = set()
+    """Every systematic mutant of one file, in the order of the text; the same change counts once."""
+    mutants: dict[tuple[str, int, int, str], Mutant] = {}
     for function in source.functions:
         if not (function.jit or function.launches):
             continue
         ordinals: Counter[str] = Counter()
         gpu_only = function.name in source.gpu_only
-        for node, fast in _nodes(function.node):
+        for node, on_gpu in _nodes(function.node):
             for operator, edits in OPERATORS.items():
                 for place, after in edits(node, source, function):
                     ordinals[operator] += 1
                     name = f"{source.file.removesuffix('.py')}:{function.name}:{operator}:{ordinals[operator]}"
-                    unseen = gpu_only or fast or (is_fast(node) and after == "False")  # what is left out is a GPU's
-                    mutant = _mutant(name, operator, function, source, place, after, unseen)
-                    text = mutant.apply(source.text)
-                    if text not in seen and _parses(text):
-                        seen.add(text)
-                        mutants.append(mutant)
-    return mutants
-
-
-def _mutant(
-    name: str, operator: str, function: Function, source: Source, node: ast.expr | ast.stmt, after: str, gpu_only: bool
-) -> Mutant:
-    start, end = source.span(node)
-    return Mutant(
-        name, source.file, function.name, node.lineno, start, end, source.text[start:end], after, operator,
-        gpu_only=gpu_only,
-    )  # fmt: skip
-
-
-def _parses(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
+                    unseen = gpu_only or on_gpu or (is_gpu_branch(node) and after == "False")
+                    mutant = mutate(source, place, after, name)
+                    if mutant is not None:
+                        mutants.setdefault(mutant.change, replace(mutant, category=operator, gpu_only=unseen))
+    return list(mutants.values())
 
 
 def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
@@ -80,20 +61,20 @@ def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
     """
     pending: list[tuple[ast.AST, bool]] = [(node, False) for node in reversed(function.body)]
     while pending:
-        node, fast = pending.pop()
+        node, on_gpu = pending.pop()
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg in _SPEED_ONLY):
+        if isinstance(node, ast.Raise | ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg in _SPEED_ONLY):
             continue
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_left_alone(node.func.attr):
             continue
-        fast = fast or is_for_gpu_tilings(node)
-        yield node, fast
+        on_gpu = on_gpu or is_for_gpu_tilings(node)
+        yield node, on_gpu
         if isinstance(node, ast.keyword) and node.arg == "other":
             continue
-        body = node.body if is_fast(node) else []
+        body = node.body if is_gpu_branch(node) else []
         children = [child for child in ast.iter_child_nodes(node) if not _is_annotation(node, child)]
-        pending.extend((child, fast or child in body) for child in reversed(children))
+        pending.extend((child, on_gpu or child in body) for child in reversed(children))
 
 
 def _is_left_alone(function: str) -> bool:
@@ -107,28 +88,28 @@ def _is_annotation(node: ast.AST, child: ast.AST) -> bool:
 def _constants(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
     """±1 on a number."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        yield node, f"({source.of(node)} + 1)"
-        yield node, f"({source.of(node)} - 1)"
+        yield node, f"{source.of(node)} + 1"
+        yield node, f"{source.of(node)} - 1"
 
 
 def _comparisons(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
     """< for <=, == for !=, and so on."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:
         left, right = source.of(node.left), source.of(node.comparators[0])
-        yield node, f"(({left}) {_COMPARE[type(node.ops[0])]} ({right}))"
+        yield node, f"({left}) {_COMPARE[type(node.ops[0])]} ({right})"
 
 
 def _binary(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
     """Another arithmetic or bit operator."""
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        yield node, f"(({source.of(node.left)}) {_BINARY[type(node.op)]} ({source.of(node.right)}))"
+        yield node, f"({source.of(node.left)}) {_BINARY[type(node.op)]} ({source.of(node.right)})"
 
 
 def _dropped(node: ast.AST, source: Source, function: Function) -> Iterator[Edit]:
     """One side of an operation left out: a term, a factor, a condition of a mask."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, _DROPPED):
-        yield node, f"({source.of(node.left)})"
-        yield node, f"({source.of(node.right)})"
+        yield node, source.of(node.left)
+        yield node, source.of(node.right)
     if isinstance(node, ast.AugAssign):
         yield node, f"{source.of(node.target)} = {source.of(node.value)}"
 
@@ -181,7 +162,7 @@ def _conditions(node: ast.AST, source: Source, function: Function) -> Iterator[E
     """`and` for `or` and back, or one side alone."""
     if isinstance(node, ast.BoolOp):
         parts = [f"({source.of(value)})" for value in node.values]
-        yield node, f"({(' or ' if isinstance(node.op, ast.And) else ' and ').join(parts)})"
+        yield node, (" or " if isinstance(node.op, ast.And) else " and ").join(parts)
         for part in parts:
             yield node, part
 

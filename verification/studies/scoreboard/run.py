@@ -6,14 +6,11 @@ hurts nobody else. An item that kills the process is that implementation's failu
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
@@ -28,11 +25,12 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.plan import Item, plan, slopes_in
 from mxref.verification.gate.result import describe_device
 from mxref.verification.gate.run import judge
+from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
 __all__ = ["Board", "Failure", "Row", "run_scoreboard"]
 
 _SILENCE = 300.0
-"""Seconds without a finished item after which a process counts as hung: compiling a kernel takes tens of them."""
+"""Seconds, computing or waiting, without a finished item after which a process counts as hung: compiling takes tens."""
 _MOST_LOSSES = 3
 """Processes that one implementation may lose before its remaining items are left out."""
 
@@ -163,82 +161,108 @@ def run_scoreboard(
 def _judge(row: Row, jobs: Sequence[_Job], on_item: OnItem) -> None:
     """Run one implementation's jobs side by side, and put their answers into the items' order."""
     answers: dict[int, Answer] = {}
-    total = sum(len(job.items()) for job in jobs)
+    parts = [_Part(job, job.items()) for job in jobs]
+    total = sum(len(part.left) for part in parts)
 
     def answered(number: int, answer: Answer) -> None:
         answers[number] = answer
         on_item(row.name, len(answers), total, answer[0][-1].case if answer[0] else "")
 
     on_item(row.name, 0, total, "")
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        list(pool.map(lambda job: _finish(row, job, answered), jobs))
+    with Pool[_Part](len(jobs), "spawn") as pool:
+        pool.waiting.extend(part.process() for part in parts if part.left)
+        for job, said in pool:
+            part = job.about
+            match said:
+                case Ended():
+                    part.lose(said, answered)
+                    pool.waiting.extend([part.process()] if part.left else [])
+                case _Unavailable():
+                    row.unavailable = said.reason
+                    part.left.clear()
+                case _Declared():
+                    row.points, row.accumulation = said.points, said.accumulation
+                case _Lost():
+                    part.lost_for = said.reason
+                case _:
+                    answered(part.take()[0], said)
     for number in sorted(answers):
         findings, failures = answers[number]
         row.findings += findings
         row.failures += failures
 
 
-def _finish(row: Row, job: _Job, answered: Callable[[int, Answer], None]) -> None:
-    """Run a job, in another process after each that is lost."""
-    for _ in range(_MOST_LOSSES):
-        items = job.items()
-        lost, loss = _one_process(row, job, list(items), answered)
-        if row.unavailable or lost is None:
+@dataclass(frozen=True)
+class _Unavailable:
+    """The implementation cannot be made here."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What the implementation declares, before its first item."""
+
+    points: tuple[str, ...]
+    accumulation: str
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """The process cannot go on."""
+
+    reason: str
+
+
+@dataclass
+class _Part:
+    """A job, its items that are not answered yet, how many processes it has lost, and why the last one says it is."""
+
+    job: _Job
+    left: dict[int, Item]
+    losses: int = 0
+    lost_for: str = ""
+
+    def process(self) -> Job[_Part]:
+        """A process for what is left."""
+        return Job(self, _work, (replace(self.job, first=min(self.left)),), Limits(_SILENCE, _SILENCE))
+
+    def take(self) -> tuple[int, Item]:
+        """The next item, which then is no longer left."""
+        number = min(self.left)
+        return number, self.left.pop(number)
+
+    def lose(self, ended: Ended, answered: Callable[[int, Answer], None]) -> None:
+        """A process has ended. The item that it was lost in fails; after too many losses nothing more is asked."""
+        if not self.left:
             return
-        finding = Finding(items[lost].checks[0].name, items[lost].name, "all", Status.FAIL, loss, 0, 0)
-        answered(lost, ([finding], [Failure(finding)]))
-        job = replace(job, first=lost + job.of)
-    reason = f"not run: {_MOST_LOSSES} processes were lost before"
-    for number, item in job.items().items():
-        answered(number, ([Finding(item.checks[0].name, item.name, "all", Status.NOT_COVERED, reason, 0, 0)], []))
+        self.losses += 1
+        number, item = self.take()
+        died = f"no answer in {_SILENCE:.0f} s" if ended.over else f"its process ended with code {ended.code}"
+        finding = _about(item, Status.FAIL, self.lost_for or died)
+        answered(number, ([finding], [Failure(finding)]))
+        while self.left and self.losses == _MOST_LOSSES:
+            number, item = self.take()
+            reason = f"not run: {_MOST_LOSSES} processes were lost before"
+            answered(number, ([_about(item, Status.NOT_COVERED, reason)], []))
+        self.lost_for = ""
 
 
-def _one_process(
-    row: Row, job: _Job, numbers: Sequence[int], answered: Callable[[int, Answer], None]
-) -> tuple[int | None, str]:
-    """One process for all of a job's items: the item that it was lost in, if it was, and what happened."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, sender), daemon=True)
-    process.start()
-    sender.close()  # this process's copy: the end of the other one is then the end of the messages
-    waiting = list(numbers)
-    try:
-        while waiting:
-            if not receiver.poll(_SILENCE):
-                return waiting[0], f"no answer in {_SILENCE:.0f} s"
-            try:
-                kind, content = receiver.recv()
-            except (EOFError, OSError):
-                process.join()
-                return waiting[0], f"its process ended with code {process.exitcode}"
-            if kind == "lost":
-                return waiting[0], content
-            if kind == "unavailable":
-                row.unavailable = content
-                return None, ""
-            if kind == "declared":
-                row.points, row.accumulation = content
-            else:
-                answered(waiting.pop(0), content)
-        return None, ""
-    finally:
-        process.join(5.0)
-        if process.is_alive():
-            process.kill()
+def _about(item: Item, status: Status, reason: str) -> Finding:
+    return Finding(item.checks[0].name, item.name, "all", status, reason, 0, 0)
 
 
-def _work(job: _Job, messages: Any) -> None:
-    """What a process does: one message an item, sent before the next begins. Ends when the GPU no longer answers."""
+def _work(send: Callable[[_Unavailable | _Declared | _Lost | Answer], None], job: _Job) -> None:
+    """What a process does: one message an item. Ends early when the GPU no longer answers."""
     device, who = torch.device(job.device), entry(job.name)
     try:
         candidate = who.make(device)
     except (ImportError, ValueError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == who.package
-        messages.send(("unavailable", "not installed" if missing else str(error)))
+        send(_Unavailable("not installed" if missing else str(error)))
         return
     how = candidate.accumulation or default_accumulation(device)
-    messages.send(("declared", (candidate.declared_points, str(how))))
+    send(_Declared(candidate.declared_points, str(how)))
     if not candidate.complete:  # what was read in foreign code is tried first; the order-free bound is a second chance
         candidate = replace(candidate, accumulation=None)
     items = job.items()
@@ -249,9 +273,9 @@ def _work(job: _Job, messages: Any) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except RuntimeError as error:  # a check never raises: only a GPU that no longer answers comes here
-            messages.send(("lost", f"its process could not go on: {str(error).splitlines()[0]}"))
+            send(_Lost(f"its process could not go on: {str(error).splitlines()[0]}"))
             return
-        messages.send(("item", answer))
+        send(answer)
 
 
 def _judge_item(candidate: Candidate, item: Item, how: Accumulation, slopes: int) -> Answer:

@@ -1,0 +1,162 @@
+"""The domain is covered: what a suite leaves out is counted, not believed."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from mxref.verification.cases.call import lay_out
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.covering import combinations_of, covering_array, legal_pairs
+from mxref.verification.cases.domain import DIMENSIONS, EXCLUDED, Class, Dimension, Exclusion, dimensions_for
+from mxref.verification.cases.domain_cases import domain_cases
+from mxref.verification.cases.draw import draw
+from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.subset import parse_subset
+from mxref.verification.cases.suites import exact_cases, ordinary_cases
+
+FP32 = (torch.float32,)
+EVERY = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def covered(cases: list[Case], strength: int) -> set[tuple[tuple[str, str], ...]]:
+    """Combinations of (dimension, class) that occur in some case."""
+    return {chosen for case in cases for chosen in combinations(case.covers, strength)}
+
+
+def legal(dimensions: list[Dimension], strength: int) -> set[tuple[tuple[str, str], ...]]:
+    """Combinations of (dimension, class) that the exclusions leave, counted without the generator."""
+    forbidden = {
+        frozenset(((e.first, a), (e.second, b))) for e in EXCLUDED for a in e.classes for b in e.others
+    }  # fmt: skip
+    found = set()
+    for chosen in combinations(dimensions, strength):
+        rows: list[tuple[tuple[str, str], ...]] = [()]
+        for dimension in chosen:
+            rows = [(*row, (dimension.name, each.name)) for row in rows for each in dimension.classes]
+        found |= {row for row in rows if not any(frozenset(pair) in forbidden for pair in combinations(row, 2))}
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("scope", ["cpu, interpreted", "cpu", "cuda"])
+def test_every_legal_pair_of_classes_is_asked_in_the_quick_suite(scope: str, seed: int) -> None:
+    device, _, interpreted = scope.partition(", ")
+    asked = Scope("quick", device, seed, bool(interpreted))
+    cases = [case for case in exact_cases(asked) + ordinary_cases(asked) if case.covers]
+    missing = legal(dimensions_for(asked.dtypes, asked.expense), 2) - covered(cases, 2)
+    assert not missing, sorted(missing)[:5]
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_every_legal_triple_that_a_whole_call_can_hold_is_asked_in_the_full_suite() -> None:
+    """What is missing is impossible together with some dimension's every class, whatever else is chosen."""
+    dimensions = dimensions_for(FP32, "interpreted")
+    missing = legal(dimensions, 3) - covered(domain_cases(3, FP32, "interpreted", 0), 3)
+    pairs = legal(dimensions, 2)
+
+    def dead(row: tuple[tuple[str, str], ...]) -> bool:
+        return any(
+            not any(
+                all(tuple(sorted((own, (d.name, c.name)), key=lambda p: order[p[0]])) in pairs for own in row)
+                for c in d.classes
+            )
+            for d in dimensions
+            if d.name not in {name for name, _ in row}
+        )
+
+    order = {dimension.name: i for i, dimension in enumerate(dimensions)}
+    assert all(dead(row) for row in missing), [row for row in missing if not dead(row)][:5]
+
+
+def test_another_seed_covers_with_other_cases() -> None:
+    one, other = (domain_cases(2, FP32, "interpreted", seed) for seed in (0, 1))
+    assert {case.covers for case in one}.isdisjoint(case.covers for case in other)
+
+
+def test_exclusions_name_classes_that_there_are() -> None:
+    classes = {dimension.name: {each.name for each in dimension.classes} for dimension in DIMENSIONS}
+    for excluded in EXCLUDED:
+        assert set(excluded.classes) <= classes[excluded.first], excluded
+        assert set(excluded.others) <= classes[excluded.second], excluded
+        assert excluded.why
+
+
+def test_the_generator_knows_what_it_leaves_out() -> None:
+    """Two dimensions that exclude each other through a third: the pair is no whole row, and no error."""
+    a, b, c = (Dimension(name, (Class("0"), Class("1"))) for name in "abc")
+    excluded = (Exclusion("a", ("0",), "c", ("0",), ""), Exclusion("b", ("0",), "c", ("1",), ""))
+    rows = covering_array([a, b, c], excluded, 2, 0)
+    pairs = combinations_of(legal_pairs([a, b, c], excluded), [2, 2, 2], 2)
+    told = {tuple(2 * place + value for place, value in enumerate(row)) for row in rows}
+    assert pairs - {pair for row in told for pair in combinations(row, 2)} == {(0, 2)}
+
+
+@pytest.mark.parametrize("dtypes", [FP32, EVERY], ids=["fp32", "every dtype"])
+def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -> None:
+    for case in domain_cases(2, dtypes, "cheap", 3)[::5]:
+        sample, classes = draw(case), dict(case.covers)
+        problem = sample.problem
+        assert (problem.gates is None) == (classes["gates"] == "none")
+        assert (problem.lora_A is None) == (classes["adapters"] == "none")
+        assert (problem.sorted_expert_idxs.dtype == torch.int32) == (classes["indices"] == "int32")
+        if problem.gates is not None and problem.P > 2 and not bool(problem.gates.isnan().any()):
+            signs = {"positive": (False, False), "negative": (True, False), "some zero": (False, True)}
+            gates = problem.gates
+            assert (bool((gates < 0).any()), bool((gates == 0).any())) == signs[classes["gates"]], case
+        if classes["routing"] == "all sentinels":
+            assert bool((problem.sorted_expert_idxs >= problem.E).all())
+        if classes["routing"] == "sentinels far above" and bool((problem.sorted_expert_idxs >= problem.E).any()):
+            assert int(problem.sorted_expert_idxs.max()) > problem.E + 1
+        if case.special in ("nan row", "inf row"):
+            assert int((~problem.inputs.isfinite()).any(1).sum()) == 1
+        if classes["adapters"] == "B zero" and problem.lora_B is not None:
+            assert not bool(problem.lora_B.any())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset", "expanded"])
+def test_layouts_hold_the_same_values_in_other_places(layout: str) -> None:
+    x = torch.arange(12.0).view(3, 4) if layout != "expanded" else torch.arange(4.0).expand(3, 4)
+    laid = lay_out(x, layout)
+    assert torch.equal(laid, x)
+    assert laid.data_ptr() != x.data_ptr()
+    found = {
+        "contiguous": laid.is_contiguous() and laid.storage_offset() == 0,
+        "transposed": laid.stride() == (1, 3),
+        "sliced": laid.stride() == (8, 2),
+        "offset": laid.is_contiguous() and laid.storage_offset() == 13,
+        "expanded": laid.stride() == (0, 1),
+    }
+    assert found[layout]
+
+
+def test_a_subset_is_read_in_the_domain_s_words() -> None:
+    subset = parse_subset("forward, gates=none, rank>=16, routing=uniform|empty experts")
+    assert str(subset) == "forward, gates=none, rank>=16, routing=uniform|empty experts"
+    assert subset.holds(Case("", rank=16))
+    assert not subset.holds(Case("", rank=8))
+    assert not subset.holds(Case("", rank=16, gate_slots=2))
+    assert not subset.holds(Case("", rank=16, routing="sentinels"))
+    assert subset.of(Case("")).call.needs == ()
+    scope = Scope("quick", "cpu", 0, True, subset)
+    asked = [case for case in exact_cases(scope) + ordinary_cases(scope) if case.covers]
+    assert asked
+    assert {dict(case.covers)["gates"] for case in asked} == {"none"}
+    assert {dict(case.covers)["routing"] for case in asked} == {"uniform", "empty experts"}
+    assert min(case.rank for case in asked) >= 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gate=none", "'gate' is no dimension"),
+        ("gates=some", "'some' is no class of gates"),
+        ("gates>=2", "compares no number"),
+        ("everything", "is no condition"),
+    ],
+)
+def test_a_subset_that_is_not_understood_says_why(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_subset(text)

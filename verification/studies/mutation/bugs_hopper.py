@@ -1,0 +1,61 @@
+"""The mutants by hand in the kernel for Hopper and on the way to it; only a GPU shows them."""
+
+from __future__ import annotations
+
+from mxref.verification.studies.mutation.bug import Bug, at
+from mxref.verification.studies.mutation.sources import Place
+
+__all__ = ["HOPPER_BUGS"]
+
+HOPPER_BUGS: tuple[tuple[Place, Bug], ...] = (
+    *at(Place("device/hopper_decode.py", "scale_bits"),
+        Bug("NaN scale made infinite", "scales", "255 << 7 reads as infinity", "(b + 1) & 0xFE", "b"),
+        Bug("scale byte 0 made zero", "scales", "0 << 7 reads as zero, 2^-127 is a subnormal",
+            "((b + 1) & 0xFE) == 0", "b == 255")),
+    *at(Place("device/hopper_decode.py", "codes_of_byte"),
+        Bug("low codes of Y lost", "decode", "only one of the two copies of the byte",
+            '"mul.lo.u32 t, $1, 0x1001;"', '"mul.lo.u32 t, $1, 0x1000;"')),
+    *at(Place("device/hopper_decode.py", "codes_of_two_bytes"),
+        Bug("high codes of dX with the wrong sign", "decode", "the sign bit's copy is missing",
+            '"mul.lo.u32 t, t, 0x0104;"', '"mul.lo.u32 t, t, 0x0004;"'),
+        Bug("both codes of a byte from its low nibble", "decode", "copied from the line above",
+            '"and.b32 t, $2, 0x00F000F0;"', '"and.b32 t, $2, 0x000F000F; shl.b32 t, t, 4;"')),
+    *at(Place("device/hopper_decode.py", "column_of"),
+        Bug("adapter of dX in plain column order", "LoRA scaling", "its columns must follow the base's",
+            "m & ~15 | (m & 7) << 1 | (m >> 3) & 1", "m")),
+    *at(Place("device/hopper.py", "copy_box"),
+        Bug("second box equals the first", "accumulation", "the step's offset forgotten", "k + STEP", "k")),
+    *at(Place("device/hopper.py", "lora_product"),
+        Bug("scaling dropped on Hopper", "LoRA scaling", "s forgotten",
+            "hopper.warpgroup_mma_wait(...) * s", "hopper.warpgroup_mma_wait(...)"),
+        Bug("adapter of expert 0 on Hopper", "expert indexing", "expert forgotten",
+            "expert * stride_fe", "0 * stride_fe")),
+    *at(Place("device/hopper.py", "packed_tile"),
+        Bug("weights of expert 0 on Hopper", "expert indexing", "expert forgotten", "expert * J + w_n", "w_n"),
+        Bug("scales of dX from the wrong blocks", "scales", "a block is 32 columns", "j0 // 32", "j0 // 64"),
+        Bug("box fetched from the rows before", "scheduling", "off by one",
+            "begin.to(gl.int32)", "begin.to(gl.int32) - 1"),
+        Bug("contraction rounded down to steps", "tails", "the last 32 of an odd number of blocks",
+            "gl.cdiv(C, STEP)", "C // STEP"),
+        Bug("ring read before it is filled", "scheduling", "one group too few is waited for",
+            "STAGES - 2", "STAGES - 1"),
+        Bug("boxes read in the phase before", "scheduling", "a barrier's other phase is long over",
+            "(i // 2) // STAGES", "(i // 2) // STAGES + 1"),
+        Bug("second step multiplied by the first one's rows", "accumulation", "both steps multiply the first one's rows",
+            "x1.index(stage)", "x0.index(stage)"),
+        Bug("scales of the last iteration masked", "masks", "one iteration too many ahead", "i + 4", "i + 6"),
+        Bug("bias of expert 0 on Hopper", "biases", "expert forgotten", "bias + expert * J", "bias"),
+        Bug("columns of dX left as the tensor core has them", "scheduling", "the two codes of a byte are eight columns apart",
+            "y.reshape([BLOCK_M, 8, 2, 8]).permute([0, 1, 3, 2])", "y.reshape([BLOCK_M, 8, 2, 8])")),
+    *at(Place("device/hopper.py", "store_rows"),
+        Bug("last row of a Hopper tile unwritten", "tails", "off by one", "rows < end", "rows < end - 1")),
+    *at(Place("device/hopper.py", "packed_matmul_kernel"),
+        Bug("full tiles match no height", "scheduling", "off by one: nothing is computed",
+            "end - begin <= HEIGHTS[h]", "end - begin < HEIGHTS[h]"),
+        Bug("sentinel tiles written in part", "sentinels", "only the first sixteen rows", "HEIGHTS[0]", "16")),
+    *at(Place("device/grouped_matmul.py", "grouped_matmul"),
+        Bug("gathered rows fetched as a box", "scheduling", "a box's rows are neighbours in memory, routed rows are not",
+            "rows_in if fan_in is None else None", "rows_in", gpu_only=True),
+        Bug("narrow rows copied in 16 bytes", "tails", "rows of dY then are no multiple of 16 bytes",
+            "not isinstance(weight, PackedMatrix) or C % 16", "not isinstance(weight, PackedMatrix)", gpu_only=True)),
+)  # fmt: skip
