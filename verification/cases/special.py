@@ -46,7 +46,8 @@ def _not_finite(sample: Sample) -> Sample:
         return sample
     if kind in ("nan row", "inf row"):
         x = problem.inputs.clone()
-        x[x.shape[0] // 2] = float("nan" if kind == "nan row" else "inf")
+        row = x[x.shape[0] // 2]  # a whole row of infinities would sum to NaN everywhere
+        (row if kind == "nan row" else row[:1]).fill_(float("nan" if kind == "nan row" else "inf"))
         return sample.changed(inputs=x)
     if kind == "nan dOut":
         dOut = sample.grad_out.clone()

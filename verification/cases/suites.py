@@ -31,6 +31,12 @@ __all__ = [
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_MANY_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5)
+"""What the domain has a stand-in for on a CPU, small enough for plain PyTorch: 16-bit indices of rows wrap around."""
+_BEYOND_FP16 = Case(
+    "integer, results beyond fp16", 4, 64, 96, 20, 2, 0, _FP16, data="integer", gate_slots=2, gate_exponent=13
+)
+"""Some results round to infinity, which nothing may saturate."""
 
 
 def decode_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -81,7 +87,10 @@ def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
 
 def exact_cases(scope: Scope) -> list[Case]:
     """Fixtures that are exact in any order of summation: named ones, and those that cover the domain."""
-    return [*integer_cases(scope.suite, scope.device_type), *(case for case in _domain(scope) if case.exact)]
+    many = [_MANY_ROWS] if scope.suite == "quick" and scope.expense == "cheap" else []
+    beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
+    named = [*integer_cases(scope.suite, scope.device_type), *many, *beyond]
+    return [*named, *(case for case in _domain(scope) if case.exact)]
 
 
 def ordinary_cases(scope: Scope) -> list[Case]:

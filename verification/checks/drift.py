@@ -1,6 +1,6 @@
 """Drift: errors too small for any one element to show, seen by their mean over many.
 
-Slopes of the residual ŷ − y on the base term, on LoRA's and on their sum are fitted by expert and column tile. The base
+Slopes of the residual ŷ − R(y) on the base term, on LoRA's and on their sum are fitted by expert and column tile. The base
 and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on the sum,
 and in slopes fitted apart, but stands out in its own.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mxref.problem import Problem
+from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs, owned_rows
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.bounds import Interval
@@ -179,7 +180,10 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     rounding = _rounding(problem, tensor, expected.points)
     sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
-    residual = torch.where(usable, (got.double() - interval.exact) / sigma, 0.0)
+    # Held against the rounded reference: a sum that hardly leaves the grid (a bias and next to nothing, equal rows
+    # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's.
+    nearest = interval.exact.float().double() if dtype == torch.float32 else round_to(interval.exact, dtype)
+    residual = torch.where(usable, (got.double() - nearest) / sigma, 0.0)
     inverse = torch.where(usable, 1 / sigma, 0.0)
     make = _gradient_groups if tensor in ("dA", "dB") else _row_groups
     labels, sums, losses, repeats = [], [], [], []

@@ -12,6 +12,7 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
 
+
 def _zero(found: Gradients, *names: str) -> Gradients:
     zeros = {name: None if (x := found[name]) is None else torch.zeros_like(x) for name in names}
     return found | zeros
