@@ -126,7 +126,7 @@ def behaviour_cases(suite: Suite, device_type: str) -> list[Case]:
         plain = Case("plain", 8, 512, 768, 300, 2, 16, torch.bfloat16)
         grouped = Case("grouped", 8, 768, 512, 700, 1, 16, torch.float16, routing="empty_experts")
         grouped = replace(grouped, grouped_in=True, grouped_out=True)
-    everything = replace(plain, name="everything", routing="sentinels", bias=True, gate_slots=2)
+    everything = replace(plain, name="everything", routing="far_sentinels", bias=True, gate_slots=2)
     return [plain, replace(everything, use_fused_dX=True, use_fused_gather=True), grouped]
 
 

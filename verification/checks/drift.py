@@ -1,8 +1,8 @@
 """Drift: errors too small for any one element to show, seen by their mean over many.
 
-Slopes of the residual ŷ − R(y) on the base term, on LoRA's and on their sum are fitted by expert and column tile. The base
-and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on the sum,
-and in slopes fitted apart, but stands out in its own.
+Slopes of the residual ŷ − R(y) on the base term, on LoRA's and on their sum are fitted by expert and column tile. The
+base and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on the
+sum, and in slopes fitted apart, but stands out in its own.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class Layer:
 class _Pass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, problem: Problem, *operands: Tensor | None) -> Tensor:
-        problem = replace(problem, **dict(zip(_OPERAND.values(), operands, strict=True)))
+        named: dict[str, Any] = dict(zip(_OPERAND.values(), operands, strict=True))
+        problem = replace(problem, **named)
         tensors = _tensors(problem)
         ctx.layer, ctx.names = layer, [name for name in tensors if name not in layer.unsaved]
         ctx.save_for_backward(*(tensors[name] for name in ctx.names))

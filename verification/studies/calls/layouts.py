@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def _unit_columns(x: Tensor) -> Tensor:
 def _misread(how: Callable[[Tensor], Tensor], *names: str) -> Callable[[], Layer]:
     class Misread(Layer):
         def read(self, problem: Problem) -> Problem:
-            operands = {name: getattr(problem, name) for name in names}
+            operands: dict[str, Any] = {name: getattr(problem, name) for name in names}
             return replace(problem, **{n: how(x) for n, x in operands.items() if isinstance(x, Tensor)})
 
     return Misread

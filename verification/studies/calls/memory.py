@@ -58,7 +58,7 @@ positions_by_shape = bug("routing cached by its length", "sorts once a number of
 )
 
 
-@bug("scaling of the first call", "takes s when the layer is built", scaling="negative")
+@bug("scaling of the first call", "takes s when the layer is built")
 class Scaling(Layer):
     """State of a module."""
 
@@ -175,7 +175,7 @@ class XWritten(Layer):
         return problem
 
 
-@bug("ids clamped in place", "clamps the caller's expert ids for its own lookups", routing="sentinels far above")
+@bug("ids clamped in place", "clamps the caller's expert ids for its own lookups")
 class IdsWritten(Layer):
     """The caller's routing: a second layer that shares it sees other ids."""
 
