@@ -95,7 +95,7 @@ MOVED = {
 SPLIT = {
     "mxref.verification.candidates": {
         "mxref.verification.candidates.candidate": (
-            "POINTS Candidate declare default_accumulation describe golden load shipped torch_composite"
+            "POINTS Candidate declare default_accumulation describe golden load torch_composite"
         ),
     },
     "mxref.verification.cases": {

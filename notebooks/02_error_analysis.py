@@ -24,13 +24,13 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from mxref.verification.checks.exact import decode_guard, expect, integer_guard, interval_guard
 
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.composite import composite
 from mxref.verification.cases.suites import Case
 from mxref.verification.checks.drift import drift_guard
-from mxref.verification.checks.exact import decode_guard, expect, integer_guard, interval_guard
 from mxref.verification.checks.finding import Status
 
 plt.rcParams |= {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}

@@ -109,6 +109,8 @@ class Candidate:
             raise TypeError(f"{self.name} returned {type(y).__name__}; expected one tensor")
         if y.layout is not torch.strided or y.device != problem.device:
             raise TypeError(f"{self.name} returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
+        if call.mode != "grad" and y.requires_grad:
+            raise TypeError(f"{self.name} returned an output that requires a gradient, under {call.mode}")
         return y, leaves
 
     def gradients(

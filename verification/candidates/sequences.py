@@ -18,10 +18,17 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import without
+from mxref.weights import MXWeights
 
 __all__ = ["in_sequences"]
 
 _EXAMPLES, _STEPS = 8, 8
+
+_TURNED = ("inputs", "lora_A", "gates", "grad_out")
+"""Operands whose signs b has otherwise than a."""
+
+_CHANGED = ("lora_A", "lora_B", "inputs", "gates", "packed", "sorted_scattered_idxs")
+"""Operands that are changed in place: an optimiser's, streamed weights, routing that is drawn into the same memory."""
 
 
 def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
@@ -46,12 +53,28 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
         verbosity=Verbosity.quiet, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     try:
+        for operand in _CHANGED:
+            _as_in_training(Machine(), operand)
         run_state_machine_as_test(Machine, settings=profile)
     except _DifferentError as error:
         return list(error.answers)
     except Exception as error:  # whatever a candidate raises is part of its answer
         return [Answer({}, error=error)]
     return list(seen[-1]) if seen else []
+
+
+def _as_in_training(machine: _Calls, operand: str) -> None:
+    """Two calls at once, and operands that change between the passes; chance seldom finds sequences of this length."""
+    machine.forward(which="a")
+    machine.forward(which="b")
+    machine.backward(index=0, retain=False)
+    machine.backward(index=0, retain=False)
+    machine.look_again()
+    machine.forward(which="a")
+    machine.update(which="a", operand=operand)
+    machine.backward(index=0, retain=False)
+    machine.forward(which="a")
+    machine.backward(index=0, retain=False)
 
 
 class _DifferentError(AssertionError):
@@ -93,8 +116,9 @@ class _Calls(RuleBasedStateMachine):
         super().__init__()
         self.candidate, self.seen, self.script = candidate, seen, list[str]()
         self.pending: list[_Pending] = []
+        self.gradients: list[tuple[Outputs, Outputs]] = []  # as they are, and a copy of each as it came
         a = sample.mapped(lambda _, x: x.clone())
-        b = sample.mapped(lambda name, x: -x if name in ("inputs", "grad_out") else x.clone())
+        b = sample.mapped(lambda name, x: -x if name in _TURNED else x.clone())
         first = torch.arange(sample.case.tokens // 2, device=sample.problem.device)
         c = without(a, first)
         c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
@@ -126,24 +150,34 @@ class _Calls(RuleBasedStateMachine):
         if not retain or not gradients:
             self.pending.remove(pending)
         self._hold(gradients, pending.expected)
+        self.gradients.append((gradients, {name: None if x is None else x.clone() for name, x in gradients.items()}))
 
     @precondition(lambda self: bool(self.pending))
-    @rule(which=st.sampled_from("ab"), operand=st.sampled_from(["lora_A", "lora_B", "inputs"]))
+    @rule(which=st.sampled_from("ab"), operand=st.sampled_from(_CHANGED))
     def update(self, which: str, operand: str) -> None:
-        """Change an operand in place, as an optimiser does: its sign, which leaves every sum exact."""
-        self.script.append(f"{which}.{operand}.neg_()")
-        getattr(self.samples[which].problem, operand).neg_()
+        """Change an operand in place: its signs or its order, which leave every sum exact."""
+        problem = self.samples[which].problem
+        if operand == "packed":
+            assert isinstance(problem.expert_weights, MXWeights)
+            problem.expert_weights.packed.bitwise_xor_(0x88)  # the sign bits of both codes
+        elif operand == "sorted_scattered_idxs":
+            problem.sorted_scattered_idxs.copy_(problem.sorted_scattered_idxs.flip(0))
+        else:
+            getattr(problem, operand).neg_()
+        self.script.append(f"change {which}.{operand} in place")
         touched = {"b"} if which == "b" else {"a", "c"}
         for pending in self.pending:
             pending.changed |= pending.which in touched
 
-    @precondition(lambda self: bool(self.pending))
+    @precondition(lambda self: bool(self.pending or self.gradients))
     @rule()
     def look_again(self) -> None:
-        """Outputs that were returned earlier are what they were."""
+        """Outputs and gradients that were returned earlier are what they were."""
         self.script.append("look at every output again")
         for pending in self.pending:
             self._hold({"Y": pending.y.detach()}, {"Y": pending.kept})
+        for gradients, kept in self.gradients:
+            self._hold(gradients, kept)
 
     def _hold(self, got: Outputs, expected: Outputs) -> None:
         """Keep the answers; raise if a value is wrong."""

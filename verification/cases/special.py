@@ -36,7 +36,9 @@ def _gates(case: Case, gates: Tensor) -> Tensor:
     place = torch.arange(gates.numel()).view(gates.shape)
     if case.gate_values == "negative":
         return torch.where(place % 2 == 0, -gates, gates)
-    return torch.where(place % 3 == 0, 0.0, gates) if case.gate_values == "some zero" else gates
+    # The middle one is among them: a row of x or dOut that is not finite meets a zero gate there.
+    zero = (place - gates.numel() // 2) % 3 == 0
+    return torch.where(zero, 0.0, gates) if case.gate_values == "some zero" else gates
 
 
 def _not_finite(sample: Sample) -> Sample:
@@ -46,7 +48,8 @@ def _not_finite(sample: Sample) -> Sample:
         return sample
     if kind in ("nan row", "inf row"):
         x = problem.inputs.clone()
-        x[x.shape[0] // 2] = float("nan" if kind == "nan row" else "inf")
+        row = x[x.shape[0] // 2]  # a whole row of infinities would sum to NaN everywhere
+        (row if kind == "nan row" else row[:1]).fill_(float("nan" if kind == "nan row" else "inf"))
         return sample.changed(inputs=x)
     if kind == "nan dOut":
         dOut = sample.grad_out.clone()

@@ -31,6 +31,12 @@ __all__ = [
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_MANY_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5)
+"""What the domain has a stand-in for on a CPU, small enough for plain PyTorch: 16-bit indices of rows wrap around."""
+_BEYOND_FP16 = Case(
+    "integer, results beyond fp16", 4, 64, 96, 20, 2, 0, _FP16, data="integer", gate_slots=2, gate_exponent=13
+)
+"""Some results round to infinity, which nothing may saturate."""
 
 
 def decode_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -87,6 +93,9 @@ def exact_cases(scope: Scope) -> list[Case]:
     named = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
         named = [case for case in named if any(word in case.name for word in ("hundreds", "long", "1032"))]
+    many = [_MANY_ROWS] if scope.suite == "quick" and scope.expense == "cheap" else []
+    beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
+    named += [*many, *beyond]
     return [*named, *(case for case in _domain(scope) if case.exact)]
 
 
@@ -123,7 +132,7 @@ def behaviour_cases(suite: Suite, device_type: str) -> list[Case]:
         plain = Case("plain", 8, 512, 768, 300, 2, 16, torch.bfloat16)
         grouped = Case("grouped", 8, 768, 512, 700, 1, 16, torch.float16, routing="empty_experts")
         grouped = replace(grouped, grouped_in=True, grouped_out=True)
-    everything = replace(plain, name="everything", routing="sentinels", bias=True, gate_slots=2)
+    everything = replace(plain, name="everything", routing="far_sentinels", bias=True, gate_slots=2)
     return [plain, replace(everything, use_fused_dX=True, use_fused_gather=True), grouped]
 
 

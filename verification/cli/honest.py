@@ -27,7 +27,7 @@ from mxref.verification.cli.options import choose_device, positive
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
-from mxref.verification.studies.conforming.implementations import Honest, data_cases, emulated, judge, on_gpu
+from mxref.verification.studies.conforming.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
 
@@ -35,7 +35,9 @@ DESCRIPTION = "Judge implementations that are right, each under its true declara
 
 EPILOG = """\
 examples:
-  mxref honest                               every implementation on ten kinds of data, 5 draws of each
+  mxref honest                               every implementation on ten kinds of data, 5 draws of each, and those that
+                                             can be called on cases that cover the domain
+  mxref honest --data domain --seeds 3       the domain alone
   mxref honest --data cancelling --seeds 50  one kind of data, many draws
   mxref honest --device cuda                 the shipped kernels under each reachable configuration
 
@@ -80,12 +82,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     chosen = [h for h in _implementations(device) if matches(h.name, arguments.name)]
-    dtypes = list(dict.fromkeys(honest.dtype for honest in chosen))
-    cases = [case for dtype in dtypes for case in data_cases(dtype) if matches(case.name, arguments.data)]
-    if not cases:
+    draws = [
+        _Draw(case, seed)
+        for seed in range(arguments.seeds)
+        for dtype in dict.fromkeys(honest.dtype for honest in chosen)
+        for case in cases_of(dtype, seed)
+        if matches(_kind(case), arguments.data)
+    ]
+    total = sum(len(asked(chosen, each.case, each.seed)) for each in draws)
+    if not total:
         raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
-    draws = [_Draw(case, seed) for seed in range(arguments.seeds) for case in cases]
-    total = sum(honest.dtype == case.dtype for honest in chosen for case in cases) * arguments.seeds
     judged = _judge(draws, total, device, arguments.name, arguments.jobs)
     console = Console(width=None if sys.stdout.isatty() else 140)
     _print(judged, time.monotonic() - start, console)
@@ -95,6 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
         path.write_text(json.dumps(_as_json(judged, device, arguments.seeds), indent=1) + "\n", encoding="utf-8")
         console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
     return int(any(judgement.complaint for judgement in judged))
+
+
+def _kind(case: Case) -> str:
+    """What a case counts as: its kind of data, or one of the domain's."""
+    return "domain" if case.covers else case.name
 
 
 @cache
@@ -109,7 +120,7 @@ def _judge(draws: list[_Draw], total: int, device: torch.device, names: list[str
         for each in _mapped(partial(_judge_draw, device=device, names=names), draws, jobs, device):
             judged += each
             failures = sum(bool(judgement.complaint) for judgement in judged)
-            meter.advance(f"{failures} failures, {each[0].data}", len(each))
+            meter.advance(f"{failures} failures", len(each))
     return judged
 
 
@@ -127,11 +138,13 @@ def _judge_draw(each: _Draw, device: torch.device, names: list[str]) -> list[Jud
 
     torch.set_num_threads(1)
     case = each.case
-    chosen = [h for h in _implementations(device) if h.dtype == case.dtype and matches(h.name, names)]
-    judged = []
+    chosen = asked([h for h in _implementations(device) if matches(h.name, names)], case, each.seed)
+    judged: list[Judgement] = []
+    if not chosen:
+        return judged
     for honest, findings in judge(chosen, draw(case, device, each.seed)):
         complaint = next((str(finding) for finding in findings if not finding.ok), "")
-        judged.append(Judgement(honest.name, case.name, each.seed, complaint))
+        judged.append(Judgement(honest.name, _kind(case), each.seed, complaint))
     return judged
 
 

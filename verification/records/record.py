@@ -54,6 +54,8 @@ KINDS = {
     "pytest": Kind("pytest -m gpu --require-gpu --record-evidence", "the tests that need a GPU"),
     "finetune": Kind("python notebooks/04_finetune_gpt_oss.py --record", "training beside the dequantised model"),
     "mutants": Kind("mxref mutants --all --record", "planted bugs and the checks that notice them", gpu_only=False),
+    "calls": Kind("mxref calls --record", "planted bugs of how a layer is called", gpu_only=False),
+    "sanitize": Kind("mxref sanitize --record", "what compute-sanitizer and ConSan see in the kernels"),
     "ulp_baseline": Kind("mxref gate --accept-baseline", "accepted errors, in ulp", gpu_only=False),
 }
 

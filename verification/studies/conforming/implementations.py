@@ -19,16 +19,20 @@ from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.shipped import shipped, torch_composite
 from mxref.verification.cases.case import Case, Sample
-from mxref.verification.cases.suites import drawn_cases
+from mxref.verification.cases.domain_cases import domain_cases
+from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.suites import ordinary_cases
 from mxref.verification.checks.expectation import Expectation, slopes_of
 from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.studies.conforming.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
 
-__all__ = ["Honest", "data_cases", "emulated", "judge", "on_gpu"]
+__all__ = ["Honest", "asked", "cases_of", "data_cases", "emulated", "judge", "on_gpu"]
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _SM90, _SM80, _ANY = (ACCUMULATIONS[name] for name in ("tensor-core-sm90", "tensor-core-sm80", "undeclared"))
+_EMULATED = 1 << 19
+"""Products of one sum over K that an emulation takes about a second for."""
 _PRODUCTS: tuple[Product, ...] = ("Z", "Y", "V", "D", "dA", "dB")
 
 
@@ -42,6 +46,8 @@ class Honest:
         run: one forward and one backward pass, outputs by tensor.
         how: its accumulation, truly declared.
         points: the contract's rounding points that it has others for, truly declared.
+        emulates: it computes a sample's numbers, step by step, and is not called: layouts, gradient modes and contexts
+            mean nothing to it.
     """
 
     name: str
@@ -49,6 +55,7 @@ class Honest:
     run: Callable[[Sample], Mapping[str, Tensor | None]]
     how: Accumulation
     points: tuple[str, ...] = ()
+    emulates: bool = False
 
 
 def data_cases(dtype: torch.dtype) -> list[Case]:
@@ -73,6 +80,24 @@ def data_cases(dtype: torch.dtype) -> list[Case]:
     ]  # fmt: skip
     fused = {case.name for case in cases[1::2]}
     return [replace(c, use_fused_dX=c.name in fused, use_fused_gather=c.name in fused) for c in cases]
+
+
+def cases_of(dtype: torch.dtype, seed: int) -> list[Case]:
+    """The kinds of data, and cases in which every pair of classes of the domain occurs, others for each seed."""
+    return [*data_cases(dtype), *domain_cases(2, (dtype,), "cheap", seed)]
+
+
+def asked(implementations: Sequence[Honest], case: Case, seed: int) -> list[Honest]:
+    """Who is judged on a case: every implementation of its dtype on a kind of data; on a case of the domain one that is
+    called, and one emulation, where the case is finite and small. Which ones, the case's name and the seed decide.
+    """
+    alike = [honest for honest in implementations if honest.dtype == case.dtype]
+    if not case.covers:
+        return alike
+    small = not case.special and case.rows * case.K * case.N <= _EMULATED and case.experts * case.rank <= case.K
+    called = [honest for honest in alike if not honest.emulates]
+    emulations = [honest for honest in alike if honest.emulates and small]
+    return [group[case.draw_seed(seed) % len(group)] for group in (called, emulations) if group]
 
 
 def emulated() -> list[Honest]:
@@ -113,7 +138,7 @@ def emulated() -> list[Honest]:
     return [
         *(_emulated(*each) for each in list_),
         last,
-        *(Honest(f"PyTorch, {_short(dtype)}", dtype, composite.run, _ANY) for dtype in (_BF16, _FP32)),
+        *(Honest(f"PyTorch, {_short(dtype)}", dtype, composite.run, _ANY) for dtype in (_BF16, _FP16, _FP32)),
     ]
 
 
@@ -136,7 +161,7 @@ def judge(implementations: Sequence[Honest], sample: Sample) -> Iterator[tuple[H
     The reference is computed once for all that declare the same. Drift is judged at the critical z of the quick suite.
     """
     expectations: dict[tuple[tuple[str, ...], int], Expectation] = {}
-    names = ("integer",) if sample.case.data == "integer" else ("interval", "drift", "sign", "exponent")
+    names = ("integer",) if sample.case.exact else ("interval", "drift", "sign", "exponent")
     checks = [check for check in CHECKS if check.name in names]
     for honest in implementations:
         key = honest.points, id(honest.how)
@@ -156,7 +181,7 @@ def judge(implementations: Sequence[Honest], sample: Sample) -> Iterator[tuple[H
 
 @cache
 def _slopes() -> int:
-    return sum(slopes_of(case) for case in drawn_cases("quick", "cpu"))
+    return sum(slopes_of(case) for case in ordinary_cases(Scope("quick", "cpu", interpreted=False)))
 
 
 def _emulated(
@@ -169,9 +194,10 @@ def _emulated(
         p = sample.problem
         parameters = {"dA": p.lora_A, "dB": p.lora_B, "dbias": p.expert_biases, "dgates": p.gates}
         dtypes = {tensor: parameter.dtype for tensor, parameter in parameters.items() if parameter is not None}
-        return {tensor: x.to(dtypes.get(tensor, p.dtype)) for tensor, x in emulated.run(sample).items()}
+        wanted = {t: x for t, x in emulated.run(sample).items() if t == "Y" or sample.case.call.wants(t)}
+        return {tensor: x.to(dtypes.get(tensor, p.dtype)) for tensor, x in wanted.items()}
 
-    honest = Honest(name, dtype, run, how, points)
+    honest = Honest(name, dtype, run, how, points, emulates=True)
     return honest
 
 

@@ -1,0 +1,115 @@
+"""Planted bugs of how a layer is called: plain data, an honest layer behind them, and a handful judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxref.verification.arithmetic.accumulation import default_accumulation
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.cases.domain import DIMENSIONS, EXCLUDED
+from mxref.verification.cases.scope import Scope
+from mxref.verification.cli import main
+from mxref.verification.gate.plan import plan
+from mxref.verification.gate.run import judge
+from mxref.verification.studies.calls import run
+from mxref.verification.studies.calls.catalogue import BUGS
+from mxref.verification.studies.calls.layer import Bug, Layer
+from mxref.verification.studies.calls.layouts import as_if_contiguous
+from mxref.verification.studies.calls.run import judge_bugs, payload
+
+BY_NAME = {bug.name: bug for bug in BUGS}
+
+
+def test_there_are_enough_of_them_each_with_a_name_and_a_mistake() -> None:
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 50
+    assert all(bug.mistake for bug in BUGS)
+
+
+def test_the_classes_that_show_a_bug_are_the_domain_s_and_can_be_had_together() -> None:
+    named = {dimension.name: {each.name for each in dimension.classes} for dimension in DIMENSIONS}
+    excluded = {
+        frozenset(((e.first, one), (e.second, other))) for e in EXCLUDED for one in e.classes for other in e.others
+    }
+    for bug in BUGS:
+        assert all(name in named[dimension] for dimension, name in bug.shown_by), bug.name
+        assert not any(pair <= set(bug.shown_by) for pair in excluded), bug.name
+
+
+def test_the_honest_layer_passes_the_smallest_cases() -> None:
+    how = default_accumulation(torch.device("cpu"))
+    for item in plan(Scope("small", "cpu", interpreted=False), own=False):
+        wrong = [str(f) for f in judge(item, Candidate("honest", Layer()), how) if not f.ok]
+        assert wrong == [], item.name
+
+
+def test_memory_read_without_strides() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    assert torch.equal(as_if_contiguous(x), x)
+    assert torch.equal(as_if_contiguous(x.T), x.flatten().view(3, 2))
+    assert torch.equal(as_if_contiguous(x[:, ::2]), torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    assert torch.equal(as_if_contiguous(x[1:]), x[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("x read as contiguous", "integer"),
+        ("dB only with dA", "integer"),
+        ("slots skipped at a zero gate", "integer"),
+        ("scaling of the first call", "integer"),
+        ("ids clamped in place", "unmutated"),
+        ("gates not saved as autograd saves", "sequences"),
+        ("one buffer a gradient's shape", "sequences"),
+    ],
+)
+def test_a_bug_is_rejected(name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the items that should show it; `mxref calls` judges all bugs by all items."""
+    bug = BY_NAME[name]
+    every = plan(Scope("quick", "cpu", interpreted=False), own=False)
+    items = [item for item in every if run._shows(item, bug) and check in {each.name for each in item.checks}]
+    monkeypatch.setattr(run, "plan", lambda *scope, **own: items)
+    [judged] = judge_bugs([bug], seed=0, jobs=1)
+    assert judged.check == check, judged.finding
+
+
+def test_a_check_that_rejects_the_honest_layer_ends_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its kills would count for nothing."""
+    monkeypatch.setattr(
+        run, "plan", lambda *scope, **own: plan(Scope("small", "cpu", interpreted=False), own=False)[:9]
+    )
+    monkeypatch.setattr(run, "HONEST", Bug("honest", "", (), lambda: BY_NAME["B cached by shape"].make()))
+    assert main(["calls", "--name", "N = 1 squeezed", "--jobs", "1"]) == 1
+    assert "the honest layer is rejected" in capsys.readouterr().err
+
+
+def test_a_survivor_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody asks for one column here."""
+    monkeypatch.setattr(
+        run, "plan", lambda *scope, **own: plan(Scope("small", "cpu", interpreted=False), own=False)[:9]
+    )
+    names = ["--name", "B cached by shape", "--name", "N = 1 squeezed"]
+    assert main(["calls", *names, "--jobs", "1", "--out", str(tmp_path)]) == 1
+    assert "1 survivors of 2 planted bugs" in capsys.readouterr().out
+    entry = json.loads((tmp_path / "calls.json").read_text())
+    assert not entry["passed"]
+    assert [bug["name"] for bug in entry["bugs"] if not bug["check"]] == ["N = 1 squeezed"]
+
+
+def test_what_is_kept_is_plain_data() -> None:
+    kept = payload([run.Judged(BUGS[0], "integer", "wrong"), run.Judged(BUGS[1])], seed=3)
+    assert json.loads(json.dumps(kept)) == kept
+    assert (kept["killed"], kept["survived"], kept["passed"]) == (1, 1, False)
+    assert kept["kills by check"] == {"integer": 1}
+
+
+def test_wrong_use() -> None:
+    assert main(["calls", "--name", "nobody"]) == 2
+    assert main(["calls", "--name", "x read as contiguous", "--record"]) == 2

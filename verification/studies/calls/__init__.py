@@ -1,0 +1,1 @@
+"""Planted bugs of how a layer is called, as foreign candidates: the gate must fail every one."""

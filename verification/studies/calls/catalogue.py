@@ -1,0 +1,16 @@
+"""Every planted bug of calling."""
+
+from __future__ import annotations
+
+from mxref.verification.studies.calls import gradients, layouts, memory, sizes, values
+from mxref.verification.studies.calls.layer import Bug
+
+__all__ = ["BUGS"]
+
+BUGS: tuple[Bug, ...] = tuple(
+    found
+    for module in (layouts, gradients, memory, values, sizes)
+    for found in vars(module).values()
+    if isinstance(found, Bug)
+)
+"""In the order of their modules: memory layout, gradients, state, numbers, sizes."""

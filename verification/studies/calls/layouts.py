@@ -1,0 +1,120 @@
+"""Bugs of how operands lie in memory: strides, offsets, index dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxref.problem import Problem
+from mxref.verification.studies.calls.layer import Gradients, Layer, bug
+
+__all__ = ["as_if_contiguous"]
+
+
+def as_if_contiguous(x: Tensor, start: int | None = None) -> Tensor:
+    """What is read by a kernel that knows an address and a shape, but no stride; `start` None for x's own address."""
+    size = x.untyped_storage().nbytes() // x.element_size()
+    if not x.numel():
+        return x
+    memory = x.detach().as_strided((size,), (1,), 0)
+    places = (x.storage_offset() if start is None else start) + torch.arange(x.numel(), device=x.device)
+    return memory[places % size].view(x.shape)
+
+
+def _from_the_start(x: Tensor) -> Tensor:
+    """With its strides, but from the beginning of its storage."""
+    return x.detach().as_strided(x.shape, x.stride(), 0)
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    """With its row stride, its columns taken as neighbours."""
+    size = x.untyped_storage().nbytes() // x.element_size()
+    if not x.numel():
+        return x
+    memory = x.detach().as_strided((size,), (1,), 0)
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
+    return memory[(x.storage_offset() + rows[:, None] * x.stride(0) + columns) % size]
+
+
+def _misread(how: Callable[[Tensor], Tensor], *names: str) -> Callable[[], Layer]:
+    class Misread(Layer):
+        def read(self, problem: Problem) -> Problem:
+            operands: dict[str, Any] = {name: getattr(problem, name) for name in names}
+            return replace(problem, **{n: how(x) for n, x in operands.items() if isinstance(x, Tensor)})
+
+    return Misread
+
+
+def _misread_dOut(how: Callable[[Tensor], Tensor]) -> Callable[[], Layer]:
+    class Misread(Layer):
+        def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
+            return super().backward(problem, how(dOut), needs)
+
+    return Misread
+
+
+_NO_STRIDES = "hands a kernel the address and the shape, and neither strides nor a contiguous copy"
+
+x = bug("x read as contiguous", _NO_STRIDES, layout_of_x="transposed")(_misread(as_if_contiguous, "inputs"))
+A = bug("A read as contiguous", _NO_STRIDES, layout_of_A_and_B="transposed")(_misread(as_if_contiguous, "lora_A"))
+B = bug("B read as contiguous", _NO_STRIDES, layout_of_A_and_B="sliced")(_misread(as_if_contiguous, "lora_B"))
+biases = bug("biases read as contiguous", _NO_STRIDES, layout_of_biases_and_gates="sliced", biases="there")(
+    _misread(as_if_contiguous, "expert_biases")
+)
+gates = bug("gates read as contiguous", _NO_STRIDES, layout_of_biases_and_gates="transposed", gates="positive")(
+    _misread(as_if_contiguous, "gates")
+)
+dense = bug("dense weights read as contiguous", _NO_STRIDES, weights="dense")(
+    _misread(as_if_contiguous, "expert_weights")
+)
+dense_turned = bug(
+    "dense weights read as a transposed view", "takes dense weights for a view of [E, N, K], as its own loader makes",
+    weights="dense, contiguous",
+)(_misread(lambda W: as_if_contiguous(W).view(W.shape[0], W.shape[2], W.shape[1]).mT, "expert_weights"))  # fmt: skip
+dOut = bug("dOut read as contiguous", _NO_STRIDES, layout_of_dOut="transposed")(_misread_dOut(as_if_contiguous))
+
+x_columns = bug(
+    "columns of x taken as neighbours", "passes the row stride of x and no column stride", layout_of_x="sliced"
+)(_misread(_unit_columns, "inputs"))
+A_columns = bug(
+    "columns of A taken as neighbours", "passes the row stride of A and no column stride", layout_of_A_and_B="sliced"
+)(_misread(_unit_columns, "lora_A"))
+
+x_offset = bug("offset of x lost", "takes the storage's address for the tensor's", layout_of_x="offset")(
+    _misread(_from_the_start, "inputs")
+)
+adapters_offset = bug(
+    "offset of A and B lost", "takes the storage's address for the tensor's", layout_of_A_and_B="offset"
+)(_misread(_from_the_start, "lora_A", "lora_B"))
+dOut_offset = bug("offset of dOut lost", "takes the storage's address for the tensor's", layout_of_dOut="offset")(
+    _misread_dOut(_from_the_start)
+)
+dOut_expanded = bug(
+    "an expanded dOut as one row", "makes a buffer of the memory that dOut has, not of its shape",
+    layout_of_dOut="expanded",
+)(_misread_dOut(lambda g: torch.cat((g[:1], torch.zeros_like(g[1:]))) if g.stride(0) == 0 else g))  # fmt: skip
+
+
+@bug("int32 positions read as int64", "declares the pointer's type once, for int64", indices="int32")
+class Indices(Layer):
+    """Every second entry, twice."""
+
+    def read(self, problem: Problem) -> Problem:
+        positions = problem.sorted_scattered_idxs
+        if positions.dtype == torch.int64:
+            return problem
+        halves = positions[: positions.numel() // 2 * 2 : 2]
+        misread = torch.cat((halves, halves, positions[:1]))[: positions.numel()]
+        return replace(problem, sorted_scattered_idxs=misread)
+
+
+@bug("view of dOut", "asks for a view where a copy may be needed", layout_of_dOut="sliced", gates="positive")
+class View(Layer):
+    """Raises for layouts that cannot be viewed."""
+
+    def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
+        return super().backward(problem, dOut.view(-1).view(dOut.shape), needs)
