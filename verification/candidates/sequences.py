@@ -116,6 +116,7 @@ class _Calls(RuleBasedStateMachine):
     def backward(self, index: int, retain: bool) -> None:
         """Gradients of an earlier call, one of several; after a change in place they may be refused."""
         pending = self.pending[index % len(self.pending)]
+        retain = retain and not self.candidate.covers.one_backward
         self.script.append(f"gradients({pending.name}{', retain_graph=True' if retain else ''})")
         try:
             gradients = self.candidate.gradients(self.samples[pending.which], pending.y, pending.leaves, retain)

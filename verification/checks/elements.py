@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxref.not_covered import NotCovered
 from mxref.rounding import round_to
 from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.arithmetic.metrics import rms, ulp_error
-from mxref.verification.candidates.answer import Answer, Outputs
+from mxref.verification.candidates.answer import Answer, Outputs, UnusableAnswerError
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.finding import Counterexample, ErrorSample, Finding, FloatArray, Status
 
@@ -97,18 +98,18 @@ def comparable(
     shape, dtypes = _form(sample, tensor)
     elements = int(np.prod(shape))
 
-    def finding(status: Status, reason: str) -> Finding:
-        return Finding("", case, tensor, status, reason, elements, elements if status is Status.FAIL else 0)
+    def finding(reason: str) -> Finding:
+        return Finding("", case, tensor, Status.FAIL, reason, elements, elements)
 
     if tensor not in answer.outputs:
-        return finding(Status.NOT_COVERED, "the candidate does not compute it")
+        return finding("the candidate does not compute it")
     got = answer.outputs[tensor]
     if got is None:
-        return finding(Status.FAIL, f"no gradient reached {_OPERAND[tensor]}" if tensor in _OPERAND else "no output")
+        return finding(f"no gradient reached {_OPERAND[tensor]}" if tensor in _OPERAND else "no output")
     if tuple(got.shape) != shape:
-        return finding(Status.FAIL, f"has shape {tuple(got.shape)}; expected {shape}")
+        return finding(f"has shape {tuple(got.shape)}; expected {shape}")
     if got.dtype not in dtypes:
-        return finding(Status.FAIL, f"is {got.dtype}; expected {dtypes[0]}")
+        return finding(f"is {got.dtype}; expected {dtypes[0]}")
     rows = answer.rows.get(tensor)
     if rows is None or interval is None:
         return got, interval
@@ -121,12 +122,15 @@ def name_of(answer: Answer, sample: Sample) -> str:
 
 
 def raised(answer: Answer, case: str) -> Finding:
-    """What a candidate raised, as a finding; NotImplementedError means that it does not cover the case."""
+    """What a candidate raised, as a finding; `NotCovered` means that it declines the case."""
     error = answer.error
     assert error is not None
+    if isinstance(error, NotCovered):
+        return Finding("", case, "all", Status.NOT_COVERED, str(error) or "NotCovered", 0, 0)
+    reason = str(error) if isinstance(error, UnusableAnswerError) else f"raised {type(error).__name__}: {error}"
     if isinstance(error, NotImplementedError):
-        return Finding("", case, "all", Status.NOT_COVERED, str(error) or "NotImplementedError", 0, 0)
-    return Finding("", case, "all", Status.FAIL, f"raised {type(error).__name__}: {error}", 0, 0)
+        reason += " (what is not supported is declined by mxref.NotCovered, or declared by --covers)"
+    return Finding("", case, "all", Status.FAIL, reason, 0, 0)
 
 
 def unexpected(outputs: Outputs, case: str, expected: Mapping[str, object]) -> list[Finding]:

@@ -21,7 +21,7 @@ class Status(StrEnum):
     FAIL = "fail"
     WEAK = "weak pass"  # inside an order-free bound only: the accumulation was not declared
     WORSE = "worse than baseline"  # right, but less accurate than what was accepted for this architecture
-    NOT_COVERED = "not covered"  # the candidate declined the case (NotImplementedError)
+    NOT_COVERED = "not covered"  # the candidate declined the case (mxref.NotCovered)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
-from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cli.options import choose_device, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
@@ -44,7 +44,8 @@ examples:
   mxref gate --weights ./gpt-oss-20b --layers 0 judge on a checkpoint's expert weights
   mxref gate --case 'integer*' --kernel golden  a few cases only; the golden model against itself
 
-exit codes: 0 pass, 1 fail, 2 wrong use
+exit codes: 0 pass, within what is declared by --covers; 1 a failure, or something declined without having been
+declared; 2 wrong use, or a fault that is not the candidate's
 """
 
 
@@ -61,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--points", metavar="NAMES", help="declare other rounding points, comma-separated; 'contract' for none"
     )
     what.add_argument("--accumulation", metavar="NAME", help="declare how fp32 sums run, for instance fp32-blocks-32")
+    what.add_argument(
+        "--covers",
+        metavar="SUBSET",
+        help="declare the part of the domain that is supported, for instance 'forward, gates=none, rank>=16'",
+    )
     how = parser.add_argument_group("by which cases")
     size = how.add_mutually_exclusive_group()
     size.add_argument(
@@ -114,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.accept_baseline is not None and not _own(arguments):
         raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
     candidate = _candidate(arguments, device)
-    items, suite = _items(arguments, candidate, device)
+    items, suite, narrowed = _items(arguments, candidate, device)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if arguments.list:
         _print_list(items, console)
@@ -123,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
-    result = _judge(candidate, items, device, suite, arguments)
+    result = _judge(candidate, items, device, suite, narrowed, arguments)
     accepted = _baseline(result, device, arguments)
     data, page = write(result, arguments.out)
     print_result(result, console, verbose=arguments.verbose)
@@ -139,7 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _own(arguments: argparse.Namespace) -> bool:
     """Whether the shipped kernels are judged, as they declare themselves, on drawn cases."""
     a = arguments
-    return a.kernel == "shipped" and a.points is None and a.accumulation is None and a.weights is None
+    declared = a.points is not None or a.accumulation is not None or a.covers is not None
+    return a.kernel == "shipped" and not declared and a.weights is None
 
 
 def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:
@@ -160,8 +167,7 @@ def _baseline(result: GateResult, device: torch.device, arguments: argparse.Name
 def _check_record(arguments: argparse.Namespace, device: torch.device) -> None:
     """Evidence is a whole suite on this project's kernels, as they declare themselves, on a GPU."""
     a = arguments
-    partial = a.kernel != "shipped" or a.points or a.accumulation or a.weights is not None or a.case
-    if a.record is not None and (device.type != "cuda" or partial):
+    if a.record is not None and (device.type != "cuda" or not _own(a) or a.case):
         raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
 
 
@@ -172,33 +178,34 @@ def _candidate(arguments: argparse.Namespace, device: torch.device) -> Candidate
     own = {"shipped": lambda: shipped(device), "golden": golden, "composite": torch_composite}
     try:
         if arguments.kernel not in own:
-            return load(arguments.kernel, points, arguments.accumulation)
-        return declare(own[arguments.kernel](), points, arguments.accumulation)
+            return load(arguments.kernel, points, arguments.accumulation, arguments.covers)
+        return declare(own[arguments.kernel](), points, arguments.accumulation, arguments.covers)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def _items(arguments: argparse.Namespace, candidate: Candidate, device: torch.device) -> tuple[list[Item], str]:
-    """What will be judged, and what to call it."""
+def _items(arguments: argparse.Namespace, candidate: Candidate, device: torch.device) -> tuple[list[Item], str, str]:
+    """What will be judged, what to call it, and what of everything it is where it is not all."""
+    suite: Suite = "full" if arguments.full else "quick"
+    scope = Scope(suite, device.type, arguments.seed, runs_interpreted(candidate, device), candidate.covers)
+    called, narrowed = str(suite), ""
     if arguments.weights is not None:
-        tensors, suite = _checkpoint(arguments.weights, arguments.layers)
+        tensors, called = _checkpoint(arguments.weights, arguments.layers)
         experts = _experts(arguments.experts)
-        items = plan_checkpoint(arguments.weights, tensors, experts, device, arguments.seed)
-        suite += ", all experts" if experts is None else f", up to {experts} experts each"
+        items = plan_checkpoint(arguments.weights, tensors, experts, scope)
+        called += ", all experts" if experts is None else f", up to {experts} experts each"
+        narrowed = called
     elif arguments.layers is not None or arguments.experts is not None:
         raise UsageError("--layers and --experts choose from a checkpoint: give --weights too")
     else:
-        suite = "full" if arguments.full else "quick"
-        scope = Scope(
-            "full" if arguments.full else "quick", device.type, arguments.seed, runs_interpreted(candidate, device)
-        )
         items = plan(scope, own=candidate.operators is not None)
     if arguments.case:
         items = [item for item in items if item.fits(arguments.case)]
         if not items:
             raise UsageError(f"--case {' '.join(arguments.case)} matches no case; --list prints them")
-        suite += f", cases matching {' or '.join(arguments.case)}"
-    return items, suite
+        narrowed = f"cases matching {' or '.join(arguments.case)}"
+        called += f", {narrowed}"
+    return items, called, narrowed
 
 
 def _checkpoint(path: Path, layers: str | None) -> tuple[list[ExpertTensor], str]:
@@ -254,12 +261,17 @@ def _experts(text: str | None) -> int | None:
 
 
 def _judge(
-    candidate: Candidate, items: Sequence[Item], device: torch.device, suite: str, arguments: argparse.Namespace
+    candidate: Candidate,
+    items: Sequence[Item],
+    device: torch.device,
+    suite: str,
+    narrowed: str,
+    arguments: argparse.Namespace,
 ) -> GateResult:
     done = iter(range(len(items)))
     with Meter(len(items)) as meter:
         return run_gate(
-            candidate, items, device, suite=suite, seed=arguments.seed, strict=arguments.strict,
+            candidate, items, device, suite=suite, seed=arguments.seed, strict=arguments.strict, narrowed=narrowed,
             on_item=lambda item: meter.show(f"{item.checks[0].name}: {item.name}", next(done)),
         )  # fmt: skip
 

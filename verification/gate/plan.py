@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from itertools import groupby
@@ -17,6 +17,7 @@ from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import usual_dtype
+from mxref.verification.cases.subset import Subset
 from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.expectation import slopes_of
 from mxref.verification.checks.registry import CHECKS, Check
@@ -62,7 +63,7 @@ class Item:
 def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item]:
     """All that a candidate is asked within a scope, in the checks' order; `own`: it is this project's kernels."""
     device = torch.device(scope.device_type)
-    asked = [check for check in checks if check.is_for(own, device)]
+    asked = [check for check in checks if check.is_for(own, device) and _within(scope.subset, check)]
     items = []
     for _, alike in groupby(asked, key=lambda check: (id(check.ask), id(check.cases))):
         together = tuple(alike)
@@ -75,6 +76,11 @@ def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item
     return items
 
 
+def _within(subset: Subset, check: Check) -> bool:
+    """Whether a check asks for something that the subset has."""
+    return check.name != "second backward" or not (subset.forward or subset.one_backward)
+
+
 def plan_cases(
     cases: Iterable[Case], device: torch.device, seed: int, values: Sequence[str] = ("interval",)
 ) -> list[Item]:
@@ -84,25 +90,22 @@ def plan_cases(
     return [Item(exact if case.exact else drawn, case, _drawing(case, device, seed)) for case in cases]
 
 
-def plan_checkpoint(
-    path: Path, tensors: Sequence[ExpertTensor], experts: int | None, device: torch.device, seed: int
-) -> list[Item]:
+def plan_checkpoint(path: Path, tensors: Sequence[ExpertTensor], experts: int | None, scope: Scope) -> list[Item]:
     """The decode in full, then a checkpoint's own expert weights under random activations and adapters, by intervals.
 
     Args:
         path: safetensors file or directory, see `mxref.checkpoints`.
         tensors: the projections to judge, from `list_expert_tensors`.
         experts: how many of each projection's experts, from the first; None for all.
-        device: where to judge.
-        seed: of everything that is not the checkpoint's.
+        scope: where to judge, and the seed of everything that is not the checkpoint's.
     """
     interval = tuple(check for check in CHECKS if check.name == "interval")
     decode = [check for check in CHECKS if check.name == "decode"]
-    items = plan(Scope("quick", device.type, seed), own=False, checks=decode)
+    items = plan(replace(scope, suite="quick"), own=False, checks=decode)
     for tensor in tensors:
         count = tensor.E if experts is None else min(experts, tensor.E)
         name = f"{tensor.name}, experts 0–{count - 1} of {tensor.E}"
-        items.append(Item(interval, Case(name), _reading(path, tensor, count, name, device, seed)))
+        items.append(Item(interval, Case(name), _reading(path, tensor, count, name, scope)))
     return items
 
 
@@ -126,16 +129,15 @@ def _drawing(case: Case | TableCase, device: torch.device, seed: int) -> Callabl
     return lambda: draw(case, device, seed)
 
 
-def _reading(
-    path: Path, tensor: ExpertTensor, count: int, name: str, device: torch.device, seed: int
-) -> Callable[[], Sample]:
+def _reading(path: Path, tensor: ExpertTensor, count: int, name: str, scope: Scope) -> Callable[[], Sample]:
     def read() -> Sample:
         _, weights = next(iter(read_expert_weights(path, [tensor.name])))
-        weights = weights.select(torch.arange(count)).to(device)
+        weights = weights.select(torch.arange(count)).to(scope.device_type)
         slots = min(4, count)
         down = tensor.name.endswith("down_proj")
         options = {"grouped_in": True, "gate_slots": slots} if down else {"grouped_out": True}
-        dtype = usual_dtype(device.type)
-        return draw_for_weights(weights, name, top_k=slots, dtype=dtype, seed=seed, bias=True, **options)
+        dtype = usual_dtype(scope.device_type)
+        sample = draw_for_weights(weights, name, top_k=slots, dtype=dtype, seed=scope.seed, bias=True, **options)
+        return replace(sample, case=scope.subset.of(sample.case))
 
     return read

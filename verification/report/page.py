@@ -38,27 +38,32 @@ _BADGE = {
 def headline(result: GateResult) -> str:
     """The verdict in one sentence."""
     name, counts, total = result.candidate.name, result.counts(), len(result.findings)
-    if result.verdict is Status.NOT_COVERED:
-        return f"{name} covers none of the {total} judgements, so nothing speaks for it."
     if counts[Status.FAIL]:
         cases = len({f.case for f in result.findings if f.status is Status.FAIL})
         return (
             f"{counts[Status.FAIL]} of {total} judgements contradict the contract, in {cases} {_plural(cases, 'case')}."
         )
+    if not result.covered:
+        return f"{name} covers none of what it was asked, so nothing speaks for it."
+    if result.declined:
+        return (
+            f"{name} passes what it covers: {math.floor(100 * result.covered)} %. What it does not support it declined "
+            "without having declared it (--covers)."
+        )
+    within = f", within {result.qualification}" if result.qualification else ""
     strict = " Under --strict that is a failure." if result.exit_code else ""
     elements = sum(finding.elements for finding in result.findings if finding.status is not Status.NOT_COVERED)
-    gaps = f"; {counts[Status.NOT_COVERED]} are not covered" if counts[Status.NOT_COVERED] else ""
     if counts[Status.WEAK]:
         return (
             f"Nothing contradicts the contract, but {counts[Status.WEAK]} of {total} judgements hold only against the "
-            f"order-free bound, because no accumulation is declared{gaps}.{strict}"
+            f"order-free bound, because no accumulation is declared{within}.{strict}"
         )
     if counts[Status.WORSE]:
         return (
             f"Nothing contradicts the contract, but {counts[Status.WORSE]} of {total} judgements are worse than the "
-            f"accepted baseline{gaps}.{strict}"
+            f"accepted baseline{within}.{strict}"
         )
-    return f"All {counts[Status.PASS]} judgements of {elements:,} elements agree with the contract{gaps}.{strict}"
+    return f"All {counts[Status.PASS]} judgements of {elements:,} elements agree with the contract{within}.{strict}"
 
 
 def as_json(result: GateResult) -> dict[str, Any]:
@@ -68,6 +73,8 @@ def as_json(result: GateResult) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": str(result.verdict),
         "exit_code": result.exit_code,
+        "covered": round(result.covered, 4),
+        "only": result.qualification,
         "headline": headline(result),
         "counts": {str(status): counts[status] for status in Status},
         "candidate": {
@@ -75,6 +82,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
             "rounding_points": list(result.candidate.declared_points),
             "accumulation": str(result.accumulation),
             "accumulation_declared": result.candidate.accumulation is not None,
+            "covers": str(result.candidate.covers),
         },
         "run": {
             "device": result.device,
@@ -167,6 +175,7 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
         ("device", result.device),
         ("rounding points", points),
         ("accumulation", accumulation),
+        ("covers", str(candidate.covers) or "everything"),
         ("suite", f"{result.suite}, seed {result.seed}" + (", strict" if result.strict else "")),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
         ("run", f"{result.started}, {result.seconds:.1f} s"),

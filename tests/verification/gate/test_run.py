@@ -17,6 +17,7 @@ from mxref.verification.candidates.loading import declare
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.subset import parse_subset
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
@@ -33,7 +34,7 @@ def judged(candidate: Candidate, *cases: Case, strict: bool = False) -> GateResu
 
 
 def result_of(*statuses: Status, strict: bool = False) -> GateResult:
-    findings = [Finding("interval", "case", f"T{i}", status, "", 1, 0) for i, status in enumerate(statuses)]
+    findings = [Finding("interval", f"case {i}", "T", status, "", 1, 0) for i, status in enumerate(statuses)]
     how = ACCUMULATIONS["fp32-blocks-64"]
     return GateResult(golden(), how, "device", "suite", 0, strict, findings)
 
@@ -42,7 +43,8 @@ def result_of(*statuses: Status, strict: bool = False) -> GateResult:
     ("statuses", "title", "code", "strict_code"),
     [
         ([Status.PASS, Status.PASS], "PASS", 0, 0),
-        ([Status.PASS, Status.NOT_COVERED], "PASS", 0, 1),
+        ([Status.PASS, Status.NOT_COVERED], "INCOMPLETE", 1, 1),
+        ([Status.WEAK, Status.NOT_COVERED], "INCOMPLETE", 1, 1),
         ([Status.PASS, Status.WEAK], "WEAK PASS", 0, 1),
         ([Status.WEAK, Status.FAIL], "FAIL", 1, 1),
         ([Status.NOT_COVERED, Status.NOT_COVERED], "FAIL", 1, 1),
@@ -88,10 +90,9 @@ def test_declared_rounding_points_are_what_is_judged() -> None:
         return out.to(torch.bfloat16)
 
     def forward_only(points: tuple[str, ...]) -> Status:
-        candidate = Candidate(
-            "unrounded", lambda **o: unrounded_z(**o).detach(), points, ACCUMULATIONS["fp32-blocks-16"]
-        )
-        return next(f.status for f in judged(candidate, case).findings if f.tensor == "Y")
+        candidate = Candidate("unrounded", unrounded_z, points, ACCUMULATIONS["fp32-blocks-16"])
+        (finding,) = judged(candidate, parse_subset("forward").of(case)).findings
+        return finding.status
 
     assert forward_only(("z-unrounded",)) is Status.PASS
     assert forward_only(()) is Status.FAIL
@@ -99,7 +100,7 @@ def test_declared_rounding_points_are_what_is_judged() -> None:
 
 def test_what_a_complete_candidate_declines_is_a_failure() -> None:
     def declines(**operands: object) -> Tensor:
-        raise NotImplementedError("not today")
+        raise mxref.NotCovered("not today")
 
     assert judged(Candidate("partial", declines), SMALL).findings[0].status is Status.NOT_COVERED
     finding = judged(Candidate("complete", declines, complete=True), SMALL).findings[0]
@@ -153,7 +154,7 @@ def test_a_false_alarm_of_drift_is_shared_by_the_whole_run() -> None:
 
 def test_what_is_declined_everywhere_passes_nothing() -> None:
     def declines(**operands: Any) -> Tensor:
-        raise NotImplementedError("nothing is supported")
+        raise mxref.NotCovered("nothing is supported")
 
     result = run_gate(Candidate("nothing", declines), plan(Scope("small", "cpu"), own=False), CPU, suite="", seed=0)
     assert {finding.status for finding in result.findings} == {Status.NOT_COVERED}
