@@ -13,7 +13,7 @@ A callable declares by optional attributes (or the command line does the first t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -117,6 +117,7 @@ class Candidate:
             raise UnusableAnswerError(f"returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
         if y.shape != sample.grad_out.shape:
             raise UnusableAnswerError(f"Y has shape {tuple(y.shape)}; expected {tuple(sample.grad_out.shape)}")
+        _settled({"Y": y.detach()})
         return y, leaves
 
     def gradients(
@@ -139,7 +140,9 @@ class Candidate:
         gradients = torch.autograd.grad(
             y, list(leaves.values()), incoming, retain_graph=retain_graph, allow_unused=True
         )
-        return dict(zip(leaves, gradients, strict=True))
+        named: dict[str, Tensor | None] = dict(zip(leaves, gradients, strict=True))
+        _settled(named)
+        return named
 
     def _accepted(self, arguments: dict[str, Any], flags: dict[str, bool]) -> dict[str, Any]:
         """The call's keywords. Those that the callable lacks are left out where they hold their defaults."""
@@ -156,6 +159,27 @@ class Candidate:
             if isinstance(value, Tensor) or value != defaults[name]:
                 raise UnusableAnswerError(_lacks(name, [one for one in known if one not in (defaults | flags)]))
         return arguments
+
+
+def _settled(outputs: Mapping[str, Tensor | None]) -> None:
+    """Outputs are complete for whoever uses them on the caller's stream.
+
+    Copies that this stream makes right away are held against the outputs once all of the GPU's work is done.
+
+    Raises:
+        UnusableAnswerError: an output changed in between, as when another stream still computes it.
+    """
+    here = {name: x for name, x in outputs.items() if x is not None and x.device.type == "cuda"}
+    if not here:
+        return
+    copies = {name: x.clone() for name, x in here.items()}
+    torch.cuda.synchronize()
+    for name, x in here.items():
+        if not torch.equal(copies[name].contiguous().view(torch.uint8), x.contiguous().view(torch.uint8)):
+            raise UnusableAnswerError(
+                f"{name} changed after the call had returned: it is computed on another stream, for which the caller's "
+                "stream does not wait"
+            )
 
 
 def _lacks(name: str, others: Sequence[str]) -> str:

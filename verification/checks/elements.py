@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from traceback import TracebackException
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ __all__ = ["Comparison", "comparable", "compare", "name_of", "raised", "unexpect
 
 _OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 _PLOT_POINTS = 20_000
+_HERE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,17 @@ def raised(answer: Answer, case: str) -> Finding:
     reason = str(error) if isinstance(error, UnusableAnswerError) else f"raised {type(error).__name__}: {error}"
     if isinstance(error, NotImplementedError):
         reason += " (what is not supported is declined by mxref.NotCovered, or declared by --covers)"
-    return Finding("", case, "all", Status.FAIL, reason, 0, 0)
+    return Finding("", case, "all", Status.FAIL, reason, 0, 0, trace=_trace(error))
+
+
+def _trace(error: BaseException) -> str:
+    """The candidate's own traceback: without our frames above it."""
+    told = TracebackException.from_exception(error)
+    own = [
+        number for number, frame in enumerate(told.stack) if not Path(frame.filename).resolve().is_relative_to(_HERE)
+    ]
+    told.stack[:] = told.stack[own[0] :] if own else []
+    return "".join(told.format()).strip()
 
 
 def unexpected(outputs: Outputs, case: str, expected: Mapping[str, object]) -> list[Finding]:

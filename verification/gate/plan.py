@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from mxref.checkpoints import ExpertTensor, read_expert_weights
+from mxref.verification.cases import suites
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.scope import Scope
@@ -20,9 +22,11 @@ from mxref.verification.cases.small import usual_dtype
 from mxref.verification.cases.subset import Subset
 from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.expectation import slopes_of
-from mxref.verification.checks.registry import CHECKS, Check
+from mxref.verification.checks.finding import Finding
+from mxref.verification.checks.registry import CHECKS, Cases, Check
+from mxref.verification.gate.problem import problem_of
 
-__all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "slopes_in"]
+__all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "plan_problem", "slopes_in"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class Item:
         checks: at least one; all have the same `ask`.
         case: what is asked.
         draw: makes the sample.
+        seed: that it is made with.
     """
 
     checks: tuple[Check, ...]
     case: Case | TableCase
     draw: Callable[[], Sample | TableSample]
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -47,6 +53,18 @@ class Item:
     def fits(self, patterns: Sequence[str]) -> bool:
         """Whether the case's name, or that of one of its checks, fits one of the patterns: see `matches`."""
         return any(matches(name, patterns) for name in (self.name, *(check.name for check in self.checks)))
+
+    @cached_property
+    def id(self) -> str:
+        """Eight digits for what is asked, of what, with which seed: the same in every run that asks it."""
+        return sha256(f"{self.checks[0].name} {self.case} {self.seed}".encode()).hexdigest()[:8]
+
+    def named(self, finding: Finding) -> Finding:
+        """A finding of this item with its identifier and, if it failed, its problem."""
+        if finding.ok:
+            return replace(finding, id=self.id)
+        case = self.sample.case
+        return replace(finding, id=self.id, problem=problem_of(case, self.seed) if isinstance(case, Case) else {})
 
     @cached_property
     def sample(self) -> Sample | TableSample:
@@ -72,7 +90,7 @@ def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item
                 if not scope.subset.holds(case):
                     continue
                 case = scope.subset.of(case)
-            items.append(Item(together, case, _drawing(case, device, scope.seed)))
+            items.append(Item(together, case, _drawing(case, device, scope.seed), scope.seed))
     return items
 
 
@@ -87,7 +105,30 @@ def plan_cases(
     """Given cases: those whose sums are exact by equality, all others by the checks named in `values`."""
     by_name = {check.name: check for check in CHECKS}
     exact, drawn = (by_name["integer"],), tuple(by_name[name] for name in values)
-    return [Item(exact if case.exact else drawn, case, _drawing(case, device, seed)) for case in cases]
+    return [Item(exact if case.exact else drawn, case, _drawing(case, device, seed), seed) for case in cases]
+
+
+def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, scope: Scope) -> list[Item]:
+    """One problem of the user's own by every check of any candidate that fits it: exact, and with ordinary numbers.
+
+    Args:
+        sizes: E, K, N, M, k and r; r 0 for no LoRA.
+        dtype: activation dtype.
+        scope: where, with which seed; what lies outside its subset is left out.
+    """
+    E, K, N, M, k, r = sizes
+    plain = Case("plain", E, K, N, M, k, r, dtype, data="balanced")
+    gated = replace(plain, name="biases and gates", bias=True, gate_slots=k)
+    drawn = [plain, replace(gated, use_fused_dX=True, use_fused_gather=True)]
+    exact = [replace(case, name=f"integer, {case.name}", data="integer") for case in drawn]
+    behaviour = next(check.cases for check in CHECKS if check.name == "poison")
+    instead: dict[Cases, Cases] = {
+        suites.exact_cases: lambda scope: exact,
+        suites.ordinary_cases: lambda scope: drawn,
+        behaviour: lambda scope: drawn[:1],
+    }
+    checks = [replace(check, cases=instead[check.cases]) for check in CHECKS if check.cases in instead]
+    return plan(scope, own=False, checks=checks)
 
 
 def plan_checkpoint(path: Path, tensors: Sequence[ExpertTensor], experts: int | None, scope: Scope) -> list[Item]:
@@ -105,7 +146,7 @@ def plan_checkpoint(path: Path, tensors: Sequence[ExpertTensor], experts: int | 
     for tensor in tensors:
         count = tensor.E if experts is None else min(experts, tensor.E)
         name = f"{tensor.name}, experts 0–{count - 1} of {tensor.E}"
-        items.append(Item(interval, Case(name), _reading(path, tensor, count, name, scope)))
+        items.append(Item(interval, Case(name), _reading(path, tensor, count, name, scope), scope.seed))
     return items
 
 

@@ -35,6 +35,9 @@ class GateResult:
         seconds: wall-clock duration.
         versions: of the programs that took part.
         narrowed: what the caller left of the suite, in words; empty for all of it.
+        command: that asks again, up to the identifier of an item; empty where there is none.
+        left_out: what could not be asked, and why, in a sentence.
+        faults: that are not the candidate's, one line each.
     """
 
     candidate: Candidate
@@ -48,6 +51,9 @@ class GateResult:
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     narrowed: str = ""
+    command: str = ""
+    left_out: str = ""
+    faults: list[str] = field(default_factory=list)
 
     @property
     def samples(self) -> list[ErrorSample]:
@@ -87,6 +93,8 @@ class GateResult:
     @property
     def word(self) -> str:
         """The verdict in one or two words."""
+        if self.exit_code == 2:
+            return "NO VERDICT"
         if self.verdict is Status.NOT_COVERED and self.covered:
             return "INCOMPLETE"
         if self.exit_code:
@@ -105,7 +113,14 @@ class GateResult:
 
     @property
     def exit_code(self) -> int:
-        """0 for a pass, 1 otherwise. A weak pass and a worse one pass too, unless `strict`; a declared subset does."""
+        """0 for a pass; 1 for what the candidate is to blame for; 2 for faults that it is not to blame for.
+
+        A weak pass and a worse one pass too, unless `strict`.
+        """
+        if self.faults and self.verdict is not Status.FAIL:
+            return 2
+        if self.left_out:
+            return 1
         if self.verdict in (Status.FAIL, Status.NOT_COVERED):
             return 1
         return int(self.strict and self.counts()[Status.PASS] < len(self.findings))

@@ -36,12 +36,21 @@ _BADGE = {
 
 
 def headline(result: GateResult) -> str:
-    """The verdict in one sentence."""
+    """The verdict in one sentence, and what was not asked in another."""
+    return " ".join(filter(None, [_verdict(result), result.left_out]))
+
+
+def _verdict(result: GateResult) -> str:
     name, counts, total = result.candidate.name, result.counts(), len(result.findings)
     if counts[Status.FAIL]:
         cases = len({f.case for f in result.findings if f.status is Status.FAIL})
         return (
             f"{counts[Status.FAIL]} of {total} judgements contradict the contract, in {cases} {_plural(cases, 'case')}."
+        )
+    if result.faults:
+        count = len(result.faults)
+        return (
+            f"No verdict: {count} {_plural(count, 'item')} could not be judged for faults that are not the candidate's."
         )
     if not result.covered:
         return f"{name} covers none of what it was asked, so nothing speaks for it."
@@ -73,6 +82,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": str(result.verdict),
         "exit_code": result.exit_code,
+        "faults": result.faults,
         "covered": round(result.covered, 4),
         "only": result.qualification,
         "headline": headline(result),

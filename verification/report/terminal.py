@@ -44,6 +44,8 @@ def print_result(result: GateResult, console: Console, verbose: bool = False) ->
         reasons = Counter(finding.reason for finding in result.findings if finding.status is status)
         for reason, count in reasons.items():
             console.print(Text.assemble((f"{status}, {count} ×: ", _STYLE[status][1]), reason))
+    for fault in result.faults:
+        console.print(Text.assemble(("not the candidate's fault: ", "red"), fault))
     about = Table.grid(padding=(0, 2))
     for name, value in facts(result):
         about.add_row(Text(name, style="bright_black"), Text(value))

@@ -1,0 +1,192 @@
+"""Child processes under supervision: a pool that starts them, hears what they say, and notices how they end.
+
+A child may crash, loop without end, or wait for something that never comes. One that takes more processor time than it
+has been given, or that says nothing for too long, is ended. Processor time is its own and tells something on a busy
+machine too; silence by the clock may only mean that the machine had no time for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+__all__ = ["FROM_OUTSIDE", "Ended", "Job", "Limits", "Pool"]
+
+_TICK = 0.25
+"""Seconds between two looks at children that say nothing."""
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+"""Signals that come from a person or from a system without memory; a process that goes wrong dies of others."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a child may take before it says something again: seconds of processor time, and seconds by the clock."""
+
+    processor: float = math.inf
+    silence: float = math.inf
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended.
+
+    Attributes:
+        code: its exit code, -n for signal n.
+        over: the limit for which the pool ended it, or "".
+        seconds: what it had taken of that limit.
+    """
+
+    code: int
+    over: Literal["processor", "silence", ""] = ""
+    seconds: float = 0.0
+
+    @property
+    def well(self) -> bool:
+        """Whether its work came to its end."""
+        return self.code == 0 and not self.over
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether the machine may be to blame: no time for the child, no memory, a person who ended it."""
+        return self.over == "silence" or (not self.over and -self.code in FROM_OUTSIDE)
+
+    def __str__(self) -> str:
+        if self.over:
+            by = "of processor time" if self.over == "processor" else "by the clock"
+            return f"hung: no result in {self.seconds:.0f} s {by}"
+        return f"crashed: {signal.Signals(-self.code).name if self.code < 0 else f'exit status {self.code}'}"
+
+
+@dataclass(eq=False)
+class Job(Generic[T]):
+    """Work for one child.
+
+    Attributes:
+        about: whatever the caller wants to know it by.
+        work: called in the child with a function that sends a message to the pool, and with `arguments`.
+        limits: in force from now on; the caller may change them while the child runs.
+        started: when its child was, by the monotonic clock.
+    """
+
+    about: T
+    work: Callable[..., None]
+    arguments: tuple[Any, ...] = ()
+    limits: Limits = Limits()
+    started: float = 0.0
+
+
+@dataclass(eq=False)
+class _Child(Generic[T]):
+    job: Job[T]
+    process: BaseProcess
+    messages: Connection
+    heard: float
+    used: float = 0.0
+    speaks: bool = True
+
+
+class Pool(Generic[T]):
+    """Runs jobs, `size` at a time, each in a process of its own.
+
+    Iterating gives what happens, a job and a message of its child or how the child ended, until no job is left. Jobs
+    may be added meanwhile. Leaving the `with` statement ends all children.
+
+    Args:
+        size: processes at once.
+        method: how they are started: "fork" shares what this process has in memory, "spawn" shares nothing.
+    """
+
+    def __init__(self, size: int, method: Literal["fork", "spawn"]) -> None:
+        self.waiting: deque[Job[T]] = deque()
+        self._size, self._context = size, get_context("fork") if method == "fork" else get_context("spawn")
+        self._children: list[_Child[T]] = []
+
+    def __enter__(self) -> Pool[T]:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for child in self._children:
+            _end(child)
+
+    def __iter__(self) -> Iterator[tuple[Job[T], Any]]:
+        while self.waiting or self._children:
+            while self.waiting and len(self._children) < self._size:
+                self._children.append(self._start(self.waiting.popleft()))
+            wait([child.messages for child in self._children if child.speaks], timeout=_TICK)
+            for child in list(self._children):
+                yield from self._listen(child)
+
+    def _start(self, job: Job[T]) -> _Child[T]:
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_work, args=(job.work, sender, job.arguments), daemon=True)
+        process.start()
+        sender.close()
+        job.started = time.monotonic()
+        return _Child(job, process, receiver, job.started)
+
+    def _listen(self, child: _Child[T]) -> Iterator[tuple[Job[T], Any]]:
+        """What a child has said, and how it ended if it has."""
+        alive = child.process.is_alive()  # asked first: a child says its last words before it dies
+        for message in _drain(child):
+            yield child.job, message
+        over, seconds = _over_limit(child) if alive else ("", 0.0)
+        if over or not alive:
+            self._children.remove(child)
+            yield child.job, Ended(_end(child), over, seconds)
+
+
+def _work(work: Callable[..., None], messages: Connection, arguments: tuple[Any, ...]) -> None:
+    work(messages.send, *arguments)
+
+
+def _drain(child: _Child[T]) -> list[Any]:
+    """Everything that a child has said and nobody has heard."""
+    messages = []
+    try:
+        while child.speaks and child.messages.poll():
+            messages.append(child.messages.recv())
+            child.heard, child.used = time.monotonic(), _processor_seconds(child.process)
+    except Exception:  # it has closed its end, or died within a message, or sent what nobody can read
+        child.speaks = False
+    return messages
+
+
+def _over_limit(child: _Child[T]) -> tuple[Literal["processor", "silence", ""], float]:
+    """The limit that a child exceeds, and what it has taken since it last said something."""
+    limits = child.job.limits
+    used, silent = _processor_seconds(child.process) - child.used, time.monotonic() - child.heard
+    if used > limits.processor:
+        return "processor", used
+    return ("silence", silent) if silent > limits.silence else ("", 0.0)
+
+
+def _end(child: _Child[T]) -> int:
+    """End a child, if it still runs, and give its exit code."""
+    child.process.kill()
+    child.process.join()
+    child.messages.close()
+    code = child.process.exitcode or 0
+    child.process.close()
+    return code
+
+
+def _processor_seconds(process: BaseProcess) -> float:
+    """What a child has used so far, all of its threads together; 0 once it has gone."""
+    try:
+        text = Path(f"/proc/{process.pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    user, system = text.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
