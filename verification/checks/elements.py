@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import TracebackException
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxref.formats import MX_BLOCK_SIZE
 from mxref.not_covered import NotCovered
 from mxref.rounding import round_to
 from mxref.verification.arithmetic.bounds import Interval
@@ -18,8 +19,9 @@ from mxref.verification.arithmetic.metrics import rms, ulp_error
 from mxref.verification.candidates.answer import Answer, Outputs, UnusableAnswerError
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.finding import Counterexample, ErrorSample, Finding, FloatArray, Status
+from mxref.verification.checks.patterns import Axis, patterns
 
-__all__ = ["Comparison", "comparable", "compare", "name_of", "raised", "unexpected"]
+__all__ = ["Comparison", "axes_of", "comparable", "compare", "name_of", "raised", "unexpected"]
 
 _OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 _PLOT_POINTS = 20_000
@@ -36,14 +38,21 @@ class Comparison:
     allowed: Tensor  # accepted distance on the side where `got` lies
     ulps: Tensor
 
-    def finding(self, case: str, tensor: str, status: Status, reason: str) -> Finding:
-        """Largest and RMS error, share of the bound, and the first element outside."""
+    def finding(
+        self, case: str, tensor: str, status: Status, reason: str, axes: Sequence[Axis] | None = None
+    ) -> Finding:
+        """Largest and RMS error, share of the bound, the first element outside, and what all of those have in common.
+
+        `axes`: of the tensor, see `axes_of`; None where they are not known.
+        """
         exact, elements = self.interval.exact, self.got.numel()
         violations = elements - int(self.inside.sum())
-        counterexample = None
+        counterexample, found = None, list[str]()
         if violations:
-            status, reason = Status.FAIL, f"{violations} of {elements} elements outside what is accepted"
-            counterexample = self._first_outside()
+            if axes is not None and len(axes) == self.got.ndim:
+                found = patterns(~self.inside, self.got, exact, axes)
+            reason = "; ".join([*found, f"{violations:,} of {elements:,} elements outside what is accepted"])
+            status, counterexample = Status.FAIL, self._first_outside()
         finite = torch.isfinite(self.got) & torch.isfinite(exact)
         ulps, distance = self.ulps[finite], (self.got - exact).abs()[finite]
         share = torch.where(distance == 0, 0.0, distance / self.allowed[finite])
@@ -53,7 +62,7 @@ class Comparison:
             max_ulp=float(ulps.abs().max()) if any_left else None,
             rms_ulp=rms(ulps) if any_left else None,
             bound_share=float(share.max()) if any_left else None,
-            counterexample=counterexample,
+            counterexample=counterexample, patterns=tuple(found),
         )  # fmt: skip
 
     def sample(self, case: str, tensor: str) -> ErrorSample:
@@ -117,6 +126,29 @@ def comparable(
     if rows is None or interval is None:
         return got, interval
     return got[rows], Interval(interval.low[rows], interval.high[rows], interval.exact[rows])
+
+
+def axes_of(sample: Sample, tensor: str) -> list[Axis]:
+    """The axes of a result: what a row or a column of it is, and which expert's."""
+    problem, slots = sample.problem, sample.case.gate_slots
+    E, r, device = problem.E, problem.rank, problem.device
+    order = problem.sorted_expert_idxs.long()
+    experts = torch.where(order < E, order, -1)  # of each routed row, in expert order
+    by_position = torch.empty_like(experts).index_copy_(0, problem.row_positions(), experts)
+    own = torch.arange(E * r, device=device) // max(1, r)
+    column, k_column = Axis("column"), Axis("column", block=MX_BLOCK_SIZE)
+    rows = Axis("row", (("expert", experts if problem.grouped_out else by_position),))
+    if tensor == "dX":
+        of_x = experts if problem.grouped_in else by_position if problem.k == 1 else None
+        return [Axis("row", () if of_x is None else (("expert", of_x),)), k_column]
+    return {
+        "Y": [Axis("token") if slots else rows, column],
+        "dA": [Axis("row", (("expert", own),)), k_column],
+        "dB": [Axis("row"), Axis("column", (("expert", own),))],
+        "dbias": [Axis("expert"), column],
+        "dgates": [Axis("token"), Axis("slot")],
+        "W": [Axis("expert"), Axis("row"), k_column],
+    }.get(tensor, [])
 
 
 def name_of(answer: Answer, sample: Sample) -> str:

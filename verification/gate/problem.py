@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 
 import torch
@@ -54,7 +55,7 @@ def problem_of(case: Case, seed: int) -> dict[str, str | int | float]:
     return told | ({"classes": ", ".join(f"{d}={c}" for d, c in case.covers)} if case.covers else {})
 
 
-def problem_text(problem: dict[str, str | int | float]) -> str:
+def problem_text(problem: Mapping[str, str | int | float]) -> str:
     """The same in one line, without the names of classes."""
     sizes = " ".join(f"{name}={problem[name]}" for name in ("E", "K", "N", "M", "k", "r") if name in problem)
     others = [

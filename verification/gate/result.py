@@ -14,7 +14,7 @@ import torch
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Finding, Status
-from mxref.verification.checks.registry import BASELINE
+from mxref.verification.checks.registry import BASELINE, STATE
 
 __all__ = ["GateResult", "describe_device"]
 
@@ -71,13 +71,18 @@ class GateResult:
 
     @property
     def declined(self) -> list[Finding]:
-        """What the candidate declined without having declared it; a baseline that is missing is not its fault."""
-        return [f for f in self.findings if f.status is Status.NOT_COVERED and f.check != BASELINE.name]
+        """What the candidate declined without having declared it."""
+        return [finding for finding in self._asked if finding.status is Status.NOT_COVERED]
+
+    @property
+    def _asked(self) -> list[Finding]:
+        """Findings of cases: neither a baseline, which may be missing, nor the state of torch is asked for."""
+        return [finding for finding in self.findings if finding.check not in (BASELINE.name, STATE.name)]
 
     @property
     def covered(self) -> float:
         """Share of the questions, a check and a case each, that the candidate did not decline."""
-        asked = {(f.check, f.case) for f in self.findings if f.check != BASELINE.name}
+        asked = {(f.check, f.case) for f in self._asked}
         return 1 - len({(f.check, f.case) for f in self.declined}) / len(asked) if asked else 0.0
 
     @property
@@ -86,7 +91,7 @@ class GateResult:
         counts = self.counts()
         if counts[Status.FAIL]:
             return Status.FAIL
-        if self.declined or not counts.keys() & {Status.PASS, Status.WEAK, Status.WORSE}:
+        if self.declined or not self._asked:
             return Status.NOT_COVERED
         return next((status for status in (Status.WEAK, Status.WORSE) if counts[status]), Status.PASS)
 

@@ -11,19 +11,20 @@ from typing import Any
 
 import jinja2
 
-from mxref.verification.arithmetic.bounds import TENSORS
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.checks.registry import why
+from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
+from mxref.verification.report.causes import Cause, causes
+from mxref.verification.report.words import detail_text, plural, share_text, tensor_order, ulp_text
 
 __all__ = [
-    "as_html", "as_json", "facts", "failures", "headline", "share_text", "tensor_order", "ulp_text",
-    "write",
+    "as_html", "as_json", "facts", "failures", "headline", "write",
 ]  # fmt: skip
 
-SCHEMA = "mxref.gate/2"
-_SHOWN, _WORST, _A_CHECK = 60, 12, 4
+SCHEMA = "mxref.gate/3"
+_SHOWN, _WORST, _A_CHECK = 30, 12, 4
 _NOT_JUDGED = "not judged: "
 _BADGE = {
     Status.PASS: ("✓", "pass"),
@@ -45,12 +46,12 @@ def _verdict(result: GateResult) -> str:
     if counts[Status.FAIL]:
         cases = len({f.case for f in result.findings if f.status is Status.FAIL})
         return (
-            f"{counts[Status.FAIL]} of {total} judgements contradict the contract, in {cases} {_plural(cases, 'case')}."
+            f"{counts[Status.FAIL]} of {total} judgements contradict the contract, in {cases} {plural(cases, 'case')}."
         )
     if result.faults:
         count = len(result.faults)
         return (
-            f"No verdict: {count} {_plural(count, 'item')} could not be judged for faults that are not the candidate's."
+            f"No verdict: {count} {plural(count, 'item')} could not be judged for faults that are not the candidate's."
         )
     if not result.covered:
         return f"{name} covers none of what it was asked, so nothing speaks for it."
@@ -104,6 +105,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
             "versions": result.versions,
         },
         "checks": why(),
+        "causes": [_cause_json(cause, result.command) for cause in causes(result.findings)],
         "drift": [_map_json(drift) for drift in result.maps],
         "findings": [finding.as_json() for finding in result.findings],
     }
@@ -119,9 +121,10 @@ def as_html(result: GateResult) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(ulp=ulp_text, share=share_text, sign=lambda status: _BADGE[status][0])
+    environment.filters["problem"] = problem_text
     environment.filters.update(detail=detail_text, bare=lambda name: name.removeprefix(_NOT_JUDGED))
     environment.filters["css"] = lambda status: _BADGE[status][1]
-    failed = failures(result)
+    failed, found = failures(result), causes(result.findings)
     drifted = {(f.case, f.tensor) for f in failed if f.check == "drift"}
     return environment.get_template("gate.html").render(
         result=result,
@@ -131,8 +134,9 @@ def as_html(result: GateResult) -> str:
         facts=facts(result),
         checks=why(),
         matrices=_matrices(result.findings),
-        failures=failed[:_SHOWN],
-        more_failures=max(0, len(failed) - _SHOWN),
+        causes=found[:_SHOWN],
+        more_causes=max(0, len(found) - _SHOWN),
+        failures=failed,
         worst=_worst(result.findings),
         histogram=plots.ulp_histogram(result.samples),
         cloud=plots.error_against_bound(result.samples),
@@ -192,6 +196,12 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
     ]
 
 
+def _cause_json(cause: Cause, command: str) -> dict[str, Any]:
+    """A cause as plain data: the finding that names it, how many look alike and where, and how to ask again."""
+    again = f"{command} --rerun {cause.naming.id}" if command and cause.naming.id else ""
+    return {"naming": cause.naming.as_json(), "others": len(cause.others), "cases": cause.cases, "again": again}
+
+
 def _matrices(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     """For each check a table of cases against tensors."""
     by_check: dict[str, dict[str, dict[str, Finding]]] = {}
@@ -237,39 +247,3 @@ def _map_json(drift: DriftMap) -> dict[str, Any]:
     z = [[None if math.isnan(value) else round(value, 3) for value in row] for row in drift.z.tolist()]
     counts = {str(octave): count for octave, count in drift.log2_ratio.items()}
     return vars(drift) | {"z": z, "log2_ratio": counts}
-
-
-def ulp_text(value: float | None) -> str:
-    """A size in ULP, short."""
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else str(value)
-    return f"{value:.2f}" if value < 100 else f"{value:.3g}"
-
-
-def detail_text(value: float | str | None) -> str:
-    """A detail, short: words as they are, numbers to four digits."""
-    return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
-
-
-def tensor_order(tensor: str) -> tuple[int, str]:
-    """Sort key: the order of the computation, then anything else by name."""
-    return (TENSORS.index(tensor) if tensor in TENSORS else len(TENSORS), tensor)
-
-
-def share_text(value: float | None) -> str:
-    """A share of a bound: per cent inside, a multiple outside, "exact" for no error at all."""
-    if value is None:
-        return ""
-    if value == 0:
-        return "exact"
-    if value < 0.01:
-        return "< 1 %"
-    if value <= 1:
-        return f"{100 * value:.0f} %"
-    return "∞ ×" if not math.isfinite(value) else f"{value:.3g} ×"
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else noun + "s"

@@ -189,9 +189,7 @@ def test_a_fault_of_the_gate_s_own_does_not_blame_the_candidate(
     monkeypatch.setattr("mxref.verification.cli.gate.judge_apart", wrong)
     assert gate("--kernel", "golden") == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        "mxref: error: the gate itself went wrong, not the candidate: KeyError: 'oops' ("
-    )
+    assert error.startswith("mxref: error: the gate itself went wrong, not the candidate: KeyError: 'oops' (")
     assert "Traceback" not in error
 
 
@@ -327,7 +325,7 @@ def test_files_that_are_no_checkpoint(
         (["gate", "--kernel", "absent_module_of_nobody:layer"], "does not import"),
         (["gate", "--kernel", "planted:absent"], "has no 'absent'"),
         (["gate", "--kernel", "planted:replace.__name__"], "expected a callable"),
-        (["gate", "--case", "no case has this name"], "matches no case"),
+        (["gate", "--case", "no case has this name"], "matches nothing"),
         (["gate", "--points", "rounded-twice"], "rounding point 'rounded-twice' is unknown"),
         (["gate", "--accumulation", "magic"], "accumulation 'magic' is unknown"),
         (["gate", "--layers", "0"], "--weights"),
