@@ -43,6 +43,11 @@ def composite(*, use_fused_dX: bool = False, use_fused_gather: bool = False, **o
     """
     problem = Problem(**operands)
     problem.validate(check_values=False)
+    with torch.autocast(problem.device.type, enabled=False):  # a function's dtypes are its operands'
+        return _layer(problem)
+
+
+def _layer(problem: Problem) -> Tensor:
     A, B, gates, weights = problem.lora_A, problem.lora_B, problem.gates, problem.expert_weights
     dtype, wide = problem.dtype, torch.promote_types(problem.dtype, torch.float32)
     R: Callable[..., Tensor] = _Round.apply

@@ -14,6 +14,8 @@ __all__ = ["Cause", "causes"]
 
 _LAST = ("drift", "exponent", "sign", "interval")
 """Checks of ordinary numbers name a bug less plainly than exact ones; of these, the best first."""
+_SEVERAL = 3
+"""Items whose problems have something in common that is more than chance."""
 _NAMING = [check.name for check in CHECKS if check.name not in _LAST] + list(_LAST)
 
 
@@ -33,6 +35,18 @@ class Cause:
     def cases(self) -> list[str]:
         """Cases of the others, each once."""
         return [case for case in dict.fromkeys(finding.case for finding in self.others) if case != self.naming.case]
+
+    @property
+    def common(self) -> dict[str, str | int | float]:
+        """What the problems of several failed items have in common beside the seed; empty for a single item."""
+        problems = {finding.id: finding.problem for finding in (self.naming, *self.others) if finding.problem}
+        if len(problems) < _SEVERAL:
+            return {}
+        entries = [set(problem.items()) for problem in problems.values()]
+        shared = set.intersection(*entries)
+        return {
+            name: value for name, value in self.naming.problem.items() if (name, value) in shared and name != "seed"
+        }
 
 
 def causes(findings: Sequence[Finding]) -> list[Cause]:

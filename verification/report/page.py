@@ -17,7 +17,7 @@ from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
 from mxref.verification.report.causes import Cause, causes
-from mxref.verification.report.words import detail_text, plural, share_text, tensor_order, ulp_text
+from mxref.verification.report.words import FOOTNOTE, detail_text, many_ulp, plural, share_text, tensor_order, ulp_text
 
 __all__ = [
     "as_html", "as_json", "facts", "failures", "headline", "write",
@@ -120,7 +120,7 @@ def as_html(result: GateResult) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(ulp=ulp_text, share=share_text, sign=lambda status: _BADGE[status][0])
+    environment.filters.update(ulp=ulp_text, many=many_ulp, share=share_text, sign=lambda status: _BADGE[status][0])
     environment.filters["problem"] = problem_text
     environment.filters.update(detail=detail_text, bare=lambda name: name.removeprefix(_NOT_JUDGED))
     environment.filters["css"] = lambda status: _BADGE[status][1]
@@ -145,6 +145,7 @@ def as_html(result: GateResult) -> str:
         drifted=len(drifted),
         limit=max((drift.critical for drift in result.maps), default=0.0),
         octaves=plots_drift.log2_ratios(result.maps),
+        footnote=FOOTNOTE,
         numbers=_numbers(result.findings),
         Status=Status,
     )
@@ -199,7 +200,8 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
 def _cause_json(cause: Cause, command: str) -> dict[str, Any]:
     """A cause as plain data: the finding that names it, how many look alike and where, and how to ask again."""
     again = f"{command} --rerun {cause.naming.id}" if command and cause.naming.id else ""
-    return {"naming": cause.naming.as_json(), "others": len(cause.others), "cases": cause.cases, "again": again}
+    told = {"naming": cause.naming.as_json(), "common": cause.common, "again": again}
+    return told | {"others": len(cause.others), "cases": cause.cases}
 
 
 def _matrices(findings: Iterable[Finding]) -> list[dict[str, Any]]:

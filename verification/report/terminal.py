@@ -17,7 +17,7 @@ from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report.causes import Cause, causes
 from mxref.verification.report.page import facts, headline
-from mxref.verification.report.words import share_text, tensor_order, ulp_text
+from mxref.verification.report.words import FOOTNOTE, many_ulp, share_text, tensor_order, ulp_text
 
 __all__ = ["print_result"]
 
@@ -36,6 +36,8 @@ _STYLE = {
 def print_result(result: GateResult, console: Console, verbose: bool = False) -> None:
     """Failures in detail, the findings by check and tensor (`verbose`: one by one), and the verdict last."""
     console.print(_every_finding(result.findings) if verbose else _by_check_and_tensor(result.findings))
+    if any(many_ulp(finding) for finding in result.findings):
+        console.print(Text(f"{FOOTNOTE}\n", style="bright_black"))
     found = causes(result.findings)
     for cause in found[:_SHOWN]:
         console.print(_failure(cause, result.command, verbose))
@@ -79,7 +81,7 @@ def _by_check_and_tensor(findings: Iterable[Finding]) -> RenderableType:
             tensor,
             str(len(members)),
             f"{sum(finding.elements for finding in members):,}",
-            ulp_text(_largest(finding.max_ulp for finding in members)),
+            ulp_text(_largest(finding.max_ulp for finding in members)) + max(map(many_ulp, members)),
             _bar(_largest(finding.bound_share for finding in members)),
             verdict,
         )
@@ -98,7 +100,7 @@ def _every_finding(findings: Iterable[Finding]) -> RenderableType:
             escape(finding.case),
             finding.tensor,
             f"{finding.elements:,}",
-            ulp_text(finding.max_ulp),
+            ulp_text(finding.max_ulp) + many_ulp(finding),
             _bar(finding.bound_share),
         )
     return table
@@ -122,6 +124,8 @@ def _failure(cause: Cause, command: str, verbose: bool) -> RenderableType:
             row("note", example.note)
     if finding.problem:
         row("problem", problem_text(finding.problem))
+    if cause.common:
+        row("in common", problem_text(cause.common))
     if cause.others:
         cases = cause.cases
         names = "; ".join(cases[:3]) + (f"; and {len(cases) - 3} more" if len(cases) > 3 else "")

@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 
 from mxref.verification.arithmetic.bounds import TENSORS
+from mxref.verification.checks.finding import Finding
 
-__all__ = ["detail_text", "plural", "share_text", "tensor_order", "ulp_text"]
+__all__ = ["FOOTNOTE", "detail_text", "many_ulp", "plural", "share_text", "tensor_order", "ulp_text"]
+
+_MANY = 4.0
+FOOTNOTE = "* Many ULP, and inside the derived bound: large terms cancel to almost nothing there, or a sum is long."
+
+
+def many_ulp(finding: Finding) -> str:
+    """The sign of the footnote where a result that is right is many ULP from the exact value."""
+    return "*" if finding.ok and (finding.max_ulp or 0.0) > _MANY else ""
 
 
 def ulp_text(value: float | None) -> str:
@@ -15,7 +24,7 @@ def ulp_text(value: float | None) -> str:
         return ""
     if not math.isfinite(value):
         return "∞" if value > 0 else str(value)
-    return f"{value:.2f}" if value < 100 else f"{value:.3g}"
+    return f"{value:.2f}" if value < 100 else f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def detail_text(value: float | str | None) -> str:

@@ -28,6 +28,14 @@ def test_failures_that_look_alike_stand_together() -> None:
     assert causes([replace(CRASH, status=Status.PASS)]) == []
 
 
+def test_what_the_problems_of_a_cause_have_in_common() -> None:
+    usual = {"E": 4, "dtype": "float32", "context": "autocast", "seed": 0}
+    many = [replace(CRASH, id=str(n), case=str(n), problem=usual | {"E": n, "routing": "uniform"}) for n in range(3)]
+    (cause,) = causes(many)
+    assert cause.common == {"dtype": "float32", "context": "autocast", "routing": "uniform"}
+    assert causes(many[:2])[0].common == {}
+
+
 def test_a_power_of_two_names_a_cause_wherever_it_is() -> None:
     here = replace(EXACT, patterns=("column 32 of 33 only", "ratio 2^−1"))
     there = replace(COLUMN, patterns=("every element", "ratio 2^−1"), elements=1, check="integer")

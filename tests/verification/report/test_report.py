@@ -20,7 +20,7 @@ from mxref.verification.checks.registry import why
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift, terminal
 from mxref.verification.report.page import as_html, failures, headline, write
-from mxref.verification.report.words import share_text
+from mxref.verification.report.words import FOOTNOTE, share_text
 
 
 def errors(tensor: str, scale: float = 1.0) -> ErrorSample:
@@ -110,7 +110,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 def test_the_page_says_the_verdict_and_the_element() -> None:
     html = as_html(result_of(*ALL))
     assert '<div class="word">FAIL</div>' in html
-    assert html.count("<svg ") == 5
+    assert html.count("<svg ") == 2 + 2 + 2 + 1 + 1  # a panel a tensor
     assert "[4, 17]" in html
     assert "NaN where the reference is a number" in html
     assert "wide &lt;case&gt;" in html
@@ -120,16 +120,19 @@ def test_the_page_says_the_verdict_and_the_element() -> None:
     assert "mxref gate --kernel candidate --rerun 0badcafe" in html
     assert "E=3 K=64, bfloat16, biases" in html
     assert "line 7, in layer" in html
-    assert "Worst offenders" in html
+    assert "Farthest outside" in html
     passed = as_html(result_of(PASSED, EXACT))
     assert '<div class="word">PASS</div>' in passed
     assert "What went wrong" not in passed
+    assert "Nearest to the limit" in passed
+    assert FOOTNOTE not in passed
+    assert FOOTNOTE in as_html(result_of(replace(PASSED, max_ulp=2e6)))
     assert "<script>" not in as_html(result_of(PASSED, name="<script>alert(1)</script>"))
 
 
 def test_failures_come_first() -> None:
     html = as_html(result_of(*ALL, DRIFTED))
-    worst = html[html.index("Worst offenders") : html.index("Signed error")]
+    worst = html[html.index("Farthest outside") : html.index("Signed error")]
     assert worst.index("7.5 ×") < worst.index("3.5 ×") < worst.index("25 %")
     assert failures(result_of(DRIFTED, FAILED)) == [FAILED, DRIFTED]
 
