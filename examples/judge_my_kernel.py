@@ -56,8 +56,8 @@ def my_layer(
     return grouped if grouped_out else torch.empty_like(grouped).index_copy(0, positions, grouped)
 
 
-# What it supports, in the words of `mxref gate --covers`: rows in token order, no gates, no remote experts, fp32 without
-# autocast.
+# What it supports, in the words of `mxref gate --covers`: rows in token order, no gates, no remote experts, and fp32
+# without autocast.
 my_layer.mxref_covers = (  # type: ignore[attr-defined]
     "gates=none, input order=by token, dtype=fp32, context=plain|deterministic|checkpoint, "
     "routing=uniform|empty experts|one takes all|an expert twice|descending positions"

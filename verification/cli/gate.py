@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
     how.add_argument("--list", action="store_true", help="print what this candidate would be asked, and stop")
-    how.add_argument("--rerun", metavar="ID", help="only the item of this identifier, from a report or --list")
+    how.add_argument("--rerun", metavar="ID", action="append", help="only the item of this identifier; may be repeated")
     how.add_argument(
         "--shape", metavar="E,K,N,M,k,r", type=_shape, help="a problem of your own instead: experts to rank"
     )
@@ -220,7 +220,7 @@ def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
     return Order(
         a.kernel, device.type, "full" if a.full else "quick", a.seed, points, a.accumulation, a.covers,
         None if a.weights is None else _projections(a.weights, a.layers, a.experts),
-        a.shape, _DTYPES[a.dtype or "float32"], tuple(a.case or ()), a.rerun or "",
+        a.shape, _DTYPES[a.dtype or "float32"], tuple(a.case or ()), tuple(a.rerun or ()),
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Order:
         shape: (E, K, N, M, k, r) of the one problem to judge in place of the suite.
         dtype: its activation dtype.
         patterns: only cases, or checks, that match one of these; all when empty.
-        rerun: only the item of this identifier.
+        rerun: only the items of these identifiers; all when empty.
     """
 
     kernel: str
@@ -65,7 +65,7 @@ class Order:
     shape: tuple[int, int, int, int, int, int] | None = None
     dtype: torch.dtype = torch.float32
     patterns: tuple[str, ...] = ()
-    rerun: str = ""
+    rerun: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +83,7 @@ class Order:
         if self.patterns:
             parts.append(f"cases matching {' or '.join(self.patterns)}")
         if self.rerun:
-            parts.append(f"item {self.rerun}")
+            parts.append(f"item {', '.join(self.rerun)}" if len(self.rerun) == 1 else f"{len(self.rerun)} items")
         return ", ".join(parts)
 
     @property
@@ -126,8 +126,8 @@ class Order:
             items = plan_problem(self.shape, self.dtype, scope)
         else:
             items = plan(scope, own=candidate.operators is not None)
-        chosen = [item for item in items if item.fits(self.patterns) and self.rerun in ("", item.id)]
+        chosen = [item for item in items if item.fits(self.patterns) and (not self.rerun or item.id in self.rerun)]
         if not chosen:
-            what = f"--rerun {self.rerun}" if self.rerun else f"--case {' '.join(self.patterns)}"
+            what = f"--rerun {' '.join(self.rerun)}" if self.rerun else f"--case {' '.join(self.patterns)}"
             raise ValueError(f"{what} matches nothing that this candidate is asked; --list prints what it is asked")
         return chosen

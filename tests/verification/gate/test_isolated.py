@@ -142,14 +142,14 @@ def test_what_cannot_be_carried_out_is_refused() -> None:
     with pytest.raises(Refused, match=r"no file absent\.py"):
         judge_apart(Order("absent.py:layer", "cpu"), suite="")
     with pytest.raises(Refused, match="--rerun 00000000 matches nothing"):
-        list_items(Order("golden", "cpu", rerun="00000000"))
+        list_items(Order("golden", "cpu", rerun=("00000000",)))
 
 
 def test_an_identifier_asks_one_item_again() -> None:
     order = Order("golden", "cpu", patterns=TWO)
     entries = list_items(order)
     assert len({entry.id for entry in entries}) == len(entries) > 1
-    (again,) = list_items(Order("golden", "cpu", rerun=entries[1].id))
+    (again,) = list_items(Order("golden", "cpu", rerun=(entries[1].id,)))
     assert again == entries[1]
 
 
