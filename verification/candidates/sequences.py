@@ -49,7 +49,7 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
         run_state_machine_as_test(Machine, settings=profile)
     except _DifferentError as error:
         return list(error.answers)
-    except Exception as error:  # whatever a candidate raises is part of its answer
+    except (Exception, SystemExit) as error:  # whatever a candidate raises is part of its answer
         return [Answer({}, error=error)]
     return list(seen[-1]) if seen else []
 

@@ -162,10 +162,13 @@ def raised(answer: Answer, case: str) -> Finding:
     assert error is not None
     if isinstance(error, NotCovered):
         return Finding("", case, "all", Status.NOT_COVERED, str(error) or "NotCovered", 0, 0)
-    reason = str(error) if isinstance(error, UnusableAnswerError) else f"raised {type(error).__name__}: {error}"
+    said = str(error)
+    if not isinstance(error, UnusableAnswerError):
+        lines = said.strip().splitlines() or [""]
+        said = f"raised {type(error).__name__}: {lines[0]}{' …' if len(lines) > 1 else ''}"
     if isinstance(error, NotImplementedError):
-        reason += " (what is not supported is declined by mxref.NotCovered, or declared by --covers)"
-    return Finding("", case, "all", Status.FAIL, reason, 0, 0, trace=_trace(error))
+        said += " (what is not supported is declined by mxref.NotCovered, or declared by --covers)"
+    return Finding("", case, "all", Status.FAIL, said, 0, 0, trace=_trace(error))
 
 
 def _trace(error: BaseException) -> str:

@@ -21,6 +21,8 @@ from mxref.verification.report.words import FOOTNOTE, many_ulp, share_text, tens
 
 __all__ = ["print_result"]
 
+_TITLE = 80
+"""Letters of a title; what a pass is about stands in the sentence below in full."""
 _SHOWN = 6
 """Causes printed in full."""
 _STYLE = {
@@ -54,7 +56,8 @@ def print_result(result: GateResult, console: Console, verbose: bool = False) ->
         about.add_row(Text(name, style="bright_black"), Text(value))
     passed = result.exit_code == 0
     colour = "red" if not passed else _STYLE[result.verdict][1]
-    title = f"[bold {colour}] {result.title} [/]"
+    short = result.title if len(result.title) <= _TITLE else f"{result.word} (a part only)"
+    title = f"[bold {colour}] {escape(short)} [/]"
     console.print(Panel(Group(Text(headline(result), style="bold"), "", about), title=title, border_style=colour))
 
 

@@ -120,6 +120,21 @@ def test_the_candidate_works_on_copies() -> None:
     assert torch.equal(sample.problem.inputs, before)
 
 
+@pytest.mark.gpu
+def test_work_left_on_another_stream_is_noticed() -> None:
+    def late(**operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(**operands)
+        out, stream = torch.zeros_like(y), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            out = out + y
+        return out
+
+    (finding,) = ask("interval", Candidate("late", late), draw(SMALL, "cuda"))
+    assert "Y changed after the call had returned" in finding.reason
+
+
 @pytest.fixture
 def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))

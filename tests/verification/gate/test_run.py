@@ -18,8 +18,10 @@ from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
+from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS
+from mxref.verification.gate import run as run_module
 from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
 from mxref.verification.gate.result import GateResult
 from mxref.verification.gate.run import run_gate
@@ -169,3 +171,42 @@ def test_a_candidate_that_ends_its_process_fails() -> None:
     """Its exit code, 0, would read as a pass."""
     (finding,) = judged(Candidate("exits", exits), SMALL).findings
     assert (finding.status, finding.reason) == (Status.FAIL, "raised SystemExit: 0")
+
+
+def test_global_state_that_is_left_changed_is_a_finding_and_is_put_back() -> None:
+    def leaks(**operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(**operands)
+        torch.use_deterministic_algorithms(True)
+        torch.set_grad_enabled(False)
+        return y
+
+    findings = judged(Candidate("leaks", leaks), SMALL).findings
+    (state,) = (finding for finding in findings if finding.check == "state")
+    assert state.status is Status.FAIL
+    assert "deterministic algorithms changed" in state.reason
+    assert "gradients enabled changed" in state.reason
+    assert torch.is_grad_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "state" not in {finding.check for finding in judged(golden(), SMALL).findings}
+
+
+def test_the_reference_is_computed_after_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(run_module, "Expectation", lambda *given: seen.append("reference") or Expectation(*given))
+
+    def call(**operands: Any) -> Tensor:
+        seen.append("candidate")
+        return mxref.parallel_linear_lora(**operands)
+
+    judged(Candidate("", call), SMALL)
+    assert seen == ["candidate", "reference"]
+
+
+def test_a_failure_carries_its_problem_and_its_identifier() -> None:
+    wrong = Candidate("wrong", lambda **operands: 2 * mxref.parallel_linear_lora(**operands))
+    items = plan_cases([SMALL], CPU, 3)
+    failed = [f for f in run_gate(wrong, items, CPU, suite="", seed=3).findings if not f.ok]
+    assert {finding.id for finding in failed} == {items[0].id}
+    sizes = {"E": 2, "K": 64, "N": 96, "M": 9, "k": 2, "r": 4, "dtype": "float32", "seed": 3, "biases": "yes"}
+    assert failed[0].problem.items() >= sizes.items()
+    assert plan_cases([SMALL], CPU, 4)[0].id != items[0].id
