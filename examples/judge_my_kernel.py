@@ -4,7 +4,7 @@
     mxref gate --kernel examples/judge_my_kernel.py:my_layer                # everything that any candidate is asked
     mxref gate --kernel my_project.kernels:my_layer --device cuda --full    # your kernel on a GPU
 
-Replace `my_layer`. What it does not support it declares by raising NotImplementedError, and the report says so. The
+Replace `my_layer`. What it does not support it declares, `my_layer.mxref_covers` below; the verdict then says so. The
 page gate-report/gate.html shows each check, the largest errors against their bounds, and the first counterexample.
 """
 
@@ -39,11 +39,7 @@ def my_layer(
     use_fused_gather: bool = False,
 ) -> Tensor:
     """y = x·W + s·(x·Aᵀ)·Bᵀ + bias for each routed row [P, N], in plain PyTorch, fp32 alone, autograd's backward."""
-    if gates is not None or grouped_in or inputs.dtype != torch.float32:
-        raise NotImplementedError("this layer has no gates, takes rows in token order, and computes in fp32")
     E, positions = expert_offsets.numel(), sorted_scattered_idxs.long()
-    if bool((sorted_expert_idxs >= E).any()):
-        raise NotImplementedError("this layer knows no remote experts")
     packed = isinstance(expert_weights, MXWeights)
     W = decode_mxfp4(expert_weights, inputs.dtype).mT if packed else expert_weights  # [E, K, N]
     rows = inputs[positions // k]
@@ -59,6 +55,13 @@ def my_layer(
     grouped = torch.cat(outputs)
     return grouped if grouped_out else torch.empty_like(grouped).index_copy(0, positions, grouped)
 
+
+# What it supports, in the words of `mxref gate --covers`: rows in token order, no gates, no remote experts, and fp32
+# without autocast.
+my_layer.mxref_covers = (  # type: ignore[attr-defined]
+    "gates=none, input order=by token, dtype=fp32, context=plain|deterministic|checkpoint, "
+    "routing=uniform|empty experts|one takes all|an expert twice|descending positions"
+)
 
 if __name__ == "__main__":
     cases = ["--case", "integer", "--case", "odd sizes", "--case", "balanced"]

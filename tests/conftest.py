@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 from mxref.verification.records.record import EVIDENCE, write
 
+pytest_plugins = ["pytester"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, instead of skipping, when no CUDA GPU is there")

@@ -116,7 +116,7 @@ class TestWheel:
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
 
     def test_holds_no_tests(self, wheel_names):
-        assert not [name for name in wheel_names if "test_" in name or "conftest" in name]
+        assert not [name for name in wheel_names if "/test_" in name or "conftest" in name]
 
 
 class TestInstalled:

@@ -17,7 +17,7 @@ from mxref.verification import cli
 
 NAMES = {
     "mxref": (
-        "MX_BLOCK_SIZE MXLayout MXWeights Problem RoundingPoints ScatterMoELoRA decode_mxfp4 encode_mxfp4 "
+        "MX_BLOCK_SIZE MXLayout MXWeights NotCovered Problem RoundingPoints ScatterMoELoRA decode_mxfp4 encode_mxfp4 "
         "flatten_sort_count fp4_codebook get_active_experts parallel_linear_lora remap_expert_indices"
     ),
     "mxref.kernels": (
@@ -51,9 +51,11 @@ SIGNATURES = {  # the arguments by position; keywords may follow
 
 COMMANDS = {
     "gate": (
-        "--accept-baseline --accumulation --case --device --experts --full --kernel --layers --list --out --points "
-        "--quick --record --require-gpu --seed --strict --verbose --weights"
+        "--accept-baseline --accumulation --case --covers --device --dtype --experts --fail-fast --full --kernel "
+        "--layers --list --out --points --quick --record --require-gpu --rerun --seed --shape --strict --timeout "
+        "--verbose --weights"
     ),
+    "new-kernel": "",
     "scoreboard": "--candidates --case --device --full --out --processes --quick --record --seed",
     "mutants": (
         "--all --by-hand --compile --device --gate --gpu-only --jobs --kind --list --matrix --minutes --name --out "
@@ -100,7 +102,7 @@ def test_the_seeds_layout_keeps_its_number() -> None:
 def test_commands_and_their_flags(command: str) -> None:
     assert command in cli.COMMANDS
     parser = argparse.ArgumentParser()
-    import_module(f"mxref.verification.cli.{command}").add_arguments(parser)
+    import_module(f"mxref.verification.cli.{command.replace('-', '_')}").add_arguments(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert set(COMMANDS[command].split()) <= flags
 

@@ -67,7 +67,7 @@ def in_poisoned_memory(candidate: Candidate, sample: Sample) -> list[Answer]:
 
     def run() -> Outputs:
         y, leaves = candidate.trace(inside, copy=False)
-        return {"Y": y.detach(), **candidate.gradients(inside, y, leaves)}
+        return {"Y": y.detach(), **candidate.gradients(inside, y, leaves, copy=False)}
 
     with uninitialised_memory(poisoned=True):
         poisoned = answered(run, circumstance="between red zones, in fresh memory full of NaN", like=0)

@@ -7,13 +7,15 @@ A callable declares by optional attributes (or the command line does the first t
                                                     # default, and an order-free second chance that counts as weak
     callable.mxref_decode = my_decode               # (MXWeights, dtype) -> [E, N, K], if it decodes outside the product
     callable.mxref_configs = my_configs             # dtype -> every value of its keyword `config` that it may choose
+    callable.mxref_covers = "forward, gates=none"   # the part of the domain that it supports, see `cases.subset`
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -26,8 +28,10 @@ from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
+from mxref.verification.candidates.answer import UnusableAnswerError
 from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Sample
+from mxref.verification.cases.subset import Subset
 from mxref.weights import MXWeights
 
 __all__ = ["OPERAND_OF", "Candidate"]
@@ -42,7 +46,7 @@ class Candidate:
 
     Attributes:
         name: what reports call it.
-        call: a callable with the signature of `parallel_linear_lora`; keywords it lacks count as not covered.
+        call: a callable with the signature of `parallel_linear_lora`.
         declared_points: names from POINTS; empty for the contract's own rounding points.
         accumulation: how its fp32 sums run, or None when undeclared.
         decode: its own MXFP4 decode, (MXWeights, dtype) -> [E, N, K], judged bit by bit; None when it has none.
@@ -51,6 +55,7 @@ class Candidate:
             `call` to one. None when it has none, or offers no pin.
         operators: a module with this project's public operators, which is then held to this project's further promises
             too: see `checks.registry`. None for all others.
+        covers: the part of the domain that it declares to support; all of it when empty.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Candidate:
     complete: bool = False
     configs: Callable[[torch.dtype], Sequence[Any]] | None = None
     operators: ModuleType | None = None
+    covers: Subset = field(default_factory=Subset)
 
     def points(self, dtype: torch.dtype) -> RoundingPoints:
         """The declared rounding points for one activation dtype."""
@@ -74,13 +80,13 @@ class Candidate:
         """One forward and one backward pass on copies of the sample's operands.
 
         Returns:
-            "Y" and, of "dX", "dA", "dB", "dbias", "dgates", those whose operand is there; None for a gradient that
-            autograd does not reach. "Y" alone from a candidate that builds no graph, or whose backward raises
-            NotImplementedError.
+            "Y" and, of "dX", "dA", "dB", "dbias", "dgates", those that the case asks for; None for a gradient that
+            autograd does not reach.
 
         Raises:
-            NotImplementedError: the candidate does not cover this call.
-            TypeError: the candidate returned something else than a dense tensor on the sample's device.
+            NotCovered: the candidate declines this call.
+            UnusableAnswerError: it lacks a keyword that the call needs, returned something else than a dense tensor of
+                the right shape on the sample's device, or a tensor without a graph where gradients are asked for.
             Exception: whatever else the candidate raises.
         """
         y, leaves = self.trace(sample)
@@ -106,40 +112,80 @@ class Candidate:
             else:
                 y = self.call(**arguments)
         if not isinstance(y, Tensor):
-            raise TypeError(f"{self.name} returned {type(y).__name__}; expected one tensor")
+            raise UnusableAnswerError(f"returned {type(y).__name__}; expected one tensor")
         if y.layout is not torch.strided or y.device != problem.device:
-            raise TypeError(f"{self.name} returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
+            raise UnusableAnswerError(f"returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
+        if y.shape != sample.grad_out.shape:
+            raise UnusableAnswerError(f"Y has shape {tuple(y.shape)}; expected {tuple(sample.grad_out.shape)}")
+        _settled({"Y": y.detach()})
         if call.mode != "grad" and y.requires_grad:
-            raise TypeError(f"{self.name} returned an output that requires a gradient, under {call.mode}")
+            raise UnusableAnswerError(f"returned an output that requires a gradient, under {call.mode}")
         return y, leaves
 
     def gradients(
-        self, sample: Sample, y: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False
+        self, sample: Sample, y: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False, copy: bool = True
     ) -> dict[str, Tensor | None]:
-        """The backward pass of `trace`; empty where there is none, or where it cannot be asked for."""
-        if not leaves or not y.requires_grad or y.shape != sample.grad_out.shape:
+        """The backward pass of `trace`; empty where no gradient is asked for.
+
+        dOut is a copy, laid out as the case's call has it, unless `copy=False`. Raises what `run` does.
+        """
+        if not leaves:
             return {}
-        incoming = lay_out(sample.grad_out.to(y.dtype), sample.case.call.dOut)
-        try:
-            gradients = torch.autograd.grad(
-                y, list(leaves.values()), incoming, retain_graph=retain_graph, allow_unused=True
+        if not y.requires_grad:
+            asked = ", ".join(OPERAND_OF[tensor] for tensor in leaves)
+            raise UnusableAnswerError(
+                f"Y does not require grad, though gradients of {asked} are asked for: it was detached, or computed "
+                "where autograd does not look. Without a backward pass declare `--covers forward`"
             )
-        except NotImplementedError:
-            return {}
-        return dict(zip(leaves, gradients, strict=True))
+        incoming = sample.grad_out.to(y.dtype)
+        incoming = lay_out(incoming, sample.case.call.dOut) if copy else incoming
+        gradients = torch.autograd.grad(
+            y, list(leaves.values()), incoming, retain_graph=retain_graph, allow_unused=True
+        )
+        named: dict[str, Tensor | None] = dict(zip(leaves, gradients, strict=True))
+        _settled(named)
+        return named
 
     def _accepted(self, arguments: dict[str, Any], flags: dict[str, bool]) -> dict[str, Any]:
-        """The call's keywords. Those that the callable lacks are left out, where that leaves the meaning alone."""
+        """The call's keywords. Those that the callable lacks are left out where they hold their defaults."""
         try:
             parameters = inspect.signature(self.call).parameters.values()
         except (TypeError, ValueError):  # builtins and some extension types have no signature
             return arguments
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             return arguments | flags
-        known = {p.name for p in parameters}
-        defaults = {field.name: field.default for field in fields(Problem)}
+        arguments, known = arguments | flags, [p.name for p in parameters]
+        defaults = {field.name: field.default for field in fields(Problem)} | dict.fromkeys(flags, False)
         for name in [name for name in arguments if name not in known]:
             value = arguments.pop(name)
             if isinstance(value, Tensor) or value != defaults[name]:
-                raise NotImplementedError(f"{self.name} takes no argument {name!r}")
-        return arguments | {name: value for name, value in flags.items() if name in known}
+                raise UnusableAnswerError(_lacks(name, [one for one in known if one not in (defaults | flags)]))
+        return arguments
+
+
+def _settled(outputs: Mapping[str, Tensor | None]) -> None:
+    """Outputs are complete for whoever uses them on the caller's stream.
+
+    Copies that this stream makes right away are held against the outputs once all of the GPU's work is done.
+
+    Raises:
+        UnusableAnswerError: an output changed in between, as when another stream still computes it.
+    """
+    here = {name: x for name, x in outputs.items() if x is not None and x.device.type == "cuda"}
+    if not here:
+        return
+    copies = {name: x.clone() for name, x in here.items()}
+    torch.cuda.synchronize()
+    for name, x in here.items():
+        if not torch.equal(copies[name].contiguous().view(torch.uint8), x.contiguous().view(torch.uint8)):
+            raise UnusableAnswerError(
+                f"{name} changed after the call had returned: it is computed on another stream, for which the caller's "
+                "stream does not wait"
+            )
+
+
+def _lacks(name: str, others: Sequence[str]) -> str:
+    """What to say of a keyword that a callable lacks; `others`: its parameters that the signature does not have."""
+    near = get_close_matches(name, others, n=1)
+    hint = f"; the nearest that it has is {near[0]!r}" if near else ""
+    return f"takes no argument {name!r}{hint}. Calls that need it can be left out by `--covers`"

@@ -43,7 +43,7 @@ def composite(*, use_fused_dX: bool = False, use_fused_gather: bool = False, **o
     """
     problem = Problem(**operands)
     problem.validate(check_values=False)
-    with torch.autocast(problem.device.type, enabled=False):
+    with torch.autocast(problem.device.type, enabled=False):  # a function's dtypes are its operands'
         return _layer(problem)
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxref.not_covered import NotCovered
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.weights import MXWeights
 
@@ -51,6 +52,8 @@ def grouped_mm(
     gates: Tensor | None = None,
     grouped_in: bool = False,
     grouped_out: bool = False,
+    use_fused_dX: bool = False,
+    use_fused_gather: bool = False,
     *,
     sentinels: bool = True,
 ) -> Tensor:
@@ -66,6 +69,7 @@ def grouped_mm(
             [E, K, N] to leave that out. A transposed view of [E, N, K] is as good.
         sorted_expert_idxs, sorted_scattered_idxs, expert_offsets: as in `Problem`.
         lora_A, lora_B, scaling, expert_biases, gates, grouped_in, grouped_out: as in `Problem`.
+        use_fused_dX, use_fused_gather: choose among this project's kernels; nothing here.
         sentinels: rows of other ranks may occur. False saves masking their rows, which `_grouped_mm` leaves unwritten.
 
     Raises:
@@ -188,12 +192,12 @@ def axolotl(
 
     Raises:
         ImportError: see `load_axolotl`.
-        NotImplementedError: the routing holds rows of other ranks, which axolotl drops before this call.
+        NotCovered: the routing holds rows of other ranks, which axolotl drops before this call.
     """
     layer, container = load_axolotl()
     E = expert_offsets.numel()
     if int(expert_offsets[-1]) < sorted_expert_idxs.numel():
-        raise NotImplementedError("axolotl drops rows of other ranks before this call")
+        raise NotCovered("sentinels: axolotl drops rows of other ranks before this call")
     weights: Any = expert_weights
     if isinstance(expert_weights, MXWeights):
         weights = container(expert_weights.packed, expert_weights.scales, expert_weights.K, expert_weights.N)

@@ -60,10 +60,13 @@ class GlobalState:
     def restore(self) -> None:
         """Put back what can be put back, but for random numbers."""
         torch.set_default_dtype(self.default_dtype)
-        torch.set_default_device(self.default_device)
+        if str(torch.get_default_device()) != self.default_device:  # even setting the same costs every later call
+            torch.set_default_device(None if self.default_device == "cpu" else self.default_device)
         torch.use_deterministic_algorithms(self.deterministic_algorithms[0], warn_only=self.deterministic_algorithms[1])
         torch.set_num_threads(self.threads)
         torch.set_grad_enabled(self.gradients_enabled)
+        torch.set_autocast_enabled("cpu", self.autocast[0])
+        torch.set_autocast_enabled("cuda", self.autocast[1])
         torch.set_float32_matmul_precision(self.fp32_products[0])
         torch.set_flush_denormal(self.flush_to_zero)
 

@@ -14,11 +14,14 @@ from typing import Any
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.arithmetic.rounding_points import POINTS
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.cases.subset import Subset, parse_subset
 
 __all__ = ["declare", "load"]
 
 
-def load(spec: str, points: Sequence[str] | None = None, accumulation: str | None = None) -> Candidate:
+def load(
+    spec: str, points: Sequence[str] | None = None, accumulation: str | None = None, covers: str | None = None
+) -> Candidate:
     """A candidate from `module:callable` or `path/to/file.py:callable`.
 
     Modules in the current directory are found too, after the installed ones: a folder there must not replace a package.
@@ -27,6 +30,7 @@ def load(spec: str, points: Sequence[str] | None = None, accumulation: str | Non
         spec: where the callable is; dots after the colon walk attributes.
         points: declared rounding points, instead of the callable's own `mxref_points`.
         accumulation: name of the declared accumulation, instead of the callable's own `mxref_accumulation`.
+        covers: the declared part of the domain, instead of the callable's own `mxref_covers`.
 
     Raises:
         ValueError: the module, file or callable cannot be found or imported, or its declaration is not understood.
@@ -43,24 +47,35 @@ def load(spec: str, points: Sequence[str] | None = None, accumulation: str | Non
         target = getattr(target, name)
     if not callable(target):
         raise ValueError(f"--kernel {spec}: {attribute} is {type(target).__name__}; expected a callable")
-    known_points, known_accumulation = getattr(target, "mxref_points", ()), getattr(target, "mxref_accumulation", None)
-    return declare(
-        Candidate(
-            spec, target, decode=getattr(target, "mxref_decode", None), configs=getattr(target, "mxref_configs", None)
-        ),
-        known_points if points is None else points,
-        known_accumulation if accumulation is None else accumulation,
+    candidate = Candidate(
+        spec, target, decode=getattr(target, "mxref_decode", None), configs=getattr(target, "mxref_configs", None)
     )
+    own = declare(
+        candidate,
+        getattr(target, "mxref_points", None),
+        getattr(target, "mxref_accumulation", None),
+        getattr(target, "mxref_covers", None),
+    )
+    return declare(own, points, accumulation, covers)
 
 
 def declare(
-    candidate: Candidate, points: Sequence[str] | str | None, accumulation: Accumulation | str | None
+    candidate: Candidate,
+    points: Sequence[str] | str | None,
+    accumulation: Accumulation | str | None,
+    covers: Subset | str | None = None,
 ) -> Candidate:
     """The candidate with another declaration; None leaves what it has.
 
     Raises:
-        ValueError: a rounding point or an accumulation is not in its list.
+        ValueError: a rounding point or an accumulation is not in its list, or the part of the domain is not understood.
     """
+    if isinstance(covers, str):
+        covers = parse_subset(covers)
+    if covers is not None:
+        if not isinstance(covers, Subset):
+            raise ValueError(f"mxref_covers is {type(covers).__name__}; expected text such as 'forward, gates=none'")
+        candidate = replace(candidate, covers=covers)
     if isinstance(points, str):
         points = points.replace(" ", "").split(",")
     if points is not None:

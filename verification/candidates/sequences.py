@@ -58,7 +58,7 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
         run_state_machine_as_test(Machine, settings=profile)
     except _DifferentError as error:
         return list(error.answers)
-    except Exception as error:  # whatever a candidate raises is part of its answer
+    except (Exception, SystemExit) as error:  # whatever a candidate raises is part of its answer
         return [Answer({}, error=error)]
     return list(seen[-1]) if seen else []
 
@@ -140,6 +140,7 @@ class _Calls(RuleBasedStateMachine):
     def backward(self, index: int, retain: bool) -> None:
         """Gradients of an earlier call, one of several; after a change in place they may be refused."""
         pending = self.pending[index % len(self.pending)]
+        retain = retain and not self.candidate.covers.one_backward
         self.script.append(f"gradients({pending.name}{', retain_graph=True' if retain else ''})")
         try:
             gradients = self.candidate.gradients(self.samples[pending.which], pending.y, pending.leaves, retain)

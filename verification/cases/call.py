@@ -67,7 +67,8 @@ class Call:
                     torch.use_deterministic_algorithms(True, warn_only=True)
                 yield
             finally:
-                torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+                if self.context == "deterministic":  # otherwise it is the candidate's to leave alone
+                    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def lay_out(x: Tensor, layout: Layout) -> Tensor:

@@ -1,6 +1,7 @@
 """A subset of the domain that a candidate declares to cover, in the domain's own words.
 
 forward                no gradients
+one backward           no second backward pass over a retained graph, as in what torch.compile makes
 gates=none             one class, or several: routing=uniform|empty experts
 rank>=16               a number: rows, experts, K, N, rank or slots; also <=, = and a|b
 """
@@ -56,16 +57,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class Subset:
-    """Conditions that all hold; `forward`: gradients are not covered."""
+    """Conditions that all hold; `forward`: gradients are not covered; `one_backward`: nor are two over one graph."""
 
     conditions: tuple[Condition, ...] = ()
     forward: bool = False
+    one_backward: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.conditions) or self.forward
+        return bool(self.conditions) or self.forward or self.one_backward
 
     def __str__(self) -> str:
-        return ", ".join([*(["forward"] if self.forward else []), *map(str, self.conditions)])
+        words = {"forward": self.forward, "one backward": self.one_backward}
+        return ", ".join([*(word for word, said in words.items() if said), *map(str, self.conditions)])
 
     def holds(self, case: Case) -> bool:
         """Whether a case lies within."""
@@ -91,18 +94,18 @@ def parse_subset(text: str) -> Subset:
     Raises:
         ValueError: a condition is not understood, or names no dimension or class of the domain.
     """
-    conditions, forward = [], False
+    conditions, words = [], set[str]()
     for part in filter(None, (part.strip() for part in text.split(","))):
-        if part == "forward":
-            forward = True
+        if part in ("forward", "one backward"):
+            words.add(part)
             continue
         form = _FORM.fullmatch(part)
         if form is None:
-            raise ValueError(f"{part!r} is no condition; expected forward, DIMENSION=CLASS|CLASS or rank>=16")
+            raise ValueError(f"{part!r} is no condition; expected forward, one backward, DIMENSION=CLASS or rank>=16")
         condition = Condition(form[1], form[2], tuple(value.strip() for value in form[3].split("|")))
         _check(condition)
         conditions.append(condition)
-    return Subset(tuple(conditions), forward)
+    return Subset(tuple(conditions), "forward" in words, "one backward" in words)
 
 
 def _check(condition: Condition) -> None:

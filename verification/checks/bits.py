@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from mxref.verification.candidates.answer import Answer, Outputs
-from mxref.verification.checks.elements import name_of, raised
+from mxref.verification.cases.case import Sample
+from mxref.verification.checks.elements import axes_of, name_of, raised
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, Finding, Status
+from mxref.verification.checks.patterns import Axis, patterns
 from mxref.verification.checks.values import equal, inside_intervals
 
 __all__ = ["a_configuration", "same_bits", "same_values"]
@@ -28,13 +30,10 @@ def same_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]
         first = None if answer.like is None else answers[answer.like]
         if first is None or first.error is not None:
             continue
-        for finding in _compare(case, first.outputs, answer.outputs, answer.circumstance):
+        for finding in _compare(case, first.outputs, answer.outputs, answer.circumstance, expected.sample):
             earlier = findings.get((case, finding.tensor))
             if earlier is None or earlier.ok:
                 findings[case, finding.tensor] = finding
-        if not first.outputs:
-            reason = "the candidate has no backward pass"
-            findings[case, "all"] = Finding("", case, "all", Status.NOT_COVERED, reason, 0, 0)
     return list(findings.values())
 
 
@@ -63,7 +62,9 @@ def a_configuration(answers: Sequence[Answer], expected: Expectation) -> list[Fi
     return [*findings, Finding("", expected.sample.case.name, "dispatch", status, reason, 0, 0)]
 
 
-def _compare(case: str, expected: Outputs, got: Outputs, circumstance: str) -> list[Finding]:
+def _compare(
+    case: str, expected: Outputs, got: Outputs, circumstance: str, sample: Sample | None = None
+) -> list[Finding]:
     """One finding a tensor: whether both runs gave the same bits."""
     findings = []
     for tensor, x in expected.items():
@@ -82,11 +83,23 @@ def _compare(case: str, expected: Outputs, got: Outputs, circumstance: str) -> l
         where = tuple(int(index) for index in different.nonzero()[0])
         value, other = float(x[where].double()), float(again[where].double())
         fresh = int((again.double().isnan() & ~x.double().isnan()).sum())
-        reason = f"other bits {circumstance}: {count} of {x.numel()} elements"
+        axes = [] if sample is None else axes_of(sample, tensor)
+        found = _common(different, again, x, axes)
+        reason = f"other bits {circumstance}: {''.join(f'{each}; ' for each in found)}{count} of {x.numel()} elements"
         reason += f", {fresh} of them NaN" if fresh else ""
         shown = Counterexample(where, other, value, value, value)
-        findings.append(Finding("", case, tensor, Status.FAIL, reason, x.numel(), count, counterexample=shown))
+        findings.append(
+            Finding("", case, tensor, Status.FAIL, reason, x.numel(), count, counterexample=shown, patterns=found)
+        )
     return findings
+
+
+def _common(different: Tensor, got: Tensor, expected: Tensor, axes: Sequence[Axis]) -> tuple[str, ...]:
+    """What the elements that differ have in common, if their axes are known and whole."""
+    whole = len(axes) == different.ndim and all(
+        group.numel() == size for axis, size in zip(axes, different.shape, strict=True) for _, group in axis.groups
+    )
+    return tuple(patterns(different, got.double(), expected.double(), axes)) if whole else ()
 
 
 def _same(a: Outputs, b: Outputs) -> bool:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from traceback import TracebackException
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mxref.formats import MX_BLOCK_SIZE
+from mxref.not_covered import NotCovered
 from mxref.rounding import round_to
 from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.arithmetic.metrics import rms, ulp_error
-from mxref.verification.candidates.answer import Answer, Outputs
+from mxref.verification.candidates.answer import Answer, Outputs, UnusableAnswerError
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.finding import Counterexample, ErrorSample, Finding, FloatArray, Status
+from mxref.verification.checks.patterns import Axis, patterns
 
-__all__ = ["Comparison", "comparable", "compare", "name_of", "raised", "unexpected"]
+__all__ = ["Comparison", "axes_of", "comparable", "compare", "name_of", "raised", "unexpected"]
 
 _OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 _PLOT_POINTS = 20_000
+_HERE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,21 @@ class Comparison:
     allowed: Tensor  # accepted distance on the side where `got` lies
     ulps: Tensor
 
-    def finding(self, case: str, tensor: str, status: Status, reason: str) -> Finding:
-        """Largest and RMS error, share of the bound, and the first element outside."""
+    def finding(
+        self, case: str, tensor: str, status: Status, reason: str, axes: Sequence[Axis] | None = None
+    ) -> Finding:
+        """Largest and RMS error, share of the bound, the first element outside, and what all of those have in common.
+
+        `axes`: of the tensor, see `axes_of`; None where they are not known.
+        """
         exact, elements = self.interval.exact, self.got.numel()
         violations = elements - int(self.inside.sum())
-        counterexample = None
+        counterexample, found = None, list[str]()
         if violations:
-            status, reason = Status.FAIL, f"{violations} of {elements} elements outside what is accepted"
-            counterexample = self._first_outside()
+            if axes is not None and len(axes) == self.got.ndim:
+                found = patterns(~self.inside, self.got, exact, axes)
+            reason = "; ".join([*found, f"{violations:,} of {elements:,} elements outside what is accepted"])
+            status, counterexample = Status.FAIL, self._first_outside()
         finite = torch.isfinite(self.got) & torch.isfinite(exact)
         ulps, distance = self.ulps[finite], (self.got - exact).abs()[finite]
         share = torch.where(distance == 0, 0.0, distance / self.allowed[finite])
@@ -49,7 +62,7 @@ class Comparison:
             max_ulp=float(ulps.abs().max()) if any_left else None,
             rms_ulp=rms(ulps) if any_left else None,
             bound_share=float(share.max()) if any_left else None,
-            counterexample=counterexample,
+            counterexample=counterexample, patterns=tuple(found),
         )  # fmt: skip
 
     def sample(self, case: str, tensor: str) -> ErrorSample:
@@ -97,22 +110,45 @@ def comparable(
     shape, dtypes = _form(sample, tensor)
     elements = int(np.prod(shape))
 
-    def finding(status: Status, reason: str) -> Finding:
-        return Finding("", case, tensor, status, reason, elements, elements if status is Status.FAIL else 0)
+    def finding(reason: str) -> Finding:
+        return Finding("", case, tensor, Status.FAIL, reason, elements, elements)
 
     if tensor not in answer.outputs:
-        return finding(Status.NOT_COVERED, "the candidate does not compute it")
+        return finding("the candidate does not compute it")
     got = answer.outputs[tensor]
     if got is None:
-        return finding(Status.FAIL, f"no gradient reached {_OPERAND[tensor]}" if tensor in _OPERAND else "no output")
+        return finding(f"no gradient reached {_OPERAND[tensor]}" if tensor in _OPERAND else "no output")
     if tuple(got.shape) != shape:
-        return finding(Status.FAIL, f"has shape {tuple(got.shape)}; expected {shape}")
+        return finding(f"has shape {tuple(got.shape)}; expected {shape}")
     if got.dtype not in dtypes:
-        return finding(Status.FAIL, f"is {got.dtype}; expected {dtypes[0]}")
+        return finding(f"is {got.dtype}; expected {dtypes[0]}")
     rows = answer.rows.get(tensor)
     if rows is None or interval is None:
         return got, interval
     return got[rows], Interval(interval.low[rows], interval.high[rows], interval.exact[rows])
+
+
+def axes_of(sample: Sample, tensor: str) -> list[Axis]:
+    """The axes of a result: what a row or a column of it is, and which expert's."""
+    problem, slots = sample.problem, sample.case.gate_slots
+    E, r, device = problem.E, problem.rank, problem.device
+    order = problem.sorted_expert_idxs.long()
+    experts = torch.where(order < E, order, -1)  # of each routed row, in expert order
+    by_position = torch.empty_like(experts).index_copy_(0, problem.row_positions(), experts)
+    own = torch.arange(E * r, device=device) // max(1, r)
+    column, k_column = Axis("column"), Axis("column", block=MX_BLOCK_SIZE)
+    rows = Axis("row", (("expert", experts if problem.grouped_out else by_position),))
+    if tensor == "dX":
+        of_x = experts if problem.grouped_in else by_position if problem.k == 1 else None
+        return [Axis("row", () if of_x is None else (("expert", of_x),)), k_column]
+    return {
+        "Y": [Axis("token") if slots else rows, column],
+        "dA": [Axis("row", (("expert", own),)), k_column],
+        "dB": [Axis("row"), Axis("column", (("expert", own),))],
+        "dbias": [Axis("expert"), column],
+        "dgates": [Axis("token"), Axis("slot")],
+        "W": [Axis("expert"), Axis("row"), k_column],
+    }.get(tensor, [])
 
 
 def name_of(answer: Answer, sample: Sample) -> str:
@@ -121,12 +157,28 @@ def name_of(answer: Answer, sample: Sample) -> str:
 
 
 def raised(answer: Answer, case: str) -> Finding:
-    """What a candidate raised, as a finding; NotImplementedError means that it does not cover the case."""
+    """What a candidate raised, as a finding; `NotCovered` means that it declines the case."""
     error = answer.error
     assert error is not None
+    if isinstance(error, NotCovered):
+        return Finding("", case, "all", Status.NOT_COVERED, str(error) or "NotCovered", 0, 0)
+    said = str(error)
+    if not isinstance(error, UnusableAnswerError):
+        lines = said.strip().splitlines() or [""]
+        said = f"raised {type(error).__name__}: {lines[0]}{' …' if len(lines) > 1 else ''}"
     if isinstance(error, NotImplementedError):
-        return Finding("", case, "all", Status.NOT_COVERED, str(error) or "NotImplementedError", 0, 0)
-    return Finding("", case, "all", Status.FAIL, f"raised {type(error).__name__}: {error}", 0, 0)
+        said += " (what is not supported is declined by mxref.NotCovered, or declared by --covers)"
+    return Finding("", case, "all", Status.FAIL, said, 0, 0, trace=_trace(error))
+
+
+def _trace(error: BaseException) -> str:
+    """The candidate's own traceback: without our frames above it."""
+    told = TracebackException.from_exception(error)
+    own = [
+        number for number, frame in enumerate(told.stack) if not Path(frame.filename).resolve().is_relative_to(_HERE)
+    ]
+    told.stack[:] = told.stack[own[0] :] if own else []
+    return "".join(told.format()).strip()
 
 
 def unexpected(outputs: Outputs, case: str, expected: Mapping[str, object]) -> list[Finding]:

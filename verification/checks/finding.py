@@ -21,7 +21,7 @@ class Status(StrEnum):
     FAIL = "fail"
     WEAK = "weak pass"  # inside an order-free bound only: the accumulation was not declared
     WORSE = "worse than baseline"  # right, but less accurate than what was accepted for this architecture
-    NOT_COVERED = "not covered"  # the candidate declined the case (NotImplementedError)
+    NOT_COVERED = "not covered"  # the candidate declined the case (mxref.NotCovered)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Finding:
     Errors in ulp are signed distances to the fp64 reference in units of the tensor's own dtype; `bound_share` is the
     largest fraction of its own accepted interval that an element used (at most 1 on a pass). All three are None
     where no element could be compared. `details` holds further finite numbers and words by name, for the report, and
-    `picture` what a plot needs.
+    `picture` what a plot needs. `id` names the item for `mxref gate --rerun`, `problem` says what a failed one
+    was asked about, `trace` is the candidate's own traceback, `patterns` what its wrong elements have in common.
     """
 
     check: str
@@ -100,6 +101,10 @@ class Finding:
     counterexample: Counterexample | None = None
     details: Mapping[str, float | str] = field(default_factory=dict, hash=False)
     picture: ErrorSample | DriftMap | None = field(default=None, compare=False, repr=False)
+    id: str = ""
+    problem: Mapping[str, str | int | float] = field(default_factory=dict, hash=False)
+    trace: str = field(default="", repr=False)
+    patterns: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -122,4 +127,4 @@ def _plain(value: Any) -> Any:
     """A value as strict JSON has it."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value

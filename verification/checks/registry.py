@@ -29,7 +29,7 @@ from mxref.verification.checks.operators import equal_operators, refused, right_
 from mxref.verification.checks.ratios import right_exponents, right_signs
 from mxref.verification.checks.values import decoded_bits, equal, inside_intervals
 
-__all__ = ["BASELINE", "CHECKS", "Asked", "Check", "why"]
+__all__ = ["BASELINE", "CHECKS", "STATE", "Asked", "Check", "why"]
 
 
 class Asked(StrEnum):
@@ -77,8 +77,8 @@ class Check:
 
 
 def why() -> dict[str, str]:
-    """Name -> why, of every check and of the baseline."""
-    return {check.name: check.why for check in (*CHECKS, BASELINE)}
+    """Name -> why, of every check, of the state and of the baseline."""
+    return {check.name: check.why for check in (*CHECKS, STATE, BASELINE)}
 
 
 def _small(cases: Callable[[str], list[Case]]) -> Cases:
@@ -254,6 +254,18 @@ CHECKS: tuple[Check, ...] = (
         "one run", Asked.OWN_ON_GPU, _small(small.integer_cases), asking_kernels.at_guard_pages, equal,
     ),
 )  # fmt: skip
+
+STATE = Check(
+    "state",
+    "After each case torch's global state is what it was before: default dtype and device, gradient mode, autocast, "
+    "deterministic mode, threads, products in TF32, subnormals, and random numbers, none of which the layer draws.",
+    "no run of its own",
+    Asked.ANY,
+    lambda scope: [],
+    lambda candidate, sample: [],
+    lambda answers, expected: [],
+)
+"""Held around every asking, see `gate.run`."""
 
 BASELINE = Check(
     "baseline",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import comparable, compare, name_of, raised, unexpected
+from mxref.verification.checks.elements import axes_of, comparable, compare, name_of, raised, unexpected
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
@@ -36,7 +36,8 @@ def equal(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
             output, interval = got
             assert interval is not None
             comparison = compare(output, interval)
-            findings.append(comparison.finding(case, tensor, Status.PASS, "equal to the reference"))
+            axes = axes_of(expected.sample, tensor) if output is answer.outputs[tensor] else None
+            findings.append(comparison.finding(case, tensor, Status.PASS, "equal to the reference", axes))
         findings += unexpected(answer.outputs, case, expected.exact)
     return findings
 
@@ -63,7 +64,7 @@ def inside_intervals(answers: Sequence[Answer], expected: Expectation) -> list[F
                 findings.append(got)
                 continue
             comparison = compare(got[0], interval)
-            finding = comparison.finding(case, tensor, status, reason)
+            finding = comparison.finding(case, tensor, status, reason, axes_of(expected.sample, tensor))
             findings.append(replace(finding, picture=comparison.sample(case, tensor)))
         findings += unexpected(answer.outputs, case, expected.accepted)
     return findings
@@ -88,7 +89,11 @@ def decoded_bits(answers: Sequence[Answer], expected: Expectation) -> list[Findi
         comparison = compare(got, Interval(exact, exact, exact))
         signs = (torch.signbit(got) == torch.signbit(decoded)) | torch.isnan(decoded)
         comparison = replace(comparison, inside=comparison.inside & signs)
-        findings.append(comparison.finding(case, "W", Status.PASS, "every bit equal to the reference"))
+        findings.append(
+            comparison.finding(
+                case, "W", Status.PASS, "every bit equal to the reference", axes_of(expected.sample, "W")
+            )
+        )
     return findings
 
 

@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "gate": "judge an implementation against the golden model",
+    "new-kernel": "write a file to start a kernel of your own from",
     "scoreboard": "judge implementations from elsewhere by the gate's checks",
     "mutants": "plant bugs in the kernels and see whether the checks notice",
     "calls": "judge a layer with planted bugs of how it is called: the checks must reject each",
@@ -63,7 +64,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             commands.add_parser(name, help=about)
             continue
         _choose_interpreter(argv)
-        module = import_module(f"{__name__}.{name}")
+        module = import_module(f"{__name__}.{name.replace('-', '_')}")
         command = commands.add_parser(
             name,
             help=about,

@@ -5,25 +5,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mxref.checkpoints import ExpertTensor, list_expert_tensors
-from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.loading import declare, load
-from mxref.verification.candidates.probe import runs_interpreted
-from mxref.verification.candidates.shipped import golden, shipped, torch_composite
-from mxref.verification.cases.scope import Scope
+from mxref.checkpoints import list_expert_tensors
 from mxref.verification.cli.options import choose_device, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.plan import Item, plan, plan_checkpoint
+from mxref.verification.gate.isolated import TIMEOUT, Entry, Refused, judge_apart, list_items
+from mxref.verification.gate.order import Order, Projections
 from mxref.verification.gate.result import GateResult
-from mxref.verification.gate.run import run_gate
 from mxref.verification.records import record, ulp_baseline
 from mxref.verification.records.gate_summary import gate_summary
 from mxref.verification.records.record import EVIDENCE
@@ -37,14 +34,18 @@ DESCRIPTION = (
     "intervals on a grid of cases."
 )
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 EPILOG = """\
 examples:
   mxref gate                                    judge this project's kernels, quick suite
   mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
   mxref gate --weights ./gpt-oss-20b --layers 0 judge on a checkpoint's expert weights
   mxref gate --case 'integer*' --kernel golden  a few cases only; the golden model against itself
+  mxref gate --kernel my.py:layer --shape 32,2880,5760,256,4,16 --dtype bfloat16    a problem of your own
 
-exit codes: 0 pass, 1 fail, 2 wrong use
+exit codes: 0 pass, within what is declared by --covers; 1 a failure, or something declined without having been
+declared; 2 wrong use, or a fault that is not the candidate's
 """
 
 
@@ -61,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--points", metavar="NAMES", help="declare other rounding points, comma-separated; 'contract' for none"
     )
     what.add_argument("--accumulation", metavar="NAME", help="declare how fp32 sums run, for instance fp32-blocks-32")
+    what.add_argument(
+        "--covers",
+        metavar="SUBSET",
+        help="declare the part of the domain that is supported, for instance 'forward, gates=none, rank>=16'",
+    )
     how = parser.add_argument_group("by which cases")
     size = how.add_mutually_exclusive_group()
     size.add_argument(
@@ -76,7 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated"
     )
     how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
-    how.add_argument("--list", action="store_true", help="print what would be asked, and stop")
+    how.add_argument("--list", action="store_true", help="print what this candidate would be asked, and stop")
+    how.add_argument("--rerun", metavar="ID", action="append", help="only the item of this identifier; may be repeated")
+    how.add_argument(
+        "--shape", metavar="E,K,N,M,k,r", type=_shape, help="a problem of your own instead: experts to rank"
+    )
+    how.add_argument("--dtype", choices=_DTYPES, help="with --shape: its activation dtype (default: float32)")
+    how.add_argument("--fail-fast", action="store_true", help="stop behind the first item that fails")
+    how.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=TIMEOUT,
+        help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times that",
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
@@ -109,24 +128,40 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: an argument does not fit this machine, these files or the others.
     """
+    try:
+        return _run(arguments)
+    except (UsageError, BrokenPipeError):
+        raise
+    except Exception as error:  # exit code 1 would blame the candidate
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        print(f"mxref: error: the gate itself went wrong, not the candidate: {what}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, arguments.require_gpu)
-    _check_record(arguments, device)
+    if arguments.record is not None and (device.type != "cuda" or not _own(arguments) or arguments.case):
+        raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
     if arguments.accept_baseline is not None and not _own(arguments):
         raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
-    candidate = _candidate(arguments, device)
-    items, suite = _items(arguments, candidate, device)
+    order = _order(arguments, device)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    if arguments.list:
-        _print_list(items, console)
-        return 0
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
-    result = _judge(candidate, items, device, suite, arguments)
+        if arguments.list:
+            _print_list(list_items(order), console)
+            return 0
+        _prepare(arguments.out)
+        result = _judge(order, arguments)
+    except Refused as error:
+        raise UsageError(str(error)) from None
     accepted = _baseline(result, device, arguments)
-    data, page = write(result, arguments.out)
     print_result(result, console, verbose=arguments.verbose)
+    try:
+        data, page = write(result, arguments.out)
+    except OSError as error:
+        print(f"mxref: error: --out {arguments.out}: {error.strerror or error}; no report is kept", file=sys.stderr)
+        return result.exit_code or 2
     console.print(f"report: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
     if accepted is not None:
         console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
@@ -136,10 +171,23 @@ def run(arguments: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def _prepare(folder: Path) -> None:
+    """A folder that can be written to, without the report of an earlier run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("gate.json", "gate.html"):
+            (folder / name).unlink(missing_ok=True)
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(b"mxref")
+    except OSError as error:
+        raise UsageError(f"--out {folder}: {error.strerror or error}") from None
+
+
 def _own(arguments: argparse.Namespace) -> bool:
     """Whether the shipped kernels are judged, as they declare themselves, on drawn cases."""
     a = arguments
-    return a.kernel == "shipped" and a.points is None and a.accumulation is None and a.weights is None
+    declared = a.points is not None or a.accumulation is not None or a.covers is not None
+    return a.kernel == "shipped" and not declared and a.weights is None and a.shape is None
 
 
 def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:
@@ -157,52 +205,39 @@ def _baseline(result: GateResult, device: torch.device, arguments: argparse.Name
         raise UsageError(f"--accept-baseline: {error}") from None
 
 
-def _check_record(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Evidence is a whole suite on this project's kernels, as they declare themselves, on a GPU."""
+def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
+    """What is asked for, as data."""
     a = arguments
-    partial = a.kernel != "shipped" or a.points or a.accumulation or a.weights is not None or a.case
-    if a.record is not None and (device.type != "cuda" or partial):
-        raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
-
-
-def _candidate(arguments: argparse.Namespace, device: torch.device) -> Candidate:
-    points = None
-    if arguments.points is not None:
-        points = [] if arguments.points == "contract" else arguments.points.replace(" ", "").split(",")
-    own = {"shipped": lambda: shipped(device), "golden": golden, "composite": torch_composite}
-    try:
-        if arguments.kernel not in own:
-            return load(arguments.kernel, points, arguments.accumulation)
-        return declare(own[arguments.kernel](), points, arguments.accumulation)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _items(arguments: argparse.Namespace, candidate: Candidate, device: torch.device) -> tuple[list[Item], str]:
-    """What will be judged, and what to call it."""
-    if arguments.weights is not None:
-        tensors, suite = _checkpoint(arguments.weights, arguments.layers)
-        experts = _experts(arguments.experts)
-        items = plan_checkpoint(arguments.weights, tensors, experts, device, arguments.seed)
-        suite += ", all experts" if experts is None else f", up to {experts} experts each"
-    elif arguments.layers is not None or arguments.experts is not None:
+    if a.weights is None and (a.layers is not None or a.experts is not None):
         raise UsageError("--layers and --experts choose from a checkpoint: give --weights too")
-    else:
-        suite = "full" if arguments.full else "quick"
-        scope = Scope(
-            "full" if arguments.full else "quick", device.type, arguments.seed, runs_interpreted(candidate, device)
-        )
-        items = plan(scope, own=candidate.operators is not None)
-    if arguments.case:
-        items = [item for item in items if item.fits(arguments.case)]
-        if not items:
-            raise UsageError(f"--case {' '.join(arguments.case)} matches no case; --list prints them")
-        suite += f", cases matching {' or '.join(arguments.case)}"
-    return items, suite
+    if a.weights is not None and a.shape is not None:
+        raise UsageError("--shape and --weights exclude each other: a checkpoint has its own shapes")
+    if a.dtype is not None and a.shape is None:
+        raise UsageError("--dtype is that of a problem of your own: give --shape too")
+    points = None
+    if a.points is not None:
+        points = () if a.points == "contract" else tuple(a.points.replace(" ", "").split(","))
+    return Order(
+        a.kernel, device.type, "full" if a.full else "quick", a.seed, points, a.accumulation, a.covers,
+        None if a.weights is None else _projections(a.weights, a.layers, a.experts),
+        a.shape, _DTYPES[a.dtype or "float32"], tuple(a.case or ()), tuple(a.rerun or ()),
+    )  # fmt: skip
 
 
-def _checkpoint(path: Path, layers: str | None) -> tuple[list[ExpertTensor], str]:
-    """The projections of the chosen layers, and what to call them."""
+def _suite(order: Order, arguments: argparse.Namespace) -> str:
+    """What to call it."""
+    if order.projections is None:
+        return ", ".join(filter(None, [order.suite if order.shape is None else "", order.narrowed]))
+    tensors, experts = order.projections.tensors, order.projections.experts
+    present = sorted({_layer(tensor.name) for tensor in list_expert_tensors(arguments.weights)})
+    layers = _ranges(sorted({_layer(tensor.name) for tensor in tensors}))
+    taken = "all experts" if experts is None else f"up to {experts} experts each"
+    about = f"checkpoint {arguments.weights}, layer {layers} of {len(present)}, {len(tensors)} projections, {taken}"
+    return about + (f", cases matching {' or '.join(order.patterns)}" if order.patterns else "")
+
+
+def _projections(path: Path, layers: str | None, experts: str | None) -> Projections:
+    """The projections of the chosen layers."""
     try:
         tensors = list_expert_tensors(path)
     except (OSError, ValueError) as error:
@@ -214,7 +249,8 @@ def _checkpoint(path: Path, layers: str | None) -> tuple[list[ExpertTensor], str
     if missing:
         raise UsageError(f"--layers {layers}: {path} has layers {_ranges(present)}; not {missing[0]}")
     chosen = [tensor for tensor in tensors if layer_of[tensor.name] in wanted]
-    return chosen, f"checkpoint {path}, layer {_ranges(wanted)} of {len(present)}, {len(chosen)} projections"
+    options = (*(("--layers", layers) if layers else ()), *(("--experts", experts) if experts else ()))
+    return Projections(path, tuple(chosen), _experts(experts), options)
 
 
 def _layer(name: str) -> int:
@@ -253,19 +289,43 @@ def _experts(text: str | None) -> int | None:
     return int(text or 4)
 
 
-def _judge(
-    candidate: Candidate, items: Sequence[Item], device: torch.device, suite: str, arguments: argparse.Namespace
-) -> GateResult:
-    done = iter(range(len(items)))
-    with Meter(len(items)) as meter:
-        return run_gate(
-            candidate, items, device, suite=suite, seed=arguments.seed, strict=arguments.strict,
-            on_item=lambda item: meter.show(f"{item.checks[0].name}: {item.name}", next(done)),
-        )  # fmt: skip
+def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
+    with Meter() as meter:
+        meter.show("loading the candidate")
+        return judge_apart(
+            order,
+            suite=_suite(order, arguments),
+            strict=arguments.strict,
+            timeout=arguments.timeout,
+            fail_fast=arguments.fail_fast,
+            on_item=lambda entry, done, total: meter.show(f"{entry.checks[0]}: {entry.case}", done, total),
+        )
 
 
-def _print_list(items: Sequence[Item], console: Console) -> None:
-    table = Table("check", "case", box=None, header_style="bright_black")
-    for item in items:
-        table.add_row(", ".join(check.name for check in item.checks), item.name)
+def _print_list(entries: Sequence[Entry], console: Console) -> None:
+    table = Table("id", "check", "case", box=None, header_style="bright_black")
+    for entry in entries:
+        table.add_row(entry.id, ", ".join(entry.checks), entry.case)
     console.print(table)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """An argparse type: E,K,N,M,k,r."""
+    numbers = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if len(numbers) != 6 or text.count(",") != 5:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected E,K,N,M,k,r such as 8,512,256,64,2,16")
+    E, K, N, _tokens, k, _rank = numbers
+    if not (E and K and N and k) or K % 32:
+        raise argparse.ArgumentTypeError(f"{text!r}: E, N and k must be at least 1, and K a multiple of 32")
+    return tuple(numbers)
+
+
+def _seconds(text: str) -> float:
+    """An argparse type: seconds above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected seconds above 0")
+    return seconds

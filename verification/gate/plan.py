@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from mxref.checkpoints import ExpertTensor, read_expert_weights
+from mxref.verification.cases import suites
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import usual_dtype
+from mxref.verification.cases.subset import Subset
 from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.expectation import slopes_of
-from mxref.verification.checks.registry import CHECKS, Check
+from mxref.verification.checks.finding import Finding
+from mxref.verification.checks.registry import CHECKS, Cases, Check
+from mxref.verification.gate.problem import problem_of
 
-__all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "slopes_in"]
+__all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "plan_problem", "slopes_in"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class Item:
         checks: at least one; all have the same `ask`.
         case: what is asked.
         draw: makes the sample.
+        seed: that it is made with.
     """
 
     checks: tuple[Check, ...]
     case: Case | TableCase
     draw: Callable[[], Sample | TableSample]
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -46,6 +53,18 @@ class Item:
     def fits(self, patterns: Sequence[str]) -> bool:
         """Whether the case's name, or that of one of its checks, fits one of the patterns: see `matches`."""
         return any(matches(name, patterns) for name in (self.name, *(check.name for check in self.checks)))
+
+    @cached_property
+    def id(self) -> str:
+        """Eight digits for what is asked, of what, with which seed: the same in every run that asks it."""
+        return sha256(f"{self.checks[0].name} {self.case} {self.seed}".encode()).hexdigest()[:8]
+
+    def named(self, finding: Finding) -> Finding:
+        """A finding of this item with its identifier and, if it failed, its problem."""
+        if finding.ok:
+            return replace(finding, id=self.id)
+        case = self.sample.case
+        return replace(finding, id=self.id, problem=problem_of(case, self.seed) if isinstance(case, Case) else {})
 
     @cached_property
     def sample(self) -> Sample | TableSample:
@@ -62,7 +81,7 @@ class Item:
 def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item]:
     """All that a candidate is asked within a scope, in the checks' order; `own`: it is this project's kernels."""
     device = torch.device(scope.device_type)
-    asked = [check for check in checks if check.is_for(own, device)]
+    asked = [check for check in checks if check.is_for(own, device) and _within(scope.subset, check)]
     items = []
     for _, alike in groupby(asked, key=lambda check: (id(check.ask), id(check.cases))):
         together = tuple(alike)
@@ -71,8 +90,13 @@ def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item
                 if not scope.subset.holds(case):
                     continue
                 case = scope.subset.of(case)
-            items.append(Item(together, case, _drawing(case, device, scope.seed)))
+            items.append(Item(together, case, _drawing(case, device, scope.seed), scope.seed))
     return items
+
+
+def _within(subset: Subset, check: Check) -> bool:
+    """Whether a check asks for something that the subset has."""
+    return check.name != "second backward" or not (subset.forward or subset.one_backward)
 
 
 def plan_cases(
@@ -81,28 +105,48 @@ def plan_cases(
     """Given cases: those whose sums are exact by equality, all others by the checks named in `values`."""
     by_name = {check.name: check for check in CHECKS}
     exact, drawn = (by_name["integer"],), tuple(by_name[name] for name in values)
-    return [Item(exact if case.exact else drawn, case, _drawing(case, device, seed)) for case in cases]
+    return [Item(exact if case.exact else drawn, case, _drawing(case, device, seed), seed) for case in cases]
 
 
-def plan_checkpoint(
-    path: Path, tensors: Sequence[ExpertTensor], experts: int | None, device: torch.device, seed: int
-) -> list[Item]:
+def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, scope: Scope) -> list[Item]:
+    """One problem of the user's own by every check of any candidate that fits it: exact, and with ordinary numbers.
+
+    Args:
+        sizes: E, K, N, M, k and r; r 0 for no LoRA.
+        dtype: activation dtype.
+        scope: where, with which seed; what lies outside its subset is left out.
+    """
+    E, K, N, M, k, r = sizes
+    plain = Case("plain", E, K, N, M, k, r, dtype, data="balanced")
+    gated = replace(plain, name="biases and gates", bias=True, gate_slots=k)
+    drawn = [plain, replace(gated, use_fused_dX=True, use_fused_gather=True)]
+    exact = [replace(case, name=f"integer, {case.name}", data="integer") for case in drawn]
+    behaviour = next(check.cases for check in CHECKS if check.name == "poison")
+    instead: dict[Cases, Cases] = {
+        suites.exact_cases: lambda scope: exact,
+        suites.ordinary_cases: lambda scope: drawn,
+        behaviour: lambda scope: drawn[:1],
+    }
+    checks = [replace(check, cases=instead[check.cases]) for check in CHECKS if check.cases in instead]
+    return plan(scope, own=False, checks=checks)
+
+
+def plan_checkpoint(path: Path, tensors: Sequence[ExpertTensor], experts: int | None, scope: Scope) -> list[Item]:
     """The decode in full, then a checkpoint's own expert weights under random activations and adapters, by intervals.
 
     Args:
         path: safetensors file or directory, see `mxref.checkpoints`.
         tensors: the projections to judge, from `list_expert_tensors`.
         experts: how many of each projection's experts, from the first; None for all.
-        device: where to judge.
-        seed: of everything that is not the checkpoint's.
+        scope: where to judge, and the seed of everything that is not the checkpoint's.
     """
     interval = tuple(check for check in CHECKS if check.name == "interval")
     decode = [check for check in CHECKS if check.name == "decode"]
-    items = plan(Scope("quick", device.type, seed), own=False, checks=decode)
+    items = plan(replace(scope, suite="quick"), own=False, checks=decode)
     for tensor in tensors:
         count = tensor.E if experts is None else min(experts, tensor.E)
         name = f"{tensor.name}, experts 0–{count - 1} of {tensor.E}"
-        items.append(Item(interval, Case(name), _reading(path, tensor, count, name, device, seed)))
+        items.append(Item(interval, Case(name), _reading(path, tensor, count, name, scope), scope.seed))
     return items
 
 
@@ -126,16 +170,15 @@ def _drawing(case: Case | TableCase, device: torch.device, seed: int) -> Callabl
     return lambda: draw(case, device, seed)
 
 
-def _reading(
-    path: Path, tensor: ExpertTensor, count: int, name: str, device: torch.device, seed: int
-) -> Callable[[], Sample]:
+def _reading(path: Path, tensor: ExpertTensor, count: int, name: str, scope: Scope) -> Callable[[], Sample]:
     def read() -> Sample:
         _, weights = next(iter(read_expert_weights(path, [tensor.name])))
-        weights = weights.select(torch.arange(count)).to(device)
+        weights = weights.select(torch.arange(count)).to(scope.device_type)
         slots = min(4, count)
         down = tensor.name.endswith("down_proj")
         options = {"grouped_in": True, "gate_slots": slots} if down else {"grouped_out": True}
-        dtype = usual_dtype(device.type)
-        return draw_for_weights(weights, name, top_k=slots, dtype=dtype, seed=seed, bias=True, **options)
+        dtype = usual_dtype(scope.device_type)
+        sample = draw_for_weights(weights, name, top_k=slots, dtype=dtype, seed=scope.seed, bias=True, **options)
+        return replace(sample, case=scope.subset.of(sample.case))
 
     return read

@@ -14,6 +14,7 @@ import torch
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Finding, Status
+from mxref.verification.checks.registry import BASELINE, STATE
 
 __all__ = ["GateResult", "describe_device"]
 
@@ -33,6 +34,10 @@ class GateResult:
         started: UTC, ISO 8601.
         seconds: wall-clock duration.
         versions: of the programs that took part.
+        narrowed: what the caller left of the suite, in words; empty for all of it.
+        command: that asks again, up to the identifier of an item; empty where there is none.
+        left_out: what could not be asked, and why, in a sentence.
+        faults: that are not the candidate's, one line each.
     """
 
     candidate: Candidate
@@ -45,6 +50,10 @@ class GateResult:
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: _versions())
+    narrowed: str = ""
+    command: str = ""
+    left_out: str = ""
+    faults: list[str] = field(default_factory=list)
 
     @property
     def samples(self) -> list[ErrorSample]:
@@ -61,26 +70,62 @@ class GateResult:
         return Counter(finding.status for finding in self.findings)
 
     @property
+    def declined(self) -> list[Finding]:
+        """What the candidate declined without having declared it."""
+        return [finding for finding in self._asked if finding.status is Status.NOT_COVERED]
+
+    @property
+    def _asked(self) -> list[Finding]:
+        """Findings of cases: neither a baseline, which may be missing, nor the state of torch is asked for."""
+        return [finding for finding in self.findings if finding.check not in (BASELINE.name, STATE.name)]
+
+    @property
+    def covered(self) -> float:
+        """Share of the questions, a check and a case each, that the candidate did not decline."""
+        asked = {(f.check, f.case) for f in self._asked}
+        return 1 - len({(f.check, f.case) for f in self.declined}) / len(asked) if asked else 0.0
+
+    @property
     def verdict(self) -> Status:
-        """The worst of the findings; NOT_COVERED when the candidate covers nothing at all."""
+        """The worst of the findings; NOT_COVERED when something was declined, or nothing was judged."""
         counts = self.counts()
         if counts[Status.FAIL]:
             return Status.FAIL
-        for status in (Status.WEAK, Status.WORSE):
-            if counts[status]:
-                return status
-        return Status.PASS if counts[Status.PASS] else Status.NOT_COVERED
+        if self.declined or not self._asked:
+            return Status.NOT_COVERED
+        return next((status for status in (Status.WEAK, Status.WORSE) if counts[status]), Status.PASS)
 
     @property
-    def title(self) -> str:
+    def word(self) -> str:
         """The verdict in one or two words."""
+        if self.exit_code == 2:
+            return "NO VERDICT"
+        if self.verdict is Status.NOT_COVERED and self.covered:
+            return "INCOMPLETE"
         if self.exit_code:
             return "FAIL"
         return {Status.WEAK: "WEAK PASS", Status.WORSE: "PASS, BUT WORSE"}.get(self.verdict, "PASS")
 
     @property
+    def qualification(self) -> str:
+        """What a pass is about where it is not about everything: declared by the candidate, or chosen by the caller."""
+        return "; ".join(filter(None, (str(self.candidate.covers), self.narrowed)))
+
+    @property
+    def title(self) -> str:
+        """The verdict, and of a pass what it is about."""
+        return f"{self.word} ({self.qualification} only)" if self.qualification and not self.exit_code else self.word
+
+    @property
     def exit_code(self) -> int:
-        """0 for a pass, 1 otherwise. A weak pass, a worse one and a gap in the coverage pass too, unless `strict`."""
+        """0 for a pass; 1 for what the candidate is to blame for; 2 for faults that it is not to blame for.
+
+        A weak pass and a worse one pass too, unless `strict`.
+        """
+        if self.faults and self.verdict is not Status.FAIL:
+            return 2
+        if self.left_out:
+            return 1
         if self.verdict in (Status.FAIL, Status.NOT_COVERED):
             return 1
         return int(self.strict and self.counts()[Status.PASS] < len(self.findings))

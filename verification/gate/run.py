@@ -11,10 +11,11 @@ import torch
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, default_accumulation
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.global_state import GlobalState
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import Check
+from mxref.verification.checks.registry import STATE, Check
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import GateResult, describe_device
 
@@ -34,6 +35,7 @@ def run_gate(
     suite: str,
     seed: int,
     strict: bool = False,
+    narrowed: str = "",
     on_item: Callable[[Item], None] = lambda item: None,
 ) -> GateResult:
     """Judge one candidate.
@@ -45,10 +47,11 @@ def run_gate(
         suite: what to call them in the report.
         seed: that they were made with.
         strict: see `GateResult.exit_code`.
+        narrowed: see `GateResult`.
         on_item: called before each one.
     """
     how = candidate.accumulation or default_accumulation(device)
-    result = GateResult(candidate, how, describe_device(device), suite, seed, strict)
+    result = GateResult(candidate, how, describe_device(device), suite, seed, strict, narrowed=narrowed)
     start, slopes = time.monotonic(), slopes_in(items)
     for item in items:
         on_item(item)
@@ -57,7 +60,13 @@ def run_gate(
     return result
 
 
-def judge(item: Item, candidate: Candidate, how: Accumulation, slopes: int | None = None) -> list[Finding]:
+def judge(
+    item: Item,
+    candidate: Candidate,
+    how: Accumulation,
+    slopes: int | None = None,
+    answered: Callable[[], None] = lambda: None,
+) -> list[Finding]:
     """What the checks of one item find: the candidate is run once for all of them.
 
     A candidate that declares no accumulation gets a second chance against the order-free bound; one that claims to be
@@ -68,15 +77,23 @@ def judge(item: Item, candidate: Candidate, how: Accumulation, slopes: int | Non
         candidate: what to judge.
         how: the accumulation that bounds are derived for.
         slopes: that are fitted in the whole run; None for this item's alone.
+        answered: called when the candidate has done its part. The reference is computed only then, so that no memory
+            the candidate gets has held it.
     """
-    sample = item.sample
+    sample, before = item.sample, GlobalState.now()
     answers = item.checks[0].ask(candidate, sample)
+    changes = GlobalState.now().changes(before)
+    before.restore()
+    answered()
     findings = _compare(item.checks, answers, _expectation(sample, candidate, how, slopes))
     by_interval = any(check.name == "interval" for check in item.checks)
     if by_interval and candidate.accumulation is None and not all(finding.ok for finding in findings):
         order_free = _expectation(sample, candidate, ACCUMULATIONS["undeclared"], slopes)
         findings = _weaker(findings, _compare(item.checks, answers, order_free))
-    return [_claimed(candidate, finding) for finding in findings]
+    if changes:
+        reason = f"left torch changed: {'; '.join(changes.values())}"
+        findings.append(Finding(STATE.name, item.name, "all", Status.FAIL, reason, 0, 0))
+    return [item.named(_claimed(candidate, finding)) for finding in findings]
 
 
 def _expectation(sample: object, candidate: Candidate, how: Accumulation, slopes: int | None) -> Expectation | object:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mxref.verification.bench.summary import markdown_table, summary
-from mxref.verification.checks.registry import BASELINE, CHECKS
+from mxref.verification.checks.registry import BASELINE, CHECKS, STATE
 from mxref.verification.records.freshness import State, survey
 from mxref.verification.records.record import EVIDENCE, KINDS
 
@@ -50,7 +50,7 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 
 
 def _checks() -> Iterator[str]:
-    rows = [[check.name, check.why, check.asked] for check in (*CHECKS, BASELINE)]
+    rows = [[check.name, check.why, check.asked] for check in (*CHECKS, STATE, BASELINE)]
     yield from markdown_table(["check", "what it sees", "who is asked"], rows, left=3)
 
 

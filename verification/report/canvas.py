@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,18 +57,17 @@ def squares(
         axes.add_patch(PathPatch(path, facecolor=color, linewidth=0, alpha=opacity, antialiased=False))
 
 
-def panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` small panels, three a row (four: two by two), with quiet axes."""
+def panels(count: int) -> tuple[list[Figure], list[Axes]]:
+    """So many small figures, one quiet pair of axes each: the page lays them side by side, as many as there is room."""
     from matplotlib.figure import Figure
 
-    columns = 2 if count == 4 else min(3, count)
-    rows = -(-count // columns)
-    width, height = 4.0 * columns, 2.9 * rows
-    figure = Figure(figsize=(width, height))
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    # Margins in inches, by hand: matplotlib's own layout would cost more time than the drawing.
-    figure.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.24, hspace=0.38)
-    for axes in grid:
+    width, height = 4.0, 2.9
+    figures, grid = [], []
+    for _ in range(count):
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots()
+        # Margins in inches, by hand: matplotlib's own layout would cost more time than the drawing.
+        figure.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height)
         axes.set_facecolor("none")
         axes.tick_params(colors=MUTED, labelsize=8, which="both", length=0)
         axes.grid(visible=True, color=GRID, linewidth=0.6)
@@ -75,9 +75,9 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(MUTED)
-    for axes in grid[count:]:
-        figure.delaxes(axes)
-    return figure, list(grid[:count])
+        figures.append(figure)
+        grid.append(axes)
+    return figures, grid
 
 
 def title(axes: Axes, tensor: str, note: str) -> None:
@@ -86,12 +86,18 @@ def title(axes: Axes, tensor: str, note: str) -> None:
     axes.set_title(note, loc="right", color=MUTED, fontsize=8)
 
 
-def svg(figure: Figure, label: str) -> str:
-    """The figure as one SVG element: its colours are CSS variables, its font the page's, its ids unique on a page."""
+def svg(figures: Sequence[Figure], label: str) -> str:
+    """An SVG element a figure: its colours are CSS variables, its font the page's, its ids unique on a page."""
+    return "".join(_svg(figure, label, number) for number, figure in enumerate(figures))
+
+
+def _svg(figure: Figure, label: str, number: int) -> str:
     import matplotlib
 
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": f"{label} {number}", "font.family": "sans-serif"}
+    ):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -99,7 +105,7 @@ def svg(figure: Figure, label: str) -> str:
     for placeholder, name in _CSS_NAME.items():
         text = text.replace(placeholder, f"var({name})")
     # Two pictures on one page would otherwise share ids such as "axes_1".
-    prefix = re.sub(r"[^a-z]+", "-", label.lower())
+    prefix = f"p{zlib.crc32(label.encode()):x}-{number}"
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     # HTML knows SVG's namespaces, and the page decides about the size: of the opening tag only the viewBox stays.
     opening = re.search(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', text, flags=re.DOTALL)

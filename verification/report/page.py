@@ -11,19 +11,20 @@ from typing import Any
 
 import jinja2
 
-from mxref.verification.arithmetic.bounds import TENSORS
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.checks.registry import why
+from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
+from mxref.verification.report.causes import Cause, causes
+from mxref.verification.report.words import FOOTNOTE, detail_text, many_ulp, plural, share_text, tensor_order, ulp_text
 
 __all__ = [
-    "as_html", "as_json", "facts", "failures", "headline", "share_text", "tensor_order", "ulp_text",
-    "write",
+    "as_html", "as_json", "facts", "failures", "headline", "write",
 ]  # fmt: skip
 
-SCHEMA = "mxref.gate/2"
-_SHOWN, _WORST, _A_CHECK = 60, 12, 4
+SCHEMA = "mxref.gate/3"
+_SHOWN, _WORST, _A_CHECK = 30, 12, 4
 _NOT_JUDGED = "not judged: "
 _BADGE = {
     Status.PASS: ("✓", "pass"),
@@ -36,29 +37,43 @@ _BADGE = {
 
 
 def headline(result: GateResult) -> str:
-    """The verdict in one sentence."""
+    """The verdict in one sentence, and what was not asked in another."""
+    return " ".join(filter(None, [_verdict(result), result.left_out]))
+
+
+def _verdict(result: GateResult) -> str:
     name, counts, total = result.candidate.name, result.counts(), len(result.findings)
-    if result.verdict is Status.NOT_COVERED:
-        return f"{name} covers none of the {total} judgements, so nothing speaks for it."
     if counts[Status.FAIL]:
         cases = len({f.case for f in result.findings if f.status is Status.FAIL})
         return (
-            f"{counts[Status.FAIL]} of {total} judgements contradict the contract, in {cases} {_plural(cases, 'case')}."
+            f"{counts[Status.FAIL]} of {total} judgements contradict the contract, in {cases} {plural(cases, 'case')}."
         )
+    if result.faults:
+        count = len(result.faults)
+        return (
+            f"No verdict: {count} {plural(count, 'item')} could not be judged for faults that are not the candidate's."
+        )
+    if not result.covered:
+        return f"{name} covers none of what it was asked, so nothing speaks for it."
+    if result.declined:
+        return (
+            f"{name} passes what it covers: {math.floor(100 * result.covered)} %. What it does not support it declined "
+            "without having declared it (--covers)."
+        )
+    within = f", within {result.qualification}" if result.qualification else ""
     strict = " Under --strict that is a failure." if result.exit_code else ""
     elements = sum(finding.elements for finding in result.findings if finding.status is not Status.NOT_COVERED)
-    gaps = f"; {counts[Status.NOT_COVERED]} are not covered" if counts[Status.NOT_COVERED] else ""
     if counts[Status.WEAK]:
         return (
             f"Nothing contradicts the contract, but {counts[Status.WEAK]} of {total} judgements hold only against the "
-            f"order-free bound, because no accumulation is declared{gaps}.{strict}"
+            f"order-free bound, because no accumulation is declared{within}.{strict}"
         )
     if counts[Status.WORSE]:
         return (
             f"Nothing contradicts the contract, but {counts[Status.WORSE]} of {total} judgements are worse than the "
-            f"accepted baseline{gaps}.{strict}"
+            f"accepted baseline{within}.{strict}"
         )
-    return f"All {counts[Status.PASS]} judgements of {elements:,} elements agree with the contract{gaps}.{strict}"
+    return f"All {counts[Status.PASS]} judgements of {elements:,} elements agree with the contract{within}.{strict}"
 
 
 def as_json(result: GateResult) -> dict[str, Any]:
@@ -68,6 +83,9 @@ def as_json(result: GateResult) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": str(result.verdict),
         "exit_code": result.exit_code,
+        "faults": result.faults,
+        "covered": round(result.covered, 4),
+        "only": result.qualification,
         "headline": headline(result),
         "counts": {str(status): counts[status] for status in Status},
         "candidate": {
@@ -75,6 +93,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
             "rounding_points": list(result.candidate.declared_points),
             "accumulation": str(result.accumulation),
             "accumulation_declared": result.candidate.accumulation is not None,
+            "covers": str(result.candidate.covers),
         },
         "run": {
             "device": result.device,
@@ -86,6 +105,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
             "versions": result.versions,
         },
         "checks": why(),
+        "causes": [_cause_json(cause, result.command) for cause in causes(result.findings)],
         "drift": [_map_json(drift) for drift in result.maps],
         "findings": [finding.as_json() for finding in result.findings],
     }
@@ -100,10 +120,11 @@ def as_html(result: GateResult) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(ulp=ulp_text, share=share_text, sign=lambda status: _BADGE[status][0])
+    environment.filters.update(ulp=ulp_text, many=many_ulp, share=share_text, sign=lambda status: _BADGE[status][0])
+    environment.filters["problem"] = problem_text
     environment.filters.update(detail=detail_text, bare=lambda name: name.removeprefix(_NOT_JUDGED))
     environment.filters["css"] = lambda status: _BADGE[status][1]
-    failed = failures(result)
+    failed, found = failures(result), causes(result.findings)
     drifted = {(f.case, f.tensor) for f in failed if f.check == "drift"}
     return environment.get_template("gate.html").render(
         result=result,
@@ -113,8 +134,9 @@ def as_html(result: GateResult) -> str:
         facts=facts(result),
         checks=why(),
         matrices=_matrices(result.findings),
-        failures=failed[:_SHOWN],
-        more_failures=max(0, len(failed) - _SHOWN),
+        causes=found[:_SHOWN],
+        more_causes=max(0, len(found) - _SHOWN),
+        failures=failed,
         worst=_worst(result.findings),
         histogram=plots.ulp_histogram(result.samples),
         cloud=plots.error_against_bound(result.samples),
@@ -123,6 +145,7 @@ def as_html(result: GateResult) -> str:
         drifted=len(drifted),
         limit=max((drift.critical for drift in result.maps), default=0.0),
         octaves=plots_drift.log2_ratios(result.maps),
+        footnote=FOOTNOTE,
         numbers=_numbers(result.findings),
         Status=Status,
     )
@@ -167,10 +190,18 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
         ("device", result.device),
         ("rounding points", points),
         ("accumulation", accumulation),
+        ("covers", str(candidate.covers) or "everything"),
         ("suite", f"{result.suite}, seed {result.seed}" + (", strict" if result.strict else "")),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
         ("run", f"{result.started}, {result.seconds:.1f} s"),
     ]
+
+
+def _cause_json(cause: Cause, command: str) -> dict[str, Any]:
+    """A cause as plain data: the finding that names it, how many look alike and where, and how to ask again."""
+    again = f"{command} --rerun {cause.naming.id}" if command and cause.naming.id else ""
+    told = {"naming": cause.naming.as_json(), "common": cause.common, "again": again}
+    return told | {"others": len(cause.others), "cases": cause.cases}
 
 
 def _matrices(findings: Iterable[Finding]) -> list[dict[str, Any]]:
@@ -218,39 +249,3 @@ def _map_json(drift: DriftMap) -> dict[str, Any]:
     z = [[None if math.isnan(value) else round(value, 3) for value in row] for row in drift.z.tolist()]
     counts = {str(octave): count for octave, count in drift.log2_ratio.items()}
     return vars(drift) | {"z": z, "log2_ratio": counts}
-
-
-def ulp_text(value: float | None) -> str:
-    """A size in ULP, short."""
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else str(value)
-    return f"{value:.2f}" if value < 100 else f"{value:.3g}"
-
-
-def detail_text(value: float | str | None) -> str:
-    """A detail, short: words as they are, numbers to four digits."""
-    return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
-
-
-def tensor_order(tensor: str) -> tuple[int, str]:
-    """Sort key: the order of the computation, then anything else by name."""
-    return (TENSORS.index(tensor) if tensor in TENSORS else len(TENSORS), tensor)
-
-
-def share_text(value: float | None) -> str:
-    """A share of a bound: per cent inside, a multiple outside, "exact" for no error at all."""
-    if value is None:
-        return ""
-    if value == 0:
-        return "exact"
-    if value < 0.01:
-        return "< 1 %"
-    if value <= 1:
-        return f"{100 * value:.0f} %"
-    return "∞ ×" if not math.isfinite(value) else f"{value:.3g} ×"
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else noun + "s"

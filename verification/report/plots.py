@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mxref.verification.checks.finding import ErrorSample
 from mxref.verification.report.canvas import FAIL, MUTED, SERIES, in_order, panels, squares, svg, title
+from mxref.verification.report.words import share_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ def ulp_histogram(samples: Sequence[ErrorSample]) -> str:
     groups = _by_tensor(samples)
     if not groups:
         return ""
-    figure, grid = panels(len(groups))
+    figures, grid = panels(len(groups))
     for axes, (tensor, members) in zip(grid, groups.items(), strict=True):
         errors = np.concatenate([np.asarray(s.ulp_error, dtype=np.float64) for s in members])
         comparable = errors[np.isfinite(errors)]
@@ -64,7 +65,7 @@ def ulp_histogram(samples: Sequence[ErrorSample]) -> str:
         note = f"{exact:.1f} % within half an ULP" + (f", {lost:,} NaN or inf" if lost else "")
         title(axes, tensor, note)
         axes.set_xlabel("signed error, ULP", color=MUTED)
-    return svg(figure, "Signed error in units in the last place, by tensor")
+    return svg(figures, "Signed error in units in the last place, by tensor")
 
 
 def error_against_bound(samples: Sequence[ErrorSample]) -> str:
@@ -84,7 +85,7 @@ def error_against_bound(samples: Sequence[ErrorSample]) -> str:
     groups = _by_tensor(samples)
     if not groups:
         return ""
-    figure, grid = panels(len(groups))
+    figures, grid = panels(len(groups))
     for axes, (tensor, members) in zip(grid, groups.items(), strict=True):
         error = np.abs(np.concatenate([np.asarray(s.error, dtype=np.float64) for s in members]))
         bound = np.concatenate([np.asarray(s.bound, dtype=np.float64) for s in members])
@@ -113,9 +114,9 @@ def error_against_bound(samples: Sequence[ErrorSample]) -> str:
         axes.set_xlim(x_low, x_high)
         axes.set_ylim(y_low, y_high)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(5, integer=True))
+            axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
             axis.set_major_formatter(lambda value, _: f"1e{value:.0f}")
-    return svg(figure, "Relative error against the derived bound, by tensor")
+    return svg(figures, "Relative error against the derived bound, by tensor")
 
 
 def share_of_bound(samples: Sequence[ErrorSample]) -> str:
@@ -134,7 +135,7 @@ def share_of_bound(samples: Sequence[ErrorSample]) -> str:
     groups = _by_tensor(samples)
     if not groups:
         return ""
-    figure, grid = panels(len(groups))
+    figures, grid = panels(len(groups))
     for axes, (tensor, members) in zip(grid, groups.items(), strict=True):
         shares = [_shares(sample) for sample in members]
         together = np.concatenate(shares)
@@ -149,14 +150,14 @@ def share_of_bound(samples: Sequence[ErrorSample]) -> str:
         axes.plot(at, _distribution(together, at), color=SERIES, linewidth=1.8)
         axes.set_xlim(_LEAST_SHARE, right)
         axes.set_ylim(0, 104)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(lambda exponent, _: _share_label(exponent))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        most = f"{100 * together.max():.2g} %" if together.max() else "nothing"
+        most = share_text(float(together.max())) if together.max() else "nothing"
         note = f"{outside:,} of {together.size:,} beyond" if outside else f"the largest used {most}"
         title(axes, tensor, note)
         axes.set_xlabel("error / bound", color=MUTED)
-    return svg(figure, "Distribution of error over bound, by tensor")
+    return svg(figures, "Distribution of error over bound, by tensor")
 
 
 def _shares(sample: ErrorSample) -> NDArray[np.float64]:

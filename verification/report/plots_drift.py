@@ -53,10 +53,10 @@ def drift_maps(maps: Sequence[DriftMap], failed: Collection[tuple[str, str]] = (
     ranked = sorted(bad or fitted, key=_largest, reverse=True)
     first = {drift.tensor: drift for drift in reversed(ranked)}
     chosen = sorted(ranked, key=lambda drift: drift is not first[drift.tensor])[: _FAILING if bad else _PASSING]
-    figure, grid = panels(len(chosen))
+    figures, grid = panels(len(chosen))
     for axes, drift in zip(grid, chosen, strict=True):
         _heat(axes, drift)
-    return svg(figure, "Significance of drift by expert and column tile")
+    return svg(figures, "Significance of drift by expert and column tile")
 
 
 def log2_ratios(maps: Sequence[DriftMap]) -> str:
@@ -76,7 +76,7 @@ def log2_ratios(maps: Sequence[DriftMap]) -> str:
             counts.setdefault(drift.tensor, Counter()).update(drift.log2_ratio)
     if not counts:
         return ""
-    figure, grid = panels(len(counts))
+    figures, grid = panels(len(counts))
     for axes, tensor in zip(grid, in_order(counts), strict=True):
         shown: Counter[int] = Counter()
         for octave, count in counts[tensor].items():
@@ -95,7 +95,7 @@ def log2_ratios(maps: Sequence[DriftMap]) -> str:
         off = counts[tensor].total() - counts[tensor][0]
         title(axes, tensor, f"{off:,} of {counts[tensor].total():,} beside 0" if off else "all at 0")
         axes.set_xlabel("log2 |result / exact|, rounded", color=MUTED)
-    return svg(figure, "Powers of two between result and exact value, by tensor")
+    return svg(figures, "Powers of two between result and exact value, by tensor")
 
 
 def _heat(axes: Axes, drift: DriftMap) -> None:

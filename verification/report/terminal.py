@@ -13,13 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
-from mxref.verification.report.page import facts, failures, headline, share_text, tensor_order, ulp_text
+from mxref.verification.report.causes import Cause, causes
+from mxref.verification.report.page import facts, headline
+from mxref.verification.report.words import FOOTNOTE, many_ulp, share_text, tensor_order, ulp_text
 
 __all__ = ["print_result"]
 
+_TITLE = 80
+"""Letters of a title; what a pass is about stands in the sentence below in full."""
 _SHOWN = 6
-"""Failures printed in full, each the worst of its check and tensor."""
+"""Causes printed in full."""
 _STYLE = {
     Status.FAIL: ("✗", "red"),
     Status.WEAK: ("≈", "yellow"),
@@ -33,23 +38,26 @@ _STYLE = {
 def print_result(result: GateResult, console: Console, verbose: bool = False) -> None:
     """Failures in detail, the findings by check and tensor (`verbose`: one by one), and the verdict last."""
     console.print(_every_finding(result.findings) if verbose else _by_check_and_tensor(result.findings))
-    alike: dict[tuple[str, str], list[Finding]] = {}
-    for finding in failures(result):
-        alike.setdefault((finding.check, finding.tensor), []).append(finding)
-    for worst, *others in list(alike.values())[:_SHOWN]:
-        console.print(_failure(worst, [finding.case for finding in others]))
-    if alike:
-        console.print("[red]The report lists every failure.[/]\n")
+    if any(many_ulp(finding) for finding in result.findings):
+        console.print(Text(f"{FOOTNOTE}\n", style="bright_black"))
+    found = causes(result.findings)
+    for cause in found[:_SHOWN]:
+        console.print(_failure(cause, result.command, verbose))
+    if len(found) > _SHOWN:
+        console.print(f"[red]{len(found) - _SHOWN} further causes are in the report.[/]\n")
     for status in (Status.WEAK, Status.WORSE, Status.NOT_COVERED):
         reasons = Counter(finding.reason for finding in result.findings if finding.status is status)
         for reason, count in reasons.items():
             console.print(Text.assemble((f"{status}, {count} ×: ", _STYLE[status][1]), reason))
+    for fault in result.faults:
+        console.print(Text.assemble(("not the candidate's fault: ", "red"), fault))
     about = Table.grid(padding=(0, 2))
     for name, value in facts(result):
         about.add_row(Text(name, style="bright_black"), Text(value))
     passed = result.exit_code == 0
     colour = "red" if not passed else _STYLE[result.verdict][1]
-    title = f"[bold {colour}] {result.title} [/]"
+    short = result.title if len(result.title) <= _TITLE else f"{result.word} (a part only)"
+    title = f"[bold {colour}] {escape(short)} [/]"
     console.print(Panel(Group(Text(headline(result), style="bold"), "", about), title=title, border_style=colour))
 
 
@@ -76,7 +84,7 @@ def _by_check_and_tensor(findings: Iterable[Finding]) -> RenderableType:
             tensor,
             str(len(members)),
             f"{sum(finding.elements for finding in members):,}",
-            ulp_text(_largest(finding.max_ulp for finding in members)),
+            ulp_text(_largest(finding.max_ulp for finding in members)) + max(map(many_ulp, members)),
             _bar(_largest(finding.bound_share for finding in members)),
             verdict,
         )
@@ -95,29 +103,43 @@ def _every_finding(findings: Iterable[Finding]) -> RenderableType:
             escape(finding.case),
             finding.tensor,
             f"{finding.elements:,}",
-            ulp_text(finding.max_ulp),
+            ulp_text(finding.max_ulp) + many_ulp(finding),
             _bar(finding.bound_share),
         )
     return table
 
 
-def _failure(finding: Finding, also_in: list[str]) -> RenderableType:
-    """What a person needs to reproduce and understand one failure, and where else the same tensor failed."""
-    rows = Table.grid(padding=(0, 2))
-    rows.add_row(Text("why", style="bright_black"), Text(finding.reason))
+def _failure(cause: Cause, command: str, verbose: bool) -> RenderableType:
+    """What a person needs to understand one cause and to ask again; `verbose`: the candidate's traceback too."""
+    finding, rows = cause.naming, Table.grid(padding=(0, 2))
+
+    def row(name: str, value: str, style: str = "") -> None:
+        rows.add_row(Text(name, style="bright_black"), Text(value, style=style))
+
+    row("why", finding.reason)
     example = finding.counterexample
     if example is not None:
-        where = f"{finding.tensor}[{', '.join(map(str, example.coordinate))}]"
-        rows.add_row(Text("first at", style="bright_black"), Text(where))
-        rows.add_row(Text("got", style="bright_black"), Text(f"{example.got:.9g}", style="red"))
-        rows.add_row(Text("expected", style="bright_black"), Text(f"{example.expected:.9g}", style="green"))
-        ends = "exactly this" if example.low == example.high else f"[{example.low:.9g}, {example.high:.9g}]"
-        rows.add_row(Text("accepted", style="bright_black"), Text(ends))
+        row("first at", f"{finding.tensor}[{', '.join(map(str, example.coordinate))}]")
+        row("got", f"{example.got:.9g}", "red")
+        row("expected", f"{example.expected:.9g}", "green")
+        row("accepted", "exactly this" if example.low == example.high else f"[{example.low:.9g}, {example.high:.9g}]")
         if example.note:
-            rows.add_row(Text("note", style="bright_black"), Text(example.note))
-    if also_in:
-        names = "; ".join(also_in[:3]) + (f"; and {len(also_in) - 3} more" if len(also_in) > 3 else "")
-        rows.add_row(Text("also in", style="bright_black"), Text(names))
+            row("note", example.note)
+    if finding.problem:
+        row("problem", problem_text(finding.problem))
+    if cause.common:
+        row("in common", problem_text(cause.common))
+    if cause.others:
+        cases = cause.cases
+        names = "; ".join(cases[:3]) + (f"; and {len(cases) - 3} more" if len(cases) > 3 else "")
+        seen = sorted({f"{other.check} {other.tensor}" for other in cause.others})
+        row("also", f"{len(cause.others)} findings ({', '.join(seen[:6])}{', …' if len(seen) > 6 else ''})")
+        if names:
+            row("also in", names)
+    if finding.id and command:
+        row("again", f"{command} --rerun {finding.id}")
+    if verbose and finding.trace:
+        row("trace", finding.trace)
     title = f"[red]✗[/] {finding.check} · {escape(finding.case)} · [bold]{finding.tensor}[/]"
     return Panel(rows, title=title, title_align="left", border_style="red", expand=False)
 

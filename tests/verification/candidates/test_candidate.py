@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from judging import ask, integers
 from torch import Tensor
 
 import mxref
-from mxref.problem import Problem
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import load
@@ -44,40 +44,95 @@ def test_plain_pytorch_rounds_where_the_contract_does() -> None:
         assert torch.equal(mine, theirs), tensor
 
 
-def test_a_keyword_the_callable_lacks_is_a_gap_only_where_it_matters() -> None:
-    signature = Problem.__annotations__.keys() - {"gates"}
+def lacking(missing: str, instead: str = "") -> Candidate:
+    """The golden model behind a signature that lacks one keyword, and has another in its place."""
 
-    def no_gates(**operands: Any) -> Tensor:
-        assert operands.keys() <= signature
+    def call(**operands: Any) -> Tensor:
+        operands.pop(instead, None)
         return mxref.parallel_linear_lora(**operands)
 
-    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(signature)]
-    no_gates.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    candidate = Candidate("no gates", no_gates)
-    plain = Case("plain", 2, 64, 96, 9, 2, 4, bias=True, use_fused_dX=True)
-    assert {finding.status for finding in ask("interval", candidate, draw(plain))} == {Status.PASS}
+    names = inspect.signature(mxref.parallel_linear_lora).parameters.keys() - {missing} | ({instead} - {""})
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(names)]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return Candidate("lacking", call)
+
+
+def test_a_keyword_the_callable_lacks_is_a_failure_where_a_call_needs_it() -> None:
+    plain = Case("plain", 2, 64, 96, 9, 2, 4, bias=True)
+    assert {finding.status for finding in ask("interval", lacking("gates"), draw(plain))} == {Status.PASS}
+    (finding,) = ask("interval", lacking("gates"), draw(SMALL))
+    assert finding.status is Status.FAIL
+    assert "takes no argument 'gates'. " in finding.reason
+    (finding,) = ask("interval", lacking("gates", "gate"), draw(SMALL))
+    assert "takes no argument 'gates'; the nearest that it has is 'gate'" in finding.reason
+    fused = replace(plain, use_fused_dX=True)
+    (finding,) = ask("interval", lacking("use_fused_dX", "use_fused_dx"), draw(fused))
+    assert "'use_fused_dx'" in finding.reason
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda **operands: mxref.parallel_linear_lora(**operands).detach(), "declare `--covers forward`"),
+        (lambda **operands: mxref.parallel_linear_lora(**operands)[:-1], "Y has shape (8, 96); expected (9, 96)"),
+    ],
+)
+def test_what_cannot_be_judged_fails(call: Any, reason: str) -> None:
+    (finding,) = ask("interval", Candidate("unusable", call), draw(SMALL))
+    assert finding.status is Status.FAIL
+    assert reason in finding.reason
+
+
+def test_torch_s_own_not_implemented_error_is_no_declining() -> None:
+    def unsupported(**operands: Any) -> Tensor:
+        raise NotImplementedError("'addmm' not implemented for 'Float8'")
+
+    (finding,) = ask("interval", Candidate("unsupported", unsupported), draw(SMALL))
+    assert finding.status is Status.FAIL
+    assert "mxref.NotCovered" in finding.reason
+
+
+class Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise mxref.NotCovered("gradients")
+
+
+def test_a_backward_pass_may_decline_too() -> None:
+    candidate = Candidate("half", lambda **operands: Half.apply(mxref.parallel_linear_lora(**operands)))
     (finding,) = ask("interval", candidate, draw(SMALL))
-    assert finding.status is Status.NOT_COVERED
-    assert "'gates'" in finding.reason
-
-
-def test_a_detached_result_covers_the_forward_alone() -> None:
-    candidate = Candidate("detached", lambda **operands: mxref.parallel_linear_lora(**operands).detach())
-    statuses = {finding.tensor: finding.status for finding in ask("interval", candidate, draw(SMALL))}
-    assert statuses.pop("Y") is Status.PASS
-    assert set(statuses.values()) == {Status.NOT_COVERED}
+    assert (finding.status, finding.reason) == (Status.NOT_COVERED, "gradients")
 
 
 def test_the_candidate_works_on_copies() -> None:
     def scribble(**operands: Any) -> Tensor:
         out = mxref.parallel_linear_lora(**operands)
         operands["inputs"].detach().zero_()
-        return out.detach()
+        return out
 
     sample = draw(SMALL)
     before = sample.problem.inputs.clone()
-    Candidate("scribble", scribble).run(sample)
+    Candidate("scribble", scribble).trace(sample)
     assert torch.equal(sample.problem.inputs, before)
+
+
+@pytest.mark.gpu
+def test_work_left_on_another_stream_is_noticed() -> None:
+    def late(**operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(**operands)
+        out, stream = torch.zeros_like(y), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            out = out + y
+        return out
+
+    (finding,) = ask("interval", Candidate("late", late), draw(SMALL, "cuda"))
+    assert "Y changed after the call had returned" in finding.reason
 
 
 @pytest.fixture
@@ -93,11 +148,14 @@ def layer(**operands):
     return parallel_linear_lora(**operands)
 layer.mxref_points = ("z-unrounded",)
 layer.mxref_accumulation = "fp32-blocks-32"
+layer.mxref_covers = "forward, gates=none"
 class holder:
     layer = staticmethod(layer)
 number = 3
 def odd(): ...
 odd.mxref_points = "rounded-twice"
+def part(): ...
+part.mxref_covers = "gates=purple"
 """
 
     def test_declarations_come_from_the_callable_or_the_caller(self, tmp_path: Path) -> None:
@@ -106,9 +164,11 @@ odd.mxref_points = "rounded-twice"
         own = load(f"{file}:layer")
         assert own.declared_points == ("z-unrounded",)
         assert own.accumulation == ACCUMULATIONS["fp32-blocks-32"]
+        assert str(own.covers) == "forward, gates=none"
         assert own.points(torch.bfloat16).z is False
         told = load(f"{file}:holder.layer", [], "undeclared")
         assert told.declared_points == ()
+        assert str(load(f"{file}:layer", covers="rank>=16").covers) == "rank>=16"
         assert told.accumulation == ACCUMULATIONS["undeclared"]
 
     def test_modules_of_the_current_folder_come_after_installed_ones(
@@ -124,7 +184,12 @@ odd.mxref_points = "rounded-twice"
 
     @pytest.mark.parametrize(
         ("attribute", "message"),
-        [("absent", "has no 'absent'"), ("number", "expected a callable"), ("odd", "'rounded-twice' is unknown")],
+        [
+            ("absent", "has no 'absent'"),
+            ("number", "expected a callable"),
+            ("odd", "'rounded-twice' is unknown"),
+            ("part", "'purple' is no class of gates"),
+        ],
     )
     def test_errors_say_what_is_wrong(self, tmp_path: Path, attribute: str, message: str) -> None:
         file = tmp_path / "mine.py"

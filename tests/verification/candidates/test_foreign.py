@@ -155,5 +155,5 @@ def test_axolotl_gets_zeros_for_an_adapter_that_is_not_there(fake_axolotl: Any) 
 
 
 def test_axolotl_declines_rows_of_other_ranks(fake_axolotl: Any) -> None:
-    with pytest.raises(NotImplementedError, match="drops rows of other ranks"):
+    with pytest.raises(mxref.NotCovered, match="drops rows of other ranks"):
         foreign.axolotl(**draw(CPU["sentinels"]).problem.arguments())

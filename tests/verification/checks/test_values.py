@@ -10,7 +10,7 @@ import torch
 from judging import ask, ask_about_decoding, integers, quick
 from torch import Tensor
 
-from mxref import parallel_linear_lora
+from mxref import NotCovered, parallel_linear_lora
 from mxref.formats import fp4_codebook
 from mxref.problem import Problem
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
@@ -149,7 +149,7 @@ def test_malformed_results_fail_with_a_reason(after: Callable[[Outputs], None], 
 
 def test_exceptions_are_findings() -> None:
     def refuse(problem: Problem) -> Problem:
-        raise NotImplementedError("no gates")
+        raise NotCovered("no gates")
 
     def crash(problem: Problem) -> Problem:
         raise RuntimeError("illegal memory access")
@@ -159,7 +159,7 @@ def test_exceptions_are_findings() -> None:
         assert (declined.status, declined.reason) == (Status.NOT_COVERED, "no gates")
         assert (crashed.status, crashed.reason) == (Status.FAIL, "raised RuntimeError: illegal memory access")
     left_out = judge(Golden(after=lambda outputs: outputs.pop("dX")))
-    assert left_out["dX"].status is Status.NOT_COVERED
+    assert left_out["dX"].status is Status.FAIL
     assert left_out["Y"].status is Status.PASS
 
 
@@ -251,7 +251,7 @@ def test_a_decode_of_the_wrong_form_or_that_raises_is_a_finding() -> None:
         return decode_mxfp4(weights, dtype)[:, :7]
 
     def absent(weights: MXWeights, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError
+        raise NotCovered
 
     assert "decode returned (2, 7, 256)" in ask_about_decoding(Golden(decode=half), BF16)[-1].reason
     assert ask_about_decoding(Golden(decode=absent), BF16)[-1].status is Status.NOT_COVERED

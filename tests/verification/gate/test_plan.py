@@ -7,15 +7,16 @@ import torch
 
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.subset import parse_subset
 from mxref.verification.cases.suites import Suite
 from mxref.verification.checks.registry import CHECKS, Asked
-from mxref.verification.gate.plan import matches, plan, plan_cases
+from mxref.verification.gate.plan import Item, matches, plan, plan_cases
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def names(suite: Suite, device: torch.device, own: bool) -> set[str]:
-    return {check.name for item in plan(suite, device, 0, own) for check in item.checks}
+    return {check.name for item in plan(Scope(suite, device.type), own) for check in item.checks}
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
@@ -77,3 +78,18 @@ def test_items_are_chosen_by_case_or_by_check() -> None:
 )
 def test_names_and_patterns(name: str, patterns: list[str], fits: bool) -> None:
     assert matches(name, patterns) is fits
+
+
+def test_what_a_candidate_does_not_cover_is_not_asked() -> None:
+    def asked(covers: str) -> list[Item]:
+        return plan(Scope("quick", "cpu", subset=parse_subset(covers)), own=False)
+
+    every, forward = asked(""), asked("forward")
+    assert "second backward" in {check.name for item in every for check in item.checks}
+    for covers in ("forward", "one backward"):
+        assert "second backward" not in {check.name for item in asked(covers) for check in item.checks}
+    assert all(not item.case.call.wants("dX") for item in forward if isinstance(item.case, Case))
+    assert any(item.case.call.wants("dX") for item in asked("one backward") if isinstance(item.case, Case))
+    ungated = [item.case for item in asked("gates=none") if isinstance(item.case, Case)]
+    assert 0 < len(ungated) < len(every)
+    assert not any(case.gate_slots for case in ungated)

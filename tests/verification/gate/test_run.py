@@ -17,8 +17,11 @@ from mxref.verification.candidates.loading import declare
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.subset import parse_subset
+from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS
+from mxref.verification.gate import run as run_module
 from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
 from mxref.verification.gate.result import GateResult
 from mxref.verification.gate.run import run_gate
@@ -33,7 +36,7 @@ def judged(candidate: Candidate, *cases: Case, strict: bool = False) -> GateResu
 
 
 def result_of(*statuses: Status, strict: bool = False) -> GateResult:
-    findings = [Finding("interval", "case", f"T{i}", status, "", 1, 0) for i, status in enumerate(statuses)]
+    findings = [Finding("interval", f"case {i}", "T", status, "", 1, 0) for i, status in enumerate(statuses)]
     how = ACCUMULATIONS["fp32-blocks-64"]
     return GateResult(golden(), how, "device", "suite", 0, strict, findings)
 
@@ -42,7 +45,8 @@ def result_of(*statuses: Status, strict: bool = False) -> GateResult:
     ("statuses", "title", "code", "strict_code"),
     [
         ([Status.PASS, Status.PASS], "PASS", 0, 0),
-        ([Status.PASS, Status.NOT_COVERED], "PASS", 0, 1),
+        ([Status.PASS, Status.NOT_COVERED], "INCOMPLETE", 1, 1),
+        ([Status.WEAK, Status.NOT_COVERED], "INCOMPLETE", 1, 1),
         ([Status.PASS, Status.WEAK], "WEAK PASS", 0, 1),
         ([Status.WEAK, Status.FAIL], "FAIL", 1, 1),
         ([Status.NOT_COVERED, Status.NOT_COVERED], "FAIL", 1, 1),
@@ -88,10 +92,9 @@ def test_declared_rounding_points_are_what_is_judged() -> None:
         return out.to(torch.bfloat16)
 
     def forward_only(points: tuple[str, ...]) -> Status:
-        candidate = Candidate(
-            "unrounded", lambda **o: unrounded_z(**o).detach(), points, ACCUMULATIONS["fp32-blocks-16"]
-        )
-        return next(f.status for f in judged(candidate, case).findings if f.tensor == "Y")
+        candidate = Candidate("unrounded", unrounded_z, points, ACCUMULATIONS["fp32-blocks-16"])
+        (finding,) = judged(candidate, parse_subset("forward").of(case)).findings
+        return finding.status
 
     assert forward_only(("z-unrounded",)) is Status.PASS
     assert forward_only(()) is Status.FAIL
@@ -99,7 +102,7 @@ def test_declared_rounding_points_are_what_is_judged() -> None:
 
 def test_what_a_complete_candidate_declines_is_a_failure() -> None:
     def declines(**operands: object) -> Tensor:
-        raise NotImplementedError("not today")
+        raise mxref.NotCovered("not today")
 
     assert judged(Candidate("partial", declines), SMALL).findings[0].status is Status.NOT_COVERED
     finding = judged(Candidate("complete", declines, complete=True), SMALL).findings[0]
@@ -153,7 +156,7 @@ def test_a_false_alarm_of_drift_is_shared_by_the_whole_run() -> None:
 
 def test_what_is_declined_everywhere_passes_nothing() -> None:
     def declines(**operands: Any) -> Tensor:
-        raise NotImplementedError("nothing is supported")
+        raise mxref.NotCovered("nothing is supported")
 
     result = run_gate(Candidate("nothing", declines), plan(Scope("small", "cpu"), own=False), CPU, suite="", seed=0)
     assert {finding.status for finding in result.findings} == {Status.NOT_COVERED}
@@ -168,3 +171,42 @@ def test_a_candidate_that_ends_its_process_fails() -> None:
     """Its exit code, 0, would read as a pass."""
     (finding,) = judged(Candidate("exits", exits), SMALL).findings
     assert (finding.status, finding.reason) == (Status.FAIL, "raised SystemExit: 0")
+
+
+def test_global_state_that_is_left_changed_is_a_finding_and_is_put_back() -> None:
+    def leaks(**operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(**operands)
+        torch.use_deterministic_algorithms(True)
+        torch.set_grad_enabled(False)
+        return y
+
+    findings = judged(Candidate("leaks", leaks), SMALL).findings
+    (state,) = (finding for finding in findings if finding.check == "state")
+    assert state.status is Status.FAIL
+    assert "deterministic algorithms changed" in state.reason
+    assert "gradients enabled changed" in state.reason
+    assert torch.is_grad_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "state" not in {finding.check for finding in judged(golden(), SMALL).findings}
+
+
+def test_the_reference_is_computed_after_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(run_module, "Expectation", lambda *given: seen.append("reference") or Expectation(*given))
+
+    def call(**operands: Any) -> Tensor:
+        seen.append("candidate")
+        return mxref.parallel_linear_lora(**operands)
+
+    judged(Candidate("", call), SMALL)
+    assert seen == ["candidate", "reference"]
+
+
+def test_a_failure_carries_its_problem_and_its_identifier() -> None:
+    wrong = Candidate("wrong", lambda **operands: 2 * mxref.parallel_linear_lora(**operands))
+    items = plan_cases([SMALL], CPU, 3)
+    failed = [f for f in run_gate(wrong, items, CPU, suite="", seed=3).findings if not f.ok]
+    assert {finding.id for finding in failed} == {items[0].id}
+    sizes = {"E": 2, "K": 64, "N": 96, "M": 9, "k": 2, "r": 4, "dtype": "float32", "seed": 3, "biases": "yes"}
+    assert failed[0].problem.items() >= sizes.items()
+    assert plan_cases([SMALL], CPU, 4)[0].id != items[0].id

@@ -19,7 +19,8 @@ from mxref.verification.checks.finding import Counterexample, DriftMap, ErrorSam
 from mxref.verification.checks.registry import why
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift, terminal
-from mxref.verification.report.page import as_html, failures, headline, share_text, write
+from mxref.verification.report.page import as_html, failures, headline, write
+from mxref.verification.report.words import FOOTNOTE, share_text
 
 
 def errors(tensor: str, scale: float = 1.0) -> ErrorSample:
@@ -43,7 +44,8 @@ PASSED = Finding("interval", "small", "Y", Status.PASS, "inside", 96, 0, 1.5, 0.
 FAILED = Finding(
     "interval", "wide <case>", "dX", Status.FAIL, "3 of 64 outside", 64, 3, math.inf, 2.0, 7.5,
     Counterexample((4, 17), math.nan, 1.25, 1.2, 1.3, "NaN where the reference is a number"),
-    picture=errors("dX", 40.0),
+    picture=errors("dX", 40.0), id="0badcafe", problem={"E": 3, "K": 64, "dtype": "bfloat16", "biases": "yes"},
+    patterns=("column 63 of 64 only",), trace='File "mine.py", line 7, in layer',
 )  # fmt: skip
 WEAK = replace(PASSED, tensor="dA", status=Status.WEAK, reason="order-free only", picture=None)
 DECLINED = Finding("integer", "gates", "all", Status.NOT_COVERED, "no gates here", 0, 0)
@@ -61,7 +63,9 @@ MAPS = [STEADY.picture, DRIFTED.picture]
 def result_of(*findings: Finding, name: str = "candidate", strict: bool = False) -> GateResult:
     candidate = replace(golden(), name=name, declared_points=("z-unrounded",))
     how = ACCUMULATIONS["fp32-blocks-64"]
-    return GateResult(candidate, how, "some device", "quick", 7, strict, list(findings), "today", 1.5)
+    result = GateResult(candidate, how, "some device", "quick", 7, strict, list(findings), "today", 1.5)
+    result.command = "mxref gate --kernel candidate"
+    return result
 
 
 def test_json_is_strict_and_complete(tmp_path: Path) -> None:
@@ -71,7 +75,7 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     data = json.loads(data_file.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert data["schema"] == "mxref.gate/2"
+    assert data["schema"] == "mxref.gate/3"
     assert (data["verdict"], data["exit_code"]) == ("fail", 1)
     assert data["counts"] == {"pass": 3, "fail": 1, "weak pass": 1, "worse than baseline": 0, "not covered": 1}
     assert data["candidate"] == {
@@ -79,6 +83,7 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
         "rounding_points": ["z-unrounded"],
         "accumulation": "fp32-blocks-64",
         "accumulation_declared": False,
+        "covers": "",
     }
     assert data["run"]["device"] == "some device"
     assert data["run"]["seed"] == 7
@@ -87,6 +92,9 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
     assert failed["max_ulp"] == "inf"
     assert failed["counterexample"]["got"] == "nan"
     assert failed["counterexample"]["coordinate"] == [4, 17]
+    assert (failed["problem"]["K"], failed["trace"]) == (64, 'File "mine.py", line 7, in layer')
+    assert failed["patterns"] == ["column 63 of 64 only"]
+    assert [cause["again"] for cause in data["causes"]] == ["mxref gate --kernel candidate --rerun 0badcafe"]
     assert data["checks"] == why()
 
 
@@ -102,23 +110,29 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 def test_the_page_says_the_verdict_and_the_element() -> None:
     html = as_html(result_of(*ALL))
     assert '<div class="word">FAIL</div>' in html
-    assert html.count("<svg ") == 5
+    assert html.count("<svg ") == 2 + 2 + 2 + 1 + 1  # a panel a tensor
     assert "[4, 17]" in html
     assert "NaN where the reference is a number" in html
     assert "wide &lt;case&gt;" in html
     for explanation in (why()["decode"], why()["integer"], why()["interval"]):
         assert explanation in html
     assert "z-unrounded" in html
-    assert "Worst offenders" in html
+    assert "mxref gate --kernel candidate --rerun 0badcafe" in html
+    assert "E=3 K=64, bfloat16, biases" in html
+    assert "line 7, in layer" in html
+    assert "Farthest outside" in html
     passed = as_html(result_of(PASSED, EXACT))
     assert '<div class="word">PASS</div>' in passed
     assert "What went wrong" not in passed
+    assert "Nearest to the limit" in passed
+    assert FOOTNOTE not in passed
+    assert FOOTNOTE in as_html(result_of(replace(PASSED, max_ulp=2e6)))
     assert "<script>" not in as_html(result_of(PASSED, name="<script>alert(1)</script>"))
 
 
 def test_failures_come_first() -> None:
     html = as_html(result_of(*ALL, DRIFTED))
-    worst = html[html.index("Worst offenders") : html.index("Signed error")]
+    worst = html[html.index("Farthest outside") : html.index("Signed error")]
     assert worst.index("7.5 ×") < worst.index("3.5 ×") < worst.index("25 %")
     assert failures(result_of(DRIFTED, FAILED)) == [FAILED, DRIFTED]
 
@@ -197,7 +211,19 @@ def test_the_terminal_names_case_tensor_and_element(verbose: bool) -> None:
     terminal.print_result(result_of(*ALL), console, verbose=verbose)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    for expected in ("wide <case>", "dX[4, 17]", "nan", "1.25", "[1.2, 1.3]", "no gates here", "FAIL", "some device"):
+    assert ("line 7, in layer" in text) == verbose
+    for expected in (
+        "--rerun 0badcafe",
+        "E=3 K=64, bfloat16, biases",
+        "wide <case>",
+        "dX[4, 17]",
+        "nan",
+        "1.25",
+        "[1.2, 1.3]",
+        "no gates here",
+        "FAIL",
+        "some device",
+    ):
         assert expected in text
     if verbose:
         assert text.index("✗ fail") < text.index("✓ pass")
@@ -207,11 +233,11 @@ def test_the_terminal_names_case_tensor_and_element(verbose: bool) -> None:
     ("findings", "strict", "expected"),
     [
         ((PASSED, EXACT), False, "All 2 judgements of 4,192 elements agree with the contract."),
-        ((PASSED, DECLINED), False, "All 1 judgements of 96 elements agree with the contract; 1 are not covered."),
-        ((PASSED, DECLINED), True, "Under --strict that is a failure"),
+        ((PASSED, DECLINED), False, "candidate passes what it covers: 50 %."),
+        ((PASSED, WEAK), True, "Under --strict that is a failure"),
         ((PASSED, WEAK), False, "hold only against the order-free bound"),
         ((PASSED, FAILED), False, "1 of 2 judgements contradict the contract, in 1 case."),
-        ((DECLINED,), False, "covers none of the 1 judgements"),
+        ((DECLINED,), False, "covers none of what it was asked"),
     ],
 )
 def test_headline(findings: tuple[Finding, ...], strict: bool, expected: str) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from mxref.verification.candidates.asking import once
+from mxref.verification.candidates.processes import Limits
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import drawn_cases, smallest
@@ -34,7 +35,6 @@ from mxref.verification.studies.mutation.questions import FOREIGN, questions
 from mxref.verification.studies.mutation.runner import Outcome, Setting, run
 from mxref.verification.studies.mutation.session import FalseKillError, Fate, judge
 from mxref.verification.studies.mutation.sources import Place, read_sources
-from mxref.verification.studies.processes import Limits
 
 SOURCES = read_sources()
 CPU = torch.device("cpu")

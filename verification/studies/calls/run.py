@@ -10,13 +10,13 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate.plan import Item, plan
 from mxref.verification.gate.run import judge
 from mxref.verification.studies.calls.layer import Bug, Layer
-from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
 __all__ = ["HONEST", "Judged", "NotHonestError", "judge_bugs", "payload"]
 

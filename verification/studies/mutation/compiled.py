@@ -21,10 +21,10 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from mxref.verification.candidates.processes import FROM_OUTSIDE
 from mxref.verification.studies.mutation.child import import_kernels, write_sources
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.sources import Source
-from mxref.verification.studies.processes import FROM_OUTSIDE
 
 __all__ = ["same_code"]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
+from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.gate.plan import Item
 from mxref.verification.studies.mutation.child import Said, Task, run_child
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.questions import IMPORT, is_open
 from mxref.verification.studies.mutation.sources import Source
-from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
 __all__ = ["Outcome", "Setting", "run"]
 

@@ -17,6 +17,7 @@ import torch
 from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.known import OWN, entry
+from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.elements import all_elements
 from mxref.verification.cases.scope import Scope, Suite
@@ -25,7 +26,6 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.plan import Item, plan, slopes_in
 from mxref.verification.gate.result import describe_device
 from mxref.verification.gate.run import judge
-from mxref.verification.studies.processes import Ended, Job, Limits, Pool
 
 __all__ = ["Board", "Failure", "Row", "run_scoreboard"]
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from mxref.verification.studies.processes import Ended, Job, Limits, Pool
+from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 
 Send = Callable[[Any], None]
 

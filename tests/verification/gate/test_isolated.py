@@ -1,0 +1,173 @@
+"""Whatever becomes of the candidate's process, a verdict comes of it, and it names who is to blame."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.gate import isolated
+from mxref.verification.gate.isolated import Refused, judge_apart, list_items
+from mxref.verification.gate.order import Order
+from mxref.verification.gate.result import GateResult
+
+CANDIDATES = """
+import ctypes, os, signal, sys, time
+from pathlib import Path
+import torch
+import mxref
+
+def without_lora(do):
+    def layer(**operands):
+        y = mxref.parallel_linear_lora(**operands)
+        if operands["lora_A"] is None:
+            do()
+        return y
+    return layer
+
+def interrupt():
+    raise KeyboardInterrupt
+
+def spin():
+    while True:
+        pass
+
+def nothing():
+    pass
+
+ends = without_lora(lambda: os._exit(0))
+crashes = without_lora(lambda: os.kill(os.getpid(), signal.SIGSEGV))
+killed = without_lora(lambda: os.kill(os.getpid(), signal.SIGKILL))
+spins = without_lora(spin)
+exits = without_lora(lambda: sys.exit(0))
+interrupts = without_lora(interrupt)
+leaks = without_lora(lambda: torch.set_default_dtype(torch.float64))
+sets_device = without_lora(lambda: torch.set_default_device("meta"))
+honest = without_lora(nothing)
+
+def waits(**operands):
+    Path("waiting").write_text(str(os.getpid()))
+    time.sleep(3600)
+"""
+TWO = ("integer, gates", "integer, no LoRA")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (tmp_path / "candidates.py").write_text(CANDIDATES)
+    return tmp_path
+
+
+def judged(name: str, timeout: float = isolated.TIMEOUT, fail_fast: bool = False) -> GateResult:
+    order = Order(f"candidates.py:{name}", "cpu", patterns=TWO)
+    return judge_apart(order, suite="two cases", timeout=timeout, fail_fast=fail_fast)
+
+
+def failed(result: GateResult) -> list[Finding]:
+    return [finding for finding in result.findings if finding.status is Status.FAIL]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("ends", "its process ended itself with exit status 0"),
+        ("crashes", "its process crashed (SIGSEGV)"),
+        ("killed", "its process was killed (SIGKILL)"),
+        ("spins", "of processor time and was ended"),
+        ("exits", "raised SystemExit: 0"),
+        ("interrupts", "raised KeyboardInterrupt"),
+        ("leaks", "default dtype changed: float32 → float64"),
+        ("sets_device", "default device changed: cpu → meta"),
+    ],
+)
+def test_what_a_candidate_does_to_its_process_is_a_failure(name: str, reason: str) -> None:
+    result = judged(name, timeout=20.0)
+    (finding,) = failed(result)
+    assert reason in finding.reason
+    assert (result.word, result.exit_code, result.faults) == ("FAIL", 1, [])
+    assert any(f.case == "integer, gates" and f.status is Status.PASS for f in result.findings)
+
+
+def test_a_crash_says_where() -> None:
+    (finding,) = failed(judged("crashes"))
+    assert "candidates.py" in finding.trace
+    assert finding.id
+
+
+def test_an_honest_candidate_keeps_torch_s_state() -> None:
+    result = judged("honest")
+    assert (result.exit_code, result.title) == (0, "PASS (cases matching integer, gates or integer, no LoRA only)")
+    assert [(f.check, f.status) for f in result.findings][-1] == ("state", Status.PASS)
+
+
+def test_after_three_losses_the_rest_is_not_asked(folder: Path) -> None:
+    (folder / "ever.py").write_text(CANDIDATES + "\ndef ever(**o):\n    if Path('loaded').exists(): os._exit(3)\n"
+                                    "    Path('loaded').touch()\n    return honest(**o)\n")  # fmt: skip
+    result = judge_apart(Order("ever.py:ever", "cpu", patterns=("integer",)), suite="")
+    assert len(failed(result)) == 3
+    assert "items were not asked" in result.left_out
+    assert result.exit_code == 1
+
+
+def test_fail_fast_stops_at_the_first_failure() -> None:
+    result = judged("exits", fail_fast=True)
+    assert len(failed(result)) == 1
+    everything = judge_apart(Order("composite", "cpu", patterns=TWO), suite="")
+    assert everything.exit_code == 0
+    assert everything.left_out == ""
+
+
+def test_a_fault_of_ours_is_not_the_candidate_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = isolated._Run(Order("golden", "cpu"), "", False)
+    run.entries = [isolated.Entry("00000000", ("integer",), "a"), isolated.Entry("00000001", ("integer",), "b")]
+    run.hear(isolated._Asking(0))
+    run.hear(isolated._Fault("integer, a: OutOfMemoryError"))
+    run.hear(isolated._Judged(0, []))
+    run.hear(isolated._Asking(1, compared=True))
+    assert not run.lost(isolated.Ended(-signal.SIGKILL), "")
+    run.close()
+    assert (run.result.word, run.result.exit_code) == ("NO VERDICT", 2)
+    assert len(run.result.faults) == 2
+
+
+def test_what_cannot_be_carried_out_is_refused() -> None:
+    with pytest.raises(Refused, match=r"no file absent\.py"):
+        judge_apart(Order("absent.py:layer", "cpu"), suite="")
+    with pytest.raises(Refused, match="--rerun 00000000 matches nothing"):
+        list_items(Order("golden", "cpu", rerun=("00000000",)))
+
+
+def test_an_identifier_asks_one_item_again() -> None:
+    order = Order("golden", "cpu", patterns=TWO)
+    entries = list_items(order)
+    assert len({entry.id for entry in entries}) == len(entries) > 1
+    (again,) = list_items(Order("golden", "cpu", rerun=(entries[1].id,)))
+    assert again == entries[1]
+
+
+def test_the_process_dies_with_the_one_that_asks(folder: Path) -> None:
+    script = (
+        "from mxref.verification.gate.isolated import judge_apart; from mxref.verification.gate.order import Order\n"
+        "if __name__ == '__main__':\n    judge_apart(Order('candidates.py:waits', 'cpu'), suite='')\n"
+    )
+    (folder / "ask.py").write_text(script)
+    asking = subprocess.Popen([sys.executable, "ask.py"])
+    try:
+        while not (folder / "waiting").exists() or not (folder / "waiting").read_text():
+            assert asking.poll() is None
+            time.sleep(0.1)
+        child = int((folder / "waiting").read_text())
+    finally:
+        asking.kill()
+        asking.wait()
+    while Path(f"/proc/{child}").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+        time.sleep(0.1)
+    assert child != os.getpid()

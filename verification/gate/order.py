@@ -1,0 +1,133 @@
+"""An order to the gate as plain data: another process makes the same candidate and the same items from it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mxref.checkpoints import ExpertTensor
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.loading import declare, load
+from mxref.verification.candidates.probe import runs_interpreted
+from mxref.verification.candidates.shipped import golden, shipped, torch_composite
+from mxref.verification.cases.scope import Scope, Suite
+from mxref.verification.gate.plan import Item, plan, plan_checkpoint, plan_problem
+
+__all__ = ["Order", "Projections"]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """A checkpoint's expert weights to judge on.
+
+    Attributes:
+        path: file or folder.
+        tensors: to take from it.
+        experts: how many of each, from the first; None for all.
+        options: of the command line that chose them.
+    """
+
+    path: Path
+    tensors: Sequence[ExpertTensor]
+    experts: int | None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to judge, by what.
+
+    Attributes:
+        kernel: "shipped", "golden", "composite", `module:callable` or `path/to/file.py:callable`.
+        device_type: "cpu" or "cuda".
+        suite: "quick" or "full".
+        seed: of every draw.
+        points, accumulation, covers: declared in place of the candidate's own; None leaves what it has.
+        projections: a checkpoint in place of the suite.
+        shape: (E, K, N, M, k, r) of the one problem to judge in place of the suite.
+        dtype: its activation dtype.
+        patterns: only cases, or checks, that match one of these; all when empty.
+        rerun: only the items of these identifiers; all when empty.
+    """
+
+    kernel: str
+    device_type: str
+    suite: Suite = "quick"
+    seed: int = 0
+    points: tuple[str, ...] | None = None
+    accumulation: str | None = None
+    covers: str | None = None
+    projections: Projections | None = None
+    shape: tuple[int, int, int, int, int, int] | None = None
+    dtype: torch.dtype = torch.float32
+    patterns: tuple[str, ...] = ()
+    rerun: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where to judge."""
+        return torch.device(self.device_type)
+
+    @property
+    def narrowed(self) -> str:
+        """What it leaves of the suite, in words; empty for all of it."""
+        parts = []
+        if self.projections is not None:
+            parts.append(f"weights of {self.projections.path}")
+        if self.shape is not None:
+            parts.append(f"shape {','.join(map(str, self.shape))} in {str(self.dtype).removeprefix('torch.')}")
+        if self.patterns:
+            parts.append(f"cases matching {' or '.join(self.patterns)}")
+        if self.rerun:
+            parts.append(f"item {', '.join(self.rerun)}" if len(self.rerun) == 1 else f"{len(self.rerun)} items")
+        return ", ".join(parts)
+
+    @property
+    def command(self) -> str:
+        """The command line that asks the same, up to what narrows it."""
+        words = ["mxref", "gate", "--kernel", self.kernel, "--device", self.device_type, "--seed", str(self.seed)]
+        words += ["--full"] if self.suite == "full" else []
+        points = None if self.points is None else ",".join(self.points) or "contract"
+        declared = {"--points": points, "--accumulation": self.accumulation, "--covers": self.covers}
+        for option, value in declared.items():
+            words += [option, value] if value is not None else []
+        if self.projections is not None:
+            words += ["--weights", str(self.projections.path), *self.projections.options]
+        if self.shape is not None:
+            words += ["--shape", ",".join(map(str, self.shape)), "--dtype", str(self.dtype).removeprefix("torch.")]
+        return shlex.join(words)
+
+    def candidate(self) -> Candidate:
+        """The candidate, with its declarations.
+
+        Raises:
+            ValueError: it cannot be found or imported, or its declaration is not understood.
+        """
+        own = {"shipped": lambda: shipped(self.device), "golden": golden, "composite": torch_composite}
+        if self.kernel in own:
+            return declare(own[self.kernel](), self.points, self.accumulation, self.covers)
+        return load(self.kernel, self.points, self.accumulation, self.covers)
+
+    def items(self, candidate: Candidate) -> list[Item]:
+        """What the candidate is asked; one small call shows whether its kernels run interpreted.
+
+        Raises:
+            ValueError: nothing is left to ask.
+        """
+        interpreted = runs_interpreted(candidate, self.device)
+        scope = Scope(self.suite, self.device_type, self.seed, interpreted, candidate.covers)
+        if self.projections is not None:
+            items = plan_checkpoint(self.projections.path, self.projections.tensors, self.projections.experts, scope)
+        elif self.shape is not None:
+            items = plan_problem(self.shape, self.dtype, scope)
+        else:
+            items = plan(scope, own=candidate.operators is not None)
+        chosen = [item for item in items if item.fits(self.patterns) and (not self.rerun or item.id in self.rerun)]
+        if not chosen:
+            what = f"--rerun {' '.join(self.rerun)}" if self.rerun else f"--case {' '.join(self.patterns)}"
+            raise ValueError(f"{what} matches nothing that this candidate is asked; --list prints what it is asked")
+        return chosen

@@ -1,0 +1,78 @@
+"""A case in words: what a person needs to know of the problem behind a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+
+from mxref.verification.cases.call import Call
+from mxref.verification.cases.case import Case
+
+__all__ = ["problem_of", "problem_text"]
+
+_LAYOUTS = {
+    "x": "layout of x",
+    "adapters": "layout of A and B",
+    "others": "layout of biases and gates",
+    "weights": "layout of weights",
+    "dOut": "layout of dOut",
+    "index": "indices",
+    "needs": "gradients",
+    "mode": "gradient mode",
+    "context": "context",
+}
+_OPTIONS = {
+    "parameter_dtype": "parameters",
+    "routing": "routing",
+    "data": "values",
+    "special": "special",
+    "bias": "biases",
+    "gate_slots": "gates a token",
+    "gate_exponent": "gates times 2^",
+    "gate_values": "gates",
+    "zero_B": "B is zero",
+    "grouped_in": "grouped_in",
+    "grouped_out": "grouped_out",
+    "use_fused_dX": "use_fused_dX",
+    "use_fused_gather": "use_fused_gather",
+    "dense": "dense weights",
+}
+
+
+def problem_of(case: Case, seed: int) -> dict[str, str | int | float]:
+    """Sizes, dtype, scaling and seed, and whatever else differs from an ordinary call."""
+    told: dict[str, str | int | float] = {
+        "E": case.experts, "K": case.K, "N": case.N, "M": case.tokens, "k": case.top_k, "r": case.rank,
+        "dtype": _plain(case.dtype), "scaling": case.scaling, "seed": seed,
+    }  # fmt: skip
+    for words, thing in ((_OPTIONS, case), (_LAYOUTS, case.call)):
+        usual = {field.name: field.default for field in fields(Case if thing is case else Call)}
+        told |= {
+            word: _plain(getattr(thing, name)) for name, word in words.items() if getattr(thing, name) != usual[name]
+        }
+    return told | ({"classes": ", ".join(f"{d}={c}" for d, c in case.covers)} if case.covers else {})
+
+
+def problem_text(problem: Mapping[str, str | int | float]) -> str:
+    """The same in one line, without the names of classes."""
+    sizes = " ".join(f"{name}={problem[name]}" for name in ("E", "K", "N", "M", "k", "r") if name in problem)
+    others = [
+        _said(name, value) for name, value in problem.items() if name not in ("E", "K", "N", "M", "k", "r", "classes")
+    ]
+    return ", ".join(filter(None, [sizes, *others]))
+
+
+def _said(name: str, value: object) -> str:
+    return str(value) if name == "dtype" else name if value == "yes" else f"{name} {value}"
+
+
+def _plain(value: object) -> str | int | float:
+    if value is True:
+        return "yes"
+    if isinstance(value, int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)

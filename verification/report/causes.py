@@ -1,0 +1,87 @@
+"""Failures by cause: what looks like one bug stands together, led by the finding that names it best."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.checks.registry import CHECKS
+from mxref.verification.report.words import tensor_order
+
+__all__ = ["Cause", "causes"]
+
+_LAST = ("drift", "exponent", "sign", "interval")
+"""Checks of ordinary numbers name a bug less plainly than exact ones; of these, the best first."""
+_SEVERAL = 3
+"""Items whose problems have something in common that is more than chance."""
+_NAMING = [check.name for check in CHECKS if check.name not in _LAST] + list(_LAST)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Failures that look alike.
+
+    Attributes:
+        naming: the one that says most, on the smallest problem.
+        others: all further ones.
+    """
+
+    naming: Finding
+    others: tuple[Finding, ...]
+
+    @property
+    def cases(self) -> list[str]:
+        """Cases of the others, each once."""
+        return [case for case in dict.fromkeys(finding.case for finding in self.others) if case != self.naming.case]
+
+    @property
+    def common(self) -> dict[str, str | int | float]:
+        """What the problems of several failed items have in common beside the seed; empty for a single item."""
+        problems = {finding.id: finding.problem for finding in (self.naming, *self.others) if finding.problem}
+        if len(problems) < _SEVERAL:
+            return {}
+        entries = [set(problem.items()) for problem in problems.values()]
+        shared = set.intersection(*entries)
+        return {
+            name: value for name, value in self.naming.problem.items() if (name, value) in shared and name != "seed"
+        }
+
+
+def causes(findings: Sequence[Finding]) -> list[Cause]:
+    """The failures among the findings, grouped: those of one item stand together, and items whose failures that name
+    best say the same but for numbers.
+    """
+    items: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        if finding.status is Status.FAIL:
+            items.setdefault((finding.id, "" if finding.id else finding.case), []).append(finding)
+    groups: dict[str, list[Finding]] = {}
+    for failed in items.values():
+        groups.setdefault(_said(min(failed, key=_rank)), []).extend(failed)
+    found = []
+    for group in groups.values():
+        naming, *others = sorted(group, key=_rank)
+        found.append(Cause(naming, tuple(others)))
+    return sorted(found, key=lambda cause: (_rank(cause.naming)[:3], -len(cause.others)))
+
+
+def _said(finding: Finding) -> str:
+    """What a failure says of its cause, without numbers: its power of two, or else where it is, or else why."""
+    ratio = re.search(r"2\^[-−]?\d+", " ".join((*finding.patterns, finding.reason)))
+    if ratio is not None:
+        return f"{finding.tensor}: {ratio[0].replace('-', '−')}"
+    return _without_numbers(f"{finding.tensor}: {(*finding.patterns, finding.reason)[0]}")
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"[\d.,−]+", "#", text)
+
+
+def _rank(finding: Finding) -> tuple[bool, bool, bool, int, tuple[int, str], int, int]:
+    """Sort key: what ended a run, then exact checks, then what says where; the first tensor, the smallest problem."""
+    place = _NAMING.index(finding.check) if finding.check in _NAMING else -1
+    somewhere = any(pattern != "every element" and "2^" not in pattern for pattern in finding.patterns)
+    first, ordinary = tensor_order(finding.tensor), finding.check in _LAST
+    return finding.tensor != "all", ordinary, not somewhere, place, first, -len(finding.patterns), finding.elements
