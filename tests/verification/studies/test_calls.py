@@ -59,7 +59,7 @@ def test_memory_read_without_strides() -> None:
     [
         ("x read as contiguous", "integer"),
         ("dB only with dA", "integer"),
-        ("slots skipped at a zero gate", "integer"),
+        ("gates taken as positive", "integer"),
         ("scaling of the first call", "integer"),
         ("ids clamped in place", "unmutated"),
         ("gates not saved as autograd saves", "sequences"),

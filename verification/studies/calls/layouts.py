@@ -43,8 +43,9 @@ def _unit_columns(x: Tensor) -> Tensor:
 def _misread(how: Callable[[Tensor], Tensor], *names: str) -> Callable[[], Layer]:
     class Misread(Layer):
         def read(self, problem: Problem) -> Problem:
-            operands: dict[str, Any] = {name: getattr(problem, name) for name in names}
-            return replace(problem, **{n: how(x) for n, x in operands.items() if isinstance(x, Tensor)})
+            operands = {name: getattr(problem, name) for name in names}
+            misread: dict[str, Any] = {name: how(x) for name, x in operands.items() if isinstance(x, Tensor)}
+            return replace(problem, **misread)
 
     return Misread
 

@@ -113,7 +113,7 @@ class ZeroScaling(Layer):
         return found | {n: None if (x := found[n]) is None else torch.zeros_like(x) for n in ("dA", "dB")}
 
 
-@bug("slots skipped at a zero gate", "takes 0 · NaN for 0", gates="some zero", values="NaN expert")
+@bug("slots skipped at a zero gate", "takes 0 · NaN for 0", gates="some zero", values="NaN in A")
 class ZeroGate(Layer):
     """The rows of such slots are read as zeros."""
 
