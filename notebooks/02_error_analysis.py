@@ -24,14 +24,16 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from mxref.verification.checks.exact import decode_guard, expect, integer_guard, interval_guard
 
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.composite import composite
-from mxref.verification.cases.suites import Case
-from mxref.verification.checks.drift import drift_guard
-from mxref.verification.checks.finding import Status
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.scope import Scope
+from mxref.verification.checks.finding import DriftMap, ErrorSample, Status
+from mxref.verification.checks.registry import CHECKS
+from mxref.verification.gate.plan import plan, plan_cases
+from mxref.verification.gate.run import judge
 
 plt.rcParams |= {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -112,33 +114,31 @@ BUGS = {
 
 # %%
 how = ACCUMULATIONS["fp32-blocks-64"]
-ordinary = Case("ordinary", experts=4, K=128, N=192, tokens=128, top_k=2, rank=8, data="balanced").build(seed=0)
-integers = Case("integer", experts=4, K=64, N=96, tokens=20, top_k=2, rank=4, data="integer", scaling=0.5).build(seed=0)
-points = Candidate("honest", composite).points(torch.float32)
-expected = expect(ordinary, points, how)  # the fp64 reference and its intervals: computed once, shared by all
+ordinary = Case("ordinary", experts=4, K=128, N=192, tokens=128, top_k=2, rank=8, data="balanced")
+integers = Case("integer", experts=4, K=64, N=96, tokens=20, top_k=2, rank=4, data="integer", scaling=0.5)
 
 GUARDS = ("decode", "integer", "interval", "drift", "sign", "exponent")
-LEGACY = ("ratio std < 0.5", "allclose, rtol = atol = 0.01")
+CLASSIC = ("ratio std < 0.5", "allclose, rtol = atol = 0.01")
+items = plan(Scope("quick", "cpu"), own=False, checks=[check for check in CHECKS if check.name == "decode"])
+items += plan_cases([integers, ordinary], torch.device("cpu"), seed=0, values=GUARDS[2:])
 findings, errors, maps = {}, {}, {}
 for name, call in BUGS.items():
-    candidate = Candidate(name, call)
-    elementwise, samples = interval_guard(candidate, ordinary, points, how, expected)
-    statistical, strata = drift_guard(candidate, ordinary, points, how, expected=expected)
-    exact = decode_guard(candidate, "cpu", torch.float32) + integer_guard(candidate, integers)
-    findings[name] = exact + elementwise + statistical
-    errors[name] = {sample.tensor: sample for sample in samples}
-    maps[name] = {drift.tensor: drift for drift in strata}
+    candidate = Candidate(name, call, accumulation=how)
+    findings[name] = [finding for item in items for finding in judge(item, candidate, how)]
+    pictures = [finding.picture for finding in findings[name] if finding.case == "ordinary"]
+    errors[name] = {picture.tensor: picture for picture in pictures if isinstance(picture, ErrorSample)}
+    maps[name] = {picture.tensor: picture for picture in pictures if isinstance(picture, DriftMap)}
 
 
 def seen_by(name: str) -> set[str]:
-    """The guards, and the legacy criteria, that call this implementation wrong on any tensor."""
-    guards = {finding.guard for finding in findings[name] if finding.status is Status.FAIL}
-    words = [f.details.get(f"legacy, not judged: {old}") for f in findings[name] for old in LEGACY]
-    return guards | {LEGACY[i % len(LEGACY)] for i, word in enumerate(words) if word == "fail"}
+    """The guards, and the classic criteria, that call this implementation wrong on any tensor."""
+    guards = {finding.check for finding in findings[name] if finding.status is Status.FAIL}
+    words = [f.details.get(f"not judged: {old}") for f in findings[name] for old in CLASSIC]
+    return guards | {CLASSIC[i % len(CLASSIC)] for i, word in enumerate(words) if word == "fail"}
 
 
 seen = {name: seen_by(name) for name in BUGS}
-layers = (*GUARDS, *LEGACY)
+layers = (*GUARDS, *CLASSIC)
 print(" " * 24 + "".join(f"{layer.split(',')[0]:>17}" for layer in layers))
 for name in BUGS:
     print(f"{name:24}" + "".join(f"{'sees it' if layer in seen[name] else '·':>17}" for layer in layers))
@@ -156,7 +156,7 @@ for name in BUGS:
 assert seen == {
     "honest": set(),
     "scale byte": {"decode"},
-    "tail row": {*GUARDS, *LEGACY},
+    "tail row": {*GUARDS, *CLASSIC},
     "LoRA × 1.0002": {"integer", "interval", "drift", "exponent"},
     "LoRA tile × 1.000015": {"drift"},
     "bf16 accumulator": {"interval", "drift", "sign", "exponent"},
@@ -248,10 +248,10 @@ assert not (np.abs(maps["honest"]["Y"].z) > limit).any()
 
 # %%
 for name in ("tail row", "LoRA × 1.0002", "LoRA tile × 1.000015", "bf16 accumulator"):
-    worst = next(f for f in findings[name] if f.guard == "drift" and f.tensor == "Y")
+    worst = next(f for f in findings[name] if f.check == "drift" and f.tensor == "Y")
     print(f"{name:22} {worst.reason}")
 
-said = {name: next(f for f in findings[name] if f.guard == "drift" and f.tensor == "Y").reason for name in BUGS}
+said = {name: next(f for f in findings[name] if f.check == "drift" and f.tensor == "Y").reason for name in BUGS}
 assert "LoRA's term is scaled by 1.0002" in said["LoRA × 1.0002"]
 assert "LoRA's term is scaled by 1.00001" in said["LoRA tile × 1.000015"]
 assert "expert 1, columns 128–191" in said["LoRA tile × 1.000015"]

@@ -31,7 +31,7 @@ def test_every_example_is_run_here() -> None:
 
 def test_judge_my_kernel(tmp_path: Path) -> None:
     out = run("judge_my_kernel.py", "--out", tmp_path)
-    assert "this layer has no gates" in out
+    assert "gates=none" in out
     assert "PASS" in out
     assert (tmp_path / "gate.html").is_file()
 

@@ -88,11 +88,11 @@ def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
 def exact_cases(scope: Scope) -> list[Case]:
     """Fixtures that are exact in any order of summation: those that cover the domain, and what lies beyond it.
 
-    On a GPU the named fixtures reach every tiling; interpreted there is one, and the sizes beyond it are enough.
+    On a GPU the named fixtures reach every tiling; interpreted there is one: the sizes beyond it, and three to ask for.
     """
     named = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
-        named = [case for case in named if any(word in case.name for word in ("hundreds", "long", "1032"))]
+        named = [case for case in named if any(word in case.name for word in ("hundreds", "long", "1032", "no LoRA", "k 8", "gates"))]
     many = [_MANY_ROWS] if scope.suite == "quick" and scope.expense == "cheap" else []
     beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
     named += [*many, *beyond]
