@@ -92,7 +92,8 @@ def exact_cases(scope: Scope) -> list[Case]:
     """
     named = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
-        named = [case for case in named if any(word in case.name for word in ("hundreds", "long", "1032", "no LoRA", "k 8", "gates"))]
+        kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates")
+        named = [case for case in named if any(word in case.name for word in kept)]
     many = [_MANY_ROWS] if scope.suite == "quick" and scope.expense == "cheap" else []
     beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
     named += [*many, *beyond]
