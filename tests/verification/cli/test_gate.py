@@ -96,10 +96,10 @@ class TestAsAProcess:
         assert Path("gate-report/gate.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
     def test_a_failure(self) -> None:
-        done = run("gate", "--device", "cpu", "--kernel", "planted.py:no_lora", "--case", "integer")
+        done = run("gate", "--device", "cpu", "--kernel", "planted.py:no_lora", "--case", "integer, k 8")
         assert done.returncode == 1
         assert "FAIL" in done.stdout
-        assert "no gradient reached lora_A" in done.stdout
+        assert "integer dA, integer dB" in done.stdout
         assert done.stderr == ""
 
     def test_wrong_use(self) -> None:
