@@ -23,7 +23,7 @@ from mxref.verification.candidates.processes import Limits
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import drawn_cases, smallest
-from mxref.verification.cases.tables import TableCase
+from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS, Asked, Check
 from mxref.verification.gate.plan import Item, plan
@@ -62,8 +62,8 @@ def _item(name: str, way: Callable[[object], list[Finding]]) -> Item:
     ask: Any = lambda candidate, _: way(candidate)  # noqa: E731
     compare: Any = lambda found, _: list(found)  # noqa: E731
     check = Check(name, "A toy.", "", Asked.OWN, lambda *_: [], ask, compare)
-    nothing: Any = lambda: None  # noqa: E731
-    return Item((check,), TableCase("toy", 0, ()), nothing)
+    case = TableCase("toy", 0, ())
+    return Item((check,), case, lambda: TableSample(case, CPU))
 
 
 def _named(name: str) -> Mutant:
@@ -196,6 +196,28 @@ def test_a_mutant_is_asked_until_a_check_rejects_it_that_a_foreign_kernel_is_ask
     [outcome] = _ask([_item(name, way) for name, way in zip(names, ways, strict=True)], [_swept()])
     assert [*outcome.kills] == ["tables", "drift"]
     assert outcome.judged == ["tables", "interval", "drift"]
+
+
+def test_a_mutant_that_leaves_torch_changed_is_killed() -> None:
+    def change(candidate: object) -> list[Finding]:
+        torch.set_default_dtype(torch.float64)
+        return [_finding(True)]
+
+    [outcome] = _ask([_item("toy", change)], [_swept()])
+    assert [*outcome.kills] == ["state"]
+    assert "state" in FOREIGN
+    result = judge([], [_item("toy", passes)], _setting())
+    assert result.checks == ["toy", "state"]
+
+
+def test_bits_that_could_not_be_computed_are_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(items: object) -> Item:
+        return _item("bits", lambda candidate: 1 / 0)  # type: ignore[arg-type, return-value]
+
+    monkeypatch.setattr(session, "bits", broken)
+    monkeypatch.setattr(session, "arguments", lambda *_: {_swept().name: "an argument"})
+    with pytest.raises(FalseKillError, match=r"give no results: \{'bits': 'toy: ZeroDivisionError"):
+        judge([_swept()], [_item("toy", passes)], _setting())
 
 
 def _swept() -> Mutant:

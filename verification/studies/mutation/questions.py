@@ -15,9 +15,9 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cases.tables import TableCase
+from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import CHECKS, Asked, Check
+from mxref.verification.checks.registry import CHECKS, STATE, Asked, Check
 from mxref.verification.gate.plan import Item, plan
 
 __all__ = ["BITS", "FOREIGN", "IMPORT", "bits", "is_open", "questions"]
@@ -25,7 +25,7 @@ __all__ = ["BITS", "FOREIGN", "IMPORT", "bits", "is_open", "questions"]
 IMPORT, BITS = "import", "bits"
 """Names beside those of the gate's checks: the import of the edited sources, and `bits`."""
 
-FOREIGN = frozenset({IMPORT, *(check.name for check in CHECKS if check.asked is Asked.ANY)})
+FOREIGN = frozenset({IMPORT, *(check.name for check in (*CHECKS, STATE) if check.asked is Asked.ANY)})
 """What kills a kernel from elsewhere too."""
 
 
@@ -53,14 +53,15 @@ def is_open(item: Item, kills: Collection[str], every: bool) -> bool:
 
 
 def bits(items: Sequence[Item]) -> Item:
-    """A question that nobody passes: its reason is a digest of what a mutant computes for all samples."""
+    """A question that nobody passes: its reason holds a SHA-256 of what a mutant computes for all samples."""
     fixtures = [item for item in items if item.checks[0].ask is once]
 
     def ask(candidate: Candidate, sample: object) -> list[Answer]:
         return [answer for item in fixtures for answer in once(candidate, item.sample)]  # type: ignore[arg-type]
 
-    check = Check(BITS, "Equivalent mutants have the sources' bits.", "", Asked.OWN, lambda *_: [], ask, _digest)
-    return Item((check,), TableCase("all samples", 0, ()), lambda: None)  # type: ignore[arg-type, return-value]
+    check = Check(BITS, "Equivalent mutants have the sources' bits.", "", Asked.OWN, lambda scope: [], ask, _digest)
+    case = TableCase("all samples", 0, ())
+    return Item((check,), case, lambda: TableSample(case, torch.device("cpu")))
 
 
 def _digest(answers: Sequence[Answer], expected: object) -> list[Finding]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from mxref.verification.checks.registry import STATE
 from mxref.verification.gate.plan import Item
 from mxref.verification.studies.mutation.catalogue import arguments
 from mxref.verification.studies.mutation.compiled import same_code
@@ -113,7 +115,7 @@ def judge(
     """
     start = time.monotonic()
     checks = dict.fromkeys(check.name for item in items for check in item.checks)
-    session = Session(setting.device.type, setting.matrix, [*checks])
+    session = Session(setting.device.type, setting.matrix, [*checks, STATE.name])
     on_start("mutants, and the sources as they are")
 
     def judged(outcome: Outcome) -> None:
@@ -151,6 +153,12 @@ def _judged(mutant: Mutant, outcome: Outcome, explanation: str) -> Judged:
     return Judged(mutant, fate, outcome.kills, outcome.seconds, reason)
 
 
+def _bits_of(outcome: Outcome) -> str:
+    """The digest of what a mutant computes, see `bits`; "" if it could not be made."""
+    found = re.search(r"\b[0-9a-f]{64}\b", outcome.kills.get(BITS, ""))
+    return found.group() if found else ""
+
+
 def _explain(
     survivors: Sequence[Mutant],
     items: Sequence[Item],
@@ -165,10 +173,10 @@ def _explain(
         on_start("bits of the equivalent mutants")
         whom = [None, *(mutant for mutant in survivors if mutant.name in declared)]
         told = run(whom, [bits(items)], replace(setting, trial_seconds=60 + 20 * setting.trial_seconds))
-        expected = told[0].kills.get(BITS)
-        if expected is None:
-            raise FalseKillError(f"the unmutated sources give no results: {told[0].unjudged}")
-        same = {outcome.mutant.name for outcome in told if outcome.mutant and outcome.kills.get(BITS) == expected}
+        expected = _bits_of(told[0])
+        if not expected:
+            raise FalseKillError(f"the unmutated sources give no results: {told[0].kills or told[0].unjudged}")
+        same = {outcome.mutant.name for outcome in told if outcome.mutant and _bits_of(outcome) == expected}
         reasons = {name: argument for name, argument in declared.items() if name in same}
     rest = [mutant for mutant in survivors if mutant.name not in reasons]
     if compile_survivors and rest:
