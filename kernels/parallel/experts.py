@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from mxref.kernels.models.adapters import LoRA
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, Projection, routed_experts
 from mxref.kernels.parallel.exchange import Owned, all_to_all_experts, summed_experts
+from mxref.weights import MXWeights
 
 __all__ = ["EXCHANGES", "ShardedExperts", "shard_experts"]
 
@@ -70,9 +71,17 @@ class ShardedExperts(PackedExperts):
         local = {key: parameter.to_local() for key, parameter in own.items()}
         if self.exchange == "all-to-all":
             local = {key: self.owned.mean(value) for key, value in local.items()}
-        pairs = {name: (local[f"{name}_lora_A"], local[f"{name}_lora_B"]) for name in PROJECTIONS}
-        scaling = self.alpha / self.rank
-        return {n: LoRA(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scaling) for n, (A, B) in pairs.items()}
+        return self._adapters(local)
+
+    def gathered(self) -> PackedExperts:
+        """The same experts, whole, on the CPU; collective."""
+        whole = {name: p.detach().full_tensor().cpu() for name, p in cast(Any, self.named_parameters(recurse=False))}
+        weights = [MXWeights.from_gpt_oss(whole[f"{name}_blocks"], whole[f"{name}_scales"]) for name in PROJECTIONS]
+        biases = {name: whole[f"{name}_bias"] for name in PROJECTIONS if f"{name}_bias" in whole}
+        packed = PackedExperts(*weights, self._activation, biases)
+        if self.rank:
+            packed.adopt_lora(self.rank, self.alpha, self._adapters(whole))
+        return packed.train(self.training)
 
     def forward(
         self,
@@ -85,12 +94,19 @@ class ShardedExperts(PackedExperts):
         lora = self.own_adapters() if adapters is None else {name: self._cut(a) for name, a in adapters.items()}
         gate_up, down = (self._projection(name, lora.get(name)) for name in PROJECTIONS)
         own = partial(routed_experts, gate_up=gate_up, down=down, activation=self._activation)
-        return EXCHANGES[self.exchange](own, hidden_states, top_k_index, top_k_weights, self.owned)
+        out = EXCHANGES[self.exchange](own, hidden_states, top_k_index, top_k_weights, self.owned)
+        return out.clone()  # it is a view, on which FSDP2's hooks would not survive a change in place
 
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
         blocks, scales = (getattr(self, f"{name}_{part}").to_local().detach() for part in ("blocks", "scales"))
         bias = getattr(self, f"{name}_bias")
         return Projection(blocks.flatten(-2), scales, None if bias is None else bias.to_local(), lora)
+
+    def _adapters(self, stacks: Mapping[str, Tensor]) -> dict[str, LoRA]:
+        """Stacks A [E, r, K] and B [E, N, r] as the adapters that the layer takes."""
+        pairs = {name: (stacks[f"{name}_lora_A"], stacks[f"{name}_lora_B"]) for name in PROJECTIONS}
+        scaling = self.alpha / self.rank
+        return {n: LoRA(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scaling) for n, (A, B) in pairs.items()}
 
     def _cut(self, adapter: LoRA) -> LoRA:
         """This rank's slice of an adapter of all experts."""
