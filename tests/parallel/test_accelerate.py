@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import accelerated
 import pytest
 import torch
 import world
+from moe_models import assert_near
 
 RANKS = 2
 
@@ -32,3 +35,19 @@ def test_step(by_peft: bool, efficient: bool) -> None:
     assert found[0]["state"].keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(found[0]["state"][name], value), name
+
+
+def test_trainer(tmp_path: Path) -> None:
+    """Losses and adapters are those of one process with twice the batch, also after a checkpoint; plain PEFT reads it."""
+    alone = accelerated.trainer_of(accelerated.adapted(by_peft=True), str(tmp_path / "one"), RANKS, accelerated.STEPS)
+    alone.train()
+    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    directory = str(tmp_path / "two")
+    first = world.run(accelerated.train, RANKS, directory, None, 2)
+    then = world.run(accelerated.train, RANKS, directory, f"{directory}/checkpoint-2", accelerated.STEPS)
+    assert first[0]["losses"] + then[0]["losses"][2:] == pytest.approx(losses, rel=1e-5)
+    expected = {name: p.detach() for name, p in alone.model.named_parameters() if p.requires_grad}
+    for run in then:
+        assert run["trained"].keys() == expected.keys()
+        for name, value in expected.items():
+            assert_near(run["trained"][name], value)

@@ -7,15 +7,28 @@ from typing import Any
 
 import peft
 import torch
+import transformers.trainer
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from moe_models import tiny_gpt_oss
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
 
 from mxref.kernels.models.packing import pack_experts
 from mxref.kernels.parallel.sharding import whole_model
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+class OnCPU(Accelerator):
+    """accelerate 1.15 takes the plugin for GPUs alone: AcceleratorState leaves it out for MULTI_CPU. Nothing else that it
+    does with a model under FSDP2 needs a GPU, so this one takes it there as well."""
+
+    def __init__(self, *arguments: Any, fsdp_plugin: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.state.fsdp_plugin = fsdp_plugin
+
+    distributed_type, is_fsdp2 = DistributedType.FSDP, True
 
 
 def adapted(by_peft: bool) -> Any:
@@ -45,10 +58,7 @@ def step(by_peft: bool, efficient: bool) -> dict[str, Any]:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["GptOssDecoderLayer"],
     )
-    accelerator = Accelerator(cpu=True)
-    # accelerate 1.15 takes the plugin for GPUs alone (AcceleratorState.__init__ leaves it out for MULTI_CPU), though
-    # nothing in its preparation of a model needs one
-    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    accelerator = OnCPU(cpu=True, fsdp_plugin=plugin)
     model, rank = adapted(by_peft), distributed.get_rank()
     if efficient and rank:
         for parameter in model.parameters():
@@ -65,3 +75,38 @@ def step(by_peft: bool, efficient: bool) -> dict[str, Any]:
         state = {name: value.clone() for name, value in model.state_dict().items()} if here else {}
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return {"loss": loss.detach(), "gradients": gradients, "state": state}
+
+
+STEPS = 4
+
+
+def trainer_of(model: Any, directory: str, batch: int, steps: int, **options: Any) -> Any:
+    """A Trainer with AdamW on the same rows in the same order, however many processes share them."""
+    arguments = TrainingArguments(
+        output_dir=directory,
+        max_steps=steps,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=0.125,
+        lr_scheduler_type="constant",
+        adam_epsilon=1.0,  # steps grow with gradients: no division by one that is near zero magnifies a rounding
+        per_device_train_batch_size=batch,
+        max_grad_norm=1.0,
+        report_to=[],
+        use_cpu=True,
+        **options,
+    )
+    rows = [torch.randint(32, (6,), generator=torch.Generator().manual_seed(seed)) for seed in range(2 * STEPS)]
+    return Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+
+
+def train(directory: str, checkpoint: str | None, steps: int) -> dict[str, Any]:
+    """Steps of the Trainer under FSDP2, from the start or from a checkpoint of its own: losses, and the adapters."""
+    transformers.trainer.Accelerator = OnCPU
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["GptOssDecoderLayer"]}
+    trainer = trainer_of(adapted(by_peft=True), directory, 1, steps, fsdp=True, fsdp_config=config)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trained = {n: p.detach().full_tensor() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"losses": losses, "trained": trained}
