@@ -104,7 +104,7 @@ def _described(tensor: Tensor) -> str:
 def _digest(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "no data"
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=6).hexdigest()
 
 

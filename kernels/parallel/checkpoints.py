@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mxref.kernels.parallel.agreement import failing_together
 
@@ -18,7 +19,7 @@ __all__ = ["load_training", "save_training"]
 
 def save_training(directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """Write parameters, packed bytes among them, and the optimiser's state; every rank its part. Collective."""
-    checkpoint.save(_state(model, optimiser), checkpoint_id=str(directory))
+    save(_state(model, optimiser), checkpoint_id=str(directory))
 
 
 def load_training(directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
@@ -36,7 +37,7 @@ def load_training(directory: str | Path, model: nn.Module, optimiser: torch.opti
         _check_complete(directory)
     optimiser.zero_grad()  # beside gradients, torch takes an optimiser without state for one that needs none
     state = _state(model, optimiser)
-    checkpoint.load(state, checkpoint_id=str(directory))
+    load(state, checkpoint_id=str(directory))
     set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
 
 

@@ -76,9 +76,9 @@ class ShardedExperts(PackedExperts):
     def gathered(self) -> PackedExperts:
         """The same experts, whole, on the CPU; collective."""
         whole = {name: p.detach().full_tensor().cpu() for name, p in cast(Any, self.named_parameters(recurse=False))}
-        weights = [MXWeights.from_gpt_oss(whole[f"{name}_blocks"], whole[f"{name}_scales"]) for name in PROJECTIONS]
+        gate_up, down = (MXWeights.from_gpt_oss(whole[f"{n}_blocks"], whole[f"{n}_scales"]) for n in PROJECTIONS)
         biases = {name: whole[f"{name}_bias"] for name in PROJECTIONS if f"{name}_bias" in whole}
-        packed = PackedExperts(*weights, self._activation, biases)
+        packed = PackedExperts(gate_up, down, self._activation, biases)
         if self.rank:
             packed.adopt_lora(self.rank, self.alpha, self._adapters(whole))
         return packed.train(self.training)

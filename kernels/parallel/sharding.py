@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,20 +109,19 @@ def whole_model(model: nn.Module) -> Iterator[bool]:
         if isinstance(module, ShardedExperts):
             packed = module.gathered()
             if here:
-                undo.append(lambda name=name, module=module: model.set_submodule(name, module))
+                undo.append(partial(model.set_submodule, name, module))
                 model.set_submodule(name, packed)
             continue
-        for key, parameter in list(module._parameters.items()):
-            if isinstance(parameter, DTensor):
-                whole = _whole(parameter)
-                if here:
-                    undo.append(lambda m=module, key=key, parameter=parameter: m._parameters.update({key: parameter}))
-                    module._parameters[key] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        sharded = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
+        whole = {key: nn.Parameter(_whole(p), requires_grad=p.requires_grad) for key, p in sharded.items()}
+        if here:
+            undo.append(partial(module._parameters.update, sharded))
+            module._parameters.update(whole)
     try:
         with failing_together():
             yield here
     finally:
-        for step in reversed(undo):
+        for step in undo:
             step()
 
 

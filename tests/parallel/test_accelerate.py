@@ -9,6 +9,7 @@ import pytest
 import torch
 import world
 from moe_models import assert_near
+from safetensors.torch import load_file
 
 RANKS = 2
 
@@ -38,7 +39,7 @@ def test_step(by_peft: bool, efficient: bool) -> None:
 
 
 def test_trainer(tmp_path: Path) -> None:
-    """Losses and adapters are those of one process with twice the batch, also after a checkpoint; plain PEFT reads it."""
+    """Losses and adapters are those of one process with twice the batch, also after a checkpoint, which is whole."""
     alone = accelerated.trainer_of(accelerated.adapted(by_peft=True), str(tmp_path / "one"), RANKS, accelerated.STEPS)
     alone.train()
     losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
@@ -51,3 +52,7 @@ def test_trainer(tmp_path: Path) -> None:
         assert run["trained"].keys() == expected.keys()
         for name, value in expected.items():
             assert_near(run["trained"][name], value)
+    saved = load_file(tmp_path / "two" / f"checkpoint-{accelerated.STEPS}" / "adapter_model.safetensors")
+    assert len(saved) == len(expected)
+    for name in expected:
+        assert torch.equal(saved[name.replace(".default", "")], then[0]["trained"][name]), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -21,8 +20,8 @@ TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 class OnCPU(Accelerator):
-    """accelerate 1.15 takes the plugin for GPUs alone: AcceleratorState leaves it out for MULTI_CPU. Nothing else that it
-    does with a model under FSDP2 needs a GPU, so this one takes it there as well."""
+    """accelerate 1.15 takes the plugin for GPUs alone (AcceleratorState leaves it out for MULTI_CPU); nothing else that
+    it does with a model under FSDP2 needs one, so here it takes it."""
 
     def __init__(self, *arguments: Any, fsdp_plugin: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -59,7 +59,7 @@ def step(num_experts: int, shape: tuple[int, ...], exchange: str) -> dict[str, A
 def train(
     directory: str, num_experts: int, shape: tuple[int, ...], resume: bool, scales: list[float]
 ) -> dict[str, Tensor]:
-    """Steps of AdamW by multiples of one exact gradient; before them the state from `directory`, or after them to it."""
+    """Steps of AdamW by multiples of one exact gradient; before them state from `directory`, or after them to it."""
     model = model_of(num_experts, shape)
     Batch.of(0, num_experts).loss(model).backward()  # the same tokens on every rank
     trained = [p for p in model.parameters() if p.requires_grad]
