@@ -60,6 +60,14 @@ def test_step(options: dict[str, Any]) -> None:
             assert torch.equal(run["state"][name], before[name]), name
 
 
+def test_at_most_two_layers_are_gathered() -> None:
+    """The one that computes, and in the backward pass the next."""
+    for counts in world.run(training.gathered_at_a_time, RANKS, 4):
+        assert counts[:4] == [1] * 4
+        assert len(counts) == 8
+        assert max(counts) <= 2
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_training_resumes_on_another_number_of_ranks(tmp_path: Path, ranks: int) -> None:
     """AdamW's moments and the step go through DCP; four ranks leave one of them without an expert."""

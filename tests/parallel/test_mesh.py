@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mesh_peft
 import mesh_training
 import pytest
 import torch
 import world
-from parallel_models import Batch, integer_experts
+from parallel_models import Batch
 
 from mxref.kernels.models.adapter_files import load_adapters
+from mxref.kernels.models.loading import load_packed_model
 
 MESHES = pytest.mark.parametrize(
     ("shape", "num_experts"), [((2,), 3), ((2, 2), 4), ((2, 2), 5)], ids=["ep of 2", "fsdp × ep", "uneven"]
@@ -61,11 +63,28 @@ def test_training_resumes_on_another_mesh(tmp_path: Path, shape: tuple[int, ...]
         assert torch.equal(found[name], value), name
 
 
-@MESHES
-def test_adapters_are_saved_whole(tmp_path: Path, shape: tuple[int, ...], num_experts: int) -> None:
-    world.run(mesh_training.save, torch.Size(shape).numel(), str(tmp_path), num_experts, shape)
-    model = mesh_training.Model(num_experts)
-    model.layers[0].experts = integer_experts(num_experts, rank=0)
-    load_adapters(model, tmp_path)
-    for name, value in mesh_training.Model(num_experts).state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["ep of 2", "fsdp × ep"])
+def test_saved_once_and_whole(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A packed checkpoint and PEFT's adapter, which one process loads: every tensor, bytes among them, as it was."""
+    world.run(mesh_training.save, torch.Size(shape).numel(), str(tmp_path), shape)
+    model, expected = load_packed_model(tmp_path, rank=0), mesh_training.packed_gpt_oss().state_dict()
+    load_adapters(model, tmp_path / "adapters")
+    assert model.state_dict().keys() == expected.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("exchange", ["all-to-all", "sum"])
+@pytest.mark.parametrize(("way", "ranks"), [("FSDP2", 4), ("DDP", 2)])
+def test_adapters_of_peft(way: str, ranks: int, exchange: str) -> None:
+    """Parameters of all experts on every rank, whose own see a slice of them: the mean over ranks all the same."""
+    copies, model = 1 if exchange == "all-to-all" else 2, mesh_peft.adapted(5)
+    for seed in range(ranks // copies):
+        Batch.of(seed, 5).loss(model).backward()
+    expected = {name: p.grad / (ranks // copies) for name, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) == 4
+    for run in world.run(mesh_peft.step, ranks, 5, way, exchange):
+        assert run.keys() == expected.keys()
+        for name, value in expected.items():
+            assert value.any()
+            assert torch.equal(run[name], value), name

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moe_models import tiny_gpt_oss
 from parallel_models import Batch, integer_experts
 from sharded_training import Layer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from mxref.kernels.models.adapter_files import save_adapters
+from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.saving import save_packed_model
 from mxref.kernels.parallel.checkpoints import load_training, save_training
 from mxref.kernels.parallel.sharding import clip_grad_norm_, shard_model, whole_model
 
@@ -78,9 +81,23 @@ def train(
     return gathered(model)
 
 
-def save(directory: str, num_experts: int, shape: tuple[int, ...]) -> None:
-    """The adapters under PEFT's names, from however many ranks."""
-    model = model_of(num_experts, shape)
+def save(directory: str, shape: tuple[int, ...]) -> None:
+    """A packed gpt-oss of three experts and its adapters under PEFT's names, from however many ranks."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "ep")[-len(shape) :])
+    model = packed_gpt_oss()
+    shard_model(model, mesh, model.model.layers)
+    loss = model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss
+    loss.backward()  # saving finds the model as it is after a step, gathered in part
     with whole_model(model) as here:
         if here:
-            save_adapters(model, Path(directory))
+            save_packed_model(model, Path(directory))
+            save_adapters(model, Path(directory) / "adapters")
+
+
+def packed_gpt_oss() -> Any:
+    model: Any = pack_experts(tiny_gpt_oss(), rank=2)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return model

@@ -71,6 +71,28 @@ def step(mixed: bool = False, accumulate: bool = False, recompute: bool = False)
     }  # fmt: skip
 
 
+def gathered_at_a_time(layers: int) -> list[int]:
+    """How many of these layers' experts are gathered whenever one of them computes, forward and backward."""
+    model = nn.Sequential(*(Layer(integer_experts(EXPERTS)) for _ in range(layers)))
+    mesh, counts = init_device_mesh("cpu", (distributed.get_world_size(),)), list[int]()
+    for part in model:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+
+    def count(*_: Any) -> None:
+        counts.append(sum(not isinstance(part.experts.gate_up_proj_blocks, DTensor) for part in model))
+
+    for part in model:
+        part.experts.register_forward_hook(count)
+        part.experts.register_full_backward_pre_hook(count)
+    batch = Batch.of(0, EXPERTS)
+    x = batch.x
+    for part in model:
+        x = part(x, batch.ids, batch.gates)
+    x.sum().backward()
+    return counts
+
+
 def train(directory: str, resume: bool, steps: list[int]) -> dict[str, Tensor]:
     """Steps of AdamW on the same tokens on every rank, before them the state from `directory`, or after them to it."""
     model = layer()
