@@ -116,7 +116,7 @@ def per_rank(model: Model, layout: Layout, rank: int = 16, tokens: int = 8192) -
 
 
 def traffic(model: Model, layout: Layout, rank: int = 16, tokens: int = 8192) -> float:
-    """Bytes that one rank receives a step: layers gathered for both passes, gradients of adapters, and rows that travel.
+    """Bytes that one rank receives a step: layers gathered for both passes, adapters' gradients, rows that travel.
 
     Rows travel there and back in the forward pass, in its repetition and in the backward pass. The arguments are those
     of `per_rank`.

@@ -34,6 +34,11 @@ def adapted(num_experts: int) -> Any:
     return found
 
 
+def steps(num_experts: int, way: str) -> dict[str, dict[str, Tensor]]:
+    """One backward pass by each exchange."""
+    return {exchange: step(num_experts, way, exchange) for exchange in ("all-to-all", "sum")}
+
+
 def step(num_experts: int, way: str, exchange: str) -> dict[str, Tensor]:
     """Every gradient, whole, after one backward pass under FSDP2 or DDP beside divided experts."""
     rank, size = distributed.get_rank(), distributed.get_world_size()

@@ -46,6 +46,11 @@ def gathered(model: Any) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in model.state_dict().items()} if here else {}
 
 
+def steps(num_experts: int, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """One step by each exchange."""
+    return {exchange: step(num_experts, shape, exchange) for exchange in ("all-to-all", "sum")}
+
+
 def step(num_experts: int, shape: tuple[int, ...], exchange: str) -> dict[str, Any]:
     """One step of SGD: this rank's loss and gradient of x, and on rank 0 the state after it."""
     rank, model = distributed.get_rank(), model_of(num_experts, shape, exchange)

@@ -50,6 +50,11 @@ def whole(model: nn.Module, of_gradients: bool = False) -> dict[str, Tensor]:
     return {name: tensor.full_tensor().clone() for name, tensor in tensors.items() if tensor is not None}
 
 
+def steps(options: list[dict[str, bool]]) -> list[dict[str, Any]]:
+    """One step under each of these options."""
+    return [step(**one) for one in options]
+
+
 def step(mixed: bool = False, accumulate: bool = False, recompute: bool = False) -> dict[str, Any]:
     """One step of SGD on this rank's tokens, of two batches if accumulated: what it leaves."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else None
