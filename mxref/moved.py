@@ -58,7 +58,7 @@ MOVED = {
             "behaviour": "checks",
             "bounds": "arithmetic.bounds",
             "cliffs": "candidates.memory",
-            "composite": "candidates.composite",
+            "composite": "candidates.starting_point",
             "drift": "checks",
             "emulation": "studies.conforming",
             "entries": "candidates",

@@ -69,8 +69,7 @@ def judge(
 ) -> list[Finding]:
     """What the checks of one item find: the candidate is run once for all of them.
 
-    A candidate that declares no accumulation gets a second chance against the order-free bound; one that claims to be
-    complete may decline nothing.
+    A candidate that declares no accumulation gets a second chance against the order-free bound.
 
     Args:
         item: of a plan.
@@ -93,7 +92,7 @@ def judge(
     if changes:
         reason = f"left torch changed: {'; '.join(changes.values())}"
         findings.append(Finding(STATE.name, item.name, "all", Status.FAIL, reason, 0, 0))
-    return [item.named(_claimed(candidate, finding)) for finding in findings]
+    return [item.named(finding) for finding in findings]
 
 
 def _expectation(sample: object, candidate: Candidate, how: Accumulation, slopes: int | None) -> Expectation | object:
@@ -116,9 +115,3 @@ def _weaker(findings: Sequence[Finding], again: Sequence[Finding]) -> list[Findi
         else f
         for f in findings
     ]
-
-
-def _claimed(candidate: Candidate, finding: Finding) -> Finding:
-    if candidate.complete and finding.status is Status.NOT_COVERED:
-        return replace(finding, status=Status.FAIL, reason=f"declined, but must cover everything: {finding.reason}")
-    return finding

@@ -100,16 +100,6 @@ def test_declared_rounding_points_are_what_is_judged() -> None:
     assert forward_only(()) is Status.FAIL
 
 
-def test_what_a_complete_candidate_declines_is_a_failure() -> None:
-    def declines(**operands: object) -> Tensor:
-        raise mxref.NotCovered("not today")
-
-    assert judged(Candidate("partial", declines), SMALL).findings[0].status is Status.NOT_COVERED
-    finding = judged(Candidate("complete", declines, complete=True), SMALL).findings[0]
-    assert finding.status is Status.FAIL
-    assert "not today" in finding.reason
-
-
 def test_items_are_announced_before_they_are_judged() -> None:
     seen: list[str] = []
 
