@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from mxref.verification.cli.options import terminal
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.freshness import State, problems, survey
 from mxref.verification.records.readme import update_readme
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from None
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal(160)
     states = survey(arguments.evidence)
     console.print(_table(states), highlight=False)
     for command in dict.fromkeys(state.entry["command"] for state in states if state.entry and not state.fresh):

@@ -8,14 +8,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from mxref.checkpoints import list_expert_tensors
-from mxref.verification.cli.options import choose_device, seed
+from mxref.verification.cli.options import (
+    add_device,
+    add_out,
+    add_record,
+    add_seed,
+    choose_device,
+    made,
+    note,
+    terminal,
+)
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.isolated import TIMEOUT, Entry, Refused, judge_apart, list_items
@@ -24,6 +31,7 @@ from mxref.verification.gate.result import GateResult
 from mxref.verification.records import record, ulp_baseline
 from mxref.verification.records.gate_summary import gate_summary
 from mxref.verification.records.record import EVIDENCE
+from mxref.verification.report.output import new_table
 from mxref.verification.report.page import write
 from mxref.verification.report.terminal import print_result
 
@@ -81,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated"
     )
-    how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
+    add_seed(how)
     how.add_argument("--list", action="store_true", help="print what this candidate would be asked, and stop")
     how.add_argument("--rerun", metavar="ID", action="append", help="only the item of this identifier; may be repeated")
     how.add_argument(
@@ -97,19 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times that",
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add_device(where)
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
     out = parser.add_argument_group("output")
-    out.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("gate-report"),
-        help="for gate.json and gate.html (default: gate-report)",
-    )
-    out.add_argument(
-        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence of this GPU"
-    )
+    add_out(out, "gate.json and gate.html", "gate-report")
+    add_record(out, "the result of this GPU")
     out.add_argument("--verbose", action="store_true", help="print every case and tensor")
     out.add_argument("--strict", action="store_true", help="a weak pass, a worse one or an uncovered case fails")
     out.add_argument(
@@ -146,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.accept_baseline is not None and not _own(arguments):
         raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
     order = _order(arguments, device)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal(120)
     try:
         if arguments.list:
             _print_list(list_items(order), console)
@@ -162,25 +162,19 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print(f"mxref: error: --out {arguments.out}: {error.strerror or error}; no report is kept", file=sys.stderr)
         return result.exit_code or 2
-    console.print(f"report: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
+    note(console, "report", page)
+    note(console, "data", data)
     if accepted is not None:
-        console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
+        note(console, "baseline", accepted)
     if arguments.record is not None:
-        kept = record.write("gate", gate_summary(result), device, arguments.record)
-        console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
+        note(console, "evidence", record.write("gate", gate_summary(result), device, arguments.record))
     return result.exit_code
 
 
 def _prepare(folder: Path) -> None:
     """A folder that can be written to, without the report of an earlier run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("gate.json", "gate.html"):
-            (folder / name).unlink(missing_ok=True)
-        with TemporaryFile(dir=folder) as probe:
-            probe.write(b"mxref")
-    except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror or error}") from None
+    for name in ("gate.json", "gate.html"):
+        (made(folder) / name).unlink(missing_ok=True)
 
 
 def _own(arguments: argparse.Namespace) -> bool:
@@ -303,7 +297,7 @@ def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
 
 
 def _print_list(entries: Sequence[Entry], console: Console) -> None:
-    table = Table("id", "check", "case", box=None, header_style="bright_black")
+    table = new_table("id", "check", "case")
     for entry in entries:
         table.add_row(entry.id, ", ".join(entry.checks), entry.case)
     console.print(table)

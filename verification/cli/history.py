@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from mxref.verification.bench.history import Change, Entry, as_entry, judge
 from mxref.verification.bench.plots import save_history
+from mxref.verification.cli.options import made, note, terminal
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.record import EVIDENCE, KINDS, read
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     history = {gpu: entries for gpu, entries in history.items() if (arguments.gpu or "") in gpu}
     if not history:
         raise UsageError(f"no benchmark is recorded below {arguments.evidence}; on a GPU: {KINDS['history'].command}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     failed = False
     for gpu, entries in history.items():
         try:
@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         _print(gpu, entries, changes, arguments.verbose, console)
         failed |= any(change.slower for change in changes)
         if arguments.plot is not None:
-            _plot(gpu, entries, arguments.plot, console)
+            picture = made(arguments.plot, "--plot") / f"history-{gpu}.png"
+            save_history(entries, str(picture))
+            note(console, "plot", picture)
     return int(failed)
 
 
@@ -106,12 +108,3 @@ def _pair(entry: Entry, shape: str) -> str:
     cells = [entry.rows.get((shape, measure, "automatic")) for measure in ("step", "base")]
     step, base = (f"{row['ratio']:.2f}" if row and row["status"] == "ok" else "–" for row in cells)
     return f"{step} ({base})"
-
-
-def _plot(gpu: str, entries: list[Entry], folder: Path, console: Console) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_history(entries, str(folder / f"history-{gpu}.png"))
-    except OSError as error:
-        raise UsageError(f"--plot {folder}: {error.strerror or error}") from None
-    console.print(f"plot: {folder / f'history-{gpu}.png'}", style="bright_black", soft_wrap=True, highlight=False)

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.cli.options import choose_device, positive
+from mxref.verification.cli.options import (
+    add_device,
+    add_jobs,
+    add_out,
+    choose_device,
+    made,
+    note,
+    positive,
+    terminal,
+)
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
+from mxref.verification.report.output import new_table, write_json
 from mxref.verification.studies.conforming.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
@@ -66,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only these implementations")
     parser.add_argument("--data", metavar="PATTERN", action="append", default=[], help="only these kinds of data")
     parser.add_argument("--seeds", metavar="N", type=positive, default=5, help="draws of each kind (default: 5)")
-    parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes, on a CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write honest.json there")
+    add_jobs(parser, "processes, on a CPU")
+    add_device(parser)
+    add_out(parser, "honest.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,13 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not total:
         raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
     judged = _judge(draws, total, device, arguments.name, arguments.jobs)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     _print(judged, time.monotonic() - start, console)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path = arguments.out / "honest.json"
-        path.write_text(json.dumps(_as_json(judged, device, arguments.seeds), indent=1) + "\n", encoding="utf-8")
-        console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
+        data = _as_json(judged, device, arguments.seeds)
+        note(console, "data", write_json(made(arguments.out) / "honest.json", data))
     return int(any(judgement.complaint for judgement in judged))
 
 
@@ -155,10 +158,7 @@ def _print(judged: Sequence[Judgement], seconds: float, console: Console) -> Non
     failed = Counter((judgement.implementation, judgement.data) for judgement in judged if judgement.complaint)
     kinds = list(dict.fromkeys(judgement.data for judgement in judged))
     title = "failures / judgements of honest implementations"
-    table = Table(title=title, box=SIMPLE_HEAD, header_style="bright_black", title_style="", pad_edge=False)
-    table.add_column("implementation", no_wrap=True)
-    for kind in kinds:
-        table.add_column(kind, justify="right")
+    table = new_table("implementation", *(f">{kind}" for kind in kinds), title=title)
     for name in sorted({judgement.implementation for judgement in judged}):
         cells = [f"{failed[name, kind]}/{made[name, kind]}" if made[name, kind] else "–" for kind in kinds]
         table.add_row(escape(name), *cells)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mxref.verification.candidates.known import ENTRIES, OWN, entry
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cli.options import choose_device, positive, seed
+from mxref.verification.cli.options import (
+    add_device,
+    add_out,
+    add_record,
+    add_seed,
+    choose_device,
+    made,
+    note,
+    positive,
+    terminal,
+)
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import plan
 from mxref.verification.records import record
-from mxref.verification.records.record import EVIDENCE
 from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
 from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
@@ -49,20 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", metavar="PATTERN", action="append", help="cases or checks that match; may be repeated"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add_seed(parser)
+    add_device(parser)
     parser.add_argument(
         "--processes",
         metavar="N",
         type=positive,
         help="that share an implementation's cases (default: 1; up to 8 on a GPU)",
     )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for scoreboard.json and scoreboard.md"
-    )
-    parser.add_argument(
-        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence of this GPU"
-    )
+    add_out(parser, "scoreboard.json and scoreboard.md", "gate-report")
+    add_record(parser, "the table of this GPU")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,30 +74,26 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: an argument does not fit this machine or the others.
     """
     device = choose_device(arguments.device)
-
     names = _names(arguments.candidates)
     if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
         raise UsageError("--record keeps the whole table of a GPU; leave out what narrows it")
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
+    made(arguments.out)
     _check_cases(names, arguments, device)
     board = _judge(names, device, arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal(120)
     print_board(board, console)
     data, page = write(board, arguments.out)
-    console.print(f"table: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
+    note(console, "table", page)
+    note(console, "data", data)
     if arguments.record is not None:
         kept = record.write(
             "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
         )
-        console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
+        note(console, "evidence", kept)
     return 0
 
 
 def _names(text: str | None) -> list[str]:
-
     if text is None:
         return [name for name in ENTRIES if name != "golden"]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -108,7 +106,6 @@ def _names(text: str | None) -> list[str]:
 
 
 def _check_cases(names: list[str], arguments: argparse.Namespace, device: torch.device) -> None:
-
     items = plan(Scope("full" if arguments.full else "quick", device.type, arguments.seed), own=OWN in names)
     if not any(item.fits(arguments.case or ()) for item in items):
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")

@@ -24,7 +24,7 @@ from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.expectation import slopes_of
 from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS, Cases, Check
-from mxref.verification.gate.problem import problem_of
+from mxref.verification.gate.problem import problem_of, weights_of
 
 __all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "plan_problem", "slopes_in"]
 
@@ -63,8 +63,11 @@ class Item:
         """A finding of this item with its identifier and, if it failed, its problem."""
         if finding.ok:
             return replace(finding, id=self.id)
-        case = self.sample.case
-        return replace(finding, id=self.id, problem=problem_of(case, self.seed) if isinstance(case, Case) else {})
+        sample = self.sample
+        if not isinstance(sample, Sample):
+            return replace(finding, id=self.id)
+        problem, weights = problem_of(sample.case, self.seed), weights_of(sample, finding)
+        return replace(finding, id=self.id, problem=problem, weights=weights)
 
     @cached_property
     def sample(self) -> Sample | TableSample:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections import Counter
 from dataclasses import dataclass, field
@@ -131,13 +130,12 @@ class GateResult:
         return int(self.strict and self.counts()[Status.PASS] < len(self.findings))
 
 
-def describe_device(device: torch.device) -> str:
-    """The device in words, with what makes its arithmetic differ."""
+def describe_device(device: torch.device, interpreted: bool = False) -> str:
+    """The device in words, with what makes its arithmetic differ; `interpreted`: kernels run in the interpreter."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, CUDA {torch.version.cuda}"
-    interpreted = ", kernels interpreted in fp32" if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    return f"CPU ({platform.machine()}){interpreted}"
+    return f"CPU ({platform.machine()}){', kernels interpreted in fp32' if interpreted else ''}"
 
 
 def _versions() -> dict[str, str]:
