@@ -100,9 +100,9 @@ def operator_case(device_type: str) -> Case:
 
 
 def remote_cases(device_type: str) -> list[Case]:
-    """A token a row, with sentinels: rows that belong to remote experts."""
+    """A token a row, with sentinels: NaN in what belongs to remote experts."""
     gates = integer_cases(device_type)[1]
-    return [replace(gates, name="remote rows", top_k=1, gate_slots=1, tokens=18)]
+    return [replace(gates, name="remote rows", top_k=1, gate_slots=1, tokens=18, special="nan remote")]
 
 
 def unordered_cases(device_type: str) -> list[Case]:

@@ -33,14 +33,13 @@ from mxref.verification.arithmetic.thresholds import (
     rounding_pull,
 )
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import comparable, name_of
+from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.checks.ratios import log2_counts
 
 __all__ = ["no_drift"]
 
-_TENSORS = ("Y", "dX", "dA", "dB")
 _BASE, _LORA, _TOTAL = range(3)
 _TERM = ("the base term", "LoRA's term", "the whole")
 _SPREAD, _TOLERANCE = 0.5, 1e-2  # of criteria that are only reported: nothing is decided by them
@@ -52,15 +51,12 @@ def no_drift(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     The sample must be ordinary data, no integer fixture: rounding errors must be there to average out. An output that
     cannot be compared at all is `inside_intervals`' finding.
     """
-    findings = []
-    for answer in answers:
-        case = name_of(answer, expected.sample)
-        for tensor in (name for name in _TENSORS if name in expected.accepted and answer.error is None):
-            got = comparable(answer, expected.sample, tensor, case)
-            fit = None if isinstance(got, Finding) else _fit(tensor, got[0], expected)
-            if fit is not None and not isinstance(got, Finding):
-                findings.append(_finding(case, tensor, got[0], expected.accepted[tensor], fit, expected.critical))
-    return findings
+
+    def judge(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding | None:
+        fit = _fit(tensor, got, expected)
+        return None if fit is None else _finding(case, tensor, got, interval, fit, expected.critical)
+
+    return each_tensor(answers, expected, judge)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mxref.checkpoints import list_expert_tensors
 from mxref.verification.cli.options import (
     add_device,
     add_out,
@@ -26,7 +24,8 @@ from mxref.verification.cli.options import (
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.isolated import TIMEOUT, Entry, Refused, judge_apart, list_items
-from mxref.verification.gate.order import Order, Projections
+from mxref.verification.gate.order import Order
+from mxref.verification.gate.projections import Projections
 from mxref.verification.gate.result import GateResult
 from mxref.verification.records import record, ulp_baseline
 from mxref.verification.records.gate_summary import gate_summary
@@ -211,76 +210,22 @@ def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
     points = None
     if a.points is not None:
         points = () if a.points == "contract" else tuple(a.points.replace(" ", "").split(","))
+    try:
+        projections = None if a.weights is None else Projections.chosen(a.weights, a.layers, a.experts)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
     return Order(
         a.kernel, device.type, "full" if a.full else "quick", a.seed, points, a.accumulation, a.covers,
-        None if a.weights is None else _projections(a.weights, a.layers, a.experts),
-        a.shape, _DTYPES[a.dtype or "float32"], tuple(a.case or ()), tuple(a.rerun or ()),
+        projections, a.shape, _DTYPES[a.dtype or "float32"], tuple(a.case or ()), tuple(a.rerun or ()),
     )  # fmt: skip
 
 
-def _suite(order: Order, arguments: argparse.Namespace) -> str:
+def _suite(order: Order) -> str:
     """What to call it."""
     if order.projections is None:
         return ", ".join(filter(None, [order.suite if order.shape is None else "", order.narrowed]))
-    tensors, experts = order.projections.tensors, order.projections.experts
-    present = sorted({_layer(tensor.name) for tensor in list_expert_tensors(arguments.weights)})
-    layers = _ranges(sorted({_layer(tensor.name) for tensor in tensors}))
-    taken = "all experts" if experts is None else f"up to {experts} experts each"
-    about = f"checkpoint {arguments.weights}, layer {layers} of {len(present)}, {len(tensors)} projections, {taken}"
-    return about + (f", cases matching {' or '.join(order.patterns)}" if order.patterns else "")
-
-
-def _projections(path: Path, layers: str | None, experts: str | None) -> Projections:
-    """The projections of the chosen layers."""
-    try:
-        tensors = list_expert_tensors(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--weights: {error}") from None
-    layer_of = {tensor.name: _layer(tensor.name) for tensor in tensors}
-    present = sorted(set(layer_of.values()))
-    wanted = present[:1] if layers is None else present if layers == "all" else _numbers(layers)
-    missing = [layer for layer in wanted if layer not in present]
-    if missing:
-        raise UsageError(f"--layers {layers}: {path} has layers {_ranges(present)}; not {missing[0]}")
-    chosen = [tensor for tensor in tensors if layer_of[tensor.name] in wanted]
-    options = (*(("--layers", layers) if layers else ()), *(("--experts", experts) if experts else ()))
-    return Projections(path, tuple(chosen), _experts(experts), options)
-
-
-def _layer(name: str) -> int:
-    """The first number in a tensor's name; 0 where there is none."""
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(number.group(1)) if number else 0
-
-
-def _numbers(text: str) -> list[int]:
-    """0,3-5 as [0, 3, 4, 5]."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        ends = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
-        if ends is None or int(ends.group(2) or ends.group(1)) < int(ends.group(1)):
-            raise UsageError(f"--layers is {text!r}; expected numbers and ranges such as 0,3-5, or all")
-        numbers += range(int(ends.group(1)), int(ends.group(2) or ends.group(1)) + 1)
-    return sorted(set(numbers))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 10] as 0–2, 10; two neighbours stay apart."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-
-
-def _experts(text: str | None) -> int | None:
-    if text == "all":
-        return None
-    if text is not None and not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise UsageError(f"--experts is {text!r}; expected a positive number, or all")
-    return int(text or 4)
+    only = f", cases matching {' or '.join(order.patterns)}" if order.patterns else ""
+    return order.projections.about + only
 
 
 def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
@@ -288,7 +233,7 @@ def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
         meter.show("loading the candidate")
         return judge_apart(
             order,
-            suite=_suite(order, arguments),
+            suite=_suite(order),
             strict=arguments.strict,
             timeout=arguments.timeout,
             fail_fast=arguments.fail_fast,

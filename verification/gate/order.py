@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from mxref.checkpoints import ExpertTensor
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.known import entry
 from mxref.verification.candidates.loading import declare
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.gate.plan import Item, plan, plan_checkpoint, plan_problem
+from mxref.verification.gate.projections import Projections
 
-__all__ = ["Order", "Projections"]
-
-
-@dataclass(frozen=True)
-class Projections:
-    """A checkpoint's expert weights to judge on.
-
-    Attributes:
-        path: file or folder.
-        tensors: to take from it.
-        experts: how many of each, from the first; None for all.
-        options: of the command line that chose them.
-    """
-
-    path: Path
-    tensors: Sequence[ExpertTensor]
-    experts: int | None
-    options: tuple[str, ...] = ()
+__all__ = ["Order"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +103,7 @@ class Order:
         """
         scope = Scope(self.suite, self.device_type, self.seed, interpreted, candidate.covers)
         if self.projections is not None:
-            items = plan_checkpoint(self.projections.path, self.projections.tensors, self.projections.experts, scope)
+            items = plan_checkpoint(self.projections, scope)
         elif self.shape is not None:
             items = plan_problem(self.shape, self.dtype, scope)
         else:
