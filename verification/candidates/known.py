@@ -13,7 +13,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import load
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
 
-__all__ = ["ENTRIES", "OWN", "Entry", "entry"]
+__all__ = ["ENTRIES", "OWN", "Entry", "entry", "version_of"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,15 @@ class Entry:
 
     def version(self) -> str:
         """The package's version; empty when that is not known."""
-        try:
-            return metadata.version(self.package) if self.package else ""
-        except metadata.PackageNotFoundError:
-            return ""
+        return version_of(self.package) if self.package else ""
+
+
+def version_of(package: str) -> str:
+    """The version of an installed distribution; empty when it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _axolotl(device: torch.device) -> Candidate:

@@ -88,12 +88,13 @@ def _nonfinite_cases(dtype: torch.dtype) -> list[Case]:
     others = [byte for byte in range(256) if byte not in finite]
     groups = [tuple(others[start : start + _BYTES_AT_ONCE]) for start in range(0, len(others), _BYTES_AT_ONCE)]
     named = {f"bytes {own[0]} to {own[-1]}": own for own in groups} | {"byte 255 alone": (_NAN_BYTE,)}
+    sizes = {own: MX_BLOCK_SIZE * len(own) for own in named.values()}
     return [
         Case(
             f"{name}, {_name(dtype)}",
             _CODES,
-            MX_BLOCK_SIZE * len(own),
-            MX_BLOCK_SIZE * len(own),
+            sizes[own],
+            sizes[own],
             _CODES,
             1,
             0,

@@ -1,4 +1,16 @@
-"""`mxref bench`: judge each way to compute the layer, then time them beside the composite; what was seen is kept."""
+"""`mxref bench`: judge each way to compute the layer, then time them beside the composite; what was seen is kept.
+
+Judge this project's ways to compute the layer, then time them beside torch._grouped_mm on bf16 weights and against
+the limit measured in the same run. No speed is printed on a red gate.
+
+examples:
+  mxref bench                         the main shapes on this GPU: gate, table, bench.json
+  mxref bench --large --record        more shapes, kept as evidence, in the history and in the README
+  mxref bench --shape gpt-oss         some shapes only
+  mxref bench --samples .benchmarks   every sample too, for pytest-benchmark's `list` and `compare`
+
+exit codes: 0 timed, 1 the gate is red or one of our ways failed, 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -24,22 +36,7 @@ from mxref.verification.records.readme import update_readme
 from mxref.verification.records.record import EVIDENCE, folder_name, write
 from mxref.verification.report.output import write_json
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Judge this project's ways to compute the layer, then time them beside torch._grouped_mm on bf16 "
-    "weights and against the limit measured in the same run. No speed is printed on a red gate."
-)
-
-EPILOG = """\
-examples:
-  mxref bench                         the main shapes on this GPU: gate, table, bench.json
-  mxref bench --large --record        more shapes, kept as evidence, in the history and in the README
-  mxref bench --shape gpt-oss         some shapes only
-  mxref bench --samples .benchmarks   every sample too, for pytest-benchmark's `list` and `compare`
-
-exit codes: 0 timed, 1 the gate is red or one of our ways failed, 2 wrong use
-"""
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

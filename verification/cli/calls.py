@@ -1,4 +1,15 @@
-"""`mxref calls`: judge a layer with planted bugs of how it is called; the checks must reject every one."""
+"""`mxref calls`: judge a layer with planted bugs of how it is called; the checks must reject every one.
+
+Plant bugs in an honest layer in plain PyTorch, each a mistake in how calls are taken (strides, which gradients are
+needed, what is remembered, sizes, numbers), and judge each as any foreign candidate, by the quick gate.
+
+examples:
+  mxref calls                      every bug, each until a check rejects it
+  mxref calls --name "*cached*"    only those that match
+  mxref calls --list               print the bugs, and which classes of the domain show them
+
+exit codes: 0 every bug is rejected, 1 one survives or the honest layer is rejected, 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -23,21 +34,7 @@ from mxref.verification.studies.calls.catalogue import BUGS
 from mxref.verification.studies.calls.layer import Bug
 from mxref.verification.studies.calls.run import Judged, NotHonestError, judge_bugs, payload
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Plant bugs in an honest layer in plain PyTorch, each a mistake in how calls are taken (strides, which gradients "
-    "are needed, what is remembered, sizes, numbers), and judge each as any foreign candidate, by the quick gate."
-)
-
-EPILOG = """\
-examples:
-  mxref calls                      every bug, each until a check rejects it
-  mxref calls --name "*cached*"    only those that match
-  mxref calls --list               print the bugs, and which classes of the domain show them
-
-exit codes: 0 every bug is rejected, 1 one survives or the honest layer is rejected, 2 wrong use
-"""
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,12 @@
-"""`mxref evidence`: which records are kept, and whether they are of the sources and versions that are here."""
+"""`mxref evidence`: which records are kept, and whether they are of the sources and versions that are here.
+
+List the records of what GPUs and the interpreter saw: whether each is of the sources that are here, which versions
+differ, and which command writes it again.
+
+A kernel's gate record must be fresh; any other record may be stale, and is shown with its date.
+
+exit codes: 0 the gate's records are fresh and nothing is damaged, 1 not so, 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -13,19 +21,7 @@ from mxref.verification.records.freshness import State, problems, survey
 from mxref.verification.records.readme import update_readme
 from mxref.verification.records.record import EVIDENCE
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "List the records of what GPUs and the interpreter saw: whether each is of the sources that are here, which "
-    "versions differ, and which command writes it again."
-)
-
-EPILOG = """\
-A kernel's gate record must be fresh; any other record may be stale, and is shown with its date.
-
-exit codes: 0 the gate's records are fresh and nothing is damaged, 1 not so, 2 wrong use
-"""
-
+__all__ = ["add_arguments", "run"]
 
 _COLUMNS = ("where", "record", "date", "result", "sources", "versions here")
 

@@ -1,4 +1,18 @@
-"""`mxref gate`: judge an implementation, print the verdict, write the report."""
+"""`mxref gate`: judge an implementation, print the verdict, write the report.
+
+Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, and derived error
+intervals on a grid of cases.
+
+examples:
+  mxref gate                                    judge this project's kernels, quick suite
+  mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
+  mxref gate --weights ./gpt-oss-20b --layers 0 judge on a checkpoint's expert weights
+  mxref gate --case 'integer*' --kernel golden  a few cases only; the golden model against itself
+  mxref gate --kernel my.py:layer --shape 32,2880,5760,256,4,16 --dtype bfloat16    a problem of your own
+
+exit codes: 0 pass, within what is declared by --covers; 1 a failure, or something declined without having been
+declared; 2 wrong use, or a fault that is not the candidate's
+"""
 
 from __future__ import annotations
 
@@ -34,26 +48,9 @@ from mxref.verification.report.output import new_table
 from mxref.verification.report.page import write
 from mxref.verification.report.terminal import print_result
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, and derived error "
-    "intervals on a grid of cases."
-)
+__all__ = ["add_arguments", "run"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-EPILOG = """\
-examples:
-  mxref gate                                    judge this project's kernels, quick suite
-  mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
-  mxref gate --weights ./gpt-oss-20b --layers 0 judge on a checkpoint's expert weights
-  mxref gate --case 'integer*' --kernel golden  a few cases only; the golden model against itself
-  mxref gate --kernel my.py:layer --shape 32,2880,5760,256,4,16 --dtype bfloat16    a problem of your own
-
-exit codes: 0 pass, within what is declared by --covers; 1 a failure, or something declined without having been
-declared; 2 wrong use, or a fault that is not the candidate's
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

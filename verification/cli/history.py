@@ -1,4 +1,13 @@
-"""`mxref history`: speed over commits, as ratios; fails on a slowdown beyond the noise."""
+"""`mxref history`: speed over commits, as ratios; fails on a slowdown beyond the noise.
+
+Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its ratios to the composite
+and to the limit, and fail where it is slower beyond the noise.
+
+The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %; for the
+limit's ratio also what the two runs' limits differ by.
+
+exit codes: 0 nothing is slower, 1 something is, 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -14,20 +23,7 @@ from mxref.verification.cli.options import made, note, terminal
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.record import EVIDENCE, KINDS, read
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "load_history", "run"]
-
-DESCRIPTION = (
-    "Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its "
-    "ratios to the composite and to the limit, and fail where it is slower beyond the noise."
-)
-
-EPILOG = """\
-The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %; for the
-limit's ratio also what the two runs' limits differ by.
-
-exit codes: 0 nothing is slower, 1 something is, 2 wrong use
-"""
-
+__all__ = ["add_arguments", "load_history", "run"]
 
 _SHOWN = 6
 

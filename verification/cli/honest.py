@@ -1,4 +1,14 @@
-"""`mxref honest`: judge implementations that are right, each under its true declaration; no check may reject one."""
+"""`mxref honest`: judge implementations that are right, each under its true declaration; no check may reject one.
+
+examples:
+  mxref honest                               every implementation on ten kinds of data, 5 draws of each, and those that
+                                             can be called on cases that cover the domain
+  mxref honest --data domain --seeds 3       the domain alone
+  mxref honest --data cancelling --seeds 50  one kind of data, many draws
+  mxref honest --device cuda                 the shipped kernels under each reachable configuration
+
+exit codes: 0 no check rejects an honest implementation, 1 one does, 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -34,20 +44,7 @@ from mxref.verification.gate.plan import matches
 from mxref.verification.report.output import new_table, write_json
 from mxref.verification.studies.conforming.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = "Judge implementations that are right, each under its true declaration; no check may reject one."
-
-EPILOG = """\
-examples:
-  mxref honest                               every implementation on ten kinds of data, 5 draws of each, and those that
-                                             can be called on cases that cover the domain
-  mxref honest --data domain --seeds 3       the domain alone
-  mxref honest --data cancelling --seeds 50  one kind of data, many draws
-  mxref honest --device cuda                 the shipped kernels under each reachable configuration
-
-exit codes: 0 no check rejects an honest implementation, 1 one does, 2 wrong use
-"""
+__all__ = ["add_arguments", "run"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,8 @@ class Judgement:
     complaint: str
 
 
-@dataclass(frozen=True)
-class _Draw:
-    case: Case
-    seed: int
+_Draw = tuple[Case, int]
+"""A case, and the seed that it is drawn with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,13 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     chosen = [h for h in _implementations(device) if matches(h.name, arguments.name)]
     draws = [
-        _Draw(case, seed)
+        (case, seed)
         for seed in range(arguments.seeds)
         for dtype in dict.fromkeys(honest.dtype for honest in chosen)
         for case in cases_of(dtype, seed)
         if matches(_kind(case), arguments.data)
     ]
-    total = sum(len(asked(chosen, each.case, each.seed)) for each in draws)
+    total = sum(len(asked(chosen, case, seed)) for case, seed in draws)
     if not total:
         raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
     judged = _judge(draws, total, device, arguments.name, arguments.jobs)
@@ -138,22 +133,18 @@ def _mapped(
 
 
 def _judge_draw(each: _Draw, device: torch.device, names: list[str]) -> list[Judgement]:
-
     torch.set_num_threads(1)
-    case = each.case
-    chosen = asked([h for h in _implementations(device) if matches(h.name, names)], case, each.seed)
-    judged: list[Judgement] = []
-    if not chosen:
-        return judged
-    for honest, findings in judge(chosen, draw(case, device, each.seed)):
+    case, seed = each
+    chosen = asked([h for h in _implementations(device) if matches(h.name, names)], case, seed)
+    judged = []
+    for honest, findings in judge(chosen, draw(case, device, seed)) if chosen else ():
         complaint = next((str(finding) for finding in findings if not finding.ok), "")
-        judged.append(Judgement(honest.name, _kind(case), each.seed, complaint))
+        judged.append(Judgement(honest.name, _kind(case), seed, complaint))
     return judged
 
 
 def _print(judged: Sequence[Judgement], seconds: float, console: Console) -> None:
     """Failures of each implementation by kind of data, every complaint, and the counts last."""
-
     made = Counter((judgement.implementation, judgement.data) for judgement in judged)
     failed = Counter((judgement.implementation, judgement.data) for judgement in judged if judgement.complaint)
     kinds = list(dict.fromkeys(judgement.data for judgement in judged))
@@ -178,10 +169,9 @@ def _print(judged: Sequence[Judgement], seconds: float, console: Console) -> Non
 
 def _as_json(judged: Sequence[Judgement], device: torch.device, seeds: int) -> dict[str, Any]:
     """Plain data: judgements by implementation and kind of data, and every failure."""
-    table: dict[str, dict[str, int]] = {}
+    table: dict[str, Counter[str]] = {}
     for judgement in sorted(judged, key=lambda judgement: (judgement.implementation, judgement.data)):
-        row = table.setdefault(judgement.implementation, {})
-        row[judgement.data] = row.get(judgement.data, 0) + 1
+        table.setdefault(judgement.implementation, Counter())[judgement.data] += 1
     return {
         "schema": "mxref.honest/1",
         "device": device.type,

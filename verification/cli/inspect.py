@@ -1,4 +1,15 @@
-"""`mxref inspect`: what a packed checkpoint holds."""
+"""`mxref inspect`: what a packed checkpoint holds.
+
+Per expert projection: its shape, how its scale bytes are spread, and the share of blocks that are zero, saturated
+(hold ±6, the largest code) or NaN (scale byte 255).
+
+examples:
+  mxref inspect model.safetensors          one file
+  mxref inspect ./gpt-oss-20b              a directory of shards
+  mxref inspect openai/gpt-oss-20b         a model of the local Hugging Face cache; nothing is downloaded
+
+exit codes: 0 the checkpoint was read, whatever it holds; 2 wrong use or not readable
+"""
 
 from __future__ import annotations
 
@@ -15,21 +26,8 @@ from mxref.verification.cli.options import terminal
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.report.output import new_table
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
-DESCRIPTION = (
-    "Per expert projection: its shape, how its scale bytes are spread, and the share of blocks that "
-    "are zero, saturated (hold ±6, the largest code) or NaN (scale byte 255)."
-)
-
-EPILOG = """\
-examples:
-  mxref inspect model.safetensors          one file
-  mxref inspect ./gpt-oss-20b              a directory of shards
-  mxref inspect openai/gpt-oss-20b         a model of the local Hugging Face cache; nothing is downloaded
-
-exit codes: 0 the checkpoint was read, whatever it holds; 2 wrong use or not readable
-"""
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24
 

@@ -1,4 +1,14 @@
-"""`mxref mutants`: plant bugs in the kernels' sources and see whether the checks notice."""
+"""`mxref mutants`: plant bugs in the kernels' sources, one at a time, and see whether the gate's checks notice.
+
+examples:
+  mxref mutants                          120 mutants across all functions and kinds of mistake
+  mxref mutants --all --jobs 8           the whole catalogue
+  mxref mutants --all --by-hand --matrix what every check kills, and what only it kills
+  mxref mutants --kind gates --list      print the mutants of one kind
+  mxref mutants --all --gpu-only --minutes 8 --record     on a GPU; later: --rest in place of --all
+
+exit codes: 0 every mutant is killed or known to change nothing, 1 not so, 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -38,22 +48,9 @@ from mxref.verification.studies.mutation.session import TRIAL_SECONDS, FalseKill
 from mxref.verification.studies.mutation.sources import Source, read_sources
 from mxref.verification.studies.mutation.tables import as_markdown, print_list, print_session
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
 _SAMPLE = 120
-
-DESCRIPTION = "Plant bugs in the kernels' sources, one at a time, and see whether the gate's checks notice."
-
-EPILOG = f"""\
-examples:
-  mxref mutants                          {_SAMPLE} mutants across all functions and kinds of mistake
-  mxref mutants --all --jobs 8           the whole catalogue
-  mxref mutants --all --by-hand --matrix what every check kills, and what only it kills
-  mxref mutants --kind gates --list      print the mutants of one kind
-  mxref mutants --all --gpu-only --minutes 8 --record     on a GPU; later: --rest in place of --all
-
-exit codes: 0 every mutant is killed or known to change nothing, 1 not so, 2 wrong use
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

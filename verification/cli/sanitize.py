@@ -1,4 +1,15 @@
-"""`mxref sanitize`: run the kernels under compute-sanitizer and Triton's concurrency sanitizer."""
+"""`mxref sanitize`: run the kernels under compute-sanitizer and Triton's concurrency sanitizer.
+
+Run both passes of the kernels on the smallest cases under tools that watch every access: compute-sanitizer's
+memcheck, racecheck and initcheck, and Triton's ConSan. Each tool has a process of its own.
+
+examples:
+  mxref sanitize                        every tool
+  mxref sanitize --tool memcheck        one of them
+  mxref sanitize --self-test            first a planted mistake under each tool, which it must find
+
+exit codes: 0 no tool finds anything in the kernels (and each finds its planted mistake), 1 not so, 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -17,21 +28,7 @@ from mxref.verification.studies.sanitizers.run import payload, watch
 from mxref.verification.studies.sanitizers.tools import TOOLS, Report, Tool
 from mxref.verification.studies.sanitizers.workload import KERNELS
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Run both passes of the kernels on the smallest cases under tools that watch every access: compute-sanitizer's "
-    "memcheck, racecheck and initcheck, and Triton's ConSan. Each tool has a process of its own."
-)
-
-EPILOG = """\
-examples:
-  mxref sanitize                        every tool
-  mxref sanitize --tool memcheck        one of them
-  mxref sanitize --self-test            first a planted mistake under each tool, which it must find
-
-exit codes: 0 no tool finds anything in the kernels (and each finds its planted mistake), 1 not so, 2 wrong use
-"""
+__all__ = ["add_arguments", "run"]
 
 Runs = Sequence[tuple[Tool, str, Report]]
 

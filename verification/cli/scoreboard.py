@@ -1,4 +1,15 @@
-"""`mxref scoreboard`: judge every implementation that can be found, and print the table."""
+"""`mxref scoreboard`: judge every implementation that can be found, and print the table.
+
+Judge this project's kernels and implementations from elsewhere by the same checks, each in a process of its own, and
+print one table with the first counterexample of every failure.
+
+examples:
+  mxref scoreboard                                       everything that is installed, quick suite
+  mxref scoreboard --candidates axolotl,grouped_mm       two of them
+  mxref scoreboard --full --record                       the release suite, kept as evidence (needs a GPU)
+
+exit codes: 0 the comparison ran, whatever it found; 2 wrong use
+"""
 
 from __future__ import annotations
 
@@ -27,21 +38,7 @@ from mxref.verification.records import record
 from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
 from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Judge this project's kernels and implementations from elsewhere by the same checks, each in a "
-    "process of its own, and print one table with the first counterexample of every failure."
-)
-
-EPILOG = """\
-examples:
-  mxref scoreboard                                       everything that is installed, quick suite
-  mxref scoreboard --candidates axolotl,grouped_mm       two of them
-  mxref scoreboard --full --record                       the release suite, kept as evidence (needs a GPU)
-
-exit codes: 0 the comparison ran, whatever it found; 2 wrong use
-"""
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

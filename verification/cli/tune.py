@@ -1,4 +1,10 @@
-"""`mxref tune`: time every tiling offline, beside the one that the committed table chooses."""
+"""`mxref tune`: time every tiling offline, beside the one that the committed table chooses.
+
+Time a whole training step under every tiling that fits this GPU, shape by shape, and print the 5 fastest beside the
+one that kernels/device/configs.py has; then what it costs to pin one tiling for all of them, so that a row's bits do
+not depend on the batch. Nothing is written: the table is source, and a change to it goes through the gate like any
+other.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +23,9 @@ from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.report.output import new_table
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
 _SHOWN = 5
-
-DESCRIPTION = (
-    "Time a whole training step under every tiling that fits this GPU, shape by shape, and print the "
-    f"{_SHOWN} fastest beside the one that kernels/device/configs.py has; then what it costs to pin one tiling for "
-    "all of them, so that a row's bits do not depend on the batch. Nothing is written: the table is source, and a "
-    "change to it goes through the gate like any other."
-)
-
-EPILOG = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,12 +6,12 @@ import platform
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 
 import torch
 
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Finding, Status
 from mxref.verification.checks.registry import BASELINE, STATE
 
@@ -139,10 +139,5 @@ def describe_device(device: torch.device, interpreted: bool = False) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"mxref": "", "torch": "", "triton": ""}
-    for package in list(found):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            del found[package]
+    found = {package: version for package in ("mxref", "torch", "triton") if (version := version_of(package))}
     return found | {"python": platform.python_version()}

@@ -6,10 +6,12 @@ import ctypes
 import platform
 import re
 import subprocess
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 
 import torch
+
+from mxref.verification.candidates.known import version_of
 
 __all__ = ["versions"]
 
@@ -26,10 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def _package(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return str(getattr(import_module(name), "__version__", "unknown"))
+    return version_of(name) or str(getattr(import_module(name), "__version__", "unknown"))
 
 
 def _driver() -> str:
