@@ -9,8 +9,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "SPLIT", "install", "moved_names", "names_of"]
-
 
 def _under(package: str, names: dict[str, str]) -> dict[str, str]:
     return {f"{package}.{old}": f"{package}.{new}" for old, new in names.items()}

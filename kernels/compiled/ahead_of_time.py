@@ -35,8 +35,6 @@ from mxref.kernels.device.launch import INTERPRETED, Launch, recording
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.weights import MXWeights
 
-__all__ = ["Compiled", "Unit", "build", "compile_unit", "main", "units"]
-
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 _POINTER = {

@@ -29,8 +29,6 @@ from mxref.kernels.models.moe_block import HFScatterMoEGatedMLP
 from mxref.kernels.models.packing import experts_modules, pack_experts
 from mxref.weights import decode_mxfp4
 
-__all__ = ["BEGIN", "END", "HEADER", "dequantise", "families", "row", "small_model", "table"]
-
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
 HEADER = ("family", "experts", "packed", "HFScatterMoEGatedMLP", "PEFT on the packed model")
 

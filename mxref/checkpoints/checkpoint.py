@@ -15,17 +15,6 @@ from mxref.checkpoints.files import Files, natural
 from mxref.checkpoints.matrices import Matrix, matrices_of
 from mxref.weights import MXWeights
 
-__all__ = [
-    "CONVENTIONS",
-    "Checkpoint",
-    "list_expert_tensors",
-    "list_other_tensors",
-    "open_checkpoint",
-    "read_expert_biases",
-    "read_expert_weights",
-    "read_other_tensors",
-]
-
 CONVENTIONS = (gpt_oss.CONVENTION, DEEPSEEK_V4, COMPRESSED_TENSORS, QUARK, MODELOPT, TORCHAO)
 """Every convention that is read, in the order in which they are tried."""
 

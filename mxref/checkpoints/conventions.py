@@ -12,8 +12,6 @@ import torch
 from mxref.checkpoints.convention import Convention, Pair
 from mxref.checkpoints.files import Files
 
-__all__ = ["COMPRESSED_TENSORS", "DEEPSEEK_V4", "MODELOPT", "QUARK", "TORCHAO"]
-
 DEEPSEEK_V4 = Convention(
     name="DeepSeek-V4",
     checkpoints="DeepSeek-V4-Flash and -Pro",

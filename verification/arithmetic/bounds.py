@@ -28,7 +28,6 @@ from mxref.scattermoe import (
     owned_rows,
 )
 from mxref.verification.arithmetic.accumulation import (
-    ACCUMULATIONS,
     UNDERFLOW,
     Accumulation,
     Accumulator,
@@ -36,8 +35,6 @@ from mxref.verification.arithmetic.accumulation import (
     U,
     gamma,
 )
-
-__all__ = ["ACCUMULATIONS", "TENSORS", "Accumulation", "Interval", "intervals", "rho"]
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
 

@@ -14,8 +14,6 @@ from mxref.verification.bench.pairs import Row, digits
 from mxref.verification.bench.summary import BEYOND, eager_mark, once, summary
 from mxref.verification.report.output import markdown_table, new_table
 
-__all__ = ["as_json", "as_markdown", "print_bench"]
-
 _NAMES = ("shape", "measure", "path", "reference", "ours", "rows_per_expert", "status")
 _NUMBERS = (
     "median", "spread", "ratio", "limit", "limit_ratio", "eager", "rows_per_s", "flops_per_s", "bytes_per_s"

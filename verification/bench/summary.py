@@ -7,8 +7,6 @@ from typing import Any
 
 from mxref.verification.report.output import markdown_table
 
-__all__ = ["BEYOND", "eager_mark", "once", "summary"]
-
 BEYOND = "the operands and the results"
 """What a benchmark's extra memory leaves out."""
 

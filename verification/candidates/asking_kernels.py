@@ -30,11 +30,6 @@ from mxref.verification.cases.out_of_range import offsets_out_of_range, position
 from mxref.verification.cases.tables import TableSample
 from mxref.weights import MXWeights
 
-__all__ = [
-    "at_guard_pages", "between_fresh_red_zones", "by_operators", "for_tables", "with_bad_arguments",
-    "with_indices_out_of_range", "with_watched_indices", "with_watched_indices_of_the_decoder", "with_watched_memory",
-]  # fmt: skip
-
 
 def by_operators(candidate: Candidate, sample: Sample) -> list[Answer]:
     """`scatter2scatter_lora_mx` and its dX in every layout into buffers of NaN, and the operators on some experts.

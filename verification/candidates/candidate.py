@@ -34,8 +34,6 @@ from mxref.verification.cases.case import Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXWeights
 
-__all__ = ["OPERAND_OF", "Candidate"]
-
 OPERAND_OF = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 """Gradient -> operand."""
 

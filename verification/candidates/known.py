@@ -13,8 +13,6 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import load
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
 
-__all__ = ["ENTRIES", "OWN", "Entry", "entry", "version_of"]
-
 
 @dataclass(frozen=True)
 class Entry:

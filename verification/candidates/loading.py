@@ -16,8 +16,6 @@ from mxref.verification.arithmetic.rounding_points import POINTS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.subset import Subset, parse_subset
 
-__all__ = ["declare", "load"]
-
 
 def load(spec: str) -> Candidate:
     """A candidate from `module:callable` or `path/to/file.py:callable`, with what the callable declares.

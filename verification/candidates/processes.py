@@ -20,8 +20,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["FROM_OUTSIDE", "Ended", "Job", "Limits", "Pool"]
-
 _WAITS = 0.01
 """A child that uses less than this part of the time waits; one that computes gets more even on a very busy machine."""
 _TICK = 0.25

@@ -11,8 +11,6 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.starting_point import layer
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["golden", "shipped", "torch_composite"]
-
 
 def golden() -> Candidate:
     """The golden model judged by itself: a check of the gate, not of anything shipped."""

@@ -18,8 +18,6 @@ from mxref.routing import flatten_sort_count
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights
 
-__all__ = ["all_elements", "draw_elements", "element_cases", "every_element", "finite_bytes", "one_hot_elements"]
-
 _CODES = len(E2M1_VALUES)
 _EXPERTS = 2  # among which the 16 blocks are dealt: K = N = 256 costs a kernel least
 _BYTES_AT_ONCE = 4  # bounds the size of one non-finite sample; only fp16 has more bytes

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mxref.verification.cases.case import Sample
 
-__all__ = ["offsets_out_of_range", "positions_out_of_range"]
-
 
 def positions_out_of_range(sample: Sample) -> tuple[Sample, Tensor]:
     """Five positions below 0 or beyond P−1, and which rows of Y no such position belongs to: bool [P].

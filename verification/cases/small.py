@@ -13,15 +13,6 @@ import torch
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.elements import element_cases, one_hot_elements
 
-__all__ = [
-    "FULL_OF_COLUMNS", "behaviour_cases", "decode_cases", "decoder_cases", "drawn_cases", "index_cases",
-    "integer_cases",
-    "narrow_decode_cases", "operator_case", "own_integer_cases", "remote_cases", "sequence_cases", "smallest",
-    "stack_cases",
-    "unordered_cases",
-    "usual_dtype",
-]  # fmt: skip
-
 FULL_OF_COLUMNS = 132 * 4 * 128
 """N for which one row tile is more programs of 128 columns than an H100 runs at once: the next tile's begin later."""
 

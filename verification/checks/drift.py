@@ -38,8 +38,6 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.checks.ratios import log2_counts
 
-__all__ = ["no_drift"]
-
 _BASE, _LORA, _TOTAL = range(3)
 _TERM = ("the base term", "LoRA's term", "the whole")
 _SPREAD, _TOLERANCE = 0.5, 1e-2  # of criteria that are only reported: nothing is decided by them

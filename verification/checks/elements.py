@@ -22,18 +22,6 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, ErrorSample, Finding, FloatArray, Status
 from mxref.verification.checks.patterns import Axis, patterns
 
-__all__ = [
-    "Comparison",
-    "axes_of",
-    "comparable",
-    "compare",
-    "each_answer",
-    "each_tensor",
-    "name_of",
-    "raised",
-    "unexpected",
-]
-
 _OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 _MATRICES = ("Y", "dX", "dA", "dB")
 _PLOT_POINTS = 20_000

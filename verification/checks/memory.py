@@ -10,8 +10,6 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.values import decoded_bits, equal
 
-__all__ = ["inside_tensors", "right_and_unwritten", "unwritten", "wide_indices"]
-
 
 def unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every watched operand, and what lies around it, holds what it held before.

@@ -14,8 +14,6 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["equal_operators", "refused", "right_tables"]
-
 _REFUSED_BY: dict[str, type[Exception]] = {"a dtype that is no float": TypeError}
 """Misuse -> what it must raise, where that is not a ValueError."""
 

@@ -14,8 +14,6 @@ from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, Finding, Status
 
-__all__ = ["log2_counts", "right_exponents", "right_signs"]
-
 _HALF_OCTAVE = 2.0**0.5  # beyond it a ratio rounds to another power of two
 
 

@@ -29,8 +29,6 @@ from mxref.verification.checks.operators import equal_operators, refused, right_
 from mxref.verification.checks.ratios import right_exponents, right_signs
 from mxref.verification.checks.values import decoded_bits, equal, inside_intervals
 
-__all__ = ["BASELINE", "CHECKS", "STATE", "Asked", "Check", "why"]
-
 
 class Asked(StrEnum):
     """Who is asked."""

@@ -15,8 +15,6 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["decoded_bits", "equal", "inside_intervals"]
-
 
 def equal(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every tensor equals the contract's result; −0 equals 0, NaN must be NaN, and infinities keep their sign."""

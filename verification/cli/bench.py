@@ -36,8 +36,6 @@ from mxref.verification.records.readme import update_readme
 from mxref.verification.records.record import EVIDENCE, folder_name, write
 from mxref.verification.report.output import write_json
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -34,8 +34,6 @@ from mxref.verification.studies.calls.catalogue import BUGS
 from mxref.verification.studies.calls.layer import Bug
 from mxref.verification.studies.calls.run import Judged, NotHonestError, judge_bugs, payload
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -21,8 +21,6 @@ from mxref.verification.records.freshness import State, problems, survey
 from mxref.verification.records.readme import update_readme
 from mxref.verification.records.record import EVIDENCE
 
-__all__ = ["add_arguments", "run"]
-
 _COLUMNS = ("where", "record", "date", "result", "sources", "versions here")
 
 

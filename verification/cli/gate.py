@@ -37,8 +37,9 @@ from mxref.verification.cli.options import (
 )
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.isolated import TIMEOUT, Entry, Refused, judge_apart, list_items
+from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
 from mxref.verification.gate.order import Order
+from mxref.verification.gate.process import Entry, Refused
 from mxref.verification.gate.projections import Projections
 from mxref.verification.gate.result import GateResult
 from mxref.verification.records import record, ulp_baseline
@@ -47,8 +48,6 @@ from mxref.verification.records.record import EVIDENCE
 from mxref.verification.report.output import new_table
 from mxref.verification.report.page import write
 from mxref.verification.report.terminal import print_result
-
-__all__ = ["add_arguments", "run"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -23,8 +23,6 @@ from mxref.verification.cli.options import made, note, terminal
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.record import EVIDENCE, KINDS, read
 
-__all__ = ["add_arguments", "load_history", "run"]
-
 _SHOWN = 6
 
 

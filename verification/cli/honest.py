@@ -44,8 +44,6 @@ from mxref.verification.gate.plan import matches
 from mxref.verification.report.output import new_table, write_json
 from mxref.verification.studies.conforming.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
 
-__all__ = ["add_arguments", "run"]
-
 
 @dataclass(frozen=True)
 class Judgement:

@@ -26,8 +26,6 @@ from mxref.verification.cli.options import terminal
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.report.output import new_table
 
-__all__ = ["add_arguments", "run"]
-
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24
 

@@ -48,8 +48,6 @@ from mxref.verification.studies.mutation.session import TRIAL_SECONDS, FalseKill
 from mxref.verification.studies.mutation.sources import Source, read_sources
 from mxref.verification.studies.mutation.tables import as_markdown, print_list, print_session
 
-__all__ = ["add_arguments", "run"]
-
 _SAMPLE = 120
 
 

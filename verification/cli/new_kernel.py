@@ -15,8 +15,6 @@ from pathlib import Path
 from mxref.verification.candidates import starting_point
 from mxref.verification.cli.usage import UsageError
 
-__all__ = ["add_arguments", "run"]
-
 _TEST = '''\
 """{name}'s layer by the gate's checks: `pytest` runs one small problem, `mxref gate` the whole domain.
 

@@ -15,11 +15,6 @@ from rich.console import Console
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.record import EVIDENCE
 
-__all__ = [
-    "add_device", "add_jobs", "add_out", "add_record", "add_seed", "choose_device", "made", "note", "positive",
-    "terminal",
-]  # fmt: skip
-
 
 def add_device(parser: argparse._ActionsContainer) -> None:
     """`--device`, for `choose_device`."""

@@ -28,8 +28,6 @@ from mxref.verification.studies.sanitizers.run import payload, watch
 from mxref.verification.studies.sanitizers.tools import TOOLS, Report, Tool
 from mxref.verification.studies.sanitizers.workload import KERNELS
 
-__all__ = ["add_arguments", "run"]
-
 Runs = Sequence[tuple[Tool, str, Report]]
 
 

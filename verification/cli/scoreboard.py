@@ -38,8 +38,6 @@ from mxref.verification.records import record
 from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
 from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -23,8 +23,6 @@ from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.report.output import new_table
 
-__all__ = ["add_arguments", "run"]
-
 _SHOWN = 5
 
 

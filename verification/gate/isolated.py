@@ -36,8 +36,6 @@ from mxref.verification.gate.process import (
 )
 from mxref.verification.gate.result import GateResult
 
-__all__ = ["TIMEOUT", "Entry", "Refused", "judge_apart", "list_items"]
-
 LOADING = "loading"
 """What findings are of before any check."""
 TIMEOUT = 900.0

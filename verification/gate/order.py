@@ -14,8 +14,6 @@ from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.gate.plan import Item, plan, plan_checkpoint, plan_problem
 from mxref.verification.gate.projections import Projections
 
-__all__ = ["Order"]
-
 
 @dataclass(frozen=True)
 class Order:

@@ -26,8 +26,6 @@ from mxref.verification.checks.registry import CHECKS, Cases, Check
 from mxref.verification.gate.problem import problem_of, weights_of
 from mxref.verification.gate.projections import Projections
 
-__all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "plan_problem", "slopes_in"]
-
 
 @dataclass(frozen=True)
 class Item:

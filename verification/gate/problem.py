@@ -13,8 +13,6 @@ from mxref.verification.cases.weights_behind import weight_at, weights_behind
 from mxref.verification.checks.finding import Finding
 from mxref.weights import MXWeights
 
-__all__ = ["problem_of", "problem_text", "weights_of"]
-
 _LAYOUTS = {
     "x": "layout of x",
     "adapters": "layout of A and B",

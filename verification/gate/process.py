@@ -23,8 +23,6 @@ from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import describe_device
 from mxref.verification.gate.run import judge
 
-__all__ = ["Asking", "Entry", "Fault", "Judged", "Lost", "Planned", "Refused", "elsewhere", "work"]
-
 
 class Refused(ValueError):  # noqa: N818
     """The order cannot be carried out as it was given; the message says why."""

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from mxref.checkpoints import ExpertTensor, list_expert_tensors
 
-__all__ = ["Projections"]
-
 
 @dataclass(frozen=True)
 class Projections:

@@ -15,8 +15,6 @@ from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Finding, Status
 from mxref.verification.checks.registry import BASELINE, STATE
 
-__all__ = ["GateResult", "describe_device"]
-
 
 @dataclass
 class GateResult:

@@ -19,8 +19,6 @@ from mxref.verification.checks.registry import STATE, Check
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import GateResult, describe_device
 
-__all__ = ["judge", "run_gate"]
-
 _SECOND_CHANCE = (
     "outside the bound of this device's default accumulation, inside the order-free one; declare the accumulation for "
     "a full verdict"

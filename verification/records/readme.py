@@ -11,8 +11,6 @@ from mxref.verification.records.freshness import State, survey
 from mxref.verification.records.record import EVIDENCE, KINDS
 from mxref.verification.report.output import markdown_table
 
-__all__ = ["README", "blocks", "filled", "update_readme"]
-
 README = EVIDENCE.parent.parent / "README.md"
 
 

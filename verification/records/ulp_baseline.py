@@ -25,8 +25,6 @@ from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.records.record import EVIDENCE, folder_name, read, record_path, write
 
-__all__ = ["Baseline", "accept", "baseline_findings", "baseline_path", "environment"]
-
 _KIND = "ulp_baseline"
 _CHECK = "baseline"
 _JUDGED = "interval"  # the check whose errors are kept

@@ -13,8 +13,6 @@ import torch
 
 from mxref.verification.candidates.known import version_of
 
-__all__ = ["versions"]
-
 
 def versions() -> dict[str, str]:
     """Version by name; "unknown" where it cannot be found out, "none" where there is no such part on this machine."""

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FAIL", "INK", "MUTED", "SERIES", "WEAK", "in_order", "picture", "squares", "title"]
-
 T = TypeVar("T")
 
 INK, MUTED, GRID, SERIES, FAIL, WEAK = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"

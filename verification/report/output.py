@@ -10,8 +10,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-__all__ = ["markdown_table", "new_table", "write_json"]
-
 
 def new_table(*columns: str, title: str | None = None) -> Table:
     """A quiet table for a terminal; ">" before a column's name puts its cells, numbers, at the right."""

@@ -19,10 +19,6 @@ from mxref.verification.report.causes import Cause, causes
 from mxref.verification.report.output import write_json
 from mxref.verification.report.words import FOOTNOTE, detail_text, many_ulp, plural, share_text, tensor_order, ulp_text
 
-__all__ = [
-    "as_html", "as_json", "facts", "failures", "headline", "write",
-]  # fmt: skip
-
 SCHEMA = "mxref.gate/3"
 _SHOWN, _WORST, _A_CHECK = 30, 12, 4
 _NOT_JUDGED = "not judged: "

@@ -20,8 +20,6 @@ from mxref.verification.report.words import share_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["error_against_bound", "share_of_bound", "ulp_histogram"]
-
 _CELLS = 44
 """Cells along each axis of a cloud."""
 _MAX_OFFENDERS = 300

@@ -19,8 +19,6 @@ from mxref.verification.report.canvas import FAIL, INK, MUTED, SERIES, WEAK, in_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["drift_maps", "log2_ratios"]
-
 _PASSING, _FAILING = 3, 6
 """Maps drawn of a run without drift, and of one with it."""
 _LEVELS = 12

@@ -19,8 +19,6 @@ from mxref.verification.report.output import new_table
 from mxref.verification.report.page import facts, headline
 from mxref.verification.report.words import FOOTNOTE, many_ulp, share_text, tensor_order, ulp_text
 
-__all__ = ["print_result"]
-
 _TITLE = 80
 """Letters of a title; what a pass is about stands in the sentence below in full."""
 _SHOWN = 6

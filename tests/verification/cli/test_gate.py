@@ -16,7 +16,7 @@ import torch
 from mxref import MXWeights, encode_mxfp4
 from mxref.checkpoints.gpt_oss import write_expert_weights
 from mxref.verification.cli import main
-from mxref.verification.gate.isolated import Refused
+from mxref.verification.gate.process import Refused
 
 PLANTED = """
 from dataclasses import replace

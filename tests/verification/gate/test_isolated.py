@@ -13,9 +13,9 @@ import pytest
 
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate import isolated
-from mxref.verification.gate.isolated import Refused, judge_apart, list_items
+from mxref.verification.gate.isolated import judge_apart, list_items
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.process import Asking, Fault, Judged
+from mxref.verification.gate.process import Asking, Entry, Fault, Judged, Refused
 from mxref.verification.gate.result import GateResult
 
 CANDIDATES = """
@@ -128,7 +128,7 @@ def test_fail_fast_stops_at_the_first_failure() -> None:
 
 def test_a_fault_of_ours_is_not_the_candidate_s() -> None:
     run = isolated._Run(Order("golden", "cpu"), "", False)
-    run.entries = [isolated.Entry("00000000", ("integer",), "a"), isolated.Entry("00000001", ("integer",), "b")]
+    run.entries = [Entry("00000000", ("integer",), "a"), Entry("00000001", ("integer",), "b")]
     part = isolated._Part(Order("golden", "cpu"), 0, 1, Path("crash"))
     for message in (Asking(0), Fault("integer, a: OutOfMemoryError"), Judged(0, []), Asking(1, compared=True)):
         run.hear(part, message)

@@ -15,8 +15,6 @@ from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.session import Fate, Judged, Session
 from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["as_markdown", "idle", "kills_by_check", "kills_by_kind", "print_list", "print_session"]
-
 Rows = list[list[str]]
 """A table: its header, then its rows."""
 

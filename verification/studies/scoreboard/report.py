@@ -13,8 +13,6 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.report.output import markdown_table, new_table, write_json
 from mxref.verification.studies.scoreboard.run import Board, Row
 
-__all__ = ["as_json", "as_markdown", "print_board", "write"]
-
 SCHEMA = "mxref.scoreboard/2"
 _SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT_COVERED: "–", Status.PASS: "✓"}
 _STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black", "✓": "green"}

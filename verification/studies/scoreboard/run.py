@@ -16,11 +16,10 @@ import torch
 from mxref.verification.candidates.known import OWN, entry
 from mxref.verification.cases.scope import Suite
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.gate.isolated import Entry, Refused, judge_apart
+from mxref.verification.gate.isolated import judge_apart
 from mxref.verification.gate.order import Order
+from mxref.verification.gate.process import Entry, Refused
 from mxref.verification.gate.result import GateResult, describe_device
-
-__all__ = ["Board", "Row", "run_scoreboard"]
 
 _TIMEOUT = 300.0
 """Seconds of processor time for one item: compiling takes tens."""
