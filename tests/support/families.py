@@ -1,7 +1,7 @@
 """Every MoE family of the installed transformers, built small and tried: what the kernels cover, and what not and why.
 
-    python -m mxref.kernels.models.families                   print the table family × feature
-    python -m mxref.kernels.models.families docs/models.md    write it between that file's marks
+    python tests/support/families.py                   print the table family × feature
+    python tests/support/families.py docs/models.md    write it between that file's marks
 
 A family is a package of transformers whose modelling code has a class of routed experts. Its experts, MoE blocks and
 causal language model are built with random weights, packed, and compared with the same weights dequantised. Without a
