@@ -25,16 +25,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mxref.verification.cli.options import (
-    add_device,
-    add_out,
-    add_record,
-    add_seed,
-    choose_device,
-    made,
-    note,
-    terminal,
-)
+from mxref.verification.cli import options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
@@ -84,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated"
     )
-    add_seed(how)
+    options.add_seed(how)
     how.add_argument("--list", action="store_true", help="print what this candidate would be asked, and stop")
     how.add_argument("--rerun", metavar="ID", action="append", help="only the item of this identifier; may be repeated")
     how.add_argument(
@@ -100,11 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times that",
     )
     where = parser.add_argument_group("where")
-    add_device(where)
+    options.add_device(where)
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
     out = parser.add_argument_group("output")
-    add_out(out, "gate.json and gate.html", "gate-report")
-    add_record(out, "the result of this GPU")
+    options.add_out(out, "gate.json and gate.html", "gate-report")
+    options.add_record(out, "the result of this GPU")
     out.add_argument("--verbose", action="store_true", help="print every case and tensor")
     out.add_argument("--strict", action="store_true", help="a weak pass, a worse one or an uncovered case fails")
     out.add_argument(
@@ -135,13 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    device = choose_device(arguments.device, arguments.require_gpu)
+    device = options.choose_device(arguments.device, arguments.require_gpu)
     if arguments.record is not None and (device.type != "cuda" or not _own(arguments) or arguments.case):
         raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
     if arguments.accept_baseline is not None and not _own(arguments):
         raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
     order = _order(arguments, device)
-    console = terminal(120)
+    console = options.terminal(120)
     try:
         if arguments.list:
             _print_list(list_items(order), console)
@@ -157,19 +148,19 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print(f"mxref: error: --out {arguments.out}: {error.strerror or error}; no report is kept", file=sys.stderr)
         return result.exit_code or 2
-    note(console, "report", page)
-    note(console, "data", data)
+    options.note(console, "report", page)
+    options.note(console, "data", data)
     if accepted is not None:
-        note(console, "baseline", accepted)
+        options.note(console, "baseline", accepted)
     if arguments.record is not None:
-        note(console, "evidence", record.write("gate", gate_summary(result), device, arguments.record))
+        options.note(console, "evidence", record.write("gate", gate_summary(result), device, arguments.record))
     return result.exit_code
 
 
 def _prepare(folder: Path) -> None:
     """A folder that can be written to, without the report of an earlier run."""
     for name in ("gate.json", "gate.html"):
-        (made(folder) / name).unlink(missing_ok=True)
+        (options.made(folder) / name).unlink(missing_ok=True)
 
 
 def _own(arguments: argparse.Namespace) -> bool:

@@ -28,16 +28,7 @@ from rich.markup import escape
 
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.cli.options import (
-    add_device,
-    add_jobs,
-    add_out,
-    choose_device,
-    made,
-    note,
-    positive,
-    terminal,
-)
+from mxref.verification.cli import options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
@@ -63,10 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only these implementations")
     parser.add_argument("--data", metavar="PATTERN", action="append", default=[], help="only these kinds of data")
-    parser.add_argument("--seeds", metavar="N", type=positive, default=5, help="draws of each kind (default: 5)")
-    add_jobs(parser, "processes, on a CPU")
-    add_device(parser)
-    add_out(parser, "honest.json")
+    parser.add_argument(
+        "--seeds", metavar="N", type=options.positive, default=5, help="draws of each kind (default: 5)"
+    )
+    options.add_jobs(parser, "processes, on a CPU")
+    options.add_device(parser)
+    options.add_out(parser, "honest.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: an argument does not fit this machine or the others.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
-    device = choose_device(arguments.device)
+    device = options.choose_device(arguments.device)
 
     start = time.monotonic()
     chosen = [h for h in _implementations(device) if matches(h.name, arguments.name)]
@@ -91,11 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not total:
         raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
     judged = _judge(draws, total, device, arguments.name, arguments.jobs)
-    console = terminal()
+    console = options.terminal()
     _print(judged, time.monotonic() - start, console)
     if arguments.out is not None:
         data = _as_json(judged, device, arguments.seeds)
-        note(console, "data", write_json(made(arguments.out) / "honest.json", data))
+        options.note(console, "data", write_json(options.made(arguments.out) / "honest.json", data))
     return int(any(judgement.complaint for judgement in judged))
 
 

@@ -21,17 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mxref.verification.cli.options import (
-    add_device,
-    add_jobs,
-    add_out,
-    add_seed,
-    choose_device,
-    made,
-    note,
-    positive,
-    terminal,
-)
+from mxref.verification.cli import options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
@@ -56,13 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_argument_group("which mutants")
     size = which.add_mutually_exclusive_group()
     size.add_argument("--all", action="store_true", help="the whole catalogue")
-    size.add_argument("--sample", metavar="N", type=positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})")
+    size.add_argument(
+        "--sample", metavar="N", type=options.positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})"
+    )
     size.add_argument("--rest", action="store_true", help="what the record leaves open; --record adds what is new")
     which.add_argument("--kind", metavar="PATTERN", action="append", default=[], help="only these kinds of mistake")
     which.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only mutants that match")
     which.add_argument("--by-hand", action="store_true", help="none of the systematic ones")
     which.add_argument("--gpu-only", action="store_true", help="only those that the interpreter cannot show")
-    add_seed(which, "of the sample and of every draw")
+    options.add_seed(which, "of the sample and of every draw")
     which.add_argument("--list", action="store_true", help="print the mutants and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--gate", action="store_true", help=argparse.SUPPRESS)
@@ -73,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compile the survivors: the sources' code, or none? (default: yes)",
     )
-    add_jobs(how)
+    options.add_jobs(how)
     how.add_argument("--minutes", metavar="N", type=float, default=math.inf, help="begin no mutant after so many")
-    add_device(how)
-    add_out(how, "mutants.json")
+    options.add_device(how)
+    options.add_out(how, "mutants.json")
     how.add_argument("--record", action="store_true", help="keep the result of the whole catalogue as evidence")
 
 
@@ -88,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
     torch.set_num_threads(1)
-    device = choose_device(arguments.device)
+    device = options.choose_device(arguments.device)
     if arguments.gate:
         raise UsageError("--gate: mutants are always judged by the gate's own checks, on small cases; leave it out")
     if arguments.gpu_only and device.type == "cpu" and not arguments.list:
@@ -98,23 +90,23 @@ def run(arguments: argparse.Namespace) -> int:
             "--record keeps --all or adds --rest: in the interpreter, or on a GPU with --gpu-only; leave out what else "
             "narrows it"
         )
-    console = terminal()
+    console = options.terminal()
     sources = read_sources()
     try:
         mutants = _selected(arguments, sources, device)
         if arguments.list:
             print_list(mutants, console)
             return 0
-        folder = made(arguments.out) if arguments.out else None
+        folder = options.made(arguments.out) if arguments.out else None
         session = _judge(mutants, sources, device, arguments)
     except (StaleMutantError, FalseKillError) as error:
         print(f"mxref: error: {error}", file=sys.stderr)
         return 1
     print_session(session, sources, console)
     if folder is not None:
-        note(console, "data", write_json(folder / "mutants.json", payload(session)))
+        options.note(console, "data", write_json(folder / "mutants.json", payload(session)))
     if arguments.record:
-        note(console, "record", _record(session, sources, arguments, device))
+        options.note(console, "record", _record(session, sources, arguments, device))
     return session.exit_code
 
 

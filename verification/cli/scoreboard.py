@@ -20,17 +20,7 @@ import torch
 
 from mxref.verification.candidates.known import ENTRIES, OWN, entry
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cli.options import (
-    add_device,
-    add_out,
-    add_record,
-    add_seed,
-    choose_device,
-    made,
-    note,
-    positive,
-    terminal,
-)
+from mxref.verification.cli import options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import plan
@@ -50,16 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", metavar="PATTERN", action="append", help="cases or checks that match; may be repeated"
     )
-    add_seed(parser)
-    add_device(parser)
+    options.add_seed(parser)
+    options.add_device(parser)
     parser.add_argument(
         "--processes",
         metavar="N",
-        type=positive,
+        type=options.positive,
         help="that share an implementation's cases (default: 1; up to 8 on a GPU)",
     )
-    add_out(parser, "scoreboard.json and scoreboard.md", "gate-report")
-    add_record(parser, "the table of this GPU")
+    options.add_out(parser, "scoreboard.json and scoreboard.md", "gate-report")
+    options.add_record(parser, "the table of this GPU")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,23 +58,23 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: an argument does not fit this machine or the others.
     """
-    device = choose_device(arguments.device)
+    device = options.choose_device(arguments.device)
     names = _names(arguments.candidates)
     if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
         raise UsageError("--record keeps the whole table of a GPU; leave out what narrows it")
-    made(arguments.out)
+    options.made(arguments.out)
     _check_cases(names, arguments, device)
     board = _judge(names, device, arguments)
-    console = terminal(120)
+    console = options.terminal(120)
     print_board(board, console)
     data, page = write(board, arguments.out)
-    note(console, "table", page)
-    note(console, "data", data)
+    options.note(console, "table", page)
+    options.note(console, "data", data)
     if arguments.record is not None:
         kept = record.write(
             "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
         )
-        note(console, "evidence", kept)
+        options.note(console, "evidence", kept)
     return 0
 
 

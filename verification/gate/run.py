@@ -33,8 +33,6 @@ def run_gate(
     suite: str,
     seed: int,
     strict: bool = False,
-    narrowed: str = "",
-    on_item: Callable[[Item], None] = lambda item: None,
 ) -> GateResult:
     """Judge one candidate.
 
@@ -45,14 +43,11 @@ def run_gate(
         suite: what to call them in the report.
         seed: that they were made with.
         strict: see `GateResult.exit_code`.
-        narrowed: see `GateResult`.
-        on_item: called before each one.
     """
     how = candidate.accumulation or default_accumulation(device)
-    result = GateResult(candidate, how, describe_device(device), suite, seed, strict, narrowed=narrowed)
+    result = GateResult(candidate, how, describe_device(device), suite, seed, strict)
     start, slopes = time.monotonic(), slopes_in(items)
     for item in items:
-        on_item(item)
         result.findings += judge(item, candidate, how, slopes)
     result.seconds = time.monotonic() - start
     return result
