@@ -7,6 +7,7 @@ next to none. That may still be the machine's fault.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -190,3 +191,12 @@ def _processor_seconds(process: BaseProcess) -> float:
         return 0.0
     user, system = text.rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def die_with_parent() -> None:
+    """Linux ends this process when its parent is gone, however that came about."""
+    parent = os.getppid()
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -23,7 +23,7 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 def add_seed(parser: argparse._ActionsContainer, of: str = "of every draw") -> None:
     """`--seed`."""
-    parser.add_argument("--seed", type=_seed, default=0, help=f"{of} (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help=f"{of} (default: 0)")
 
 
 def add_jobs(parser: argparse._ActionsContainer, what: str = "processes at once") -> None:
@@ -95,7 +95,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
+    """An argparse type: a whole number from 0 to 999999999."""
     if not re.fullmatch(r"\d{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no seed; expected a whole number from 0 to 999999999")
     return int(text)
