@@ -23,17 +23,7 @@ from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.process import (
-    Asking,
-    Entry,
-    Fault,
-    Judged,
-    Lost,
-    Planned,
-    Refused,
-    elsewhere,
-    work,
-)
+from mxref.verification.gate.process import Asking, Entry, Fault, Judged, Lost, Planned, Refused, elsewhere, work
 from mxref.verification.gate.result import GateResult
 
 LOADING = "loading"

@@ -26,13 +26,7 @@ _SECOND_CHANCE = (
 
 
 def run_gate(
-    candidate: Candidate,
-    items: Sequence[Item],
-    device: torch.device,
-    *,
-    suite: str,
-    seed: int,
-    strict: bool = False,
+    candidate: Candidate, items: Sequence[Item], device: torch.device, *, suite: str, seed: int, strict: bool = False
 ) -> GateResult:
     """Judge one candidate.
 
