@@ -45,6 +45,8 @@ moved.install()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in __all__:
         modules = (import_module(f"{__name__}.{module}") for module in _MODULES)
         return globals().setdefault(name, next(vars(module)[name] for module in modules if name in vars(module)))
