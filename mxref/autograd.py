@@ -12,8 +12,6 @@ from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.weights import MXWeights
 
-__all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
-
 
 class ScatterMoELoRA(torch.autograd.Function):
     """The golden forward and its hand-written backward as one autograd function; see `parallel_linear_lora`."""

@@ -29,19 +29,6 @@ from mxref.autograd import parallel_linear_lora
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights
 
-__all__ = [
-    "SCORE_FUNCTIONS",
-    "DeepSeekBlock",
-    "ExpertLinear",
-    "GptOssBlock",
-    "SharedExpert",
-    "deepseek_router",
-    "gpt_oss_activation",
-    "gpt_oss_router",
-    "routed_experts",
-    "swiglu",
-]
-
 Linear = Callable[..., Tensor]
 """`parallel_linear_lora`, golden or production."""
 

@@ -9,8 +9,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "SPLIT", "install", "names_of"]
-
 
 def _under(package: str, names: dict[str, str]) -> dict[str, str]:
     return {f"{package}.{old}": f"{package}.{new}" for old, new in names.items()}
@@ -58,7 +56,7 @@ MOVED = {
             "behaviour": "checks",
             "bounds": "arithmetic.bounds",
             "cliffs": "candidates.memory",
-            "composite": "candidates.composite",
+            "composite": "candidates.starting_point",
             "drift": "checks",
             "emulation": "studies.conforming",
             "entries": "candidates",
@@ -94,22 +92,28 @@ MOVED = {
 
 SPLIT = {
     "mxref.verification.candidates": {
-        "mxref.verification.candidates.candidate": (
-            "POINTS Candidate declare default_accumulation describe golden load torch_composite"
-        ),
+        "arithmetic.accumulation": "default_accumulation describe=Accumulation",
+        "arithmetic.rounding_points": "POINTS",
+        "candidates.candidate": "Candidate",
+        "candidates.loading": "declare load",
+        "candidates.shipped": "golden torch_composite",
     },
     "mxref.verification.cases": {
-        "mxref.verification.cases.case": "Case Sample sample_for_weights usual_dtype with_dense_weights",
-        "mxref.verification.cases.suites": (
-            "FULL_OF_COLUMNS behaviour_cases configuration_cases full_cases integer_cases quick_cases"
-        ),
+        "cases.case": "Case Sample with_dense_weights=Case",
+        "cases.draw": "sample_for_weights=draw_for_weights",
+        "cases.small": "FULL_OF_COLUMNS usual_dtype",
+        "cases.suites": "behaviour_cases configuration_cases full_cases=drawn_cases integer_cases "
+        "quick_cases=drawn_cases",
     },
     "mxref.verification.gate": {
-        "mxref.verification.gate.plan": "Step behaviour_steps case_steps checkpoint_steps decode_steps suite_steps",
-        "mxref.verification.gate.run": "GUARDS GateResult run_gate",
+        "checks.registry": "GUARDS=CHECKS",
+        "gate.plan": "Step=Item behaviour_steps=plan case_steps=plan_cases checkpoint_steps=plan_checkpoint "
+        "decode_steps=plan suite_steps=plan",
+        "gate.result": "GateResult",
+        "gate.run": "run_gate",
     },
 }
-"""Old module whose name a package has now -> the package's modules, and which of the old names each took."""
+"""Old module whose name a package has now -> modules, and which of the old names each took, as `old=new` if renamed."""
 
 
 class _Finder(MetaPathFinder):
@@ -131,7 +135,7 @@ def install() -> None:
 
 def names_of(package: str) -> Callable[[str], Any]:
     """The `__getattr__` of a package in SPLIT: an ImportError for the names that the old module had."""
-    moved = {name: module for module, names in SPLIT[package].items() for name in names.split()}
+    moved = moved_names(package)
 
     def missing(name: str) -> Any:
         if name in moved:  # an AttributeError's text would be lost in `from package import name`
@@ -139,3 +143,9 @@ def names_of(package: str) -> Callable[[str], Any]:
         raise AttributeError(f"module {package} has no attribute {name}")
 
     return missing
+
+
+def moved_names(package: str) -> dict[str, str]:
+    """Old name -> where it is now, for a package in SPLIT."""
+    pairs = ((module, *name.partition("=")) for module, names in SPLIT[package].items() for name in names.split())
+    return {old: f"mxref.verification.{module}.{new or old}" for module, old, _, new in pairs}

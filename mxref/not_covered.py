@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["NotCovered"]
-
 
 class NotCovered(Exception):  # noqa: N818
     """Raised by an implementation under judgement for a call that it does not support; says which class of calls.

@@ -22,8 +22,6 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.rounding import round_to
 
-__all__ = ["Backward", "Forward", "Rounded", "RoundingPoints", "backward", "forward"]
-
 
 @dataclass(frozen=True)
 class RoundingPoints:

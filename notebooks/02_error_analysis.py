@@ -27,7 +27,7 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.composite import composite
+from mxref.verification.candidates.starting_point import layer as composite
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Status

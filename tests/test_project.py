@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -41,3 +43,15 @@ def test_issue_forms_are_well_formed(form: Path) -> None:
     for part in content["body"]:
         assert part["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes")
         assert part["attributes"]["label"]
+
+
+def test_pytest_starts_without_torch_although_it_loads_the_plugin(tmp_path: Path) -> None:
+    """In a process of its own: this one has imported everything."""
+    code = (
+        "import sys, pytest\n"
+        f"assert pytest.main(['--collect-only', '-q', '--rootdir', {str(tmp_path)!r}, {str(tmp_path)!r}]) == 5\n"
+        "assert 'mxref.verification.cli.pytest_plugin' in sys.modules\n"
+        "assert not {'torch', 'triton', 'numpy'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -34,8 +34,6 @@ from mxref.kernels.device.dequant import dequantize_experts
 from mxref.kernels.device.launch import INTERPRETED, Launch, recording
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.weights import MXWeights
-
-__all__ = ["Compiled", "Unit", "build", "compile_unit", "main", "units"]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -89,18 +87,9 @@ class Unit:
                 isinstance(value, Tensor) or (number and value % 16 == 0)
             ):
                 divisible.append(index)
-        function = launch.kernel.fn
-        return cls(
-            architecture,
-            label,
-            function.__module__,
-            function.__name__,
-            tuple(signature),
-            tuple(constants),
-            tuple(divisible),
-            launch.num_warps,
-            launch.num_stages,
-        )
+        module, kernel = launch.kernel.fn.__module__, launch.kernel.fn.__name__
+        arguments = tuple(signature), tuple(constants), tuple(divisible)
+        return cls(architecture, label, module, kernel, *arguments, launch.num_warps, launch.num_stages)
 
 
 @dataclass(frozen=True)
@@ -133,21 +122,13 @@ class Compiled:
 
 def units(architecture: str) -> Iterator[Unit]:
     """Every distinct compilation of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
-    seen: set[Any] = set()
+    seen = set[str]()
     for dtype, config, rank, steps, sizes in _settings(architecture):
         for step in steps:
             for launch in _launches(architecture, dtype, config, rank, step, sizes):
                 unit = Unit.of(architecture, f"{step} {str(dtype).removeprefix('torch.')} r{rank}", launch)
-                key = (
-                    unit.kernel,
-                    unit.signature,
-                    str(unit.constants),
-                    unit.divisible,
-                    unit.num_warps,
-                    unit.num_stages,
-                )
-                if key not in seen:
-                    seen.add(key)
+                if (work := str(replace(unit, label=""))) not in seen:
+                    seen.add(work)
                     yield unit
 
 
@@ -256,13 +237,9 @@ def main() -> int:
         unit = result.unit
         tile = " ".join(f"{n[6:]}{v}" for n, v in unit.constants if n.startswith("BLOCK_"))
         cells = (unit.architecture, unit.kernel, unit.label, tile, unit.num_warps, unit.num_stages)
-        account = (
-            result.resources.registers,
-            result.resources.stack,
-            result.shared,
-            "; ".join(result.violations) or "ok",
-        )
-        table.add_row(*map(str, cells + account), style="red" if result.violations else None)
+        account = (result.resources.registers, result.resources.stack, result.shared)
+        verdict = "; ".join(result.violations)
+        table.add_row(*map(str, cells + account), verdict or "ok", style="red" if verdict else None)
     console = Console(width=160)
     console.print(table)
     violations = sum(bool(result.violations) for result in results)

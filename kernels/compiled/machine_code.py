@@ -21,17 +21,6 @@ from pathlib import Path
 
 import triton
 
-__all__ = [
-    "Resources",
-    "disassemble",
-    "hazards",
-    "lasting_barriers",
-    "resources",
-    "touched_in_flight",
-    "unseen_copies",
-    "unwaited_copies",
-]
-
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _HGMMA = re.compile(r"HGMMA\.64x(\d+)x16\.F32\S*\s+R(\d+),\s*(R\d+|gdesc)")
 

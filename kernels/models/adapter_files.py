@@ -20,8 +20,6 @@ from mxref.kernels.models.adapters import LoRA, rank_major, unwrap_adapters
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.kernels.models.peft import load_peft_model
 
-__all__ = ["load_adapters", "save_adapters"]
-
 
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters that packed experts own, under the names and in the layouts of PEFT.

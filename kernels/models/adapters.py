@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from mxref.kernels.layer.operands import MAX_RANK
 
-__all__ = ["LoRA", "check_adapter", "expert_major", "rank_major", "unwrap_adapters"]
-
 
 @dataclass(frozen=True)
 class LoRA:

@@ -20,8 +20,6 @@ from mxref.kernels.models.adapters import LoRA, check_adapter
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights
 
-__all__ = ["PEFT_MINIMUM", "PROJECTIONS", "Activation", "PackedExperts", "Projection", "routed_experts"]
-
 PROJECTIONS = ("gate_up_proj", "down_proj")
 """Names of both projections, in the order in which transformers' experts modules hold them."""
 

@@ -24,8 +24,6 @@ from mxref.kernels.models.adapters import LoRA, unwrap_adapters
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
-__all__ = ["MergeLoss", "merge_adapters"]
-
 
 @dataclass(frozen=True)
 class MergeLoss:

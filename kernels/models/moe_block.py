@@ -17,8 +17,6 @@ from mxref.kernels.models.adapters import unwrap_adapters
 from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import not_covered
 
-__all__ = ["HFScatterMoEGatedMLP"]
-
 
 class HFScatterMoEGatedMLP(nn.Module):
     """A kernel layer for every MoE block of transformers whose `experts` are packed, or dense and covered.

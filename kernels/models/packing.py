@@ -22,8 +22,6 @@ from mxref.kernels.models.experts import PROJECTIONS, Activation, PackedExperts
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
-__all__ = ["ADAPTERS_KEY", "experts_modules", "not_covered", "pack_experts"]
-
 ADAPTERS_KEY = "mxref_adapters"
 """Where a model's configuration keeps rank and alpha of adapters that its packed experts own, for loading them."""
 

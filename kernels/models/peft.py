@@ -39,9 +39,6 @@ from torch import Tensor, nn
 from mxref.kernels.models.adapters import check_adapter, unwrap_adapters
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 
-__all__ = ["LoraModel", "ParamWrapper", "get_peft_model", "load_peft_model"]
-
-
 _NO_MERGE = (
     "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, or load "
     "it with plain PEFT on a dequantised model and merge there; or quantise the sum again, and see what that loses, "

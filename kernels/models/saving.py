@@ -21,8 +21,6 @@ from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.kernels.models.packing import ADAPTERS_KEY
 from mxref.kernels.models.stored_names import stored_expert_names, stored_tensors
 
-__all__ = ["Origin", "save_packed_model"]
-
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
            "*.model", "chat_template*", "*processor_config.json")  # fmt: skip
 """Files of a checkpoint that travel with it: what a tokenizer or processor needs."""

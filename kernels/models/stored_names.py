@@ -23,8 +23,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-__all__ = ["Renaming", "stored_expert_names", "stored_tensors"]
-
 
 class Renaming:
     """From names in a checkpoint to a model's own.

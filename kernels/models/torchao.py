@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from mxref.kernels.device.dequant import dequantize_experts
 from mxref.weights import MXWeights
 
-__all__ = ["TORCHAO_MINIMUM", "is_mxfp4_param", "mxfp4_param", "selective_expert_weights", "selective_mx_weights_fwd"]
-
 TORCHAO_MINIMUM = Version("0.17.0")
 """The oldest torchao that supports the oldest torch this project supports (2.11)."""
 

@@ -20,8 +20,6 @@ from mxref.kernels.models.packing import experts_modules
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights
 
-__all__ = ["NAME", "experts_forward", "use_mxref_experts"]
-
 NAME = "mxref"
 
 

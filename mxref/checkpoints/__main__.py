@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 from mxref.checkpoints import CONVENTIONS, Convention
 
-__all__ = ["page"]
-
 _COMMANDS = ("`mxref inspect`", "`mxref gate --weights`", "`load_packed_model`, `pack_experts`", "`save_packed_model`")
 
 _BEFORE = """\

@@ -8,26 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mxref.checkpoints import compressed_tensors, deepseek_v4, gpt_oss, modelopt, quark, torchao
+from mxref.checkpoints import gpt_oss
 from mxref.checkpoints.convention import Convention, ExpertTensor, Projection
+from mxref.checkpoints.conventions import COMPRESSED_TENSORS, DEEPSEEK_V4, MODELOPT, QUARK, TORCHAO
 from mxref.checkpoints.files import Files, natural
 from mxref.checkpoints.matrices import Matrix, matrices_of
 from mxref.weights import MXWeights
 
-__all__ = [
-    "CONVENTIONS",
-    "Checkpoint",
-    "list_expert_tensors",
-    "list_other_tensors",
-    "open_checkpoint",
-    "read_expert_biases",
-    "read_expert_weights",
-    "read_other_tensors",
-]
-
-CONVENTIONS: tuple[Convention, ...] = tuple(
-    module.CONVENTION for module in (gpt_oss, deepseek_v4, compressed_tensors, quark, modelopt, torchao)
-)
+CONVENTIONS = (gpt_oss.CONVENTION, DEEPSEEK_V4, COMPRESSED_TENSORS, QUARK, MODELOPT, TORCHAO)
 """Every convention that is read, in the order in which they are tried."""
 
 
@@ -59,13 +47,12 @@ class Checkpoint:
         per_expert = any(projection.per_expert for projection in self.projections.values())
         if per_expert and not getattr(module, "is_concatenated", True):
             return f"{self.convention.name} stores gate and up rows apart, and the module interleaves them"
-        if self.convention is torchao.CONVENTION and not per_expert and getattr(module, "is_transposed", False):
+        if self.convention is TORCHAO and not per_expert and getattr(module, "is_transposed", False):
             return "the module stores [E, K, N], so torchao's blocks run along N; the kernels need blocks along K"
         return ""
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """The same checkpoint with other names for some projections, {name: new name}."""
-
         projections = {names.get(name, name): projection for name, projection in self.projections.items()}
         return replace(self, projections=projections, biases={names.get(n, n): b for n, b in self.biases.items()})
 

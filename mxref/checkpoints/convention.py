@@ -18,8 +18,6 @@ from mxref.checkpoints.files import Files, natural
 from mxref.formats import MX_BLOCK_SIZE
 from mxref.weights import MXWeights
 
-__all__ = ["PART_NAMES", "Convention", "ExpertTensor", "Pair", "Projection"]
-
 PART_NAMES = (
     {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
     {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},

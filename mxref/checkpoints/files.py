@@ -19,8 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-__all__ = ["INDEX_NAME", "Entry", "Files", "natural", "read_json", "resolve"]
-
 INDEX_NAME = "model.safetensors.index.json"
 _EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 

@@ -16,8 +16,6 @@ from mxref.checkpoints.convention import Convention
 from mxref.formats import MX_BLOCK_SIZE
 from mxref.weights import MXWeights
 
-__all__ = ["BIAS", "CONVENTION", "write_expert_weights"]
-
 BIAS = "_bias"
 """Suffix of a projection's bias [E, N]."""
 

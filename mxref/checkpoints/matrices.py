@@ -15,8 +15,6 @@ from mxref.checkpoints.convention import Convention
 from mxref.checkpoints.files import Files
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["Matrix", "matrices_of"]
-
 _FP8_SCALES = (".scale", ".weight_scale_inv", ".weight_scale")
 _FP8, _BLOCK = "F8_E4M3", 128
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from mxref.weights import MXWeights
 
-__all__ = ["BlockStatistics"]
-
 _NAN_BYTE = 255
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from families import dequantise, small_model
 from gpt_oss_checkpoint import make_gpt_oss_checkpoint
 from moe_models import assert_near
 from peft.utils import get_peft_model_state_dict
 from transformers import GptOssForCausalLM, Mxfp4Config, Trainer, TrainingArguments
 
-from mxref.kernels.models.families import dequantise, small_model
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.packing import pack_experts
 

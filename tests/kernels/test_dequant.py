@@ -1,4 +1,4 @@
-"""The in-kernel decode, exhaustively and by bits, and Strategy A's selection."""
+"""The decode of listed experts, and Strategy A's selection; every code and byte is for the gate's check "decoder"."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from mxref.formats import pack_codes
 from mxref.kernels import dequantize_experts, parallel_linear_lora, selective_lora_weights
 from mxref.kernels.device.grouped_matmul import PackedMatrix
 
-BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-
 
 @pytest.fixture
 def every_case(device: torch.device) -> MXWeights:
@@ -21,17 +19,6 @@ def every_case(device: torch.device) -> MXWeights:
     codes = torch.arange(32, dtype=torch.uint8).remainder(16).repeat(256, 1)
     scales = torch.arange(256, dtype=torch.uint8)[:, None]
     return MXWeights(pack_codes(codes), scales, 32, 256).to(device)
-
-
-@pytest.mark.parametrize("dtype", BITS, ids=str)
-def test_every_code_and_scale_by_bits(every_case: MXWeights, dtype: torch.dtype) -> None:
-    got = dequantize_experts(every_case, torch.zeros(1, dtype=torch.int64), dtype)
-    expected = decode_mxfp4(every_case, dtype)
-    nan = expected.isnan()
-    assert got.dtype == dtype
-    assert nan.sum() == 32
-    assert torch.equal(got.isnan(), nan)
-    assert torch.equal(got.view(BITS[dtype])[~nan], expected.view(BITS[dtype])[~nan])
 
 
 @pytest.mark.parametrize(("K", "N"), [(32, 1), (96, 33), (160, 70)])

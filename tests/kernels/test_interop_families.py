@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import families
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from mxref.kernels.models import families
 from mxref.kernels.models.experts import PackedExperts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"

@@ -14,12 +14,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from families import dequantise, small_model
 from moe_models import EXPERTS, HIDDEN, assert_near, make
 from torch import Tensor, nn
 
 from mxref.kernels.models.adapter_files import load_adapters, save_adapters
 from mxref.kernels.models.experts import PackedExperts
-from mxref.kernels.models.families import dequantise, small_model
 from mxref.kernels.models.packing import pack_experts
 
 FAMILIES = ("gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3")

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook
+from families import small_model
 from moe_models import EXPERTS, HIDDEN, TOP_K, assert_near, make, packed_experts
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mxref.kernels.models import experts as experts_module
 from mxref.kernels.models import packing
 from mxref.kernels.models.experts import PackedExperts
-from mxref.kernels.models.families import small_model
 from mxref.kernels.models.packing import pack_experts
 
 FAMILIES = ("gpt_oss", "qwen3_experts", "deepseek_v4")

@@ -1,4 +1,4 @@
-"""The bare products: every grouping, buffers given by the caller, and errors."""
+"""The bare products beyond the gate's check of operators: no adapter, rows that fan out, and errors."""
 
 from __future__ import annotations
 
@@ -7,44 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-import mxref
 from mxref.kernels import scatter2scatter_lora_dX_mx, scatter2scatter_lora_mx
 from mxref.scattermoe import RoundingPoints, backward, forward
 
 
-def by_position(problem: mxref.Problem, rows: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros_like(rows)
-    out[problem.row_positions()] = rows
-    return out
-
-
-@pytest.mark.parametrize("x_grouped", [False, True])
-@pytest.mark.parametrize("y_grouped", [False, True])
-def test_forward(sample: Any, x_grouped: bool, y_grouped: bool) -> None:
-    p = sample(routing="sentinels", bias=True, grouped_in=x_grouped, grouped_out=y_grouped).problem
-    out = torch.full((p.P, p.N), torch.nan, device=p.device)
-    with torch.no_grad():
-        got = scatter2scatter_lora_mx(
-            p.inputs, p.expert_weights, p.sorted_expert_idxs, p.sorted_scattered_idxs, p.k, p.lora_A, p.lora_B,
-            p.scaling, p.expert_biases, x_grouped, y_grouped, out,
-        )  # fmt: skip
-    assert got is out
-    assert torch.equal(got.double(), forward(p, RoundingPoints.exact()).out.value)
-
-
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("dy_grouped", [False, True])
-@pytest.mark.parametrize("dx_grouped", [False, True])
-def test_dX(sample: Any, dy_grouped: bool, dx_grouped: bool, lora: bool) -> None:
-    drawn = sample(routing="sentinels", grouped_out=dy_grouped, rank=3 if lora else None)
+def test_dX_without_an_adapter(sample: Any) -> None:
+    """With one, every layout is the gate's, by its check "operators"."""
+    drawn = sample(routing="sentinels", grouped_out=True, rank=None)
     p, points = drawn.problem, RoundingPoints.exact()
-    d = backward(p, forward(p, points), drawn.grad_out, points).d.value
+    routing = (p.sorted_expert_idxs, p.sorted_scattered_idxs)
     with torch.no_grad():
-        got = scatter2scatter_lora_dX_mx(
-            drawn.grad_out, p.expert_weights, p.sorted_expert_idxs, p.sorted_scattered_idxs, 1, p.lora_A, p.lora_B,
-            p.scaling, dy_grouped, dx_grouped,
-        )  # fmt: skip
-    assert torch.equal(got.double(), d if dx_grouped else by_position(p, d))
+        got = scatter2scatter_lora_dX_mx(drawn.grad_out, p.expert_weights, *routing, 1, None, None, 1.0, True, True)
+    assert torch.equal(got.double(), backward(p, forward(p, points), drawn.grad_out, points).d.value)
 
 
 def test_dX_fans_out(sample: Any) -> None:

@@ -20,11 +20,6 @@ from torch import Tensor
 from mxref.rounding import min_exponent
 from mxref.verification.arithmetic.metrics import pow2_floor
 
-__all__ = [
-    "ACCUMULATIONS", "UNDERFLOW", "Accumulation", "Accumulator", "Order", "Product", "U", "default_accumulation",
-    "gamma",
-]  # fmt: skip
-
 U = 2.0**-24
 """Unit roundoff of fp32: one addition or product, rounded to nearest, errs by at most U relative to its result."""
 

@@ -27,17 +27,7 @@ from mxref.scattermoe import (
     expert_order_inputs,
     owned_rows,
 )
-from mxref.verification.arithmetic.accumulation import (
-    ACCUMULATIONS,
-    UNDERFLOW,
-    Accumulation,
-    Accumulator,
-    Product,
-    U,
-    gamma,
-)
-
-__all__ = ["ACCUMULATIONS", "TENSORS", "Accumulation", "Interval", "intervals", "rho"]
+from mxref.verification.arithmetic.accumulation import UNDERFLOW, Accumulation, Accumulator, Product, U, gamma
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
 
@@ -259,13 +249,7 @@ class _Propagation:
         return dy, {"dgates": self.accept(bwd.dgates, error, self.stored(problem.gates))}
 
     def _backward(
-        self,
-        e: int,
-        rows: slice,
-        dy: Estimate,
-        bwd: Backward,
-        d_error: Tensor,
-        errors: dict[str, Tensor | None],
+        self, e: int, rows: slice, dy: Estimate, bwd: Backward, d_error: Tensor, errors: dict[str, Tensor | None]
     ) -> None:
         """V, D and the parameters of one expert; d_error [its rows, K] and its share of `errors` are filled."""
         problem, points, x = self.problem, self.points, self.x[rows]

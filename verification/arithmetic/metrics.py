@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mxref.rounding import min_exponent, precision_bits
 
-__all__ = ["pow2_floor", "ratio_statistics", "rms", "ulp", "ulp_error"]
-
 _EXPONENT_FIELD = 0x7FF0_0000_0000_0000
 
 

@@ -10,8 +10,6 @@ import torch
 
 from mxref.scattermoe import RoundingPoints
 
-__all__ = ["POINTS", "declared_points"]
-
 POINTS: dict[str, dict[str, Any]] = {
     "z-unrounded": {"z": False},
     "lora-after-output": {"lora_after_output": True},

@@ -16,24 +16,6 @@ from torch import Tensor
 from mxref.rounding import precision_bits
 from mxref.verification.arithmetic.accumulation import Accumulation
 
-__all__ = [
-    "ALPHA",
-    "ANY",
-    "FEW",
-    "NAMED",
-    "ON_A_GRID",
-    "RMS_TOLERANCE",
-    "RUNS",
-    "RUNS_INTERPRETED",
-    "SINGULAR",
-    "TILE",
-    "UNIFORM",
-    "critical_z",
-    "directed_loss",
-    "residual_variance",
-    "rounding_pull",
-]
-
 ALPHA = 1e-5
 """Probability that a whole run of honest arithmetic shows drift anywhere, all strata of all its cases together."""
 

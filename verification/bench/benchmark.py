@@ -29,8 +29,6 @@ from mxref.verification.gate.result import GateResult
 from mxref.verification.gate.run import run_gate
 from mxref.weights import decode_mxfp4
 
-__all__ = ["Bench", "gate_paths", "run_benchmark"]
-
 
 @dataclass
 class Bench:

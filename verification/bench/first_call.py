@@ -22,8 +22,6 @@ from mxref.verification.bench.paths import Path, our_paths
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 from mxref.verification.cases.small import usual_dtype
 
-__all__ = ["first_call", "first_step"]
-
 
 def first_call(shape: Shape, device: torch.device) -> float:
     """Seconds of `first_step` by the automatic way, in a process of its own with an empty Triton cache.

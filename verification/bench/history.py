@@ -18,8 +18,6 @@ from typing import Any, Literal
 from mxref.verification.bench.benchmark import Bench
 from mxref.verification.bench.pairs import Row, digits
 
-__all__ = ["FLOOR", "Change", "Entry", "Key", "as_entry", "judge", "noise", "ratios_of"]
-
 FLOOR = 0.05
 """The narrowest band: what the same sources differ by between two machines of one kind."""
 

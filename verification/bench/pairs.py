@@ -19,8 +19,6 @@ from mxref.verification.bench.timing import Captured, Clock, Run
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape, Workload
 from mxref.verification.cases.small import usual_dtype
 
-__all__ = ["AGREEMENT", "Effort", "Row", "digits", "distance", "runnable", "time_shape"]
-
 AGREEMENT = 2.0**-6
 """Largest ‖path − reference‖ / ‖reference‖ of a tensor. Each side rounds to bf16 a few times, by 2^-9 at most: eight
 such roundings fit. It only shows that the right thing was timed, at full size; the gate is the judge."""

@@ -24,8 +24,6 @@ from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Mea
 from mxref.verification.candidates import foreign
 from mxref.weights import MXWeights
 
-__all__ = ["COMPOSITE", "COPY", "DEQUANTISED", "REFERENCES", "Path", "every_path", "our_paths", "peers", "reference"]
-
 Operands = dict[str, Any]
 """Keyword arguments of `parallel_linear_lora`, weights packed."""
 

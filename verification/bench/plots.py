@@ -11,8 +11,6 @@ from mxref.verification.bench.history import Entry
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["crossover", "over_commits", "roofline", "save_history"]
-
 Record = Mapping[str, Any]
 """A kept benchmark, as `records.record.read` gives it."""
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mxref.verification.bench.benchmark import Bench
 from mxref.verification.bench.pairs import Row, digits
-from mxref.verification.bench.summary import BEYOND, eager_mark, markdown_table, once, summary
-
-__all__ = ["as_json", "as_markdown", "print_bench"]
+from mxref.verification.bench.summary import BEYOND, eager_mark, once, summary
+from mxref.verification.report.output import markdown_table, new_table
 
 _NAMES = ("shape", "measure", "path", "reference", "ours", "rows_per_expert", "status")
 _NUMBERS = (
@@ -120,9 +118,9 @@ def print_bench(bench: Bench, console: Console) -> None:
 
 
 def _table(measure: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=measure, title_justify="left", box=SIMPLE_HEAD, header_style="bright_black")
-    for i, name in enumerate(_columns(rows)):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 1)
+    shape, way, *figures = _columns(rows)
+    table = new_table(shape, way, *(f">{figure}" for figure in figures), title=measure)
+    table.columns[1].no_wrap = True
     previous = None
     for row in rows:
         if previous not in (None, row["shape"]):

@@ -21,8 +21,6 @@ from pytest_benchmark.utils import get_commit_info
 from mxref.verification.bench.benchmark import Bench
 from mxref.verification.bench.pairs import Row
 
-__all__ = ["keep_samples"]
-
 
 def keep_samples(bench: Bench, folder: Path, device: str) -> None:
     """Add a run to the storage.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["BEYOND", "eager_mark", "markdown_table", "once", "summary"]
+from mxref.verification.report.output import markdown_table
 
 BEYOND = "the operands and the results"
 """What a benchmark's extra memory leaves out."""
@@ -101,12 +101,6 @@ def _over_best(row: Row | None, others: Sequence[Row | None]) -> str:
 def eager_mark(row: Row) -> str:
     """A raised e where the times are not those of CUDA graphs."""
     return "ᵉ" if row["mode"] == "eager" else ""
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> Iterator[str]:
-    """The lines of a table whose first `left` columns are words."""
-    for cells in (columns, [*["---"] * left, *["---:"] * (len(columns) - left)], *rows):
-        yield f"| {' | '.join(cells)} |"
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -17,8 +17,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "Ceilings", "Clock", "EventClock", "measure_ceilings"]
-
 Run = Callable[[], Sequence[Tensor]]
 """What is timed: a call without arguments; it returns its results."""
 

@@ -24,8 +24,6 @@ from mxref.verification.bench.timing import Clock, Run
 from mxref.verification.bench.workloads import MEASURES, Shape, Workload
 from mxref.verification.cases.small import usual_dtype
 
-__all__ = ["Pinned", "Timing", "candidates", "compile_ahead", "pinned_costs", "tune_shape"]
-
 
 @dataclass(frozen=True)
 class Timing:

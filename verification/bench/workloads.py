@@ -21,8 +21,6 @@ from mxref.problem import Problem
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["CASES", "DECODING_BYTES", "DENSE", "LARGE", "MEASURES", "QUICK", "Measure", "Part", "Shape", "Workload"]
-
 PACKED_BYTES = 17 / 32
 """Bytes of one MXFP4 weight: four bits, and an eighth byte of scale a block of 32."""
 

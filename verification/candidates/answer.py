@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["Answer", "Outputs", "UnusableAnswerError", "Written", "answered"]
-
 Outputs = Mapping[str, Tensor | None]
 """By tensor, "Y" and "dX", "dA", "dB", "dbias", "dgates" of the operands that are there. A key that is missing means
 that the candidate does not compute it, a None that it computed nothing."""

@@ -18,11 +18,6 @@ from mxref.verification.candidates.memory.red_zones import between_red_zones
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import disturbed, select, tokens_of, without
 
-__all__ = [
-    "among_other_tokens", "by_its_decoder", "in_poisoned_memory", "once", "repeatedly",
-    "under_every_configuration", "with_two_backwards",
-]  # fmt: skip
-
 
 def once(candidate: Candidate, sample: Sample) -> list[Answer]:
     """One forward and one backward pass."""

@@ -26,16 +26,9 @@ from mxref.verification.candidates.memory.guard_pages import GuardPages
 from mxref.verification.candidates.memory.interpreted import INDEX_LIMIT, checked_indices, checked_memory
 from mxref.verification.candidates.memory.red_zones import FreshRedZones, RedZone, between_red_zones
 from mxref.verification.cases.case import Sample
-from mxref.verification.cases.out_of_range import nan_in_remote_rows, offsets_out_of_range, positions_out_of_range
+from mxref.verification.cases.out_of_range import offsets_out_of_range, positions_out_of_range
 from mxref.verification.cases.tables import TableSample
 from mxref.weights import MXWeights
-
-__all__ = [
-    "at_guard_pages", "between_fresh_red_zones", "by_operators", "for_tables", "with_bad_arguments",
-    "with_indices_out_of_range", "with_nan_in_remote_rows", "with_watched_indices",
-    "with_watched_indices_of_the_decoder",
-    "with_watched_memory",
-]  # fmt: skip
 
 
 def by_operators(candidate: Candidate, sample: Sample) -> list[Answer]:
@@ -114,12 +107,6 @@ def for_tables(candidate: Candidate, sample: TableSample) -> list[Answer]:
 
         answer = answered(tables)
     return [replace(answer, written=(fresh.written(),))]
-
-
-def with_nan_in_remote_rows(candidate: Candidate, sample: Sample) -> list[Answer]:
-    """What belongs to remote experts holds NaN; every result should be that of the clean sample."""
-    remote = nan_in_remote_rows(sample)
-    return [answered(lambda: _watching(sample, lambda: candidate.run(remote)))]
 
 
 def with_indices_out_of_range(candidate: Candidate, sample: Sample) -> list[Answer]:

@@ -34,8 +34,6 @@ from mxref.verification.cases.case import Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXWeights
 
-__all__ = ["OPERAND_OF", "Candidate"]
-
 OPERAND_OF = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 """Gradient -> operand."""
 
@@ -50,7 +48,6 @@ class Candidate:
         declared_points: names from POINTS; empty for the contract's own rounding points.
         accumulation: how its fp32 sums run, or None when undeclared.
         decode: its own MXFP4 decode, (MXWeights, dtype) -> [E, N, K], judged bit by bit; None when it has none.
-        complete: it claims every case, so that what it declines is a failure.
         configs: every configuration that its dispatch can reach for one activation dtype; the keyword `config` pins
             `call` to one. None when it has none, or offers no pin.
         operators: a module with this project's public operators, which is then held to this project's further promises
@@ -63,7 +60,6 @@ class Candidate:
     declared_points: tuple[str, ...] = ()
     accumulation: Accumulation | None = None
     decode: Callable[[MXWeights, torch.dtype], Tensor] | None = None
-    complete: bool = False
     configs: Callable[[torch.dtype], Sequence[Any]] | None = None
     operators: ModuleType | None = None
     covers: Subset = field(default_factory=Subset)

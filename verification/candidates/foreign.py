@@ -25,8 +25,6 @@ from mxref.not_covered import NotCovered
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.weights import MXWeights
 
-__all__ = ["axolotl", "grouped_mm", "load_axolotl", "torchao_decode"]
-
 
 def torchao_decode(weights: MXWeights, dtype: torch.dtype) -> Tensor:
     """Torchao's own decode: [E, N, K] of `dtype`.

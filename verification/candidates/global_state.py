@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["GlobalState"]
-
 _SUBNORMAL = 1e-40
 
 

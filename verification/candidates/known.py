@@ -1,4 +1,4 @@
-"""Who takes part in the scoreboard, and what each one comes from. Nothing is imported before it is made."""
+"""Who can be judged by name, and what each one comes from. Nothing is imported before it is made."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from mxref.verification.candidates import foreign
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import load
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
-
-__all__ = ["ENTRIES", "OWN", "Entry", "entry"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,15 @@ class Entry:
 
     def version(self) -> str:
         """The package's version; empty when that is not known."""
-        try:
-            return metadata.version(self.package) if self.package else ""
-        except metadata.PackageNotFoundError:
-            return ""
+        return version_of(self.package) if self.package else ""
+
+
+def version_of(package: str) -> str:
+    """The version of an installed distribution; empty when it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _axolotl(device: torch.device) -> Candidate:
@@ -60,17 +63,19 @@ ENTRIES: dict[str, Entry] = {
     "composite": Entry("plain PyTorch, fp32 products", lambda _: torch_composite(), "torch"),
     "golden": Entry("the golden model, fp64", lambda _: golden(), "mxref"),
 }
-"""By the name that `--candidates` takes, in the table's order."""
+"""By the name that `--kernel` and `--candidates` take, in the scoreboard's order."""
 
 
 def entry(name: str) -> Entry:
-    """An entry by name, or a user's own, `module:callable` or `path/to/file.py:callable`.
+    """An entry by name, "shipped" for this project's kernels; or a user's own, `module:callable` or `file.py:callable`.
 
     Raises:
         ValueError: the name is neither.
     """
+    name = OWN if name == "shipped" else name
     if name in ENTRIES:
         return ENTRIES[name]
     if ":" not in name:
-        raise ValueError(f"{name!r} is unknown; choose from {', '.join(ENTRIES)}, or give module:callable")
+        known = f"shipped, {', '.join(ENTRIES)}, module:callable or path/to/file.py:callable"
+        raise ValueError(f"{name!r} is unknown; expected {known}")
     return Entry("", lambda _: load(name))

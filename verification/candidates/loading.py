@@ -16,30 +16,21 @@ from mxref.verification.arithmetic.rounding_points import POINTS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.subset import Subset, parse_subset
 
-__all__ = ["declare", "load"]
 
-
-def load(
-    spec: str, points: Sequence[str] | None = None, accumulation: str | None = None, covers: str | None = None
-) -> Candidate:
-    """A candidate from `module:callable` or `path/to/file.py:callable`.
+def load(spec: str) -> Candidate:
+    """A candidate from `module:callable` or `path/to/file.py:callable`, with what the callable declares.
 
     Modules in the current directory are found too, after the installed ones: a folder there must not replace a package.
 
     Args:
         spec: where the callable is; dots after the colon walk attributes.
-        points: declared rounding points, instead of the callable's own `mxref_points`.
-        accumulation: name of the declared accumulation, instead of the callable's own `mxref_accumulation`.
-        covers: the declared part of the domain, instead of the callable's own `mxref_covers`.
 
     Raises:
         ValueError: the module, file or callable cannot be found or imported, or its declaration is not understood.
     """
     source, _, attribute = spec.rpartition(":")
     if not source or not attribute:
-        raise ValueError(
-            f"--kernel is {spec!r}; expected shipped, golden, composite, module:callable or path/to/file.py:callable"
-        )
+        raise ValueError(f"--kernel is {spec!r}; expected module:callable or path/to/file.py:callable")
     target: Any = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
     for name in attribute.split("."):
         if not hasattr(target, name):
@@ -50,13 +41,10 @@ def load(
     candidate = Candidate(
         spec, target, decode=getattr(target, "mxref_decode", None), configs=getattr(target, "mxref_configs", None)
     )
-    own = declare(
-        candidate,
-        getattr(target, "mxref_points", None),
-        getattr(target, "mxref_accumulation", None),
-        getattr(target, "mxref_covers", None),
+    points, accumulation, covers = (
+        getattr(target, f"mxref_{name}", None) for name in ("points", "accumulation", "covers")
     )
-    return declare(own, points, accumulation, covers)
+    return declare(candidate, points, accumulation, covers)
 
 
 def declare(

@@ -12,8 +12,6 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.small import smallest
 
-__all__ = ["runs_interpreted"]
-
 
 def runs_interpreted(candidate: Candidate, device: torch.device) -> bool:
     """Whether a call on the device starts an interpreted kernel: such a candidate computes in fp32 alone.

@@ -7,6 +7,7 @@ next to none. That may still be the machine's fault.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -19,8 +20,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
-
-__all__ = ["FROM_OUTSIDE", "Ended", "Job", "Limits", "Pool"]
 
 _WAITS = 0.01
 """A child that uses less than this part of the time waits; one that computes gets more even on a very busy machine."""
@@ -192,3 +191,12 @@ def _processor_seconds(process: BaseProcess) -> float:
         return 0.0
     user, system = text.rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def die_with_parent() -> None:
+    """Linux ends this process when its parent is gone, however that came about."""
+    parent = os.getppid()
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

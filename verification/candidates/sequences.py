@@ -20,8 +20,6 @@ from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import without
 from mxref.weights import MXWeights
 
-__all__ = ["in_sequences"]
-
 _EXAMPLES, _STEPS = 8, 8
 
 _TURNED = ("inputs", "lora_A", "gates", "grad_out")

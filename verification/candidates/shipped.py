@@ -8,15 +8,13 @@ from torch import Tensor
 import mxref
 from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.composite import composite
+from mxref.verification.candidates.starting_point import layer
 from mxref.weights import MXWeights, decode_mxfp4
-
-__all__ = ["golden", "shipped", "torch_composite"]
 
 
 def golden() -> Candidate:
     """The golden model judged by itself: a check of the gate, not of anything shipped."""
-    return Candidate("golden", mxref.parallel_linear_lora, decode=decode_mxfp4, complete=True)
+    return Candidate("golden", mxref.parallel_linear_lora, decode=decode_mxfp4)
 
 
 def shipped(device: torch.device) -> Candidate:
@@ -35,9 +33,9 @@ def shipped(device: torch.device) -> Candidate:
         return kernels.reachable_configs(architecture(device), dtype)
 
     how, call = default_accumulation(device), kernels.parallel_linear_lora
-    return Candidate("mxref.kernels", call, (), how, decode, complete=True, configs=configs, operators=kernels)
+    return Candidate("mxref.kernels", call, (), how, decode, configs=configs, operators=kernels)
 
 
 def torch_composite() -> Candidate:
     """Plain PyTorch: decode, then one fp32 matrix product an expert, differentiated by autograd."""
-    return Candidate("torch composite", composite, complete=True)
+    return Candidate("torch composite", layer)

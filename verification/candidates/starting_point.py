@@ -18,8 +18,6 @@ from torch import Tensor
 
 from mxref import MXWeights, decode_mxfp4
 
-__all__ = ["layer"]
-
 
 class _Round(torch.autograd.Function):
     """`scale` times x rounded to `to`; its gradient rounded to `back`, then times `scale`. None: not rounded."""

@@ -10,8 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Context", "Layout", "Mode", "lay_out"]
-
 Layout = Literal["contiguous", "transposed", "sliced", "offset", "expanded"]
 Mode = Literal["grad", "no_grad", "inference"]
 Context = Literal["plain", "autocast", "deterministic", "checkpoint"]

@@ -14,8 +14,6 @@ from mxref.problem import Problem
 from mxref.verification.cases.call import Call
 from mxref.weights import MXWeights
 
-__all__ = ["Case", "Data", "Routing", "Sample"]
-
 Routing = Literal[
     "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "descending", "sentinels", "all_sentinels",
     "far_sentinels",

@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from mxref.verification.cases.domain import Dimension, Exclusion
 
-__all__ = ["combinations_of", "covering_array", "legal_pairs"]
-
 _TRIES = {2: 12, 3: 2}
 """Rows that are built for each one taken: a tenth fewer are needed."""
 

@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["DIMENSIONS", "EXCLUDED", "Class", "Dimension", "Exclusion", "Expense", "dimensions_for", "living"]
-
 StandsIn = Literal["cheap", "interpreted"]
 Expense = Literal["any", "cheap", "interpreted"]
 """What a suite may cost: anything; on a CPU, plain PyTorch in the quick suite; interpreted kernels in any suite."""

@@ -12,8 +12,6 @@ from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import covering_array
 from mxref.verification.cases.domain import EXCLUDED, Class, Dimension, Expense, dimensions_for, living
 
-__all__ = ["case_of", "domain_cases"]
-
 _WORD = {2: "pairs", 3: "triples"}
 
 

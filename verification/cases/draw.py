@@ -19,8 +19,6 @@ from mxref.verification.cases.routing import draw_routing
 from mxref.verification.cases.special import as_asked
 from mxref.weights import MXWeights
 
-__all__ = ["draw", "draw_for_weights"]
-
 
 def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sample:
     """Draw one sample.

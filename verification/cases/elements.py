@@ -18,8 +18,6 @@ from mxref.routing import flatten_sort_count
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights
 
-__all__ = ["all_elements", "draw_elements", "element_cases", "every_element", "finite_bytes", "one_hot_elements"]
-
 _CODES = len(E2M1_VALUES)
 _EXPERTS = 2  # among which the 16 blocks are dealt: K = N = 256 costs a kernel least
 _BYTES_AT_ONCE = 4  # bounds the size of one non-finite sample; only fp16 has more bytes
@@ -88,12 +86,13 @@ def _nonfinite_cases(dtype: torch.dtype) -> list[Case]:
     others = [byte for byte in range(256) if byte not in finite]
     groups = [tuple(others[start : start + _BYTES_AT_ONCE]) for start in range(0, len(others), _BYTES_AT_ONCE)]
     named = {f"bytes {own[0]} to {own[-1]}": own for own in groups} | {"byte 255 alone": (_NAN_BYTE,)}
+    sizes = {own: MX_BLOCK_SIZE * len(own) for own in named.values()}
     return [
         Case(
             f"{name}, {_name(dtype)}",
             _CODES,
-            MX_BLOCK_SIZE * len(own),
-            MX_BLOCK_SIZE * len(own),
+            sizes[own],
+            sizes[own],
             _CODES,
             1,
             0,

@@ -10,8 +10,6 @@ from torch import Tensor
 from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.verification.cases.case import Case
 
-__all__ = ["Gauge", "draw_gauge", "scale_bytes"]
-
 
 @dataclass(frozen=True)
 class Gauge:

@@ -17,8 +17,6 @@ from mxref.verification.cases.gauge import draw_gauge, scale_bytes
 from mxref.verification.cases.routing import draw_routing
 from mxref.weights import MXWeights
 
-__all__ = ["draw_integer", "is_exact_everywhere"]
-
 _DENSITIES = ((4, 1), (4, 1), (4, 1), (2, 1), (2, 1), (1, 1), (1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (1, 64))
 """Nonzeros a row of x and dOut, and how many rows there are to one that has any: sums over many rows stay exact when
 few have. Each is tried a few times."""

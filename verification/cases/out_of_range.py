@@ -1,4 +1,4 @@
-"""Samples with what a correct kernel must not read: positions and offsets out of range, NaN in remote rows."""
+"""Samples with positions and offsets out of range, which a correct kernel must not follow."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from mxref.verification.cases.case import Sample
-
-__all__ = ["nan_in_remote_rows", "offsets_out_of_range", "positions_out_of_range"]
 
 
 def positions_out_of_range(sample: Sample) -> tuple[Sample, Tensor]:
@@ -38,18 +36,3 @@ def offsets_out_of_range(sample: Sample) -> dict[str, Sample]:
         offsets[offsets == P] = above
         samples[name] = sample.changed(expert_offsets=offsets)
     return samples
-
-
-def nan_in_remote_rows(sample: Sample) -> Sample:
-    """NaN in every row of x and dOut and in every gate that belongs to a remote expert.
-
-    Args:
-        sample: with sentinels and gates, one slot a token, not grouped.
-    """
-    problem = sample.problem
-    remote = problem.sorted_scattered_idxs[problem.sorted_expert_idxs >= problem.E]
-    assert problem.gates is not None
-    inputs, gates, grad_out = problem.inputs.clone(), problem.gates.clone(), sample.grad_out.clone()
-    for x in (inputs, gates, grad_out):
-        x[remote] = float("nan")
-    return sample.changed(grad_out, inputs=inputs, gates=gates)

@@ -8,8 +8,6 @@ from torch import Tensor
 from mxref.routing import flatten_sort_count
 from mxref.verification.cases.case import Case
 
-__all__ = ["draw_choice", "draw_routing"]
-
 
 def draw_routing(case: Case, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """sorted_expert_idxs, sorted_scattered_idxs and expert_offsets of a drawn choice, int64.

@@ -10,8 +10,6 @@ import torch
 from mxref.verification.cases.domain import Expense
 from mxref.verification.cases.subset import Subset
 
-__all__ = ["Scope", "Suite"]
-
 Suite = Literal["small", "quick", "full"]
 
 

@@ -13,15 +13,6 @@ import torch
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.elements import element_cases, one_hot_elements
 
-__all__ = [
-    "FULL_OF_COLUMNS", "behaviour_cases", "decode_cases", "decoder_cases", "drawn_cases", "index_cases",
-    "integer_cases",
-    "narrow_decode_cases", "operator_case", "own_integer_cases", "remote_cases", "sequence_cases", "smallest",
-    "stack_cases",
-    "unordered_cases",
-    "usual_dtype",
-]  # fmt: skip
-
 FULL_OF_COLUMNS = 132 * 4 * 128
 """N for which one row tile is more programs of 128 columns than an H100 runs at once: the next tile's begin later."""
 
@@ -100,9 +91,9 @@ def operator_case(device_type: str) -> Case:
 
 
 def remote_cases(device_type: str) -> list[Case]:
-    """A token a row, with sentinels: rows that belong to remote experts."""
+    """A token a row, with sentinels: NaN in what belongs to remote experts."""
     gates = integer_cases(device_type)[1]
-    return [replace(gates, name="remote rows", top_k=1, gate_slots=1, tokens=18)]
+    return [replace(gates, name="remote rows", top_k=1, gate_slots=1, tokens=18, special="nan remote")]
 
 
 def unordered_cases(device_type: str) -> list[Case]:

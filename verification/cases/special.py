@@ -11,8 +11,6 @@ from mxref.formats import MX_BLOCK_SIZE
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["as_asked"]
-
 
 def as_asked(sample: Sample) -> Sample:
     """The sample with everything that its case asks for beyond a draw; exact sums stay exact."""

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension
 
-__all__ = ["Condition", "Subset", "parse_subset"]
-
 _NUMBERS: dict[str, Callable[[Case], int]] = {
     "rows": lambda case: case.rows,
     "experts": lambda case: case.experts,

@@ -23,12 +23,6 @@ from mxref.verification.cases.elements import element_cases, every_element
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.small import FULL_OF_COLUMNS
 
-__all__ = [
-    "Suite", "behaviour_cases", "configuration_cases", "decode_cases", "decoder_cases", "drawn_cases", "exact_cases",
-    "integer_cases",
-    "narrow_decode_cases", "ordinary_cases", "own_integer_cases",
-]  # fmt: skip
-
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _MANY_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5)

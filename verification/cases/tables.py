@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TableCase", "TableSample", "table_cases"]
-
 _HEIGHTS = (16, 32, 128)
 _MANY = 1 << 19
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from mxref.routing import flatten_sort_count
 from mxref.verification.cases.case import Sample
 
-__all__ = ["disturbed", "select", "tokens_of", "without"]
-
 
 def tokens_of(sample: Sample) -> dict[str, Tensor]:
     """The token of each row of Y (and dOut), dX (and x) and dgates: int64 [rows], by tensor."""

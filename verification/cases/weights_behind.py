@@ -15,8 +15,6 @@ from mxref.formats import E2M1_VALUES, E8M0_BIAS
 from mxref.verification.cases.case import Sample
 from mxref.weights import MXWeights
 
-__all__ = ["Weight", "weight_at", "weights_behind"]
-
 _MOST = 4  # terms worth naming
 
 

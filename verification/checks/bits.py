@@ -16,8 +16,6 @@ from mxref.verification.checks.finding import Counterexample, Finding, Status
 from mxref.verification.checks.patterns import Axis, patterns
 from mxref.verification.checks.values import equal, inside_intervals
 
-__all__ = ["a_configuration", "same_bits", "same_values"]
-
 
 def same_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every answer that is to be like another one has its bits: one finding a case and tensor, a failure if any."""

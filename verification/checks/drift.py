@@ -33,14 +33,11 @@ from mxref.verification.arithmetic.thresholds import (
     rounding_pull,
 )
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import comparable, name_of
+from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.checks.ratios import log2_counts
 
-__all__ = ["no_drift"]
-
-_TENSORS = ("Y", "dX", "dA", "dB")
 _BASE, _LORA, _TOTAL = range(3)
 _TERM = ("the base term", "LoRA's term", "the whole")
 _SPREAD, _TOLERANCE = 0.5, 1e-2  # of criteria that are only reported: nothing is decided by them
@@ -52,15 +49,12 @@ def no_drift(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     The sample must be ordinary data, no integer fixture: rounding errors must be there to average out. An output that
     cannot be compared at all is `inside_intervals`' finding.
     """
-    findings = []
-    for answer in answers:
-        case = name_of(answer, expected.sample)
-        for tensor in (name for name in _TENSORS if name in expected.accepted and answer.error is None):
-            got = comparable(answer, expected.sample, tensor, case)
-            fit = None if isinstance(got, Finding) else _fit(tensor, got[0], expected)
-            if fit is not None and not isinstance(got, Finding):
-                findings.append(_finding(case, tensor, got[0], expected.accepted[tensor], fit, expected.critical))
-    return findings
+
+    def judge(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding | None:
+        fit = _fit(tensor, got, expected)
+        return None if fit is None else _finding(case, tensor, got, interval, fit, expected.critical)
+
+    return each_tensor(answers, expected, judge)
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,6 @@ class _Group:
     lora: Tensor | None
     residual: Tensor
     rows: int  # routed rows: terms in a sum over them
-    repeats: int = 1  # how often one row occurs at most: an expert twice in a token gives the same errors twice
 
     def sums(self) -> Tensor:
         """Σbase², Σbase·lora, Σlora², Σbase·residual, Σlora·residual by column tile, then of all: fp64 [5, T+1]."""
@@ -181,23 +174,24 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
     # Held against the rounded reference: a sum that hardly leaves the grid (a bias and next to nothing, equal rows
-    # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's.
+    # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's. σ still has the
+    # rounding that the residual has lost, many times what is left: enough for rows that occur eight times over, whose
+    # errors are the same.
     nearest = interval.exact.float().double() if dtype == torch.float32 else round_to(interval.exact, dtype)
     residual = torch.where(usable, (got.double() - nearest) / sigma, 0.0)
     inverse = torch.where(usable, 1 / sigma, 0.0)
     make = _gradient_groups if tensor in ("dA", "dB") else _row_groups
-    labels, sums, losses, repeats = [], [], [], []
+    labels, sums, losses = [], [], []
     for group in make(tensor, expected, inverse, residual):
         labels.append(group.label)
         sums.append(group.sums().cpu())
         losses.append(_losses(problem, tensor, group.rows, expected.how))
-        repeats.append(group.repeats)
     if not sums:
         return None
     loss = torch.tensor(losses, dtype=torch.float64)[:, None, :] + rounding_pull(dtype)
     C = got.shape[0] if tensor == "dB" else got.shape[1]
     columns = [f"columns {c}–{min(c + TILE, C) - 1}" for c in range(0, C, TILE)] + ["all columns"]
-    return _solve(labels, columns, torch.stack(sums), loss, torch.tensor(repeats, dtype=torch.float64))
+    return _solve(labels, columns, torch.stack(sums), loss)
 
 
 def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor | float:
@@ -211,11 +205,8 @@ def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor |
     return by_expert[:, None] if tensor == "dA" else by_expert
 
 
-def _solve(groups: list[str], columns: list[str], sums: Tensor, loss: Tensor, repeats: Tensor) -> _Fit:
-    """Weighted least squares from the normal equations [G, 5, T+1] of all strata at once.
-
-    Rows that occur r times have one error between them, so a standard error is √r times that of independent rows.
-    """
+def _solve(groups: list[str], columns: list[str], sums: Tensor, loss: Tensor) -> _Fit:
+    """Weighted least squares from the normal equations [G, 5, T+1] of all strata at once."""
     bb, bl, ll, bq, lq = sums.unbind(1)
     determinant = bb * ll - bl.square()
     joint = determinant > SINGULAR * bb * ll
@@ -224,7 +215,6 @@ def _solve(groups: list[str], columns: list[str], sums: Tensor, loss: Tensor, re
     total = torch.where(total > 0, total, torch.nan)
     slope = torch.stack(((ll * bq - bl * lq) / determinant, (bb * lq - bl * bq) / determinant, (bq + lq) / total), -1)
     error = torch.stack(((ll / determinant).sqrt(), (bb / determinant).sqrt(), total.rsqrt()), -1)
-    error = error * repeats.sqrt()[:, None, None]
     skipped = int((~joint & (bb > 0) & (ll > 0)).sum())
     return _Fit(groups, columns, slope, error, loss.expand_as(slope), skipped)
 
@@ -277,10 +267,7 @@ def _row_groups(tensor: str, expected: Expectation, inverse: Tensor, residual: T
     groups = [(f"expert {e}", torch.arange(start, end, device=x.device)) for e, start, end in problem.segments()]
     if groups:
         groups.append(("all experts", owned_rows(problem).nonzero()[:, 0]))
-    source = problem.row_sources()
-    alike = tensor == "Y" and problem.gates is None and not problem.grouped_in
     for label, rows in groups:
-        repeats = int(_same_row(problem, source, rows).max()) if alike else 1
         into, slot = torch.unique(target[rows], return_inverse=True)
         scale = inverse[into]
 
@@ -288,13 +275,7 @@ def _row_groups(tensor: str, expected: Expectation, inverse: Tensor, residual: T
             summed = torch.zeros_like(scale).index_add_(0, slot, term[rows])
             return torch.where(scale > 0, summed * scale, 0.0)
 
-        yield _Group(label, share(base), None if lora is None else share(lora), residual[into], rows.numel(), repeats)
-
-
-def _same_row(problem: Problem, source: Tensor, rows: Tensor) -> Tensor:
-    """How often each pair of an input row and an expert occurs among some routed rows."""
-    counts: Tensor = torch.unique(source[rows] * problem.E + problem.sorted_expert_idxs[rows], return_counts=True)[1]
-    return counts
+        yield _Group(label, share(base), None if lora is None else share(lora), residual[into], rows.numel())
 
 
 def _targets(problem: Problem, tensor: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import TracebackException
@@ -18,12 +18,12 @@ from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.arithmetic.metrics import rms, ulp_error
 from mxref.verification.candidates.answer import Answer, Outputs, UnusableAnswerError
 from mxref.verification.cases.case import Sample
+from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, ErrorSample, Finding, FloatArray, Status
 from mxref.verification.checks.patterns import Axis, patterns
 
-__all__ = ["Comparison", "axes_of", "comparable", "compare", "name_of", "raised", "unexpected"]
-
 _OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
+_MATRICES = ("Y", "dX", "dA", "dB")
 _PLOT_POINTS = 20_000
 _HERE = Path(__file__).resolve().parents[1]
 
@@ -149,6 +149,31 @@ def axes_of(sample: Sample, tensor: str) -> list[Axis]:
         "dgates": [Axis("token"), Axis("slot")],
         "W": [Axis("expert"), Axis("row"), k_column],
     }.get(tensor, [])
+
+
+def each_answer(
+    answers: Sequence[Answer], sample: Sample, judge: Callable[[Answer, str], Iterable[Finding]]
+) -> list[Finding]:
+    """What `judge` finds in each answer, given what its case is called; of one that is an error, that error."""
+    findings: list[Finding] = []
+    for answer in answers:
+        case = name_of(answer, sample)
+        findings += judge(answer, case) if answer.error is None else [raised(answer, case)]
+    return findings
+
+
+def each_tensor(
+    answers: Sequence[Answer], expected: Expectation, judge: Callable[[str, str, Tensor, Interval], Finding | None]
+) -> list[Finding]:
+    """What `judge` finds, by case and tensor, in each Y, dX, dA, dB that can be compared with its interval at all."""
+    findings = []
+    for answer in answers:
+        case = name_of(answer, expected.sample)
+        for tensor in (name for name in _MATRICES if name in expected.accepted and answer.error is None):
+            got = comparable(answer, expected.sample, tensor, case)
+            finding = None if isinstance(got, Finding) else judge(case, tensor, got[0], expected.accepted[tensor])
+            findings += [] if finding is None else [finding]
+    return findings
 
 
 def name_of(answer: Answer, sample: Sample) -> str:

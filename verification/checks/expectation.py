@@ -14,8 +14,6 @@ from mxref.verification.arithmetic.bounds import Interval, intervals
 from mxref.verification.arithmetic.thresholds import ALPHA, TILE, critical_z
 from mxref.verification.cases.case import Case, Sample
 
-__all__ = ["Expectation", "slopes_of"]
-
 T = TypeVar("T")
 
 

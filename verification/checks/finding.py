@@ -85,7 +85,8 @@ class Finding:
     largest fraction of its own accepted interval that an element used (at most 1 on a pass). All three are None
     where no element could be compared. `details` holds further finite numbers and words by name, for the report, and
     `picture` what a plot needs. `id` names the item for `mxref gate --rerun`, `problem` says what a failed one
-    was asked about, `trace` is the candidate's own traceback, `patterns` what its wrong elements have in common.
+    was asked about, `trace` is the candidate's own traceback, `patterns` what its wrong elements have in common,
+    `weights` the packed weights behind the counterexample, in words, where they are few.
     """
 
     check: str
@@ -105,6 +106,7 @@ class Finding:
     problem: Mapping[str, str | int | float] = field(default_factory=dict, hash=False)
     trace: str = field(default="", repr=False)
     patterns: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

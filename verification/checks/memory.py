@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import name_of, raised
+from mxref.verification.checks.elements import each_answer, name_of
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.values import decoded_bits, equal
-
-__all__ = ["inside_tensors", "right_and_unwritten", "unwritten", "wide_indices"]
 
 
 def unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
@@ -18,22 +16,17 @@ def unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]
 
     A run that ended in an error says nothing in a candidate's favour, but what it overwrote counts.
     """
-    return [
-        Finding(
-            "",
-            name_of(answer, expected.sample),
-            written.place,
-            Status.FAIL if written.inside or written.outside else Status.PASS,
-            f"{written.inside} bytes of it and {written.outside} bytes around {written.note or 'it'} were overwritten"
-            if written.inside or written.outside
-            else "left as it was, and its surroundings too",
-            written.elements,
-            written.inside + written.outside,
-        )
-        for answer in answers
-        for written in answer.written
-        if answer.error is None or written.inside or written.outside
-    ]
+    findings = []
+    for answer in answers:
+        for written in answer.written:
+            count, case = written.inside + written.outside, name_of(answer, expected.sample)
+            status, reason = Status.PASS, "left as it was, and its surroundings too"
+            if count:
+                around = f"{written.outside} bytes around {written.note or 'it'}"
+                status, reason = Status.FAIL, f"{written.inside} bytes of it and {around} were overwritten"
+            if count or answer.error is None:
+                findings.append(Finding("", case, written.place, status, reason, written.elements, count))
+    return findings
 
 
 def right_and_unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
@@ -45,32 +38,17 @@ def right_and_unwritten(answers: Sequence[Answer], expected: Expectation) -> lis
 
 def inside_tensors(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every load and store of an interpreted run lay inside the tensors of its launch."""
-    findings = []
-    for answer in answers:
-        case = name_of(answer, expected.sample)
-        if answer.error is not None:
-            findings.append(raised(answer, case))
-            continue
+
+    def judge(answer: Answer, case: str) -> list[Finding]:
         touched = answer.outputs["addresses"]
         count = 0 if touched is None else int(touched)
         reason = f"{count:,} addresses, all inside their launch's tensors"
-        findings.append(Finding("", case, "all", Status.PASS, reason, count, 0))
-    return findings
+        return [Finding("", case, "all", Status.PASS, reason, count, 0)]
+
+    return each_answer(answers, expected.sample, judge)
 
 
 def wide_indices(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Products of two sizes are 64 bits wide in an interpreted run."""
-    return [
-        raised(answer, name_of(answer, expected.sample))
-        if answer.error is not None
-        else Finding(
-            "",
-            name_of(answer, expected.sample),
-            "all",
-            Status.PASS,
-            "products of two sizes are 64 bits wide",
-            0,
-            0,
-        )
-        for answer in answers
-    ]
+    reason = "products of two sizes are 64 bits wide"
+    return each_answer(answers, expected.sample, lambda _, case: [Finding("", case, "all", Status.PASS, reason, 0, 0)])

@@ -14,24 +14,21 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["equal_operators", "refused", "right_tables"]
-
 _REFUSED_BY: dict[str, type[Exception]] = {"a dtype that is no float": TypeError}
 """Misuse -> what it must raise, where that is not a ValueError."""
 
 
 def equal_operators(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Each operator's result equals the reference's; labels are those of `candidates.asking_kernels.by_operators`."""
-    right = _operator_results(expected)
-    findings = []
-    for answer in answers:
-        case, tensor, value = expected.sample.case.name, answer.label, right[answer.label]
-        if answer.error is not None:
-            reason = f"raised {type(answer.error).__name__}: {answer.error}"
-            findings.append(Finding("", case, tensor, Status.FAIL, reason, value.numel(), 0))
-            continue
-        findings.append(_equality(case, tensor, answer.outputs["out"], value))
-    return findings
+    right, case = _operator_results(expected), expected.sample.case.name
+
+    def judge(tensor: str, answer: Answer) -> Finding:
+        if answer.error is None:
+            return _equality(case, tensor, answer.outputs["out"], right[tensor])
+        reason = f"raised {type(answer.error).__name__}: {answer.error}"
+        return Finding("", case, tensor, Status.FAIL, reason, right[tensor].numel(), 0)
+
+    return [judge(answer.label, answer) for answer in answers]
 
 
 def refused(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:

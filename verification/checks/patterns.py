@@ -9,8 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "patterns"]
-
 _FEW = 3
 """Names that are listed one by one; more are counted."""
 

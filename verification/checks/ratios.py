@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import comparable, name_of
+from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, Finding, Status
 
-__all__ = ["log2_counts", "right_exponents", "right_signs"]
-
 _HALF_OCTAVE = 2.0**0.5  # beyond it a ratio rounds to another power of two
-_TENSORS = ("Y", "dX", "dA", "dB")
 
 
 def right_signs(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every sign where the accepted interval excludes zero; a zero has none of the two."""
-    return _each_tensor(answers, expected, _signs)
+    return each_tensor(answers, expected, _signs)
 
 
 def right_exponents(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """⌊log2 |got / exact|⌉ = 0 wherever the accepted interval keeps it there; names what it is instead."""
-    return _each_tensor(answers, expected, _exponents)
+    return each_tensor(answers, expected, _exponents)
 
 
 def log2_counts(got: Tensor, interval: Interval) -> dict[int, int]:
@@ -35,20 +32,6 @@ def log2_counts(got: Tensor, interval: Interval) -> dict[int, int]:
     clear, octave = _octaves(got, interval)
     values, counts = torch.unique(octave[clear & (got != 0) & torch.isfinite(got)], return_counts=True)
     return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-
-
-def _each_tensor(
-    answers: Sequence[Answer], expected: Expectation, judge: Callable[[str, str, Tensor, Interval], Finding]
-) -> list[Finding]:
-    """The verdict on each of Y, dX, dA, dB that can be compared at all."""
-    findings = []
-    for answer in answers:
-        case = name_of(answer, expected.sample)
-        for tensor in (name for name in _TENSORS if name in expected.accepted and answer.error is None):
-            got = comparable(answer, expected.sample, tensor, case)
-            if not isinstance(got, Finding):
-                findings.append(judge(case, tensor, got[0], expected.accepted[tensor]))
-    return findings
 
 
 def _signs(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding:

@@ -29,8 +29,6 @@ from mxref.verification.checks.operators import equal_operators, refused, right_
 from mxref.verification.checks.ratios import right_exponents, right_signs
 from mxref.verification.checks.values import decoded_bits, equal, inside_intervals
 
-__all__ = ["BASELINE", "CHECKS", "STATE", "Asked", "Check", "why"]
-
 
 class Asked(StrEnum):
     """Who is asked."""
@@ -62,9 +60,9 @@ class Check:
     why: str
     cost: str
     asked: Asked
-    cases: Cases
-    ask: Callable[[Candidate, Any], list[Answer]]
-    compare: Callable[[Sequence[Answer], Any], list[Finding]]
+    cases: Cases = lambda scope: []
+    ask: Callable[[Candidate, Any], list[Answer]] = lambda candidate, sample: []
+    compare: Callable[[Sequence[Answer], Any], list[Finding]] = lambda answers, expected: []
 
     def is_for(self, own: bool, device: torch.device) -> bool:
         """Whether a candidate is asked on a device; `own`: it is this project's kernels."""
@@ -96,7 +94,7 @@ def _named(cases: Callable[[Suite, str], list[Case]]) -> Cases:
     return lambda scope: cases(scope.suite, scope.device_type)
 
 
-_drawn, _behaviour, _remote = suites.ordinary_cases, _named(suites.behaviour_cases), _small(small.remote_cases)
+_drawn, _behaviour = suites.ordinary_cases, _named(suites.behaviour_cases)
 _operators: Cases = lambda scope: [small.operator_case(scope.device_type)]  # noqa: E731
 
 CHECKS: tuple[Check, ...] = (
@@ -195,7 +193,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "remote rows",
         "Rows that belong to remote experts hold NaN: no result may notice.",
-        "one run", Asked.OWN, _remote, asking_kernels.with_nan_in_remote_rows, equal,
+        "one run", Asked.OWN, _small(small.remote_cases), asking.once, equal,
     ),
     Check(
         "out of range",
@@ -259,22 +257,14 @@ STATE = Check(
     "state",
     "After each case torch's global state is what it was before: default dtype and device, gradient mode, autocast, "
     "deterministic mode, threads, products in TF32, subnormals, and random numbers, none of which the layer draws.",
-    "no run of its own",
-    Asked.ANY,
-    lambda scope: [],
-    lambda candidate, sample: [],
-    lambda answers, expected: [],
-)
+    "no run of its own", Asked.ANY,
+)  # fmt: skip
 """Held around every asking, see `gate.run`."""
 
 BASELINE = Check(
     "baseline",
     "The largest and the RMS error against the ones accepted for this architecture. What is worse, though still inside "
     "the bound, is shown until it is accepted on purpose.",
-    "no run of its own",
-    Asked.OWN,
-    lambda scope: [],
-    lambda candidate, sample: [],
-    lambda answers, expected: [],
-)
+    "no run of its own", Asked.OWN,
+)  # fmt: skip
 """Held against a finished run, see `records.ulp_baseline`."""

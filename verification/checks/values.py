@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,36 +10,30 @@ from torch import Tensor
 
 from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import axes_of, comparable, compare, name_of, raised, unexpected
+from mxref.verification.checks.elements import axes_of, comparable, compare, each_answer, unexpected
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
 from mxref.weights import MXWeights, decode_mxfp4
 
-__all__ = ["decoded_bits", "equal", "inside_intervals"]
-
 
 def equal(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """Every tensor equals the contract's result; −0 equals 0, NaN must be NaN, and infinities keep their sign."""
-    findings: list[Finding] = []
-    for answer in answers:
-        case = name_of(answer, expected.sample)
-        if answer.error is not None:
-            findings.append(raised(answer, case))
-            continue
+
+    def judge(answer: Answer, case: str) -> Iterator[Finding]:
         for tensor, value in expected.exact.items():
             if answer.rows and tensor not in answer.rows:
                 continue
             got = comparable(answer, expected.sample, tensor, case, Interval(value, value, value))
             if isinstance(got, Finding):
-                findings.append(got)
+                yield got
                 continue
             output, interval = got
             assert interval is not None
-            comparison = compare(output, interval)
             axes = axes_of(expected.sample, tensor) if output is answer.outputs[tensor] else None
-            findings.append(comparison.finding(case, tensor, Status.PASS, "equal to the reference", axes))
-        findings += unexpected(answer.outputs, case, expected.exact)
-    return findings
+            yield compare(output, interval).finding(case, tensor, Status.PASS, "equal to the reference", axes)
+        yield from unexpected(answer.outputs, case, expected.exact)
+
+    return each_answer(answers, expected.sample, judge)
 
 
 def inside_intervals(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
@@ -52,49 +46,41 @@ def inside_intervals(answers: Sequence[Answer], expected: Expectation) -> list[F
         status, reason = Status.PASS, "inside the bound of the declared accumulation"
     else:
         status, reason = Status.WEAK, "inside the order-free bound; the accumulation is not declared"
-    findings: list[Finding] = []
-    for answer in answers:
-        case = name_of(answer, expected.sample)
-        if answer.error is not None:
-            findings.append(raised(answer, case))
-            continue
+
+    def judge(answer: Answer, case: str) -> Iterator[Finding]:
         for tensor, interval in expected.accepted.items():
             got = comparable(answer, expected.sample, tensor, case)
             if isinstance(got, Finding):
-                findings.append(got)
+                yield got
                 continue
             comparison = compare(got[0], interval)
             finding = comparison.finding(case, tensor, status, reason, axes_of(expected.sample, tensor))
-            findings.append(replace(finding, picture=comparison.sample(case, tensor)))
-        findings += unexpected(answer.outputs, case, expected.accepted)
-    return findings
+            yield replace(finding, picture=comparison.sample(case, tensor))
+        yield from unexpected(answer.outputs, case, expected.accepted)
+
+    return each_answer(answers, expected.sample, judge)
 
 
 def decoded_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
     """A decoded weight stack is the reference's bit for bit: equal values, equal signs of zero, NaN for NaN."""
-    weights, dtype, case = expected.sample.problem.expert_weights, expected.sample.case.dtype, expected.sample.case.name
+    weights = expected.sample.problem.expert_weights
     assert isinstance(weights, MXWeights)
-    findings = []
-    for answer in answers:
-        if answer.error is not None:
-            findings.append(raised(answer, case))
-            continue
-        got, decoded = answer.outputs["W"], decode_mxfp4(weights, dtype)
-        if _form(got) != _form(decoded):
+    decoded = decode_mxfp4(weights, expected.sample.case.dtype)
+    exact = decoded.double()
+
+    def judge(answer: Answer, _: str) -> Iterator[Finding]:
+        got, case = answer.outputs["W"], expected.sample.case.name
+        if got is None or _form(got) != _form(decoded):
             reason = f"decode returned {_form(got)}; expected {_form(decoded)}"
-            findings.append(Finding("", case, "W", Status.FAIL, reason, decoded.numel(), decoded.numel()))
-            continue
-        assert got is not None
-        exact = decoded.double()
-        comparison = compare(got, Interval(exact, exact, exact))
+            yield Finding("", case, "W", Status.FAIL, reason, decoded.numel(), decoded.numel())
+            return
         signs = (torch.signbit(got) == torch.signbit(decoded)) | torch.isnan(decoded)
+        comparison = compare(got, Interval(exact, exact, exact))
         comparison = replace(comparison, inside=comparison.inside & signs)
-        findings.append(
-            comparison.finding(
-                case, "W", Status.PASS, "every bit equal to the reference", axes_of(expected.sample, "W")
-            )
-        )
-    return findings
+        axes = axes_of(expected.sample, "W")
+        yield comparison.finding(case, "W", Status.PASS, "every bit equal to the reference", axes)
+
+    return each_answer(answers, expected.sample, judge)
 
 
 def _form(x: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -28,7 +29,7 @@ COMMANDS = {
     "evidence": "which records are kept, and which are stale",
 }
 """Every subcommand and what it does; each is a module of this package with `add_arguments(parser)` and
-`run(arguments)`."""
+`run(arguments)`, whose docstring is the command's help."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,12 +66,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             continue
         _choose_interpreter(argv)
         module = import_module(f"{__name__}.{name.replace('-', '_')}")
+        described, *shown = re.split(r"\n\n(?=examples?:|exit codes:)", str(module.__doc__), maxsplit=1)
+        as_it_is = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(
-            name,
-            help=about,
-            description=module.DESCRIPTION,
-            epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=about, description=described, epilog="".join(shown), formatter_class=as_it_is
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -1,39 +1,8 @@
-"""`mxref bench`: judge each way to compute the layer, then time them beside the composite; what was seen is kept."""
+"""`mxref bench`: judge each way to compute the layer, then time them beside the composite; what was seen is kept.
 
-from __future__ import annotations
+Judge this project's ways to compute the layer, then time them beside torch._grouped_mm on bf16 weights and against
+the limit measured in the same run. No speed is printed on a red gate.
 
-import argparse
-import json
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-import torch
-from rich.console import Console
-
-from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
-from mxref.verification.bench.first_call import first_call
-from mxref.verification.bench.history import ratios_of
-from mxref.verification.bench.pairs import Effort
-from mxref.verification.bench.paths import every_path
-from mxref.verification.bench.report import as_json, as_markdown, print_bench
-from mxref.verification.bench.timing import EventClock, measure_ceilings
-from mxref.verification.bench.workloads import CASES, DENSE, LARGE, QUICK, Shape
-from mxref.verification.cli.options import choose_device
-from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.result import describe_device
-from mxref.verification.records.readme import update_readme
-from mxref.verification.records.record import EVIDENCE, folder_name, write
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Judge this project's ways to compute the layer, then time them beside torch._grouped_mm on bf16 "
-    "weights and against the limit measured in the same run. No speed is printed on a red gate."
-)
-
-EPILOG = """\
 examples:
   mxref bench                         the main shapes on this GPU: gate, table, bench.json
   mxref bench --large --record        more shapes, kept as evidence, in the history and in the README
@@ -43,6 +12,30 @@ examples:
 exit codes: 0 timed, 1 the gate is red or one of our ways failed, 2 wrong use
 """
 
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
+from mxref.verification.bench.first_call import first_call
+from mxref.verification.bench.history import ratios_of
+from mxref.verification.bench.pairs import Effort
+from mxref.verification.bench.paths import every_path
+from mxref.verification.bench.report import as_json, as_markdown, print_bench
+from mxref.verification.bench.timing import EventClock, measure_ceilings
+from mxref.verification.bench.workloads import CASES, DENSE, LARGE, QUICK, Shape
+from mxref.verification.cli.options import add_out, add_record, choose_device, made, note, terminal
+from mxref.verification.cli.progress import Meter
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.gate.result import describe_device
+from mxref.verification.records.readme import update_readme
+from mxref.verification.records.record import EVIDENCE, folder_name, write
+from mxref.verification.report.output import write_json
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -51,13 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--large", action="store_true", help="DeepSeek-V4-like shapes too: 40 GB and more")
     parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
     parser.add_argument("--no-peers", action="store_true", help="leave out what others wrote")
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for bench.json (default: gate-report)"
-    )
+    add_out(parser, "bench.json", "gate-report")
     parser.add_argument("--samples", metavar="DIR", type=Path, help="add every sample to pytest-benchmark's storage")
-    parser.add_argument(
-        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence"
-    )
+    add_record(parser)
     parser.add_argument("--readme", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -75,16 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--samples needs pytest-benchmark: pip install pytest-benchmark")
     shapes = _shapes(arguments)
     device = choose_device("cuda", require_gpu=True)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
+    made(arguments.out)
     bench = _measure(shapes, device, peers=not arguments.no_peers)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal(160)
     print_bench(bench, console)
     if bench.green:
         for what, path in _kept(bench, arguments, device).items():
-            console.print(f"{what}: {path}", style="bright_black", soft_wrap=True, highlight=False)
+            note(console, what, path)
     return bench.exit_code
 
 
@@ -120,8 +106,8 @@ def _measure(shapes: tuple[Shape, ...], device: torch.device, peers: bool) -> Be
 
 def _kept(bench: Bench, arguments: argparse.Namespace, device: torch.device) -> dict[str, Path]:
     """Write what was asked for: what it is, and where."""
-    found, kept = as_json(bench), {"data": arguments.out / "bench.json"}
-    kept["data"].write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    found = as_json(bench)
+    kept = {"data": write_json(arguments.out / "bench.json", found)}
     if arguments.samples is not None:
         from mxref.verification.bench.samples import keep_samples  # pytest-benchmark is not always installed
 

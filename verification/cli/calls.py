@@ -1,38 +1,8 @@
-"""`mxref calls`: judge a layer with planted bugs of how it is called; the checks must reject every one."""
+"""`mxref calls`: judge a layer with planted bugs of how it is called; the checks must reject every one.
 
-from __future__ import annotations
+Plant bugs in an honest layer in plain PyTorch, each a mistake in how calls are taken (strides, which gradients are
+needed, what is remembered, sizes, numbers), and judge each as any foreign candidate, by the quick gate.
 
-import argparse
-import json
-import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from mxref.verification.cli.options import positive, seed
-from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.plan import matches
-from mxref.verification.records import record
-from mxref.verification.studies import calls
-from mxref.verification.studies.calls.catalogue import BUGS
-from mxref.verification.studies.calls.layer import Bug
-from mxref.verification.studies.calls.run import Judged, NotHonestError, judge_bugs, payload
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Plant bugs in an honest layer in plain PyTorch, each a mistake in how calls are taken (strides, which gradients "
-    "are needed, what is remembered, sizes, numbers), and judge each as any foreign candidate, by the quick gate."
-)
-
-EPILOG = """\
 examples:
   mxref calls                      every bug, each until a check rejects it
   mxref calls --name "*cached*"    only those that match
@@ -41,15 +11,38 @@ examples:
 exit codes: 0 every bug is rejected, 1 one survives or the honest layer is rejected, 2 wrong use
 """
 
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mxref.verification.cli.options import add_jobs, add_out, add_record, add_seed, made, note, terminal
+from mxref.verification.cli.progress import Meter
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.gate.plan import matches
+from mxref.verification.records import record
+from mxref.verification.report.output import new_table, write_json
+from mxref.verification.studies import calls
+from mxref.verification.studies.calls.catalogue import BUGS
+from mxref.verification.studies.calls.layer import Bug
+from mxref.verification.studies.calls.run import Judged, NotHonestError, judge_bugs, payload
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only bugs that match")
-    parser.add_argument("--seed", type=seed, default=0, help="of the domain's cases and every draw (default: 0)")
+    add_seed(parser, "of the domain's cases and every draw")
     parser.add_argument("--list", action="store_true", help="print the bugs and stop")
-    parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes at once")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write calls.json there")
-    parser.add_argument("--record", action="store_true", help="keep the result of all bugs as evidence")
+    add_jobs(parser)
+    add_out(parser, "calls.json")
+    add_record(parser, "the result of all bugs")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,9 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     bugs = [bug for bug in BUGS if matches(bug.name, arguments.name)]
     if not bugs:
         raise UsageError("no bug matches; --list prints them")
-    if arguments.record and arguments.name:
+    if arguments.record is not None and arguments.name:
         raise UsageError("--record keeps the result of all bugs; leave out --name")
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal(160)
     if arguments.list:
         console.print(_listed(bugs), highlight=False)
         return 0
@@ -77,10 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     _print(judged, console)
     found = payload(judged, arguments.seed)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "calls.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    if arguments.record:
-        console.print(f"record: {record.write('calls', found, torch.device('cpu'), texts=_texts())}", highlight=False)
+        note(console, "data", write_json(made(arguments.out) / "calls.json", found))
+    if arguments.record is not None:
+        note(console, "record", record.write("calls", found, torch.device("cpu"), arguments.record, texts=_texts()))
     return int(not found["passed"])
 
 
@@ -90,15 +82,8 @@ def _texts() -> dict[str, str]:
     return {f"verification/studies/calls/{file.name}": file.read_text(encoding="utf-8") for file in files}
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
 def _listed(bugs: Sequence[Bug]) -> Table:
-    table = _table("bug", "what its author does", "shown by")
+    table = new_table("bug", "what its author does", "shown by")
     for bug in bugs:
         classes = ", ".join(f"{dimension}: {name}" for dimension, name in bug.shown_by)
         table.add_row(escape(bug.name), escape(bug.mistake), escape(classes or "several calls, or watched memory"))
@@ -107,7 +92,7 @@ def _listed(bugs: Sequence[Bug]) -> Table:
 
 def _print(judged: Sequence[Judged], console: Console) -> None:
     """Survivors last, where a reader looks first."""
-    table = _table("bug", "rejected by", "first finding")
+    table = new_table("bug", "rejected by", "first finding")
     for each in sorted(judged, key=lambda each: not each.killed):
         table.add_row(escape(each.bug.name), each.check or "[red]none[/]", escape(each.finding or each.bug.mistake))
     console.print(table, highlight=False)

@@ -1,32 +1,25 @@
-"""`mxref evidence`: which records are kept, and whether they are of the sources and versions that are here."""
+"""`mxref evidence`: which records are kept, and whether they are of the sources and versions that are here.
 
-from __future__ import annotations
+List the records of what GPUs and the interpreter saw: whether each is of the sources that are here, which versions
+differ, and which command writes it again.
 
-import argparse
-import sys
-from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-
-from mxref.verification.cli.usage import UsageError
-from mxref.verification.records.freshness import State, problems, survey
-from mxref.verification.records.readme import update_readme
-from mxref.verification.records.record import EVIDENCE
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "List the records of what GPUs and the interpreter saw: whether each is of the sources that are here, which "
-    "versions differ, and which command writes it again."
-)
-
-EPILOG = """\
 A kernel's gate record must be fresh; any other record may be stale, and is shown with its date.
 
 exit codes: 0 the gate's records are fresh and nothing is damaged, 1 not so, 2 wrong use
 """
 
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.table import Table
+
+from mxref.verification.cli.options import terminal
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.records.freshness import State, problems, survey
+from mxref.verification.records.readme import update_readme
+from mxref.verification.records.record import EVIDENCE
 
 _COLUMNS = ("where", "record", "date", "result", "sources", "versions here")
 
@@ -51,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise UsageError(str(error)) from None
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal(160)
     states = survey(arguments.evidence)
     console.print(_table(states), highlight=False)
     for command in dict.fromkeys(state.entry["command"] for state in states if state.entry and not state.fresh):

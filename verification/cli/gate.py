@@ -1,42 +1,8 @@
-"""`mxref gate`: judge an implementation, print the verdict, write the report."""
+"""`mxref gate`: judge an implementation, print the verdict, write the report.
 
-from __future__ import annotations
+Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, and derived error
+intervals on a grid of cases.
 
-import argparse
-import re
-import sys
-import traceback
-from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryFile
-
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from mxref.checkpoints import list_expert_tensors
-from mxref.verification.cli.options import choose_device, seed
-from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.isolated import TIMEOUT, Entry, Refused, judge_apart, list_items
-from mxref.verification.gate.order import Order, Projections
-from mxref.verification.gate.result import GateResult
-from mxref.verification.records import record, ulp_baseline
-from mxref.verification.records.gate_summary import gate_summary
-from mxref.verification.records.record import EVIDENCE
-from mxref.verification.report.page import write
-from mxref.verification.report.terminal import print_result
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Judge an implementation against the golden model: exhaustive decode, integer fixtures by bits, and derived error "
-    "intervals on a grid of cases."
-)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-EPILOG = """\
 examples:
   mxref gate                                    judge this project's kernels, quick suite
   mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
@@ -47,6 +13,34 @@ examples:
 exit codes: 0 pass, within what is declared by --covers; 1 a failure, or something declined without having been
 declared; 2 wrong use, or a fault that is not the candidate's
 """
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mxref.verification.cli import options
+from mxref.verification.cli.progress import Meter
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
+from mxref.verification.gate.order import Order
+from mxref.verification.gate.process import Entry, Refused
+from mxref.verification.gate.projections import Projections
+from mxref.verification.gate.result import GateResult
+from mxref.verification.records import record, ulp_baseline
+from mxref.verification.records.gate_summary import gate_summary
+from mxref.verification.records.record import EVIDENCE
+from mxref.verification.report.output import new_table
+from mxref.verification.report.page import write
+from mxref.verification.report.terminal import print_result
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--case", metavar="PATTERN", action="append", help="only cases, or checks, that match; may be repeated"
     )
-    how.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
+    options.add_seed(how)
     how.add_argument("--list", action="store_true", help="print what this candidate would be asked, and stop")
     how.add_argument("--rerun", metavar="ID", action="append", help="only the item of this identifier; may be repeated")
     how.add_argument(
@@ -97,19 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times that",
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    options.add_device(where)
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
     out = parser.add_argument_group("output")
-    out.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("gate-report"),
-        help="for gate.json and gate.html (default: gate-report)",
-    )
-    out.add_argument(
-        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence of this GPU"
-    )
+    options.add_out(out, "gate.json and gate.html", "gate-report")
+    options.add_record(out, "the result of this GPU")
     out.add_argument("--verbose", action="store_true", help="print every case and tensor")
     out.add_argument("--strict", action="store_true", help="a weak pass, a worse one or an uncovered case fails")
     out.add_argument(
@@ -140,13 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    device = choose_device(arguments.device, arguments.require_gpu)
+    device = options.choose_device(arguments.device, arguments.require_gpu)
     if arguments.record is not None and (device.type != "cuda" or not _own(arguments) or arguments.case):
         raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
     if arguments.accept_baseline is not None and not _own(arguments):
         raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
     order = _order(arguments, device)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = options.terminal(120)
     try:
         if arguments.list:
             _print_list(list_items(order), console)
@@ -162,25 +148,19 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print(f"mxref: error: --out {arguments.out}: {error.strerror or error}; no report is kept", file=sys.stderr)
         return result.exit_code or 2
-    console.print(f"report: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
+    options.note(console, "report", page)
+    options.note(console, "data", data)
     if accepted is not None:
-        console.print(f"baseline: {accepted}", style="bright_black", soft_wrap=True, highlight=False)
+        options.note(console, "baseline", accepted)
     if arguments.record is not None:
-        kept = record.write("gate", gate_summary(result), device, arguments.record)
-        console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
+        options.note(console, "evidence", record.write("gate", gate_summary(result), device, arguments.record))
     return result.exit_code
 
 
 def _prepare(folder: Path) -> None:
     """A folder that can be written to, without the report of an earlier run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("gate.json", "gate.html"):
-            (folder / name).unlink(missing_ok=True)
-        with TemporaryFile(dir=folder) as probe:
-            probe.write(b"mxref")
-    except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror or error}") from None
+    for name in ("gate.json", "gate.html"):
+        (options.made(folder) / name).unlink(missing_ok=True)
 
 
 def _own(arguments: argparse.Namespace) -> bool:
@@ -217,76 +197,22 @@ def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
     points = None
     if a.points is not None:
         points = () if a.points == "contract" else tuple(a.points.replace(" ", "").split(","))
+    try:
+        projections = None if a.weights is None else Projections.chosen(a.weights, a.layers, a.experts)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
     return Order(
         a.kernel, device.type, "full" if a.full else "quick", a.seed, points, a.accumulation, a.covers,
-        None if a.weights is None else _projections(a.weights, a.layers, a.experts),
-        a.shape, _DTYPES[a.dtype or "float32"], tuple(a.case or ()), tuple(a.rerun or ()),
+        projections, a.shape, _DTYPES[a.dtype or "float32"], tuple(a.case or ()), tuple(a.rerun or ()),
     )  # fmt: skip
 
 
-def _suite(order: Order, arguments: argparse.Namespace) -> str:
+def _suite(order: Order) -> str:
     """What to call it."""
     if order.projections is None:
         return ", ".join(filter(None, [order.suite if order.shape is None else "", order.narrowed]))
-    tensors, experts = order.projections.tensors, order.projections.experts
-    present = sorted({_layer(tensor.name) for tensor in list_expert_tensors(arguments.weights)})
-    layers = _ranges(sorted({_layer(tensor.name) for tensor in tensors}))
-    taken = "all experts" if experts is None else f"up to {experts} experts each"
-    about = f"checkpoint {arguments.weights}, layer {layers} of {len(present)}, {len(tensors)} projections, {taken}"
-    return about + (f", cases matching {' or '.join(order.patterns)}" if order.patterns else "")
-
-
-def _projections(path: Path, layers: str | None, experts: str | None) -> Projections:
-    """The projections of the chosen layers."""
-    try:
-        tensors = list_expert_tensors(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--weights: {error}") from None
-    layer_of = {tensor.name: _layer(tensor.name) for tensor in tensors}
-    present = sorted(set(layer_of.values()))
-    wanted = present[:1] if layers is None else present if layers == "all" else _numbers(layers)
-    missing = [layer for layer in wanted if layer not in present]
-    if missing:
-        raise UsageError(f"--layers {layers}: {path} has layers {_ranges(present)}; not {missing[0]}")
-    chosen = [tensor for tensor in tensors if layer_of[tensor.name] in wanted]
-    options = (*(("--layers", layers) if layers else ()), *(("--experts", experts) if experts else ()))
-    return Projections(path, tuple(chosen), _experts(experts), options)
-
-
-def _layer(name: str) -> int:
-    """The first number in a tensor's name; 0 where there is none."""
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(number.group(1)) if number else 0
-
-
-def _numbers(text: str) -> list[int]:
-    """0,3-5 as [0, 3, 4, 5]."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        ends = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
-        if ends is None or int(ends.group(2) or ends.group(1)) < int(ends.group(1)):
-            raise UsageError(f"--layers is {text!r}; expected numbers and ranges such as 0,3-5, or all")
-        numbers += range(int(ends.group(1)), int(ends.group(2) or ends.group(1)) + 1)
-    return sorted(set(numbers))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 10] as 0–2, 10; two neighbours stay apart."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-
-
-def _experts(text: str | None) -> int | None:
-    if text == "all":
-        return None
-    if text is not None and not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise UsageError(f"--experts is {text!r}; expected a positive number, or all")
-    return int(text or 4)
+    only = f", cases matching {' or '.join(order.patterns)}" if order.patterns else ""
+    return order.projections.about + only
 
 
 def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
@@ -294,7 +220,7 @@ def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
         meter.show("loading the candidate")
         return judge_apart(
             order,
-            suite=_suite(order, arguments),
+            suite=_suite(order),
             strict=arguments.strict,
             timeout=arguments.timeout,
             fail_fast=arguments.fail_fast,
@@ -303,7 +229,7 @@ def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
 
 
 def _print_list(entries: Sequence[Entry], console: Console) -> None:
-    table = Table("id", "check", "case", box=None, header_style="bright_black")
+    table = new_table("id", "check", "case")
     for entry in entries:
         table.add_row(entry.id, ", ".join(entry.checks), entry.case)
     console.print(table)

@@ -1,9 +1,17 @@
-"""`mxref history`: speed over commits, as ratios; fails on a slowdown beyond the noise."""
+"""`mxref history`: speed over commits, as ratios; fails on a slowdown beyond the noise.
+
+Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its ratios to the composite
+and to the limit, and fail where it is slower beyond the noise.
+
+The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %; for the
+limit's ratio also what the two runs' limits differ by.
+
+exit codes: 0 nothing is slower, 1 something is, 2 wrong use
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,23 +19,9 @@ from rich.table import Table
 
 from mxref.verification.bench.history import Change, Entry, as_entry, judge
 from mxref.verification.bench.plots import save_history
+from mxref.verification.cli.options import made, note, terminal
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.record import EVIDENCE, KINDS, read
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "load_history", "run"]
-
-DESCRIPTION = (
-    "Hold the latest recorded benchmark of each GPU against the best of all earlier ones, on its "
-    "ratios to the composite and to the limit, and fail where it is slower beyond the noise."
-)
-
-EPILOG = """\
-The band: the noise of both runs, each the range of a ratio's rounds over their median, and at least 5 %; for the
-limit's ratio also what the two runs' limits differ by.
-
-exit codes: 0 nothing is slower, 1 something is, 2 wrong use
-"""
-
 
 _SHOWN = 6
 
@@ -54,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     history = {gpu: entries for gpu, entries in history.items() if (arguments.gpu or "") in gpu}
     if not history:
         raise UsageError(f"no benchmark is recorded below {arguments.evidence}; on a GPU: {KINDS['history'].command}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     failed = False
     for gpu, entries in history.items():
         try:
@@ -64,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         _print(gpu, entries, changes, arguments.verbose, console)
         failed |= any(change.slower for change in changes)
         if arguments.plot is not None:
-            _plot(gpu, entries, arguments.plot, console)
+            picture = made(arguments.plot, "--plot") / f"history-{gpu}.png"
+            save_history(entries, str(picture))
+            note(console, "plot", picture)
     return int(failed)
 
 
@@ -106,12 +102,3 @@ def _pair(entry: Entry, shape: str) -> str:
     cells = [entry.rows.get((shape, measure, "automatic")) for measure in ("step", "base")]
     step, base = (f"{row['ratio']:.2f}" if row and row["status"] == "ok" else "–" for row in cells)
     return f"{step} ({base})"
-
-
-def _plot(gpu: str, entries: list[Entry], folder: Path, console: Console) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_history(entries, str(folder / f"history-{gpu}.png"))
-    except OSError as error:
-        raise UsageError(f"--plot {folder}: {error.strerror or error}") from None
-    console.print(f"plot: {folder / f'history-{gpu}.png'}", style="bright_black", soft_wrap=True, highlight=False)

@@ -1,39 +1,5 @@
-"""`mxref honest`: judge implementations that are right, each under its true declaration; no check may reject one."""
+"""`mxref honest`: judge implementations that are right, each under its true declaration; no check may reject one.
 
-from __future__ import annotations
-
-import argparse
-import json
-import os
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
-
-import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from mxref.verification.cases.case import Case
-from mxref.verification.cases.draw import draw
-from mxref.verification.cli.options import choose_device, positive
-from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.plan import matches
-from mxref.verification.studies.conforming.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = "Judge implementations that are right, each under its true declaration; no check may reject one."
-
-EPILOG = """\
 examples:
   mxref honest                               every implementation on ten kinds of data, 5 draws of each, and those that
                                              can be called on cases that cover the domain
@@ -43,6 +9,31 @@ examples:
 
 exit codes: 0 no check rejects an honest implementation, 1 one does, 2 wrong use
 """
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
+from mxref.verification.cli import options
+from mxref.verification.cli.progress import Meter
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.gate.plan import matches
+from mxref.verification.report.output import new_table, write_json
+from mxref.verification.studies.conforming.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
 
 
 @dataclass(frozen=True)
@@ -55,20 +46,20 @@ class Judgement:
     complaint: str
 
 
-@dataclass(frozen=True)
-class _Draw:
-    case: Case
-    seed: int
+_Draw = tuple[Case, int]
+"""A case, and the seed that it is drawn with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only these implementations")
     parser.add_argument("--data", metavar="PATTERN", action="append", default=[], help="only these kinds of data")
-    parser.add_argument("--seeds", metavar="N", type=positive, default=5, help="draws of each kind (default: 5)")
-    parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes, on a CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write honest.json there")
+    parser.add_argument(
+        "--seeds", metavar="N", type=options.positive, default=5, help="draws of each kind (default: 5)"
+    )
+    options.add_jobs(parser, "processes, on a CPU")
+    options.add_device(parser)
+    options.add_out(parser, "honest.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,28 +69,26 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: an argument does not fit this machine or the others.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
-    device = choose_device(arguments.device)
+    device = options.choose_device(arguments.device)
 
     start = time.monotonic()
     chosen = [h for h in _implementations(device) if matches(h.name, arguments.name)]
     draws = [
-        _Draw(case, seed)
+        (case, seed)
         for seed in range(arguments.seeds)
         for dtype in dict.fromkeys(honest.dtype for honest in chosen)
         for case in cases_of(dtype, seed)
         if matches(_kind(case), arguments.data)
     ]
-    total = sum(len(asked(chosen, each.case, each.seed)) for each in draws)
+    total = sum(len(asked(chosen, case, seed)) for case, seed in draws)
     if not total:
         raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
     judged = _judge(draws, total, device, arguments.name, arguments.jobs)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = options.terminal()
     _print(judged, time.monotonic() - start, console)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path = arguments.out / "honest.json"
-        path.write_text(json.dumps(_as_json(judged, device, arguments.seeds), indent=1) + "\n", encoding="utf-8")
-        console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
+        data = _as_json(judged, device, arguments.seeds)
+        options.note(console, "data", write_json(options.made(arguments.out) / "honest.json", data))
     return int(any(judgement.complaint for judgement in judged))
 
 
@@ -135,30 +124,23 @@ def _mapped(
 
 
 def _judge_draw(each: _Draw, device: torch.device, names: list[str]) -> list[Judgement]:
-
     torch.set_num_threads(1)
-    case = each.case
-    chosen = asked([h for h in _implementations(device) if matches(h.name, names)], case, each.seed)
-    judged: list[Judgement] = []
-    if not chosen:
-        return judged
-    for honest, findings in judge(chosen, draw(case, device, each.seed)):
+    case, seed = each
+    chosen = asked([h for h in _implementations(device) if matches(h.name, names)], case, seed)
+    judged = []
+    for honest, findings in judge(chosen, draw(case, device, seed)) if chosen else ():
         complaint = next((str(finding) for finding in findings if not finding.ok), "")
-        judged.append(Judgement(honest.name, _kind(case), each.seed, complaint))
+        judged.append(Judgement(honest.name, _kind(case), seed, complaint))
     return judged
 
 
 def _print(judged: Sequence[Judgement], seconds: float, console: Console) -> None:
     """Failures of each implementation by kind of data, every complaint, and the counts last."""
-
     made = Counter((judgement.implementation, judgement.data) for judgement in judged)
     failed = Counter((judgement.implementation, judgement.data) for judgement in judged if judgement.complaint)
     kinds = list(dict.fromkeys(judgement.data for judgement in judged))
     title = "failures / judgements of honest implementations"
-    table = Table(title=title, box=SIMPLE_HEAD, header_style="bright_black", title_style="", pad_edge=False)
-    table.add_column("implementation", no_wrap=True)
-    for kind in kinds:
-        table.add_column(kind, justify="right")
+    table = new_table("implementation", *(f">{kind}" for kind in kinds), title=title)
     for name in sorted({judgement.implementation for judgement in judged}):
         cells = [f"{failed[name, kind]}/{made[name, kind]}" if made[name, kind] else "–" for kind in kinds]
         table.add_row(escape(name), *cells)
@@ -178,10 +160,9 @@ def _print(judged: Sequence[Judgement], seconds: float, console: Console) -> Non
 
 def _as_json(judged: Sequence[Judgement], device: torch.device, seeds: int) -> dict[str, Any]:
     """Plain data: judgements by implementation and kind of data, and every failure."""
-    table: dict[str, dict[str, int]] = {}
+    table: dict[str, Counter[str]] = {}
     for judgement in sorted(judged, key=lambda judgement: (judgement.implementation, judgement.data)):
-        row = table.setdefault(judgement.implementation, {})
-        row[judgement.data] = row.get(judgement.data, 0) + 1
+        table.setdefault(judgement.implementation, Counter())[judgement.data] += 1
     return {
         "schema": "mxref.honest/1",
         "device": device.type,

@@ -1,27 +1,8 @@
-"""`mxref inspect`: what a packed checkpoint holds."""
+"""`mxref inspect`: what a packed checkpoint holds.
 
-from __future__ import annotations
+Per expert projection: its shape, how its scale bytes are spread, and the share of blocks that are zero, saturated
+(hold ±6, the largest code) or NaN (scale byte 255).
 
-import argparse
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from mxref.verification.cli.usage import UsageError
-
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from mxref.checkpoints.statistics import BlockStatistics
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Per expert projection: its shape, how its scale bytes are spread, and the share of blocks that "
-    "are zero, saturated (hold ±6, the largest code) or NaN (scale byte 255)."
-)
-
-EPILOG = """\
 examples:
   mxref inspect model.safetensors          one file
   mxref inspect ./gpt-oss-20b              a directory of shards
@@ -29,6 +10,22 @@ examples:
 
 exit codes: 0 the checkpoint was read, whatever it holds; 2 wrong use or not readable
 """
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
+
+from mxref.checkpoints import open_checkpoint, read_expert_weights
+from mxref.checkpoints.statistics import BlockStatistics
+from mxref.verification.cli.options import terminal
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.report.output import new_table
+
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24
 
@@ -44,19 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: the checkpoint cannot be read.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-    from rich.text import Text
-
-    from mxref.checkpoints import open_checkpoint, read_expert_weights
-    from mxref.checkpoints.statistics import BlockStatistics
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-    for column in ("tensor", "E × N × K", "scale bytes", "", "zero", "saturated", "NaN"):
-        table.add_column(column, justify="left" if column in ("tensor", "") else "right", overflow="fold")
+    console = terminal()
+    table = new_table("tensor", ">E × N × K", ">scale bytes", "", ">zero", ">saturated", ">NaN")
+    for column in table.columns:
+        column.overflow = "fold"
     blocks = nan = 0
     try:
         checkpoint = open_checkpoint(arguments.file)
@@ -85,8 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def histogram(found: BlockStatistics) -> Text:
     """The scale bytes in use as bars from the smallest to the largest, height by the square root of the count."""
-    from rich.text import Text
-
     low, high = found.byte_range
     step = -(-(high - low + 1) // _WIDTH)
     bins = [sum(found.scale_bytes[byte : byte + step]) for byte in range(low, high + 1, step)]

@@ -1,9 +1,18 @@
-"""`mxref mutants`: plant bugs in the kernels' sources and see whether the checks notice."""
+"""`mxref mutants`: plant bugs in the kernels' sources, one at a time, and see whether the gate's checks notice.
+
+examples:
+  mxref mutants                          120 mutants across all functions and kinds of mistake
+  mxref mutants --all --jobs 8           the whole catalogue
+  mxref mutants --all --by-hand --matrix what every check kills, and what only it kills
+  mxref mutants --kind gates --list      print the mutants of one kind
+  mxref mutants --all --gpu-only --minutes 8 --record     on a GPU; later: --rest in place of --all
+
+exit codes: 0 every mutant is killed or known to change nothing, 1 not so, 2 wrong use
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -11,14 +20,14 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from mxref.verification.cli.options import choose_device, positive, seed
+from mxref.verification.cli import options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
 from mxref.verification.records import record
 from mxref.verification.records.sources import digests
+from mxref.verification.report.output import write_json
 from mxref.verification.studies.mutation.catalogue import catalogue, stratified
 from mxref.verification.studies.mutation.locate import StaleMutantError
 from mxref.verification.studies.mutation.mutant import Mutant
@@ -29,22 +38,7 @@ from mxref.verification.studies.mutation.session import TRIAL_SECONDS, FalseKill
 from mxref.verification.studies.mutation.sources import Source, read_sources
 from mxref.verification.studies.mutation.tables import as_markdown, print_list, print_session
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
 _SAMPLE = 120
-
-DESCRIPTION = "Plant bugs in the kernels' sources, one at a time, and see whether the gate's checks notice."
-
-EPILOG = f"""\
-examples:
-  mxref mutants                          {_SAMPLE} mutants across all functions and kinds of mistake
-  mxref mutants --all --jobs 8           the whole catalogue
-  mxref mutants --all --by-hand --matrix what every check kills, and what only it kills
-  mxref mutants --kind gates --list      print the mutants of one kind
-  mxref mutants --all --gpu-only --minutes 8 --record     on a GPU; later: --rest in place of --all
-
-exit codes: 0 every mutant is killed or known to change nothing, 1 not so, 2 wrong use
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_argument_group("which mutants")
     size = which.add_mutually_exclusive_group()
     size.add_argument("--all", action="store_true", help="the whole catalogue")
-    size.add_argument("--sample", metavar="N", type=positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})")
+    size.add_argument(
+        "--sample", metavar="N", type=options.positive, default=_SAMPLE, help=f"so many (default: {_SAMPLE})"
+    )
     size.add_argument("--rest", action="store_true", help="what the record leaves open; --record adds what is new")
     which.add_argument("--kind", metavar="PATTERN", action="append", default=[], help="only these kinds of mistake")
     which.add_argument("--name", metavar="PATTERN", action="append", default=[], help="only mutants that match")
     which.add_argument("--by-hand", action="store_true", help="none of the systematic ones")
     which.add_argument("--gpu-only", action="store_true", help="only those that the interpreter cannot show")
-    which.add_argument("--seed", type=seed, default=0, help="of the sample and of every draw (default: 0)")
+    options.add_seed(which, "of the sample and of every draw")
     which.add_argument("--list", action="store_true", help="print the mutants and stop")
     how = parser.add_argument_group("how")
     how.add_argument("--gate", action="store_true", help=argparse.SUPPRESS)
@@ -69,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compile the survivors: the sources' code, or none? (default: yes)",
     )
-    how.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes at once")
+    options.add_jobs(how)
     how.add_argument("--minutes", metavar="N", type=float, default=math.inf, help="begin no mutant after so many")
-    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    how.add_argument("--out", metavar="DIR", type=Path, help="write mutants.json there")
+    options.add_device(how)
+    options.add_out(how, "mutants.json")
     how.add_argument("--record", action="store_true", help="keep the result of the whole catalogue as evidence")
 
 
@@ -84,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # many processes share the machine
     torch.set_num_threads(1)
-    device = choose_device(arguments.device)
+    device = options.choose_device(arguments.device)
     if arguments.gate:
         raise UsageError("--gate: mutants are always judged by the gate's own checks, on small cases; leave it out")
     if arguments.gpu_only and device.type == "cpu" and not arguments.list:
@@ -94,26 +90,23 @@ def run(arguments: argparse.Namespace) -> int:
             "--record keeps --all or adds --rest: in the interpreter, or on a GPU with --gpu-only; leave out what else "
             "narrows it"
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = options.terminal()
     sources = read_sources()
     try:
         mutants = _selected(arguments, sources, device)
         if arguments.list:
             print_list(mutants, console)
             return 0
-        _make_folder(arguments.out)
+        folder = options.made(arguments.out) if arguments.out else None
         session = _judge(mutants, sources, device, arguments)
     except (StaleMutantError, FalseKillError) as error:
         print(f"mxref: error: {error}", file=sys.stderr)
         return 1
     print_session(session, sources, console)
-    if arguments.out is not None:
-        path = arguments.out / "mutants.json"
-        path.write_text(json.dumps(payload(session), indent=1), encoding="utf-8")
-        console.print(f"data: {path}", style="bright_black", soft_wrap=True, highlight=False)
+    if folder is not None:
+        options.note(console, "data", write_json(folder / "mutants.json", payload(session)))
     if arguments.record:
-        path = _record(session, sources, arguments, device)
-        console.print(f"record: {path}", style="bright_black", soft_wrap=True, highlight=False)
+        options.note(console, "record", _record(session, sources, arguments, device))
     return session.exit_code
 
 
@@ -131,14 +124,6 @@ def _record(session: Session, sources: dict[str, Source], arguments: argparse.Na
         texts=texts((judged.mutant for judged in session.judged), sources),
         page=lambda entry: as_markdown(session, sources, entry),
     )
-
-
-def _make_folder(path: Path | None) -> None:
-    if path is not None:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {path}: {error.strerror or error}") from None
 
 
 def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:

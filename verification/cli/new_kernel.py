@@ -1,4 +1,10 @@
-"""`mxref new-kernel`: a file to start a kernel of one's own from, and its test."""
+"""`mxref new-kernel`: a file to start a kernel of one's own from, and its test.
+
+Write the layer in plain PyTorch, with every rounding point in place, and a test beside it.
+
+example:
+  mxref new-kernel my_kernel.py && mxref gate --kernel my_kernel.py:layer
+"""
 
 from __future__ import annotations
 
@@ -9,13 +15,6 @@ from pathlib import Path
 from mxref.verification.candidates import starting_point
 from mxref.verification.cli.usage import UsageError
 
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = "Write the layer in plain PyTorch, with every rounding point in place, and a test beside it."
-EPILOG = """\
-example:
-  mxref new-kernel my_kernel.py && mxref gate --kernel my_kernel.py:layer
-"""
 _TEST = '''\
 """{name}'s layer by the gate's checks: `pytest` runs one small problem, `mxref gate` the whole domain.
 

@@ -1,18 +1,47 @@
-"""Options that several subcommands share."""
+"""What several subcommands share: options, the terminal, and the folders that a person names."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from rich.console import Console
 
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.records.record import EVIDENCE
 
-if TYPE_CHECKING:
-    import torch
 
-__all__ = ["choose_device", "positive", "seed"]
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """`--device`, for `choose_device`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+
+
+def add_seed(parser: argparse._ActionsContainer, of: str = "of every draw") -> None:
+    """`--seed`."""
+    parser.add_argument("--seed", type=seed, default=0, help=f"{of} (default: 0)")
+
+
+def add_jobs(parser: argparse._ActionsContainer, what: str = "processes at once") -> None:
+    """`--jobs`."""
+    parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help=what)
+
+
+def add_out(parser: argparse._ActionsContainer, files: str, default: str | None = None) -> None:
+    """`--out`, the folder of a command's files."""
+    folder, told = (Path(default), f" (default: {default})") if default else (None, "")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=folder, help=f"for {files}{told}")
+
+
+def add_record(parser: argparse._ActionsContainer, what: str = "the result") -> None:
+    """`--record`: the folder of evidence, None where nothing is to be kept."""
+    parser.add_argument(
+        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help=f"keep {what} as evidence"
+    )
 
 
 def choose_device(wanted: str | None, require_gpu: bool = False) -> torch.device:
@@ -21,8 +50,6 @@ def choose_device(wanted: str | None, require_gpu: bool = False) -> torch.device
     Raises:
         UsageError: a GPU is asked for and there is none.
     """
-    import torch
-
     present = torch.cuda.is_available()
     if require_gpu and wanted == "cpu":
         raise UsageError("--require-gpu contradicts --device cpu")
@@ -36,15 +63,40 @@ def choose_device(wanted: str | None, require_gpu: bool = False) -> torch.device
     return device
 
 
-def seed(text: str) -> int:
-    """An argparse type: a whole number from 0 to 999999999."""
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; expected a whole number from 0 to 999999999")
-    return int(text)
+def terminal(width: int = 140) -> Console:
+    """Where results go; `width` where stdout is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
+def note(console: Console, what: str, path: Path) -> None:
+    """Say where something was written."""
+    console.print(f"{what}: {path}", style="bright_black", soft_wrap=True, highlight=False)
+
+
+def made(folder: Path, option: str = "--out") -> Path:
+    """The folder that an option names, made if need be.
+
+    Raises:
+        UsageError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(b"mxref")
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: {error.strerror or error}") from None
+    return folder
 
 
 def positive(text: str) -> int:
     """An argparse type: a whole number above 0."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number from 0 to 999999999."""
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; expected a whole number from 0 to 999999999")
     return int(text)

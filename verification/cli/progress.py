@@ -9,8 +9,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["Meter"]
-
 _EVERY = 15.0
 """Seconds between two lines where there is no terminal."""
 

@@ -13,8 +13,8 @@ import pytest
 
 if TYPE_CHECKING:
     from mxref.verification.cases.scope import Suite
-    from mxref.verification.gate.isolated import Entry
     from mxref.verification.gate.order import Order
+    from mxref.verification.gate.process import Entry
     from mxref.verification.gate.result import GateResult
 
 _CHOICES = {
@@ -47,7 +47,8 @@ class Judgements(pytest.Collector):
 
     def collect(self) -> Iterable[pytest.Item]:
         """One test a check and case."""
-        from mxref.verification.gate.isolated import Refused, list_items
+        from mxref.verification.gate.isolated import list_items
+        from mxref.verification.gate.process import Refused
 
         try:
             entries = list_items(self._order())

@@ -1,33 +1,8 @@
-"""`mxref sanitize`: run the kernels under compute-sanitizer and Triton's concurrency sanitizer."""
+"""`mxref sanitize`: run the kernels under compute-sanitizer and Triton's concurrency sanitizer.
 
-from __future__ import annotations
+Run both passes of the kernels on the smallest cases under tools that watch every access: compute-sanitizer's
+memcheck, racecheck and initcheck, and Triton's ConSan. Each tool has a process of its own.
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from mxref.verification.cli.options import choose_device, positive
-from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
-from mxref.verification.records import record
-from mxref.verification.studies.sanitizers.run import payload, watch
-from mxref.verification.studies.sanitizers.tools import TOOLS, Report, Tool
-from mxref.verification.studies.sanitizers.workload import KERNELS
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Run both passes of the kernels on the smallest cases under tools that watch every access: compute-sanitizer's "
-    "memcheck, racecheck and initcheck, and Triton's ConSan. Each tool has a process of its own."
-)
-
-EPILOG = """\
 examples:
   mxref sanitize                        every tool
   mxref sanitize --tool memcheck        one of them
@@ -35,6 +10,23 @@ examples:
 
 exit codes: 0 no tool finds anything in the kernels (and each finds its planted mistake), 1 not so, 2 wrong use
 """
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from mxref.verification.cli.options import add_out, add_record, choose_device, made, note, positive, terminal
+from mxref.verification.cli.progress import Meter
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.records import record
+from mxref.verification.report.output import new_table
+from mxref.verification.studies.sanitizers.run import payload, watch
+from mxref.verification.studies.sanitizers.tools import TOOLS, Report, Tool
+from mxref.verification.studies.sanitizers.workload import KERNELS
 
 Runs = Sequence[tuple[Tool, str, Report]]
 
@@ -44,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tool", choices=tuple(TOOLS), action="append", help="only these (default: all)")
     parser.add_argument("--self-test", action="store_true", help="run a planted mistake under each tool first")
     parser.add_argument("--seconds", metavar="N", type=positive, default=900, help="for each run (default: 900)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write what the tools print there")
-    parser.add_argument("--record", action="store_true", help="keep the result of all tools as evidence")
+    add_out(parser, "what the tools print")
+    add_record(parser, "the result of all tools")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: there is no GPU, or the arguments do not fit each other.
     """
-    if arguments.record and arguments.tool:
+    if arguments.record is not None and arguments.tool:
         raise UsageError("--record keeps the result of all tools; leave out --tool")
     device = choose_device("cuda")
     tools = [TOOLS[name] for name in dict.fromkeys(arguments.tool or TOOLS)]
     programs = [(tool, tool.planted) for tool in tools if arguments.self_test] + [(tool, KERNELS) for tool in tools]
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     runs: list[tuple[Tool, str, Report]] = []
     with Meter(len(programs)) as meter:
         for tool, work in programs:
@@ -68,20 +60,18 @@ def run(arguments: argparse.Namespace) -> int:
             runs.append((tool, work, report))
             meter.advance(f"{tool.name}: {work}")
             if arguments.out is not None:
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                (arguments.out / f"{tool.name}-{work.replace(' ', '-')}.txt").write_text(output, encoding="utf-8")
+                name = f"{tool.name}-{work.replace(' ', '-')}.txt"
+                (made(arguments.out) / name).write_text(output, encoding="utf-8")
     console.print(_table(runs), highlight=False)
     found = payload(runs)
-    if arguments.record:
-        console.print(f"record: {record.write('sanitize', found, device)}", highlight=False, soft_wrap=True)
+    if arguments.record is not None:
+        note(console, "record", record.write("sanitize", found, device, arguments.record))
     return int(not found["passed"])
 
 
 def _table(runs: Runs) -> Table:
     """A line a finding; one for each run without any."""
-    table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-    for column in ("tool", "program", "times", "finding"):
-        table.add_column(column, justify="right" if column == "times" else "left")
+    table = new_table("tool", "program", ">times", "finding")
     for tool, work, report in runs:
         color = "red" if report.problem or report.clean != (work == KERNELS) else "green"
         told = list(report.findings.items()) or [(report.problem or "nothing found", 0)]

@@ -1,34 +1,8 @@
-"""`mxref scoreboard`: judge every implementation that can be found, and print the table."""
+"""`mxref scoreboard`: judge every implementation that can be found, and print the table.
 
-from __future__ import annotations
+Judge this project's kernels and implementations from elsewhere by the same checks, each in a process of its own, and
+print one table with the first counterexample of every failure.
 
-import argparse
-import os
-import sys
-from pathlib import Path
-
-import torch
-from rich.console import Console
-
-from mxref.verification.candidates.known import ENTRIES, OWN, entry
-from mxref.verification.cases.scope import Scope
-from mxref.verification.cli.options import choose_device, positive, seed
-from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
-from mxref.verification.gate.plan import plan
-from mxref.verification.records import record
-from mxref.verification.records.record import EVIDENCE
-from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
-from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
-
-__all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Judge this project's kernels and implementations from elsewhere by the same checks, each in a "
-    "process of its own, and print one table with the first counterexample of every failure."
-)
-
-EPILOG = """\
 examples:
   mxref scoreboard                                       everything that is installed, quick suite
   mxref scoreboard --candidates axolotl,grouped_mm       two of them
@@ -36,6 +10,23 @@ examples:
 
 exit codes: 0 the comparison ran, whatever it found; 2 wrong use
 """
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+
+from mxref.verification.candidates.known import ENTRIES, OWN, entry
+from mxref.verification.cases.scope import Scope
+from mxref.verification.cli import options
+from mxref.verification.cli.progress import Meter
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.gate.plan import plan
+from mxref.verification.records import record
+from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
+from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,20 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", metavar="PATTERN", action="append", help="cases or checks that match; may be repeated"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of every draw (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    options.add_seed(parser)
+    options.add_device(parser)
     parser.add_argument(
         "--processes",
         metavar="N",
-        type=positive,
+        type=options.positive,
         help="that share an implementation's cases (default: 1; up to 8 on a GPU)",
     )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for scoreboard.json and scoreboard.md"
-    )
-    parser.add_argument(
-        "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence of this GPU"
-    )
+    options.add_out(parser, "scoreboard.json and scoreboard.md", "gate-report")
+    options.add_record(parser, "the table of this GPU")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,31 +58,27 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: an argument does not fit this machine or the others.
     """
-    device = choose_device(arguments.device)
-
+    device = options.choose_device(arguments.device)
     names = _names(arguments.candidates)
     if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
         raise UsageError("--record keeps the whole table of a GPU; leave out what narrows it")
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
+    options.made(arguments.out)
     _check_cases(names, arguments, device)
     board = _judge(names, device, arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = options.terminal(120)
     print_board(board, console)
     data, page = write(board, arguments.out)
-    console.print(f"table: {page}   data: {data}", style="bright_black", soft_wrap=True, highlight=False)
+    options.note(console, "table", page)
+    options.note(console, "data", data)
     if arguments.record is not None:
         kept = record.write(
             "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
         )
-        console.print(f"evidence: {kept}", style="bright_black", soft_wrap=True, highlight=False)
+        options.note(console, "evidence", kept)
     return 0
 
 
 def _names(text: str | None) -> list[str]:
-
     if text is None:
         return [name for name in ENTRIES if name != "golden"]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -108,7 +91,6 @@ def _names(text: str | None) -> list[str]:
 
 
 def _check_cases(names: list[str], arguments: argparse.Namespace, device: torch.device) -> None:
-
     items = plan(Scope("full" if arguments.full else "quick", device.type, arguments.seed), own=OWN in names)
     if not any(item.fits(arguments.case or ()) for item in items):
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")

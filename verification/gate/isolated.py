@@ -1,37 +1,30 @@
-"""Judges a candidate in a process of its own: whatever becomes of that process, a verdict comes of it.
+"""Judges a candidate in processes of its own: whatever becomes of them, a verdict comes of it.
 
-The process makes the candidate and the items from an order, and sends the findings of one item after the other. It is
-ended when it takes too much processor time for one item, or is silent for too long. If it is lost, the item it was lost
-in has failed, and another process goes on behind that item.
+A process (see `process`) makes the candidate and the items from an order, and sends the findings of one item after the
+other. It is ended when it takes too much processor time for one item, or is silent for too long. If it is lost, the
+item it was lost in has failed, and another process goes on behind that item.
 """
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
-import os
-import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
+from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.plan import Item, slopes_in
-from mxref.verification.gate.result import GateResult, describe_device
-from mxref.verification.gate.run import judge
-
-__all__ = ["TIMEOUT", "Entry", "Refused", "judge_apart", "list_items"]
+from mxref.verification.gate.process import Asking, Entry, Fault, Judged, Lost, Planned, Refused, elsewhere, work
+from mxref.verification.gate.result import GateResult
 
 LOADING = "loading"
 """What findings are of before any check."""
@@ -43,53 +36,6 @@ _MOST_LOSSES = 3
 """Processes that may be lost before what is left is not asked."""
 
 
-class Refused(ValueError):  # noqa: N818
-    """The order cannot be carried out as it was given; the message says why."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One item as the asking process knows it: its identifier, its checks' names and its case's."""
-
-    id: str
-    checks: tuple[str, ...]
-    case: str
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """What the process found before it asked anything; `candidate` without its callables, which stay there."""
-
-    candidate: Candidate
-    how: Accumulation
-    device: str
-    entries: list[Entry]
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """The candidate is being asked for an item; or, `compared`, has answered, and the reference is computed."""
-
-    number: int
-    compared: bool = False
-
-
-@dataclass(frozen=True)
-class _Judged:
-    number: int
-    findings: list[Finding]
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """A fault that is not the candidate's."""
-
-    what: str
-
-
-_DONE = "done"
-
-
 def judge_apart(
     order: Order,
     *,
@@ -97,6 +43,7 @@ def judge_apart(
     strict: bool = False,
     timeout: float = TIMEOUT,
     fail_fast: bool = False,
+    processes: int = 1,
     on_item: Callable[[Entry, int, int], None] = lambda entry, done, total: None,
 ) -> GateResult:
     """Judge what is ordered.
@@ -107,24 +54,26 @@ def judge_apart(
         strict: see `GateResult.exit_code`.
         timeout: processor time that one item may take, in seconds.
         fail_fast: stop behind the first item that fails.
-        on_item: called before each item with its number and the number of all.
+        processes: that share the items.
+        on_item: called before each item with how many are done and the number of all.
 
     Raises:
         Refused: the order cannot be carried out: no such candidate, or nothing to ask.
     """
     start, run = time.monotonic(), _Run(order, suite, strict)
     limits = Limits(timeout, _PATIENCE * timeout)
-    with TemporaryDirectory() as folder, Pool[Path](1, "spawn") as pool:
-        pool.waiting.append(_job(order, 0, Path(folder) / "0", limits))
+    with TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
+        parts = [_Part(order, first, processes, Path(folder) / str(first)) for first in range(processes)]
+        pool.waiting.extend(part.job(limits) for part in parts)
         for job, message in pool:
             if isinstance(message, Ended):
-                if run.lost(message, _read(job.about)) and run.losses < _MOST_LOSSES:
-                    pool.waiting.append(_job(order, run.at, Path(folder) / str(run.losses), limits))
+                if run.lost(job.about, message) and run.losses < _MOST_LOSSES:
+                    pool.waiting.append(job.about.job(limits))
                 continue
-            run.hear(message)
-            if isinstance(message, _Asking) and not message.compared:
-                on_item(run.entries[message.number], message.number, len(run.entries))
-            if fail_fast and not all(finding.ok for finding in run.result.findings):
+            run.hear(job.about, message)
+            if isinstance(message, Asking) and not message.compared:
+                on_item(run.entries[message.number], len(run.found), len(run.entries))
+            if fail_fast and not all(finding.ok for findings in run.found.values() for finding in findings):
                 break
     run.close()
     run.result.seconds = time.monotonic() - start
@@ -137,87 +86,113 @@ def list_items(order: Order) -> list[Entry]:
     Raises:
         Refused: the order cannot be carried out, or the candidate ends the process that loads it.
     """
-    with TemporaryDirectory() as folder, Pool[Path](1, "spawn") as pool:
-        pool.waiting.append(_job(order, 0, Path(folder) / "0", Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
+    with TemporaryDirectory() as folder, Pool[_Part](1, "spawn") as pool:
+        pool.waiting.append(_Part(order, 0, 1, Path(folder) / "0").job(Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
         for _, message in pool:
-            if isinstance(message, _Planned):
+            if isinstance(message, Planned):
                 return message.entries
             if isinstance(message, Refused | Ended):
                 raise Refused(str(message))
     raise AssertionError("a process that is over has ended")
 
 
-def _job(order: Order, first: int, crash: Path, limits: Limits) -> Job[Path]:
-    return Job(crash, _work, (order, first, crash), limits)
+@dataclass(eq=False)
+class _Part:
+    """A process's share of the items.
+
+    Attributes:
+        order: what they are made from.
+        at: number of the next item to be asked, or of the one that is being asked.
+        step: from there to the next one.
+        crash: the file for a crash's traceback.
+        compared: whether the candidate has answered for that item.
+        lost_for: why the process says that it cannot go on.
+    """
+
+    order: Order
+    at: int
+    step: int
+    crash: Path
+    compared: bool = False
+    lost_for: str = ""
+
+    def job(self, limits: Limits) -> Job[_Part]:
+        """A process for what is left."""
+        return Job(self, work, (self.order, self.at, self.step, self.crash), limits)
+
+    def trace(self) -> str:
+        """What the faulthandler wrote."""
+        return self.crash.read_text(encoding="utf-8", errors="replace").strip() if self.crash.is_file() else ""
 
 
 class _Run:
     """What is known so far of one run, message by message.
 
     Attributes:
-        result: findings so far.
+        result: what will be returned.
         entries: what is asked.
-        at: number of the next item to be asked, or of the one that is being asked.
+        found: findings by the item's number, before all items those of the loading.
         losses: processes that were lost.
     """
 
     def __init__(self, order: Order, suite: str, strict: bool) -> None:
-        nobody = Candidate(order.kernel, _elsewhere)
         how = default_accumulation(torch.device("cpu"))
+        nobody = Candidate(order.kernel, elsewhere)
         self.result = GateResult(nobody, how, order.device_type, suite, order.seed, strict)
         self.result.narrowed, self.result.command = order.narrowed, order.command
         self.entries: list[Entry] = []
-        self.at, self.losses = 0, 0
-        self._compared, self._done = False, False
+        self.found: dict[int, list[Finding]] = {}
+        self.losses = 0
 
-    def hear(self, message: Any) -> None:
+    def hear(self, part: _Part, message: Any) -> None:
         """Take a message in."""
         result = self.result
-        if isinstance(message, Refused):
-            raise message
-        if isinstance(message, _Planned):
-            result.candidate, result.accumulation, result.device = message.candidate, message.how, message.device
-            self.entries = message.entries
-        elif isinstance(message, _Asking):
-            self.at, self._compared = message.number, message.compared
-        elif isinstance(message, _Judged):
-            result.findings += message.findings
-            self.at, self._compared = message.number + 1, False
-        elif isinstance(message, _Fault):
-            result.faults.append(message.what)
-        else:
-            self._done = message == _DONE
+        match message:
+            case Refused():
+                raise message
+            case Planned():
+                result.candidate, result.accumulation, result.device = message.candidate, message.how, message.device
+                self.entries = message.entries
+            case Asking():
+                part.at, part.compared = message.number, message.compared
+            case Judged():
+                self.found[message.number] = message.findings
+                part.at, part.compared = message.number + part.step, False
+            case Fault():
+                result.faults.append(message.what)
+            case Lost():
+                part.lost_for = message.reason
 
-    def lost(self, ended: Ended, crash: str) -> bool:
-        """Note how the process ended; whether there is more to ask."""
-        if self._done:
+    def lost(self, part: _Part, ended: Ended) -> bool:
+        """Note how a process ended; whether there is more to ask."""
+        if self.entries and part.at >= len(self.entries):
             return False
         self.losses += 1
+        reason = part.lost_for or f"its process {_how(ended)}"
         if not self.entries:
-            reason = f"its process {_how(ended)} while the candidate was loaded and called for the first time"
-            lost = Finding(LOADING, "the first call", "all", Status.FAIL, reason, 0, 0, trace=crash)
-            self.result.findings.append(lost)
+            reason += " while the candidate was loaded and called for the first time"
+            self.found[-1] = [Finding(LOADING, "the first call", "all", Status.FAIL, reason, 0, 0, trace=part.trace())]
             return False
-        entry = self.entries[self.at]
-        if self._compared and ended.from_outside:
-            self.result.faults.append(f"{entry.case}: the process {_how(ended)} while the reference was computed")
-        else:
-            reason = f"its process {_how(ended)}"
-            lost = Finding(entry.checks[0], entry.case, "all", Status.FAIL, reason, 0, 0, id=entry.id, trace=crash)
-            self.result.findings.append(lost)
-        self.at += 1
-        self._compared = False
-        return self.at < len(self.entries)
+        entry = self.entries[part.at]
+        lost = Finding(entry.checks[0], entry.case, "all", Status.FAIL, reason, 0, 0, id=entry.id, trace=part.trace())
+        self.found[part.at] = [lost]
+        if part.compared and ended.from_outside:
+            self.result.faults.append(f"{entry.case}: {reason} while the reference was computed")
+            self.found[part.at] = []
+        part.at, part.compared, part.lost_for = part.at + part.step, False, ""
+        return part.at < len(self.entries)
 
     def close(self) -> None:
         """What is known at the end: how much was not asked, and that the state of torch was kept."""
-        left = len(self.entries) - self.at
+        result = self.result
+        result.findings = [finding for number in sorted(self.found) for finding in self.found[number]]
+        left = len(self.entries) - len(self.found)
         if left > 0:
             why = f"{self.losses} processes were lost" if self.losses >= _MOST_LOSSES else "it stopped there"
-            self.result.left_out = f"{left} of {len(self.entries)} items were not asked: {why}."
-        if self.result.findings and not any(finding.check == STATE.name for finding in self.result.findings):
+            result.left_out = f"{left} of {len(self.entries)} items were not asked: {why}."
+        if result.findings and not any(finding.check == STATE.name for finding in result.findings):
             reason = "torch's global state is what it was before"
-            self.result.findings.append(Finding(STATE.name, "every call", "all", Status.PASS, reason, 0, 0))
+            result.findings.append(Finding(STATE.name, "every call", "all", Status.PASS, reason, 0, 0))
 
 
 def _how(ended: Ended) -> str:
@@ -230,75 +205,3 @@ def _how(ended: Ended) -> str:
     if ended.code < 0:
         return f"crashed ({signal.Signals(-ended.code).name})"
     return f"ended itself with exit status {ended.code}"
-
-
-def _read(crash: Path) -> str:
-    """What the faulthandler wrote."""
-    try:
-        return crash.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _elsewhere(**operands: Any) -> Any:
-    raise RuntimeError("the candidate's callables stay in its own process")
-
-
-def _work(send: Callable[[Any], None], order: Order, first: int, crash: Path) -> None:
-    """The process's own work: items from `first` on, a message before and after each."""
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with crash.open("w") as file:
-        faulthandler.enable(file, all_threads=False)
-        try:
-            candidate = order.candidate()
-            items = order.items(candidate)
-        except ValueError as error:
-            send(Refused(str(error)))
-            send(_DONE)
-            return
-        how = candidate.accumulation or default_accumulation(order.device)
-        bare = replace(candidate, call=_elsewhere, decode=None, configs=None, operators=None)
-        entries = [Entry(item.id, tuple(check.name for check in item.checks), item.name) for item in items]
-        send(_Planned(bare, how, describe_device(order.device), entries))
-        slopes = slopes_in(items)
-        for number in range(first, len(items)):
-            _judge(send, number, items[number], candidate, how, slopes)
-            items[number] = replace(items[number])  # without its sample, which nobody needs any more
-        send(_DONE)
-
-
-def _judge(
-    send: Callable[[Any], None], number: int, item: Item, candidate: Candidate, how: Accumulation, slopes: int
-) -> None:
-    """One item; what goes wrong on our side is told apart from what the candidate does."""
-    send(_Asking(number))
-    try:
-        findings = judge(item, candidate, how, slopes, answered=lambda: send(_Asking(number, compared=True)))
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
-    except Exception as error:
-        send(_Fault(f"{item.checks[0].name}, {item.name}: {type(error).__name__}: {error} ({_place(error)})"))
-        findings = []
-    except BaseException as error:  # SIGINT is ignored here: a candidate raised it
-        raised = Finding(item.checks[0].name, item.name, "all", Status.FAIL, f"raised {type(error).__name__}", 0, 0)
-        findings = [item.named(raised)]
-    send(_Judged(number, findings))
-
-
-def _place(error: BaseException) -> str:
-    """File and line where an error of ours was raised."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return "" if frame is None else f"{Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno}"
-
-
-def _die_with_parent() -> None:
-    """Linux ends this process when its parent is gone, however that came about."""
-    parent = os.getppid()
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from mxref.checkpoints import ExpertTensor
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.loading import declare, load
-from mxref.verification.candidates.probe import runs_interpreted
-from mxref.verification.candidates.shipped import golden, shipped, torch_composite
+from mxref.verification.candidates.known import entry
+from mxref.verification.candidates.loading import declare
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.gate.plan import Item, plan, plan_checkpoint, plan_problem
-
-__all__ = ["Order", "Projections"]
-
-
-@dataclass(frozen=True)
-class Projections:
-    """A checkpoint's expert weights to judge on.
-
-    Attributes:
-        path: file or folder.
-        tensors: to take from it.
-        experts: how many of each, from the first; None for all.
-        options: of the command line that chose them.
-    """
-
-    path: Path
-    tensors: Sequence[ExpertTensor]
-    experts: int | None
-    options: tuple[str, ...] = ()
+from mxref.verification.gate.projections import Projections
 
 
 @dataclass(frozen=True)
@@ -42,7 +20,7 @@ class Order:
     """What to judge, by what.
 
     Attributes:
-        kernel: "shipped", "golden", "composite", `module:callable` or `path/to/file.py:callable`.
+        kernel: see `candidates.known.entry`.
         device_type: "cpu" or "cuda".
         suite: "quick" or "full".
         seed: of every draw.
@@ -52,6 +30,7 @@ class Order:
         dtype: its activation dtype.
         patterns: only cases, or checks, that match one of these; all when empty.
         rerun: only the items of these identifiers; all when empty.
+        lenient: the declared accumulation was not declared by its author: the order-free bound is a second chance.
     """
 
     kernel: str
@@ -66,6 +45,7 @@ class Order:
     dtype: torch.dtype = torch.float32
     patterns: tuple[str, ...] = ()
     rerun: tuple[str, ...] = ()
+    lenient: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -107,21 +87,21 @@ class Order:
         Raises:
             ValueError: it cannot be found or imported, or its declaration is not understood.
         """
-        own = {"shipped": lambda: shipped(self.device), "golden": golden, "composite": torch_composite}
-        if self.kernel in own:
-            return declare(own[self.kernel](), self.points, self.accumulation, self.covers)
-        return load(self.kernel, self.points, self.accumulation, self.covers)
+        try:
+            candidate = entry(self.kernel).make(self.device)
+        except ImportError as error:
+            raise ValueError(f"--kernel {self.kernel}: {error}") from None
+        return declare(candidate, self.points, self.accumulation, self.covers)
 
-    def items(self, candidate: Candidate) -> list[Item]:
-        """What the candidate is asked; one small call shows whether its kernels run interpreted.
+    def items(self, candidate: Candidate, interpreted: bool) -> list[Item]:
+        """What the candidate is asked; `interpreted`: its kernels run in Triton's interpreter.
 
         Raises:
             ValueError: nothing is left to ask.
         """
-        interpreted = runs_interpreted(candidate, self.device)
         scope = Scope(self.suite, self.device_type, self.seed, interpreted, candidate.covers)
         if self.projections is not None:
-            items = plan_checkpoint(self.projections.path, self.projections.tensors, self.projections.experts, scope)
+            items = plan_checkpoint(self.projections, scope)
         elif self.shape is not None:
             items = plan_problem(self.shape, self.dtype, scope)
         else:

@@ -9,11 +9,10 @@ from fnmatch import fnmatch
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
-from mxref.checkpoints import ExpertTensor, read_expert_weights
+from mxref.checkpoints import Checkpoint, ExpertTensor, open_checkpoint, read_expert_weights
 from mxref.verification.cases import suites
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
@@ -24,9 +23,8 @@ from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.expectation import slopes_of
 from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS, Cases, Check
-from mxref.verification.gate.problem import problem_of
-
-__all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "plan_problem", "slopes_in"]
+from mxref.verification.gate.problem import problem_of, weights_of
+from mxref.verification.gate.projections import Projections
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,11 @@ class Item:
         """A finding of this item with its identifier and, if it failed, its problem."""
         if finding.ok:
             return replace(finding, id=self.id)
-        case = self.sample.case
-        return replace(finding, id=self.id, problem=problem_of(case, self.seed) if isinstance(case, Case) else {})
+        sample = self.sample
+        if not isinstance(sample, Sample):
+            return replace(finding, id=self.id)
+        problem, weights = problem_of(sample.case, self.seed), weights_of(sample, finding)
+        return replace(finding, id=self.id, problem=problem, weights=weights)
 
     @cached_property
     def sample(self) -> Sample | TableSample:
@@ -131,22 +132,19 @@ def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype,
     return plan(scope, own=False, checks=checks)
 
 
-def plan_checkpoint(path: Path, tensors: Sequence[ExpertTensor], experts: int | None, scope: Scope) -> list[Item]:
+def plan_checkpoint(projections: Projections, scope: Scope) -> list[Item]:
     """The decode in full, then a checkpoint's own expert weights under random activations and adapters, by intervals.
 
-    Args:
-        path: safetensors file or directory, see `mxref.checkpoints`.
-        tensors: the projections to judge, from `list_expert_tensors`.
-        experts: how many of each projection's experts, from the first; None for all.
-        scope: where to judge, and the seed of everything that is not the checkpoint's.
+    `scope`: where to judge, and the seed of everything that is not the checkpoint's.
     """
+    checkpoint = open_checkpoint(projections.path)
     interval = tuple(check for check in CHECKS if check.name == "interval")
     decode = [check for check in CHECKS if check.name == "decode"]
     items = plan(replace(scope, suite="quick"), own=False, checks=decode)
-    for tensor in tensors:
-        count = tensor.E if experts is None else min(experts, tensor.E)
+    for tensor in projections.tensors:
+        count = min(projections.experts or tensor.E, tensor.E)
         name = f"{tensor.name}, experts 0–{count - 1} of {tensor.E}"
-        items.append(Item(interval, Case(name), _reading(path, tensor, count, name, scope), scope.seed))
+        items.append(Item(interval, Case(name), _reading(checkpoint, tensor, count, name, scope), scope.seed))
     return items
 
 
@@ -170,9 +168,9 @@ def _drawing(case: Case | TableCase, device: torch.device, seed: int) -> Callabl
     return lambda: draw(case, device, seed)
 
 
-def _reading(path: Path, tensor: ExpertTensor, count: int, name: str, scope: Scope) -> Callable[[], Sample]:
+def _reading(checkpoint: Checkpoint, tensor: ExpertTensor, count: int, name: str, scope: Scope) -> Callable[[], Sample]:
     def read() -> Sample:
-        _, weights = next(iter(read_expert_weights(path, [tensor.name])))
+        _, weights = next(iter(read_expert_weights(checkpoint, [tensor.name])))
         weights = weights.select(torch.arange(count)).to(scope.device_type)
         slots = min(4, count)
         down = tensor.name.endswith("down_proj")

@@ -8,9 +8,10 @@ from dataclasses import fields
 import torch
 
 from mxref.verification.cases.call import Call
-from mxref.verification.cases.case import Case
-
-__all__ = ["problem_of", "problem_text"]
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.weights_behind import weight_at, weights_behind
+from mxref.verification.checks.finding import Finding
+from mxref.weights import MXWeights
 
 _LAYOUTS = {
     "x": "layout of x",
@@ -62,6 +63,19 @@ def problem_text(problem: Mapping[str, str | int | float]) -> str:
         _said(name, value) for name, value in problem.items() if name not in ("E", "K", "N", "M", "k", "r", "classes")
     ]
     return ", ".join(filter(None, [sizes, *others]))
+
+
+def weights_of(sample: Sample, finding: Finding) -> tuple[str, ...]:
+    """The packed weights behind a finding's counterexample, in words, where they are few."""
+    example = finding.counterexample
+    if example is None or not (sample.case.exact or finding.tensor == "W"):
+        return ()
+    if finding.tensor == "W":
+        expert, n, k = example.coordinate
+        weights = sample.problem.expert_weights
+        assert isinstance(weights, MXWeights)
+        return (str(weight_at(weights, expert, k, n)),)
+    return tuple(map(str, weights_behind(sample.to("cpu"), finding.tensor, example.coordinate)))
 
 
 def _said(name: str, value: object) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 
 import torch
 
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Finding, Status
 from mxref.verification.checks.registry import BASELINE, STATE
-
-__all__ = ["GateResult", "describe_device"]
 
 
 @dataclass
@@ -131,20 +128,14 @@ class GateResult:
         return int(self.strict and self.counts()[Status.PASS] < len(self.findings))
 
 
-def describe_device(device: torch.device) -> str:
-    """The device in words, with what makes its arithmetic differ."""
+def describe_device(device: torch.device, interpreted: bool = False) -> str:
+    """The device in words, with what makes its arithmetic differ; `interpreted`: kernels run in the interpreter."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, CUDA {torch.version.cuda}"
-    interpreted = ", kernels interpreted in fp32" if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    return f"CPU ({platform.machine()}){interpreted}"
+    return f"CPU ({platform.machine()}){', kernels interpreted in fp32' if interpreted else ''}"
 
 
 def _versions() -> dict[str, str]:
-    found = {"mxref": "", "torch": "", "triton": ""}
-    for package in list(found):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            del found[package]
+    found = {package: version for package in ("mxref", "torch", "triton") if (version := version_of(package))}
     return found | {"python": platform.python_version()}

@@ -19,8 +19,6 @@ from mxref.verification.checks.registry import STATE, Check
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import GateResult, describe_device
 
-__all__ = ["judge", "run_gate"]
-
 _SECOND_CHANCE = (
     "outside the bound of this device's default accumulation, inside the order-free one; declare the accumulation for "
     "a full verdict"
@@ -28,15 +26,7 @@ _SECOND_CHANCE = (
 
 
 def run_gate(
-    candidate: Candidate,
-    items: Sequence[Item],
-    device: torch.device,
-    *,
-    suite: str,
-    seed: int,
-    strict: bool = False,
-    narrowed: str = "",
-    on_item: Callable[[Item], None] = lambda item: None,
+    candidate: Candidate, items: Sequence[Item], device: torch.device, *, suite: str, seed: int, strict: bool = False
 ) -> GateResult:
     """Judge one candidate.
 
@@ -47,14 +37,11 @@ def run_gate(
         suite: what to call them in the report.
         seed: that they were made with.
         strict: see `GateResult.exit_code`.
-        narrowed: see `GateResult`.
-        on_item: called before each one.
     """
     how = candidate.accumulation or default_accumulation(device)
-    result = GateResult(candidate, how, describe_device(device), suite, seed, strict, narrowed=narrowed)
+    result = GateResult(candidate, how, describe_device(device), suite, seed, strict)
     start, slopes = time.monotonic(), slopes_in(items)
     for item in items:
-        on_item(item)
         result.findings += judge(item, candidate, how, slopes)
     result.seconds = time.monotonic() - start
     return result
@@ -69,8 +56,7 @@ def judge(
 ) -> list[Finding]:
     """What the checks of one item find: the candidate is run once for all of them.
 
-    A candidate that declares no accumulation gets a second chance against the order-free bound; one that claims to be
-    complete may decline nothing.
+    A candidate that declares no accumulation gets a second chance against the order-free bound.
 
     Args:
         item: of a plan.
@@ -93,7 +79,7 @@ def judge(
     if changes:
         reason = f"left torch changed: {'; '.join(changes.values())}"
         findings.append(Finding(STATE.name, item.name, "all", Status.FAIL, reason, 0, 0))
-    return [item.named(_claimed(candidate, finding)) for finding in findings]
+    return [item.named(finding) for finding in findings]
 
 
 def _expectation(sample: object, candidate: Candidate, how: Accumulation, slopes: int | None) -> Expectation | object:
@@ -116,9 +102,3 @@ def _weaker(findings: Sequence[Finding], again: Sequence[Finding]) -> list[Findi
         else f
         for f in findings
     ]
-
-
-def _claimed(candidate: Candidate, finding: Finding) -> Finding:
-    if candidate.complete and finding.status is Status.NOT_COVERED:
-        return replace(finding, status=Status.FAIL, reason=f"declined, but must cover everything: {finding.reason}")
-    return finding

@@ -15,8 +15,6 @@ from mxref.verification.records.record import EVIDENCE, KINDS, Entry, read
 from mxref.verification.records.sources import digests
 from mxref.verification.records.versions import versions
 
-__all__ = ["State", "problems", "survey"]
-
 _COMPARED = ("torch", "triton", "ptxas", "cuda", "driver")
 """Versions that decide what a GPU executes."""
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from mxref.verification.gate.result import GateResult
 
-__all__ = ["gate_summary"]
-
 
 def gate_summary(result: GateResult) -> dict[str, Any]:
     """The verdict, any failures, and the largest errors: in ulp by case, as shares of the bound by check."""

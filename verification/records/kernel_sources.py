@@ -7,8 +7,6 @@ from pathlib import Path
 import mxref
 from mxref.verification.records.sources import imported
 
-__all__ = ["PACKAGE", "kernel_sources"]
-
 PACKAGE = Path(mxref.__file__).parent
 """Names of sources are relative to it: `formats.py`, `kernels/device/decode.py`."""
 

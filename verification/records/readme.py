@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mxref.verification.bench.summary import markdown_table, summary
+from mxref.verification.bench.summary import summary
 from mxref.verification.checks.registry import BASELINE, CHECKS, STATE
 from mxref.verification.records.freshness import State, survey
 from mxref.verification.records.record import EVIDENCE, KINDS
-
-__all__ = ["README", "blocks", "filled", "update_readme"]
+from mxref.verification.report.output import markdown_table
 
 README = EVIDENCE.parent.parent / "README.md"
 

@@ -26,8 +26,6 @@ from mxref.verification.records.kernel_sources import kernel_sources
 from mxref.verification.records.sources import digest, digests
 from mxref.verification.records.versions import versions
 
-__all__ = ["EVIDENCE", "KINDS", "SCHEMA", "Entry", "Kind", "folder_name", "read", "record_path", "write"]
-
 EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
 """Where records are kept, one folder a device."""
 

@@ -7,8 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 
-__all__ = ["digest", "digests", "imported"]
-
 
 def digest(texts: Mapping[str, str]) -> str:
     """One SHA-256 for the sources of `texts`, text by name."""

@@ -15,17 +15,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mxref.verification.arithmetic.thresholds import RMS_TOLERANCE
+from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.records.record import EVIDENCE, folder_name, read, record_path, write
-
-__all__ = ["Baseline", "accept", "baseline_findings", "baseline_path", "environment"]
 
 _KIND = "ulp_baseline"
 _CHECK = "baseline"
@@ -80,7 +78,7 @@ def baseline_path(device: torch.device, folder: Path = EVIDENCE) -> Path:
 def environment(device: torch.device) -> dict[str, str]:
     """What the bits of a run may depend on besides the kernels."""
     packages = ("torch", "triton", "numpy") if device.type == "cpu" else ("torch", "triton")
-    found = {package: _version(package) for package in packages}
+    found = {package: version_of(package) or "none" for package in packages}
     return found | ({"fp32 products": _order_of_summation()} if device.type == "cpu" else {})
 
 
@@ -186,13 +184,6 @@ def _worse(was: tuple[float, float], now: tuple[float, float]) -> bool:
 
 def _growth(was: tuple[float, float], now: tuple[float, float]) -> float:
     return max((b - a) / a if a else float("inf") for a, b in zip(was, now, strict=True) if b > a)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def _order_of_summation() -> str:

@@ -6,12 +6,12 @@ import ctypes
 import platform
 import re
 import subprocess
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-__all__ = ["versions"]
+from mxref.verification.candidates.known import version_of
 
 
 def versions() -> dict[str, str]:
@@ -26,10 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def _package(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return str(getattr(import_module(name), "__version__", "unknown"))
+    return version_of(name) or str(getattr(import_module(name), "__version__", "unknown"))
 
 
 def _driver() -> str:

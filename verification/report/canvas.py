@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FAIL", "INK", "MUTED", "SERIES", "WEAK", "in_order", "panels", "squares", "svg", "title"]
+T = TypeVar("T")
 
 INK, MUTED, GRID, SERIES, FAIL, WEAK = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 _CSS_NAME = {INK: "--ink", MUTED: "--muted", GRID: "--line", SERIES: "--series", FAIL: "--fail", WEAK: "--weak"}
@@ -57,27 +57,37 @@ def squares(
         axes.add_patch(PathPatch(path, facecolor=color, linewidth=0, alpha=opacity, antialiased=False))
 
 
-def panels(count: int) -> tuple[list[Figure], list[Axes]]:
-    """So many small figures, one quiet pair of axes each: the page lays them side by side, as many as there is room."""
+def picture(label: str, draw: Callable[[Axes, T], None], contents: Sequence[T]) -> str:
+    """A small figure for each of the contents, which the page lays side by side, as many as there is room.
+
+    Args:
+        label: what it shows, for those who do not see it; unique on a page.
+        draw: fills a quiet pair of axes with one of the contents.
+        contents: one a figure.
+
+    Returns:
+        An SVG element a figure, as text: its colours are CSS variables, its font the page's, its ids unique on a page.
+    """
+    return "".join(_panel(f"{label} {number}", label, draw, each) for number, each in enumerate(contents))
+
+
+def _panel(salt: str, label: str, draw: Callable[[Axes, T], None], content: T) -> str:
     from matplotlib.figure import Figure
 
     width, height = 4.0, 2.9
-    figures, grid = [], []
-    for _ in range(count):
-        figure = Figure(figsize=(width, height))
-        axes = figure.subplots()
-        # Margins in inches, by hand: matplotlib's own layout would cost more time than the drawing.
-        figure.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height)
-        axes.set_facecolor("none")
-        axes.tick_params(colors=MUTED, labelsize=8, which="both", length=0)
-        axes.grid(visible=True, color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(MUTED)
-        figures.append(figure)
-        grid.append(axes)
-    return figures, grid
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots()
+    # Margins in inches, by hand: matplotlib's own layout would cost more time than the drawing.
+    figure.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height)
+    axes.set_facecolor("none")
+    axes.tick_params(colors=MUTED, labelsize=8, which="both", length=0)
+    axes.grid(visible=True, color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(MUTED)
+    draw(axes, content)
+    return _svg(figure, label, salt)
 
 
 def title(axes: Axes, tensor: str, note: str) -> None:
@@ -86,18 +96,11 @@ def title(axes: Axes, tensor: str, note: str) -> None:
     axes.set_title(note, loc="right", color=MUTED, fontsize=8)
 
 
-def svg(figures: Sequence[Figure], label: str) -> str:
-    """An SVG element a figure: its colours are CSS variables, its font the page's, its ids unique on a page."""
-    return "".join(_svg(figure, label, number) for number, figure in enumerate(figures))
-
-
-def _svg(figure: Figure, label: str, number: int) -> str:
+def _svg(figure: Figure, label: str, salt: str) -> str:
     import matplotlib
 
     stream = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": f"{label} {number}", "font.family": "sans-serif"}
-    ):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -105,7 +108,7 @@ def _svg(figure: Figure, label: str, number: int) -> str:
     for placeholder, name in _CSS_NAME.items():
         text = text.replace(placeholder, f"var({name})")
     # Two pictures on one page would otherwise share ids such as "axes_1".
-    prefix = f"p{zlib.crc32(label.encode()):x}-{number}"
+    prefix = f"p{zlib.crc32(salt.encode()):x}"
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     # HTML knows SVG's namespaces, and the page decides about the size: of the opening tag only the viewBox stays.
     opening = re.search(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', text, flags=re.DOTALL)

@@ -10,8 +10,6 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.report.words import tensor_order
 
-__all__ = ["Cause", "causes"]
-
 _LAST = ("drift", "exponent", "sign", "interval")
 """Checks of ordinary numbers name a bug less plainly than exact ones; of these, the best first."""
 _SEVERAL = 3

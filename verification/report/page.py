@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -17,11 +16,8 @@ from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
 from mxref.verification.report.causes import Cause, causes
+from mxref.verification.report.output import write_json
 from mxref.verification.report.words import FOOTNOTE, detail_text, many_ulp, plural, share_text, tensor_order, ulp_text
-
-__all__ = [
-    "as_html", "as_json", "facts", "failures", "headline", "write",
-]  # fmt: skip
 
 SCHEMA = "mxref.gate/3"
 _SHOWN, _WORST, _A_CHECK = 30, 12, 4
@@ -159,7 +155,7 @@ def write(result: GateResult, folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "gate.json", folder / "gate.html"
-    data.write_text(json.dumps(as_json(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(data, as_json(result))
     page.write_text(as_html(result), encoding="utf-8")
     return data, page
 

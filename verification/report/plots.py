@@ -1,6 +1,8 @@
 """Pictures of single elements: signed errors, errors against their bounds, and how much of its bound each one used.
 
-Clouds of points are drawn as counted cells: twenty thousand circles would say less and weigh megabytes.
+Clouds of points are drawn as counted cells: twenty thousand circles would say less and weigh megabytes. Each picture is
+made of what the check of intervals kept of each case and tensor. It comes as SVG elements in text, a panel a tensor,
+and empty where there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -12,13 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxref.verification.checks.finding import ErrorSample
-from mxref.verification.report.canvas import FAIL, MUTED, SERIES, in_order, panels, squares, svg, title
+from mxref.verification.report.canvas import FAIL, MUTED, SERIES, in_order, picture, squares, title
 from mxref.verification.report.words import share_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["error_against_bound", "share_of_bound", "ulp_histogram"]
 
 _CELLS = 44
 """Cells along each axis of a cloud."""
@@ -31,133 +31,108 @@ _MAX_CURVES = 12
 
 
 def ulp_histogram(samples: Sequence[ErrorSample]) -> str:
-    """Share of elements by signed error, in units in the last place of the judged format, one panel a tensor.
+    """Share of elements by signed error, in units in the last place of the judged format."""
+    return picture("Signed error in units in the last place, by tensor", _histogram, _by_tensor(samples))
 
-    Args:
-        samples: what the check of intervals kept of each case and tensor.
 
-    Returns:
-        An SVG element as text, or an empty string when there is nothing to draw.
-    """
+def _histogram(axes: Axes, samples: Sequence[ErrorSample]) -> None:
     from matplotlib.ticker import NullLocator
 
-    groups = _by_tensor(samples)
-    if not groups:
-        return ""
-    figures, grid = panels(len(groups))
-    for axes, (tensor, members) in zip(grid, groups.items(), strict=True):
-        errors = np.concatenate([np.asarray(s.ulp_error, dtype=np.float64) for s in members])
-        comparable = errors[np.isfinite(errors)]
-        bins = _ulp_bin(comparable)
-        reach = max(2, int(np.abs(bins).max(initial=0)))
-        positions = np.arange(-reach, reach + 1)
-        share = np.array([(bins == p).sum() for p in positions]) * 100.0 / max(1, errors.size)
-        axes.bar(positions, share, width=0.86, color=SERIES, linewidth=0)
-        axes.set_ylim(min(1e-2, 50.0 / max(1, errors.size)), 200)  # before the scale: log of an all-zero range warns
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        step = max(1, -(-reach // 3))
-        ticks = [p for p in positions if p % step == 0]
-        axes.set_xticks(ticks, [_ulp_label(int(p)) for p in ticks])
-        exact = 100.0 * float((bins == 0).sum()) / max(1, errors.size)
-        lost = errors.size - comparable.size
-        note = f"{exact:.1f} % within half an ULP" + (f", {lost:,} NaN or inf" if lost else "")
-        title(axes, tensor, note)
-        axes.set_xlabel("signed error, ULP", color=MUTED)
-    return svg(figures, "Signed error in units in the last place, by tensor")
+    errors = np.concatenate([np.asarray(s.ulp_error, dtype=np.float64) for s in samples])
+    comparable = errors[np.isfinite(errors)]
+    bins = _ulp_bin(comparable)
+    reach = max(2, int(np.abs(bins).max(initial=0)))
+    positions = np.arange(-reach, reach + 1)
+    share = np.array([(bins == p).sum() for p in positions]) * 100.0 / max(1, errors.size)
+    axes.bar(positions, share, width=0.86, color=SERIES, linewidth=0)
+    axes.set_ylim(min(1e-2, 50.0 / max(1, errors.size)), 200)  # before the scale: log of an all-zero range warns
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    step = max(1, -(-reach // 3))
+    ticks = [p for p in positions if p % step == 0]
+    axes.set_xticks(ticks, [_ulp_label(int(p)) for p in ticks])
+    exact = 100.0 * float((bins == 0).sum()) / max(1, errors.size)
+    lost = errors.size - comparable.size
+    note = f"{exact:.1f} % within half an ULP" + (f", {lost:,} NaN or inf" if lost else "")
+    title(axes, samples[0].tensor, note)
+    axes.set_xlabel("signed error, ULP", color=MUTED)
 
 
 def error_against_bound(samples: Sequence[ErrorSample]) -> str:
-    """Error against the derived bound, both relative to the exact value, on logarithmic axes, one panel a tensor.
+    """Error against the derived bound, both relative to the exact value, on logarithmic axes.
 
     Points on or below the diagonal are inside the bound; those above are drawn one by one in the failure colour.
     Relative numbers bring cases whose scales lie a hundred binades apart into one picture.
-
-    Args:
-        samples: what the check of intervals kept of each case and tensor.
-
-    Returns:
-        An SVG element as text, or an empty string when there is nothing to draw.
     """
+    return picture("Relative error against the derived bound, by tensor", _cloud, _by_tensor(samples))
+
+
+def _cloud(axes: Axes, samples: Sequence[ErrorSample]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    groups = _by_tensor(samples)
-    if not groups:
-        return ""
-    figures, grid = panels(len(groups))
-    for axes, (tensor, members) in zip(grid, groups.items(), strict=True):
-        error = np.abs(np.concatenate([np.asarray(s.error, dtype=np.float64) for s in members]))
-        bound = np.concatenate([np.asarray(s.bound, dtype=np.float64) for s in members])
-        size = np.concatenate([np.asarray(s.magnitude, dtype=np.float64) for s in members])
-        drawable = np.isfinite(error) & np.isfinite(bound) & (error > 0) & (bound > 0) & (size > 0)
-        x, y = np.log10(bound[drawable] / size[drawable]), np.log10(error[drawable] / size[drawable])
-        zero = 100.0 * float((error == 0).sum()) / max(1, error.size)
-        title(axes, tensor, f"{zero:.1f} % of elements have no error at all")
-        axes.set_xlabel("bound, relative", color=MUTED)
-        axes.set_ylabel("error, relative", color=MUTED)
-        if x.size == 0:
-            axes.text(0.5, 0.5, "nothing to draw", transform=axes.transAxes, ha="center", color=MUTED)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            continue
-        x_low, x_high = _padded(x)
-        # A handful of tiny errors would stretch the axis for nothing: keep five decades below the smallest bound.
-        y_high = max(float(y.max()), x_high)
-        y_low = max(float(y.min()), x_low - 5.0) - 0.3
-        outside = y > x
-        _cells(axes, x[~outside], y[~outside], (x_low, x_high), (y_low, y_high))
-        axes.fill_between([x_low, x_high], [x_low, x_high], y_high, color=FAIL, alpha=0.09, linewidth=0)
-        axes.plot([x_low, x_high], [x_low, x_high], color=FAIL, linewidth=1.2)
-        worst = np.argsort(x[outside] - y[outside])[:_MAX_OFFENDERS]
-        axes.scatter(x[outside][worst], y[outside][worst], s=9, color=FAIL, linewidths=0)
-        axes.set_xlim(x_low, x_high)
-        axes.set_ylim(y_low, y_high)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-            axis.set_major_formatter(lambda value, _: f"1e{value:.0f}")
-    return svg(figures, "Relative error against the derived bound, by tensor")
+    error = np.abs(np.concatenate([np.asarray(s.error, dtype=np.float64) for s in samples]))
+    bound = np.concatenate([np.asarray(s.bound, dtype=np.float64) for s in samples])
+    size = np.concatenate([np.asarray(s.magnitude, dtype=np.float64) for s in samples])
+    drawable = np.isfinite(error) & np.isfinite(bound) & (error > 0) & (bound > 0) & (size > 0)
+    x, y = np.log10(bound[drawable] / size[drawable]), np.log10(error[drawable] / size[drawable])
+    zero = 100.0 * float((error == 0).sum()) / max(1, error.size)
+    title(axes, samples[0].tensor, f"{zero:.1f} % of elements have no error at all")
+    axes.set_xlabel("bound, relative", color=MUTED)
+    axes.set_ylabel("error, relative", color=MUTED)
+    if x.size == 0:
+        axes.text(0.5, 0.5, "nothing to draw", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    x_low, x_high = _padded(x)
+    # A handful of tiny errors would stretch the axis for nothing: keep five decades below the smallest bound.
+    y_high = max(float(y.max()), x_high)
+    y_low = max(float(y.min()), x_low - 5.0) - 0.3
+    outside = y > x
+    _cells(axes, x[~outside], y[~outside], (x_low, x_high), (y_low, y_high))
+    axes.fill_between([x_low, x_high], [x_low, x_high], y_high, color=FAIL, alpha=0.09, linewidth=0)
+    axes.plot([x_low, x_high], [x_low, x_high], color=FAIL, linewidth=1.2)
+    worst = np.argsort(x[outside] - y[outside])[:_MAX_OFFENDERS]
+    axes.scatter(x[outside][worst], y[outside][worst], s=9, color=FAIL, linewidths=0)
+    axes.set_xlim(x_low, x_high)
+    axes.set_ylim(y_low, y_high)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axis.set_major_formatter(lambda value, _: f"1e{value:.0f}")
 
 
 def share_of_bound(samples: Sequence[ErrorSample]) -> str:
-    """Distribution of error over bound, one panel a tensor: the share of elements that used at most so much of theirs.
+    """Distribution of error over bound: the share of elements that used at most so much of theirs.
 
     The strong curve holds all cases together; a thin one in the failure colour is one case that has an element outside.
-
-    Args:
-        samples: what the check of intervals kept of each case and tensor.
-
-    Returns:
-        An SVG element as text, or an empty string when there is nothing to draw.
     """
+    return picture("Distribution of error over bound, by tensor", _curves, _by_tensor(samples))
+
+
+def _curves(axes: Axes, samples: Sequence[ErrorSample]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    groups = _by_tensor(samples)
-    if not groups:
-        return ""
-    figures, grid = panels(len(groups))
-    for axes, (tensor, members) in zip(grid, groups.items(), strict=True):
-        shares = [_shares(sample) for sample in members]
-        together = np.concatenate(shares)
-        right = min(max(0.4, np.log10(max(1.0, float(together.max()))) + 0.1), 4.0)
-        at = np.linspace(_LEAST_SHARE, right, 120)
-        outside = int((together > 1).sum())
-        axes.axvspan(0, right, color=FAIL, alpha=0.09, linewidth=0)
-        axes.axvline(0, color=FAIL, linewidth=1.2)
-        for share in sorted(shares, key=lambda share: -float((share > 1).mean()))[:_MAX_CURVES]:
-            if (share > 1).any():
-                axes.plot(at, _distribution(share, at), color=FAIL, linewidth=0.7, alpha=0.6)
-        axes.plot(at, _distribution(together, at), color=SERIES, linewidth=1.8)
-        axes.set_xlim(_LEAST_SHARE, right)
-        axes.set_ylim(0, 104)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.xaxis.set_major_formatter(lambda exponent, _: _share_label(exponent))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        most = share_text(float(together.max())) if together.max() else "nothing"
-        note = f"{outside:,} of {together.size:,} beyond" if outside else f"the largest used {most}"
-        title(axes, tensor, note)
-        axes.set_xlabel("error / bound", color=MUTED)
-    return svg(figures, "Distribution of error over bound, by tensor")
+    shares = [_shares(sample) for sample in samples]
+    together = np.concatenate(shares)
+    right = min(max(0.4, np.log10(max(1.0, float(together.max()))) + 0.1), 4.0)
+    at = np.linspace(_LEAST_SHARE, right, 120)
+    outside = int((together > 1).sum())
+    axes.axvspan(0, right, color=FAIL, alpha=0.09, linewidth=0)
+    axes.axvline(0, color=FAIL, linewidth=1.2)
+    for share in sorted(shares, key=lambda share: -float((share > 1).mean()))[:_MAX_CURVES]:
+        if (share > 1).any():
+            axes.plot(at, _distribution(share, at), color=FAIL, linewidth=0.7, alpha=0.6)
+    axes.plot(at, _distribution(together, at), color=SERIES, linewidth=1.8)
+    axes.set_xlim(_LEAST_SHARE, right)
+    axes.set_ylim(0, 104)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(lambda exponent, _: _share_label(exponent))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    most = share_text(float(together.max())) if together.max() else "nothing"
+    note = f"{outside:,} of {together.size:,} beyond" if outside else f"the largest used {most}"
+    title(axes, samples[0].tensor, note)
+    axes.set_xlabel("error / bound", color=MUTED)
 
 
 def _shares(sample: ErrorSample) -> NDArray[np.float64]:
@@ -179,13 +154,13 @@ def _distribution(share: NDArray[np.float64], at: NDArray[np.float64]) -> NDArra
     return np.asarray(100.0 * below / max(1, share.size), dtype=np.float64)
 
 
-def _by_tensor(samples: Sequence[ErrorSample]) -> dict[str, list[ErrorSample]]:
-    """Samples grouped by tensor, in the order of the computation; empty ones dropped."""
+def _by_tensor(samples: Sequence[ErrorSample]) -> list[list[ErrorSample]]:
+    """Samples of one tensor together, in the order of the computation; empty ones dropped."""
     groups: dict[str, list[ErrorSample]] = {}
     for sample in samples:
         if len(sample.error):
             groups.setdefault(sample.tensor, []).append(sample)
-    return {name: groups[name] for name in in_order(groups)}
+    return [groups[name] for name in in_order(groups)]
 
 
 def _ulp_bin(errors: NDArray[np.float64]) -> NDArray[np.int64]:

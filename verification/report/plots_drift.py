@@ -1,4 +1,7 @@
-"""Pictures of whole strata: how significant each one's drift is, and which powers of two the results are off by."""
+"""Pictures of whole strata: how significant each one's drift is, and which powers of two the results are off by.
+
+They are made of what the check for drift kept of each case and tensor, and come as in `plots`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxref.verification.checks.finding import DriftMap
-from mxref.verification.report.canvas import FAIL, INK, MUTED, SERIES, WEAK, in_order, panels, squares, svg, title
+from mxref.verification.report.canvas import FAIL, INK, MUTED, SERIES, WEAK, in_order, picture, squares, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["drift_maps", "log2_ratios"]
 
 _PASSING, _FAILING = 3, 6
 """Maps drawn of a run without drift, and of one with it."""
@@ -39,63 +40,47 @@ _FARTHEST = 9
 def drift_maps(maps: Sequence[DriftMap], failed: Collection[tuple[str, str]] = ()) -> str:
     """z by expert and column tile, one panel a map, the worst of each tensor first; only failing ones if there are any.
 
-    Args:
-        maps: what the check for drift kept of each case and tensor.
-        failed: (case, tensor) of those whose drift finding is a failure.
-
-    Returns:
-        An SVG element as text, or an empty string when there is nothing to draw.
+    `failed`: (case, tensor) of those whose drift finding is a failure.
     """
     fitted = [drift for drift in maps if np.isfinite(drift.z).any()]
-    if not fitted:
-        return ""
     bad = [drift for drift in fitted if (drift.case, drift.tensor) in failed]
     ranked = sorted(bad or fitted, key=_largest, reverse=True)
     first = {drift.tensor: drift for drift in reversed(ranked)}
     chosen = sorted(ranked, key=lambda drift: drift is not first[drift.tensor])[: _FAILING if bad else _PASSING]
-    figures, grid = panels(len(chosen))
-    for axes, drift in zip(grid, chosen, strict=True):
-        _heat(axes, drift)
-    return svg(figures, "Significance of drift by expert and column tile")
+    return picture("Significance of drift by expert and column tile", _heat, chosen)
 
 
 def log2_ratios(maps: Sequence[DriftMap]) -> str:
-    """How many results are off by which power of two, one panel a tensor; everything beside 0 is in the failure colour.
-
-    Args:
-        maps: what the check for drift kept of each case and tensor.
-
-    Returns:
-        An SVG element as text, or an empty string when there is nothing to draw.
-    """
-    from matplotlib.ticker import NullLocator
-
+    """How many results are off by which power of two, one panel a tensor; all beside 0 is in the failure colour."""
     counts: dict[str, Counter[int]] = {}
     for drift in maps:
         if drift.log2_ratio:
             counts.setdefault(drift.tensor, Counter()).update(drift.log2_ratio)
-    if not counts:
-        return ""
-    figures, grid = panels(len(counts))
-    for axes, tensor in zip(grid, in_order(counts), strict=True):
-        shown: Counter[int] = Counter()
-        for octave, count in counts[tensor].items():
-            shown[max(-_FARTHEST, min(_FARTHEST, octave))] += count
-        reach = max(3, *(abs(octave) for octave in shown))
-        octaves = range(-reach, reach + 1)
-        colors = [FAIL if octave else SERIES for octave in octaves]
-        axes.bar(octaves, [shown[octave] for octave in octaves], width=0.86, color=colors, linewidth=0)
-        axes.set_ylim(0.5, 3 * max(shown.values()))
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        step = 1 if reach < 5 else 3
-        axes.set_xticks([octave for octave in octaves if octave % step == 0])
-        axes.xaxis.set_major_formatter(lambda value, _: _octave_label(round(value)))
-        off = counts[tensor].total() - counts[tensor][0]
-        title(axes, tensor, f"{off:,} of {counts[tensor].total():,} beside 0" if off else "all at 0")
-        axes.set_xlabel("log2 |result / exact|, rounded", color=MUTED)
-    return svg(figures, "Powers of two between result and exact value, by tensor")
+    ordered = [(tensor, counts[tensor]) for tensor in in_order(counts)]
+    return picture("Powers of two between result and exact value, by tensor", _octaves, ordered)
+
+
+def _octaves(axes: Axes, tensor: tuple[str, Counter[int]]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    name, counts = tensor
+    shown: Counter[int] = Counter()
+    for octave, count in counts.items():
+        shown[max(-_FARTHEST, min(_FARTHEST, octave))] += count
+    reach = max(3, *(abs(octave) for octave in shown))
+    octaves = range(-reach, reach + 1)
+    colors = [FAIL if octave else SERIES for octave in octaves]
+    axes.bar(octaves, [shown[octave] for octave in octaves], width=0.86, color=colors, linewidth=0)
+    axes.set_ylim(0.5, 3 * max(shown.values()))
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    step = 1 if reach < 5 else 3
+    axes.set_xticks([octave for octave in octaves if octave % step == 0])
+    axes.xaxis.set_major_formatter(lambda value, _: _octave_label(round(value)))
+    off = counts.total() - counts[0]
+    title(axes, name, f"{off:,} of {counts.total():,} beside 0" if off else "all at 0")
+    axes.set_xlabel("log2 |result / exact|, rounded", color=MUTED)
 
 
 def _heat(axes: Axes, drift: DriftMap) -> None:

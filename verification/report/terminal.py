@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
@@ -16,10 +15,9 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report.causes import Cause, causes
+from mxref.verification.report.output import new_table
 from mxref.verification.report.page import facts, headline
 from mxref.verification.report.words import FOOTNOTE, many_ulp, share_text, tensor_order, ulp_text
-
-__all__ = ["print_result"]
 
 _TITLE = 80
 """Letters of a title; what a pass is about stands in the sentence below in full."""
@@ -66,7 +64,7 @@ def _by_check_and_tensor(findings: Iterable[Finding]) -> RenderableType:
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.check, finding.tensor), []).append(finding)
-    table = _new_table("check", "tensor", ">cases", ">elements", ">max ULP", "bound used", "verdict")
+    table = new_table("check", "tensor", ">cases", ">elements", ">max ULP", "bound used", "verdict")
     previous = None
     checks = list(dict.fromkeys(check for check, _ in groups))
     for check, tensor in sorted(groups, key=lambda key: (checks.index(key[0]), tensor_order(key[1]))):
@@ -94,7 +92,7 @@ def _by_check_and_tensor(findings: Iterable[Finding]) -> RenderableType:
 
 def _every_finding(findings: Iterable[Finding]) -> RenderableType:
     """One row a finding, failures first."""
-    table = _new_table("verdict", "check", "case", "tensor", ">elements", ">max ULP", "bound used")
+    table = new_table("verdict", "check", "case", "tensor", ">elements", ">max ULP", "bound used")
     for finding in sorted(findings, key=lambda finding: list(_STYLE).index(finding.status)):
         sign, colour = _STYLE[finding.status]
         table.add_row(
@@ -125,6 +123,8 @@ def _failure(cause: Cause, command: str, verbose: bool) -> RenderableType:
         row("accepted", "exactly this" if example.low == example.high else f"[{example.low:.9g}, {example.high:.9g}]")
         if example.note:
             row("note", example.note)
+        for weight in finding.weights:
+            row("input", weight)
     if finding.problem:
         row("problem", problem_text(finding.problem))
     if cause.common:
@@ -142,13 +142,6 @@ def _failure(cause: Cause, command: str, verbose: bool) -> RenderableType:
         row("trace", finding.trace)
     title = f"[red]✗[/] {finding.check} · {escape(finding.case)} · [bold]{finding.tensor}[/]"
     return Panel(rows, title=title, title_align="left", border_style="red", expand=False)
-
-
-def _new_table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-    for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return table
 
 
 def _bar(share: float | None, width: int = 10) -> Text:

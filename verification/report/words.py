@@ -7,8 +7,6 @@ import math
 from mxref.verification.arithmetic.bounds import TENSORS
 from mxref.verification.checks.finding import Finding
 
-__all__ = ["FOOTNOTE", "detail_text", "many_ulp", "plural", "share_text", "tensor_order", "ulp_text"]
-
 _MANY = 4.0
 FOOTNOTE = "* Many ULP, and inside the derived bound: large terms cancel to almost nothing there, or a sum is long."
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.loading import load
+from mxref.verification.candidates.loading import declare, load
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
@@ -166,9 +166,9 @@ part.mxref_covers = "gates=purple"
         assert own.accumulation == ACCUMULATIONS["fp32-blocks-32"]
         assert str(own.covers) == "forward, gates=none"
         assert own.points(torch.bfloat16).z is False
-        told = load(f"{file}:holder.layer", [], "undeclared")
+        told = declare(load(f"{file}:holder.layer"), [], "undeclared")
         assert told.declared_points == ()
-        assert str(load(f"{file}:layer", covers="rank>=16").covers) == "rank>=16"
+        assert str(declare(load(f"{file}:layer"), None, None, "rank>=16").covers) == "rank>=16"
         assert told.accumulation == ACCUMULATIONS["undeclared"]
 
     def test_modules_of_the_current_folder_come_after_installed_ones(

@@ -16,8 +16,7 @@ import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden
-from mxref.verification.cases.scope import Scope
-from mxref.verification.cases.suites import Suite
+from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import BASELINE, CHECKS, STATE, Asked, Check, why
 from mxref.verification.gate.plan import Item, plan

@@ -13,8 +13,9 @@ import pytest
 
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate import isolated
-from mxref.verification.gate.isolated import Refused, judge_apart, list_items
+from mxref.verification.gate.isolated import judge_apart, list_items
 from mxref.verification.gate.order import Order
+from mxref.verification.gate.process import Asking, Entry, Fault, Judged, Refused
 from mxref.verification.gate.result import GateResult
 
 CANDIDATES = """
@@ -125,14 +126,13 @@ def test_fail_fast_stops_at_the_first_failure() -> None:
     assert everything.left_out == ""
 
 
-def test_a_fault_of_ours_is_not_the_candidate_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_is_not_the_candidate_s() -> None:
     run = isolated._Run(Order("golden", "cpu"), "", False)
-    run.entries = [isolated.Entry("00000000", ("integer",), "a"), isolated.Entry("00000001", ("integer",), "b")]
-    run.hear(isolated._Asking(0))
-    run.hear(isolated._Fault("integer, a: OutOfMemoryError"))
-    run.hear(isolated._Judged(0, []))
-    run.hear(isolated._Asking(1, compared=True))
-    assert not run.lost(isolated.Ended(-signal.SIGKILL), "")
+    run.entries = [Entry("00000000", ("integer",), "a"), Entry("00000001", ("integer",), "b")]
+    part = isolated._Part(Order("golden", "cpu"), 0, 1, Path("crash"))
+    for message in (Asking(0), Fault("integer, a: OutOfMemoryError"), Judged(0, []), Asking(1, compared=True)):
+        run.hear(part, message)
+    assert not run.lost(part, isolated.Ended(-signal.SIGKILL))
     run.close()
     assert (run.result.word, run.result.exit_code) == ("NO VERDICT", 2)
     assert len(run.result.faults) == 2

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from mxref.verification.cases.case import Case
-from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.subset import parse_subset
-from mxref.verification.cases.suites import Suite
 from mxref.verification.checks.registry import CHECKS, Asked
 from mxref.verification.gate.plan import Item, matches, plan, plan_cases
 

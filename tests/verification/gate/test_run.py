@@ -100,28 +100,6 @@ def test_declared_rounding_points_are_what_is_judged() -> None:
     assert forward_only(()) is Status.FAIL
 
 
-def test_what_a_complete_candidate_declines_is_a_failure() -> None:
-    def declines(**operands: object) -> Tensor:
-        raise mxref.NotCovered("not today")
-
-    assert judged(Candidate("partial", declines), SMALL).findings[0].status is Status.NOT_COVERED
-    finding = judged(Candidate("complete", declines, complete=True), SMALL).findings[0]
-    assert finding.status is Status.FAIL
-    assert "not today" in finding.reason
-
-
-def test_items_are_announced_before_they_are_judged() -> None:
-    seen: list[str] = []
-
-    def call(**operands: Any) -> Tensor:
-        seen.append("run")
-        return mxref.parallel_linear_lora(**operands)
-
-    items = plan_cases([SMALL, replace(SMALL, name="other")], CPU, 0)
-    run_gate(Candidate("", call), items, CPU, suite="", seed=0, on_item=lambda item: seen.append(item.name))
-    assert seen == ["small", "run", "other", "run"]
-
-
 def counting(runs: list[int]) -> Candidate:
     def call(use_fused_dX: bool = False, use_fused_gather: bool = False, **operands: Any) -> Tensor:
         runs.append(1)

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Allocations", "uninitialised_memory"]
-
 _EMPTY = {torch.empty, torch.empty_like, Tensor.new_empty}
 _FRESH = _EMPTY | {torch.zeros, torch.zeros_like, torch.full, torch.full_like, Tensor.new_zeros, Tensor.clone}
 """What allocates memory, or copies into fresh memory, for kernels to work on; some of it uninitialised."""

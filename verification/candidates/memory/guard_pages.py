@@ -17,8 +17,6 @@ from torch import Tensor
 from mxref.verification.candidates.memory.fresh import Allocations
 from mxref.verification.cases.case import Sample
 
-__all__ = ["GuardPages"]
-
 _ALIGNMENT = 16
 """Bytes: kernels are compiled for operands that begin at such multiples, so up to fifteen bytes lie before the page."""
 

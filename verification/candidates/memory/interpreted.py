@@ -18,8 +18,6 @@ import numpy.typing as npt
 from torch import Tensor
 from triton.runtime import interpreter
 
-__all__ = ["INDEX_LIMIT", "checked_indices", "checked_memory"]
-
 INDEX_LIMIT = 3 << 12
 """What a 32-bit sum or product may reach: more than any one size of the cases asked, or a block's width."""
 

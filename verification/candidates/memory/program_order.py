@@ -9,8 +9,6 @@ from unittest.mock import patch
 
 from triton.runtime.interpreter import InterpreterBuilder
 
-__all__ = ["reversed_programs"]
-
 
 @contextmanager
 def reversed_programs() -> Iterator[None]:

@@ -13,8 +13,6 @@ from mxref.verification.candidates.answer import Written
 from mxref.verification.candidates.memory.fresh import Allocations
 from mxref.verification.cases.case import Sample
 
-__all__ = ["FreshRedZones", "RedZone", "between_red_zones"]
-
 _ZONE_ROWS = 256  # a tile that overshoots by its whole height still lands in the zone
 _ZONE = (1 << 12, 1 << 20)  # least and most elements of one zone
 _FRESH_ZONE = 1 << 14  # elements on either side of an allocation: more than one tile's rows of any case here

@@ -16,8 +16,6 @@ from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_in
 from mxref.verification.arithmetic.accumulation import Accumulation, Order, Product
 from mxref.verification.cases.case import Sample
 
-__all__ = ["Dot", "Emulated", "blocks", "fused_chain", "position", "r32", "tensor_core"]
-
 Dot = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(accumulator, P, Q) -> accumulator + P·Q; all fp64, the accumulator on the fp32 grid."""
 

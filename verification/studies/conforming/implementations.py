@@ -27,8 +27,6 @@ from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.studies.conforming.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
 
-__all__ = ["Honest", "asked", "cases_of", "data_cases", "emulated", "judge", "on_gpu"]
-
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _SM90, _SM80, _ANY = (ACCUMULATIONS[name] for name in ("tensor-core-sm90", "tensor-core-sm80", "undeclared"))
 _EMULATED = 1 << 19

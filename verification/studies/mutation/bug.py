@@ -10,8 +10,6 @@ from mxref.verification.studies.mutation.locate import Edit, locate
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.sources import Place, Source
 
-__all__ = ["Bug", "Equivalent", "at", "plant"]
-
 T = TypeVar("T")
 
 

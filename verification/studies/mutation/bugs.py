@@ -5,8 +5,6 @@ from __future__ import annotations
 from mxref.verification.studies.mutation.bug import Bug, at
 from mxref.verification.studies.mutation.sources import Place
 
-__all__ = ["KERNEL_BUGS"]
-
 KERNEL_BUGS: tuple[tuple[Place, Bug], ...] = (
     *at(Place("device/decode.py"),
         Bug("codebook one power too small", "decode", "bias of E2M1 taken as 2", "2.0**126", "2.0**125"),

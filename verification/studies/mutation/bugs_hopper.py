@@ -5,8 +5,6 @@ from __future__ import annotations
 from mxref.verification.studies.mutation.bug import Bug, at
 from mxref.verification.studies.mutation.sources import Place
 
-__all__ = ["HOPPER_BUGS"]
-
 HOPPER_BUGS: tuple[tuple[Place, Bug], ...] = (
     *at(Place("device/hopper_decode.py", "scale_bits"),
         Bug("NaN scale made infinite", "scales", "255 << 7 reads as infinity", "(b + 1) & 0xFE", "b"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from mxref.verification.studies.mutation.bug import Bug, at
 from mxref.verification.studies.mutation.sources import Place
 
-__all__ = ["HOST_BUGS"]
-
 HOST_BUGS: tuple[tuple[Place, Bug], ...] = (
     *at(Place("layer/passes.py", "Plan.gradient"),
         Bug("gradient in the activation dtype", "rounding", "fp32 parameters get bf16 gradients",

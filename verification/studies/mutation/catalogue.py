@@ -16,8 +16,6 @@ from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.sources import Place, Source
 from mxref.verification.studies.mutation.sweep import sweep
 
-__all__ = ["BUGS", "EQUIVALENTS", "arguments", "catalogue", "stale_equivalents", "stratified"]
-
 BUGS: tuple[tuple[Place, Bug], ...] = (*KERNEL_BUGS, *HOPPER_BUGS, *HOST_BUGS)
 """By hand."""
 

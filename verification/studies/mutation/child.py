@@ -27,8 +27,6 @@ from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.questions import IMPORT, is_open
 from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["Said", "Task", "import_kernels", "run_child", "write_sources"]
-
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
 

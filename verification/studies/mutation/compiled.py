@@ -26,8 +26,6 @@ from mxref.verification.studies.mutation.child import import_kernels, write_sour
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["same_code"]
-
 _ARCHITECTURE = "sm_90"
 _SAME, _OTHER, _BROKEN, _UNKNOWN = "same", "other", "broken", "unknown"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from mxref.verification.studies.mutation.bug import Equivalent, at
 from mxref.verification.studies.mutation.sources import Place
 
-__all__ = ["PORTABLE"]
-
 _NOT_STORED = (
     "The rows in question lie in 0..P-1, so nothing outside is read; `keep` stores rows below `end` only, "
     "and a row's sum meets no other row."

@@ -5,8 +5,6 @@ from __future__ import annotations
 from mxref.verification.studies.mutation.bug import Equivalent, at
 from mxref.verification.studies.mutation.sources import Place
 
-__all__ = ["HOPPER"]
-
 _AGAIN = (
     "Every tile is computed at the height that is right for it, and at others besides; the chain is the same at every "
     "height, and rows from `end` on are masked."

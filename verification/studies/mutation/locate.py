@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from mxref.verification.studies.mutation.mutant import Mutant, Node, mutate
 from mxref.verification.studies.mutation.sources import Place, Source
 
-__all__ = ["Edit", "StaleMutantError", "locate"]
-
 _REST = "..."
 """In the code of an edit: whatever is there."""
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from mxref.verification.studies.mutation.sources import Place, Source
 
-__all__ = ["Mutant", "Node", "mutate"]
-
 Node = ast.expr | ast.stmt
 
 _NEED_NO_PARENTHESES = (ast.Name, ast.Constant, ast.Attribute, ast.Call, ast.Subscript)

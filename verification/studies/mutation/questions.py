@@ -20,8 +20,6 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS, STATE, Asked, Check
 from mxref.verification.gate.plan import Item, plan
 
-__all__ = ["BITS", "FOREIGN", "IMPORT", "bits", "is_open", "questions"]
-
 IMPORT, BITS = "import", "bits"
 """Names beside those of the gate's checks: the import of the edited sources, and `bits`."""
 

@@ -9,8 +9,6 @@ from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.session import Fate, Judged, Session
 from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["judged_before", "left_open", "payload", "texts"]
-
 
 def payload(session: Session) -> dict[str, Any]:
     """What to keep of a run: every mutant by its fate, each killed one with the checks that rejected it."""

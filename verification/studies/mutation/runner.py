@@ -27,8 +27,6 @@ from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.questions import IMPORT, is_open
 from mxref.verification.studies.mutation.sources import Source
 
-__all__ = ["Outcome", "Setting", "run"]
-
 _IMPORTING = Limits(processor=300.0, silence=1200.0)
 """What a child may take before its first question."""
 

@@ -18,8 +18,6 @@ from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.questions import BITS, FOREIGN, bits
 from mxref.verification.studies.mutation.runner import Outcome, Setting, run
 
-__all__ = ["EQUIVALENT_SHARE", "TRIAL_SECONDS", "FalseKillError", "Fate", "Judged", "Session", "judge"]
-
 EQUIVALENT_SHARE = 0.05
 """At most this part of the mutants may be equivalent: more, and the operators plant bugs that are none."""
 

@@ -11,16 +11,6 @@ from typing import TypeGuard
 
 import mxref
 
-__all__ = [
-    "KERNELS",
-    "Function",
-    "Place",
-    "Source",
-    "is_for_gpu_tilings",
-    "is_gpu_branch",
-    "read_sources",
-]
-
 KERNELS = Path(mxref.__file__).parent / "kernels"
 """The sources that are mutated."""
 

@@ -15,8 +15,6 @@ from dataclasses import replace
 from mxref.verification.studies.mutation.mutant import Mutant, mutate
 from mxref.verification.studies.mutation.sources import Function, Source, is_for_gpu_tilings, is_gpu_branch
 
-__all__ = ["OPERATORS", "sweep"]
-
 Edit = tuple[ast.expr | ast.stmt, str]
 """A node and the text that replaces it."""
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mxref.verification.checks.registry import why
+from mxref.verification.report.output import markdown_table, new_table
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.session import Fate, Judged, Session
 from mxref.verification.studies.mutation.sources import Source
-
-__all__ = ["as_markdown", "idle", "kills_by_check", "kills_by_kind", "print_list", "print_session"]
 
 Rows = list[list[str]]
 """A table: its header, then its rows."""
@@ -96,8 +94,7 @@ def _page(session: Session, sources: Mapping[str, Source], entry: Mapping[str, A
         f"asked too: «{_FOREIGN}» counts what such checks kill."
     )
     for header, *rows in (kills_by_check(session), kills_by_kind(session)):
-        ruler = ["---", *["---:"] * (len(header) - 1)]
-        yield from ("", *(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)))
+        yield from ("", *markdown_table(header, rows))
     if session.matrix:
         yield from ("", "## Checks that no mutant by hand needs, and why they stay", "")
         yield from (f"- **{check}**: {reason}" for check, reason in idle(session).items())
@@ -119,9 +116,7 @@ def _verdict(session: Session) -> str:
 
 
 def _table(rows: Rows) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == rows[0][0] else "right")
+    table = new_table(rows[0][0], *(f">{column}" for column in rows[0][1:]))
     for row in rows[1:]:
         table.add_row(*(cell if cell != "0" else "·" for cell in row), style="bold" if row[0] == "all" else None)
     return table

@@ -8,8 +8,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-__all__ = ["planted_copy", "unfinished_copy"]
-
 
 @gluon.jit
 def planted_copy(x, y):

@@ -12,8 +12,6 @@ from typing import Any
 from mxref.verification.studies.sanitizers import workload
 from mxref.verification.studies.sanitizers.tools import Report, Tool, read_report
 
-__all__ = ["command", "payload", "watch"]
-
 
 def command(tool: Tool, work: str) -> list[str]:
     """The command line."""

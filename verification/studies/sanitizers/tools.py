@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["DONE", "TOOLS", "Report", "Tool", "read_report"]
-
 DONE = "mxref: all work done"
 """What a watched process prints last; without it, it did not come to its end."""
 

@@ -16,8 +16,6 @@ from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.studies.sanitizers.tools import DONE
 
-__all__ = ["KERNELS", "WORK", "main"]
-
 KERNELS = "kernels"
 _COLUMNS = 4096
 """Wider cases are left out: watched, every access costs a hundred."""

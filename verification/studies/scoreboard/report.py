@@ -1,21 +1,17 @@
-"""A scoreboard as JSON, as Markdown for the README, and in a terminal."""
+"""A scoreboard as plain data, as Markdown, and in a terminal."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from mxref.verification.checks.finding import Status
-from mxref.verification.studies.scoreboard.run import Board, Failure, Row
-
-__all__ = ["as_json", "as_markdown", "print_board", "write"]
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.report.output import markdown_table, new_table, write_json
+from mxref.verification.studies.scoreboard.run import Board, Row
 
 SCHEMA = "mxref.scoreboard/2"
 _SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT_COVERED: "–", Status.PASS: "✓"}
@@ -39,10 +35,11 @@ def as_json(board: Board) -> dict[str, Any]:
                 "package": row.package,
                 "unavailable": row.unavailable or None,
                 "rounding_points": list(row.points),
-                "accumulation": row.accumulation,
-                "seconds": round(row.seconds, 1),
+                "accumulation": str(row.result.accumulation) if row.result else "",
+                "left_out": row.result.left_out if row.result else "",
+                "seconds": round(row.result.seconds, 1) if row.result else 0.0,
                 "counts": {check: {str(status): row.counts(check)[status] for status in Status} for check in checks},
-                "failures": [_failure_json(failure) | {"count": count} for failure, count in row.first_failures()],
+                "failures": [failure.as_json() | {"count": count} for failure, count in row.first_failures()],
             }
             for row in board.rows
         ],
@@ -51,12 +48,9 @@ def as_json(board: Board) -> dict[str, Any]:
 
 def as_markdown(board: Board) -> str:
     """The table, what its signs mean, and the first counterexample of each failure."""
+    cells = [[check, *(cell_text(row, check) for row in board.rows)] for check in board.checks()]
     lines = [
-        f"| check | {' | '.join(_title(row) for row in board.rows)} |",
-        f"|---|{'---|' * len(board.rows)}",
-        *(f"| {check} | {' | '.join(cell_text(row, check) for row in board.rows)} |" for check in board.checks()),
-    ]
-    lines += [
+        *markdown_table(["check", *map(_title, board.rows)], cells, left=1 + len(board.rows)),
         "",
         "✓ judgements that agree with the contract · ≈ only within the order-free bound · ✗ that contradict it · "
         "– not covered. A judgement is one tensor of one case.",
@@ -70,7 +64,7 @@ def as_markdown(board: Board) -> str:
 
 def print_board(board: Board, console: Console) -> None:
     """The table and the first counterexamples."""
-    table = Table("check", box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
+    table = new_table("check")
     for row in board.rows:
         table.add_column(Text.assemble((row.name, "bold"), f"\n{row.package}"))
     for check in board.checks():
@@ -93,7 +87,7 @@ def write(board: Board, folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "scoreboard.json", folder / "scoreboard.md"
-    data.write_text(json.dumps(as_json(board), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(data, as_json(board))
     page.write_text(as_markdown(board), encoding="utf-8")
     return data, page
 
@@ -127,9 +121,9 @@ def _coloured(cell: str) -> Text:
 
 def _failures_markdown(row: Row, board: Board) -> list[str]:
     """An implementation's section: how it is judged, and where it first contradicts the contract."""
-    firsts = row.first_failures()
+    firsts, left_out = row.first_failures(), row.result.left_out if row.result else ""
     reasons = Counter(finding.reason for finding in row.findings if finding.status is Status.NOT_COVERED)
-    if not firsts and not reasons:
+    if not firsts and not reasons and not left_out:
         return []
     lines = ["", f"### {row.name}", ""]
     if row.points:
@@ -138,25 +132,20 @@ def _failures_markdown(row: Row, board: Board) -> list[str]:
     for failure, count in firsts:
         lines.append(f"- ✗ {_headline(failure, count)}")
         lines += [f"  <br>{line}" for line in _details(failure)]
-    return lines
+    return [*lines, *([f"- {left_out}"] if left_out else [])]
 
 
-def _headline(failure: Failure, count: int) -> str:
-    finding = failure.finding
+def _headline(finding: Finding, count: int) -> str:
     others = f" (and {count - 1} more of {finding.check} · {finding.tensor})" if count > 1 else ""
     return f"{finding.check} · {finding.case} · {finding.tensor}: {finding.reason}{others}"
 
 
-def _details(failure: Failure) -> list[str]:
+def _details(finding: Finding) -> list[str]:
     """Input bytes, got, expected."""
-    example = failure.finding.counterexample
+    example = finding.counterexample
     if example is None:
         return []
     where = ", ".join(map(str, example.coordinate))
     accepted = f", accepted [{example.low:.9g}, {example.high:.9g}]" if example.low != example.high else ""
-    got = f"{failure.finding.tensor}[{where}]: got {example.got:.9g}, expected {example.expected:.9g}{accepted}"
-    return [*(f"input {weight}" for weight in failure.weights), got]
-
-
-def _failure_json(failure: Failure) -> dict[str, Any]:
-    return failure.finding.as_json() | {"weights": [vars(weight) for weight in failure.weights]}
+    got = f"{finding.tensor}[{where}]: got {example.got:.9g}, expected {example.expected:.9g}{accepted}"
+    return [*(f"input {weight}" for weight in finding.weights), got]

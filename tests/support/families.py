@@ -1,7 +1,7 @@
 """Every MoE family of the installed transformers, built small and tried: what the kernels cover, and what not and why.
 
-    python -m mxref.kernels.models.families                   print the table family × feature
-    python -m mxref.kernels.models.families docs/models.md    write it between that file's marks
+    python tests/support/families.py                   print the table family × feature
+    python tests/support/families.py docs/models.md    write it between that file's marks
 
 A family is a package of transformers whose modelling code has a class of routed experts. Its experts, MoE blocks and
 causal language model are built with random weights, packed, and compared with the same weights dequantised. Without a
@@ -28,8 +28,6 @@ from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.moe_block import HFScatterMoEGatedMLP
 from mxref.kernels.models.packing import experts_modules, pack_experts
 from mxref.weights import decode_mxfp4
-
-__all__ = ["BEGIN", "END", "HEADER", "dequantise", "families", "row", "small_model", "table"]
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
 HEADER = ("family", "experts", "packed", "HFScatterMoEGatedMLP", "PEFT on the packed model")
@@ -87,9 +85,9 @@ def row(family: str) -> tuple[str, ...]:
     return (
         family,
         ", ".join(experts),
-        _summary({name: _try_experts(module) for name, module in experts.items()}),
-        _summary({name: _try_block(block) for name, block in _blocks(family)}),
-        _summary({name: _try_peft(model) for name, model in _language_models(family)}),
+        _summary(_try_experts, experts),
+        _summary(_try_block, dict(_blocks(family))),
+        _summary(_try_peft, dict(_language_models(family))),
     )
 
 
@@ -123,8 +121,9 @@ def dequantise(dense: nn.Module, packed: nn.Module) -> nn.Module:
     return dense
 
 
-def _summary(outcomes: dict[str, str]) -> str:
-    """One outcome for all, or each with its name."""
+def _summary(attempt: Callable[[nn.Module], str], modules: dict[str, nn.Module | str]) -> str:
+    """The outcome of an attempt, or why it could not be made: one for all modules, or each with its name."""
+    outcomes = {name: m if isinstance(m, str) else attempt(m) for name, m in modules.items()}
     if not outcomes:
         return "none there"
     kinds = list(dict.fromkeys(outcomes.values()))
@@ -171,17 +170,25 @@ def _build(family: str, name: str) -> nn.Module | str:
     further = {key: value for key, value in {"layer_idx": 1, "intermediate_size": 32}.items() if key in wanted}
     reasons = []
     for config_class in _classes(family, "configuration", transformers.PreTrainedConfig).values():
-        try:
-            torch.manual_seed(0)
-            module: nn.Module = module_class(_config(family, config_class), **further)
-        except Exception as error:  # whatever transformers raises is the reason
-            reasons.append(f"not built: {type(error).__name__}: {error}".splitlines()[0])
-        else:
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.is_floating_point():
-                    nn.init.normal_(tensor, std=0.3)
-            return module.requires_grad_(False).eval()
+        module = _made(module_class, family, config_class, **further)
+        if isinstance(module, str):
+            reasons.append(module)
+            continue
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                nn.init.normal_(tensor, std=0.3)
+        return module
     return reasons[-1] if reasons else "not built: there is no configuration"
+
+
+def _made(module_class: Any, family: str, config_class: Any, **further: Any) -> nn.Module | str:
+    """A frozen module for evaluation, or whatever transformers raises: the reason why it is not built."""
+    try:
+        torch.manual_seed(0)
+        module: nn.Module = module_class(_config(family, config_class), **further)
+    except Exception as error:
+        return f"not built: {type(error).__name__}: {error}".splitlines()[0]
+    return module.requires_grad_(False).eval()
 
 
 def _blocks(family: str) -> Iterator[tuple[str, nn.Module | str]]:
@@ -197,21 +204,14 @@ def _language_models(family: str) -> Iterator[tuple[str, nn.Module | str]]:
     for name, item in _classes(family, "modeling", nn.Module).items():
         if not name.endswith("ForCausalLM"):
             continue
-        try:
-            torch.manual_seed(0)
-            model = item(_config(family, item.config_class)).eval().requires_grad_(False)
-        except Exception as error:
-            yield name, f"not built: {type(error).__name__}: {error}".splitlines()[0]
-        else:
-            for parameter_name, parameter in model.named_parameters():
-                if "experts" in parameter_name:
-                    nn.init.normal_(parameter, std=0.3)
-            yield name, model
+        model = _made(item, family, item.config_class)
+        for parameter_name, parameter in [] if isinstance(model, str) else model.named_parameters():
+            if "experts" in parameter_name:
+                nn.init.normal_(parameter, std=0.3)
+        yield name, model
 
 
-def _try_experts(module: nn.Module | str) -> str:
-    if isinstance(module, str):
-        return module
+def _try_experts(module: nn.Module) -> str:
     holder = nn.ModuleDict({"experts": module})
     packed: Any = copy.deepcopy(holder)
     if refusal := _refusal(lambda: pack_experts(packed, rank=0)):
@@ -227,9 +227,7 @@ def _try_experts(module: nn.Module | str) -> str:
     return "yes"
 
 
-def _try_block(block: nn.Module | str) -> str:
-    if isinstance(block, str):
-        return block
+def _try_block(block: nn.Module) -> str:
     hidden = next((m.shape[-1] for name, m in block.named_parameters() if name.endswith("gate_up_proj")), 64)
     x = torch.randn(2, 3, hidden, generator=torch.Generator().manual_seed(2), requires_grad=True)
     try:
@@ -250,11 +248,9 @@ def _try_block(block: nn.Module | str) -> str:
     return "yes"
 
 
-def _try_peft(model: nn.Module | str) -> str:
+def _try_peft(model: nn.Module) -> str:
     import peft
 
-    if isinstance(model, str):
-        return model
     packed = copy.deepcopy(model)
     if refusal := _refusal(lambda: pack_experts(packed, rank=0)):
         return refusal

@@ -1,0 +1,137 @@
+"""What the candidate's own process does: make the candidate and the items from an order, ask, say what was found."""
+
+from __future__ import annotations
+
+import faulthandler
+import resource
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.probe import runs_interpreted
+from mxref.verification.candidates.processes import die_with_parent
+from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.gate.order import Order
+from mxref.verification.gate.plan import Item, slopes_in
+from mxref.verification.gate.result import describe_device
+from mxref.verification.gate.run import judge
+
+
+class Refused(ValueError):  # noqa: N818
+    """The order cannot be carried out as it was given; the message says why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One item as the asking process knows it: its identifier, its checks' names and its case's."""
+
+    id: str
+    checks: tuple[str, ...]
+    case: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the process found before it asked anything; `candidate` without its callables, which stay there."""
+
+    candidate: Candidate
+    how: Accumulation
+    device: str
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The candidate is being asked for an item; or, `compared`, has answered, and the reference is computed."""
+
+    number: int
+    compared: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An item is done."""
+
+    number: int
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault that is not the candidate's."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The process cannot go on."""
+
+    reason: str
+
+
+def elsewhere(**operands: Any) -> Any:
+    """Stands in for a candidate's callables where they are not."""
+    raise RuntimeError("the candidate's callables stay in its own process")
+
+
+def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash: Path) -> None:
+    """Every `step`-th item from `first` on, a message before and after each; a crash's traceback goes to a file."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with crash.open("w") as file:
+        faulthandler.enable(file, all_threads=False)
+        try:
+            candidate = order.candidate()
+            interpreted = runs_interpreted(candidate, order.device)
+            items = order.items(candidate, interpreted)
+        except ValueError as error:
+            send(Refused(str(error)))
+            return
+        how = candidate.accumulation or default_accumulation(order.device)
+        bare = replace(candidate, call=elsewhere, decode=None, configs=None, operators=None)
+        entries = [Entry(item.id, tuple(check.name for check in item.checks), item.name) for item in items]
+        send(Planned(bare, how, describe_device(order.device, interpreted), entries))
+        slopes = slopes_in(items)
+        asked = replace(candidate, accumulation=None) if order.lenient else candidate
+        for number in range(first, len(items), step):
+            if not _judge(send, number, items[number], asked, how, slopes):
+                return
+            items[number] = replace(items[number])  # without its sample, which nobody needs any more
+
+
+def _judge(
+    send: Callable[[Any], None], number: int, item: Item, candidate: Candidate, how: Accumulation, slopes: int
+) -> bool:
+    """One item, and whether another can follow; our own faults are told apart from what the candidate does."""
+    send(Asking(number))
+    try:
+        findings = judge(item, candidate, how, slopes, answered=lambda: send(Asking(number, compared=True)))
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+    except torch.AcceleratorError as error:  # the GPU answers this process no more
+        send(Lost(f"its process could not go on: {str(error).splitlines()[0]}"))
+        return False
+    except Exception as error:
+        send(Fault(f"{item.checks[0].name}, {item.name}: {type(error).__name__}: {error} ({_place(error)})"))
+        findings = []
+    except BaseException as error:  # SIGINT is ignored here: a candidate raised it
+        raised = Finding(item.checks[0].name, item.name, "all", Status.FAIL, f"raised {type(error).__name__}", 0, 0)
+        findings = [item.named(raised)]
+    send(Judged(number, findings))
+    return True
+
+
+def _place(error: BaseException) -> str:
+    """File and line where an error of ours was raised."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return "" if frame is None else f"{Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno}"
