@@ -7,6 +7,7 @@ next to none. That may still be the machine's fault.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -20,9 +21,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["FROM_OUTSIDE", "Ended", "Job", "Limits", "Pool"]
+__all__ = ["FROM_OUTSIDE", "WAITS", "Ended", "Job", "Limits", "Pool", "die_with_parent", "processor_seconds"]
 
-_WAITS = 0.01
+WAITS = 0.01
 """A child that uses less than this part of the time waits; one that computes gets more even on a very busy machine."""
 _TICK = 0.25
 """Seconds between two looks at children that say nothing."""
@@ -159,7 +160,7 @@ def _drain(child: _Child[T]) -> list[Any]:
     try:
         while child.speaks and child.messages.poll():
             messages.append(child.messages.recv())
-            child.heard, child.used = time.monotonic(), _processor_seconds(child.process)
+            child.heard, child.used = time.monotonic(), processor_seconds(child.process)
     except Exception:  # it has closed its end, or died within a message, or sent what nobody can read
         child.speaks = False
     return messages
@@ -168,10 +169,10 @@ def _drain(child: _Child[T]) -> list[Any]:
 def _over_limit(child: _Child[T]) -> tuple[Literal["processor", "silence", ""], float]:
     """The limit that a child exceeds, and what it has taken since it last said something."""
     limits = child.job.limits
-    used, silent = _processor_seconds(child.process) - child.used, time.monotonic() - child.heard
+    used, silent = processor_seconds(child.process) - child.used, time.monotonic() - child.heard
     if used > limits.processor:
         return "processor", used
-    return ("silence", silent) if silent > limits.silence and used < _WAITS * silent else ("", 0.0)
+    return ("silence", silent) if silent > limits.silence and used < WAITS * silent else ("", 0.0)
 
 
 def _end(child: _Child[T]) -> int:
@@ -184,7 +185,7 @@ def _end(child: _Child[T]) -> int:
     return code
 
 
-def _processor_seconds(process: BaseProcess) -> float:
+def processor_seconds(process: BaseProcess) -> float:
     """What a child has used so far, all of its threads together; 0 once it has gone."""
     try:
         text = Path(f"/proc/{process.pid}/stat").read_text()
@@ -192,3 +193,12 @@ def _processor_seconds(process: BaseProcess) -> float:
         return 0.0
     user, system = text.rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def die_with_parent() -> None:
+    """Linux ends this process when its parent is gone, however that came about."""
+    parent = os.getppid()
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mxref.checkpoints import list_expert_tensors
+from mxref.verification.cli import gate_distributed
 from mxref.verification.cli.options import choose_device, seed
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
@@ -42,6 +43,7 @@ examples:
   mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
   mxref gate --weights ./gpt-oss-20b --layers 0 judge on a checkpoint's expert weights
   mxref gate --case 'integer*' --kernel golden  a few cases only; the golden model against itself
+  mxref gate --distributed --step my.py:train_step    judge a training step on 1, 2 and 4 ranks
   mxref gate --kernel my.py:layer --shape 32,2880,5760,256,4,16 --dtype bfloat16    a problem of your own
 
 exit codes: 0 pass, within what is declared by --covers; 1 a failure, or something declined without having been
@@ -96,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TIMEOUT,
         help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times that",
     )
+    gate_distributed.add_arguments(parser)
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
@@ -141,6 +144,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, arguments.require_gpu)
+    gate_distributed.check(arguments)
+    if arguments.distributed:
+        _prepare(arguments.out)
+        return _report(gate_distributed.judge(arguments, device), arguments, device)
     if arguments.record is not None and (device.type != "cuda" or not _own(arguments) or arguments.case):
         raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
     if arguments.accept_baseline is not None and not _own(arguments):
@@ -155,6 +162,12 @@ def _run(arguments: argparse.Namespace) -> int:
         result = _judge(order, arguments)
     except Refused as error:
         raise UsageError(str(error)) from None
+    return _report(result, arguments, device)
+
+
+def _report(result: GateResult, arguments: argparse.Namespace, device: torch.device) -> int:
+    """Print and write what was found; the exit code."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
     accepted = _baseline(result, device, arguments)
     print_result(result, console, verbose=arguments.verbose)
     try:
@@ -187,7 +200,8 @@ def _own(arguments: argparse.Namespace) -> bool:
     """Whether the shipped kernels are judged, as they declare themselves, on drawn cases."""
     a = arguments
     declared = a.points is not None or a.accumulation is not None or a.covers is not None
-    return a.kernel == "shipped" and not declared and a.weights is None and a.shape is None
+    ours = a.kernel == "shipped" and not a.distributed
+    return ours and not declared and a.weights is None and a.shape is None
 
 
 def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:

@@ -7,9 +7,7 @@ in has failed, and another process goes on behind that item.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
-import os
 import resource
 import signal
 import time
@@ -23,7 +21,7 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
+from mxref.verification.candidates.processes import Ended, Job, Limits, Pool, die_with_parent
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
 from mxref.verification.gate.order import Order
@@ -246,7 +244,7 @@ def _elsewhere(**operands: Any) -> Any:
 
 def _work(send: Callable[[Any], None], order: Order, first: int, crash: Path) -> None:
     """The process's own work: items from `first` on, a message before and after each."""
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with crash.open("w") as file:
@@ -293,12 +291,3 @@ def _place(error: BaseException) -> str:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return "" if frame is None else f"{Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno}"
-
-
-def _die_with_parent() -> None:
-    """Linux ends this process when its parent is gone, however that came about."""
-    parent = os.getppid()
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
