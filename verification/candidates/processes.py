@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["FROM_OUTSIDE", "WAITS", "Ended", "Job", "Limits", "Pool", "die_with_parent", "processor_seconds"]
+__all__ = ["FROM_OUTSIDE", "WAITS", "Ended", "Job", "Limits", "Pool", "die_with_parent", "processor_seconds", "thread_seconds"]
 
 WAITS = 0.01
 """A child that uses less than this part of the time waits; one that computes gets more even on a very busy machine."""
@@ -187,8 +187,17 @@ def _end(child: _Child[T]) -> int:
 
 def processor_seconds(process: BaseProcess) -> float:
     """What a child has used so far, all of its threads together; 0 once it has gone."""
+    return _seconds(Path(f"/proc/{process.pid}/stat"))
+
+
+def thread_seconds(process: BaseProcess) -> dict[str, float]:
+    """What each thread of a child has used so far, by its number; empty once the child has gone."""
+    return {thread.name: _seconds(thread / "stat") for thread in Path(f"/proc/{process.pid}/task").glob("*")}
+
+
+def _seconds(stat: Path) -> float:
     try:
-        text = Path(f"/proc/{process.pid}/stat").read_text()
+        text = stat.read_text()
     except OSError:
         return 0.0
     user, system = text.rpartition(")")[2].split()[11:13]

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mxref.verification.candidates.processes import WAITS, Ended, Limits, processor_seconds
+from mxref.verification.candidates.processes import WAITS, Ended, Limits, processor_seconds, thread_seconds
 from mxref.verification.distributed.ranks import Raised, serve
 
 __all__ = ["LIMITS", "Lost", "World", "innermost"]
@@ -155,7 +155,8 @@ class _Watch:
 
     def __init__(self, ranks: Sequence[_Rank], limits: Limits) -> None:
         self._processes, self._limits = [rank.process for rank in ranks], limits
-        self._first = self._marked = [processor_seconds(process) for process in self._processes]
+        self._first = [processor_seconds(process) for process in self._processes]
+        self._marked = [thread_seconds(process) for process in self._processes]
         self._since = time.monotonic()
 
     def hung(self, owing: Sequence[int], hopeless: bool) -> dict[int, str]:
@@ -165,8 +166,7 @@ class _Watch:
         """
         if not owing:
             return {}
-        now = [processor_seconds(process) for process in self._processes]
-        used = {number: now[number] - self._first[number] for number in owing}
+        used = {number: processor_seconds(self._processes[number]) - self._first[number] for number in owing}
         if max(used.values()) > self._limits.processor:
             return {
                 number: f"computed without end: no result in {seconds:.0f} s of processor time"
@@ -175,10 +175,16 @@ class _Watch:
         silent, limit = time.monotonic() - self._since, self._limits.silence
         if silent < (min(_GRACE, limit) if hopeless else limit):
             return {}
-        if all(now[number] - self._marked[number] < WAITS * silent for number in owing):
+        now = [thread_seconds(process) for process in self._processes]
+        if all(self._busiest(number, now[number]) < WAITS * silent for number in owing):
             return dict.fromkeys(owing, f"waited, and used no processor time for {silent:.0f} s")
         self._marked, self._since = now, time.monotonic()
         return {}
+
+    def _busiest(self, number: int, now: dict[str, float]) -> float:
+        """Seconds of the thread that has used most: many that only wake up now and then do nothing together either."""
+        before = self._marked[number]
+        return max((seconds - before.get(thread, 0.0) for thread, seconds in now.items()), default=0.0)
 
 
 def _died(ended: Ended) -> str:
