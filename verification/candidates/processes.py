@@ -21,7 +21,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["FROM_OUTSIDE", "WAITS", "Ended", "Job", "Limits", "Pool", "die_with_parent", "processor_seconds", "thread_seconds"]
+__all__ = [
+    "FROM_OUTSIDE",
+    "WAITS",
+    "Ended",
+    "Job",
+    "Limits",
+    "Pool",
+    "die_with_parent",
+    "processor_seconds",
+    "thread_seconds",
+]
 
 WAITS = 0.01
 """A child that uses less than this part of the time waits; one that computes gets more even on a very busy machine."""
