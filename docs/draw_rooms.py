@@ -28,6 +28,7 @@ ORDER = {
     "kernels/layer": "operands in, gradients out",
     "kernels/compiled": "ahead of time, machine code",
     "kernels/models": "experts, PEFT, transformers",
+    "kernels/parallel": "several GPUs",
     "verification/arithmetic": "accumulation, bounds",
     "verification/cases": "what is asked",
     "verification/candidates": "who answers",

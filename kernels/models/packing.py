@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_biases, read_expert_weights
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
@@ -41,6 +43,11 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
         raise TypeError(f"model is {type(model).__name__}; expected a transformers model")
     if packed := next((name for name, m in model.named_modules() if isinstance(m, PackedExperts)), None):
         raise ValueError(f"{packed} is packed already")
+    if sharded := next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None):
+        raise TypeError(
+            f"{sharded} is sharded over ranks already; pack the experts first, then shard the model: see "
+            "mxref.kernels.parallel.sharding, or mxref.kernels.parallel.transformers for its DistributedConfig"
+        )
     found = {
         name: m
         for name, m in model.named_modules()
@@ -122,8 +129,34 @@ def pack_experts(
             experts.add_lora(rank, alpha, lora_dtype)
         experts.train(module.training)
         model.set_submodule(name, experts)
+    _forget_plans(model, modules)
     _prepare_saving(model, rank, alpha)
     return model
+
+
+def plans_without(model: Any, modules: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """transformers' plans for tensor and expert parallelism without these modules.
+
+    The plans name dense weights. Under them packed experts would stay whole on every rank, and tensor parallelism would
+    add up the ranks' gradients, all of them whole. Without them experts are replicated, and asking for expert
+    parallelism is refused by transformers.
+    """
+    stems = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules}
+    plans = (
+        {name: style for name, style in (plan or {}).items() if not any(_within(name, stem) for stem in stems)}
+        for plan in (model.tp_plan, getattr(model, "ep_plan", None))
+    )
+    tensors, experts = plans
+    return tensors, experts
+
+
+def _forget_plans(model: Any, modules: Iterable[str]) -> None:
+    if hasattr(model, "tp_plan"):
+        model._tp_plan, model._ep_plan = plans_without(model, modules)
+
+
+def _within(name: str, stem: str) -> bool:
+    return name == stem or name.startswith(f"{stem}.")
 
 
 def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:

@@ -2,8 +2,8 @@
 
 They compute what `mxref` defines, in its vocabulary. The data's way: a call's operands become one `Problem`; `layer`
 validates it and starts the kernels of `device`, forward and backward; `models` puts the layer into models of other
-libraries; `compiled` compiles the kernels ahead of time. Set TRITON_INTERPRET=1 before the import to run on CPU
-tensors.
+libraries; `parallel` divides those among ranks; `compiled` compiles the kernels ahead of time. Set TRITON_INTERPRET=1
+before the import to run on CPU tensors.
 """
 
 from mxref.kernels.device.configs import Config, reachable_configs

@@ -1,0 +1,1 @@
+"""Several GPUs: experts in parallel, saving and loading over any number of ranks, and what each rank holds."""

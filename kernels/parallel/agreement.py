@@ -1,0 +1,120 @@
+"""What must be the same on every rank, compared before training; a rank that differs or stays away is named on all."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["WAIT", "check_ranks_agree", "exchange", "failing_together"]
+
+WAIT = 300.0
+"""Seconds that ranks wait for each other unless they are told otherwise."""
+
+_LIBRARIES = ("mxref", "torch", "triton", "transformers", "accelerate", "peft")
+_calls = itertools.count()
+
+
+def check_ranks_agree(model: nn.Module, *, seed: bool = False, wait: float = WAIT) -> None:
+    """Whether all ranks hold the same model; call it before anything is sharded, and again on what is.
+
+    Compared are the versions of libraries, every parameter and buffer by name, shape, dtype and whether it trains, and
+    the values of those that are whole. Sharded ones are compared by their layout.
+
+    Args:
+        model: weights and adapters.
+        seed: compare the states of the CPU's random numbers too, which have to be the same where ranks share tokens.
+        wait: seconds.
+
+    Raises:
+        ValueError: on every rank; which ranks differ, and in what.
+        TimeoutError: on every rank that is there; which ranks are not.
+    """
+    facts = {f"version of {name}": _version(name) for name in _LIBRARIES}
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    facts |= {name: _described(tensor) for name, tensor in tensors}
+    if seed:
+        facts["state of random numbers"] = _digest(torch.get_rng_state())
+    answers = exchange(facts, wait)
+    if different := [name for name in _names(answers) if len({answer.get(name) for answer in answers}) > 1]:
+        shown = "; ".join(_difference(name, answers) for name in different[:3])
+        raise ValueError(f"the ranks differ in {len(different)} things: {shown}")
+
+
+def exchange(facts: Mapping[str, str], wait: float = WAIT) -> list[dict[str, str]]:
+    """Every rank's facts, in the order of ranks; a collective through the store, so that none waits forever.
+
+    Raises:
+        TimeoutError: on every rank that is there; which ranks are not.
+    """
+    store = distributed.distributed_c10d._get_default_store()
+    call, size = next(_calls), distributed.get_world_size()
+    keys = [f"mxref/{call}/{rank}" for rank in range(size)]
+    store.set(keys[distributed.get_rank()], json.dumps(dict(facts)))
+    try:
+        store.wait(keys, timedelta(seconds=wait))
+    except RuntimeError as error:  # what stores raise when time is up
+        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise TimeoutError(f"ranks {absent} of {size} did not come within {wait:g} s; see their own output") from error
+    return [json.loads(store.get(key)) for key in keys]
+
+
+@contextmanager
+def failing_together(wait: float = WAIT) -> Iterator[None]:
+    """What some ranks do alone, such as writing a file: if one of them fails, all do.
+
+    Raises:
+        RuntimeError: on every rank that did not fail itself; which ranks did, and why.
+        TimeoutError: as `exchange`.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    answers = exchange({} if error is None else {"error": f"{type(error).__name__}: {error}"}, wait)
+    if error is not None:
+        raise error
+    if failed := [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if answer]:
+        raise RuntimeError("; ".join(failed))
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _described(tensor: Tensor) -> str:
+    kind = f"{list(tensor.shape)} {tensor.dtype}{' trained' if tensor.requires_grad else ''}"
+    return f"{kind} {tensor.placements}" if isinstance(tensor, DTensor) else f"{kind} {_digest(tensor)}"
+
+
+def _digest(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "no data"
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=6).hexdigest()
+
+
+def _names(answers: list[dict[str, str]]) -> dict[str, None]:
+    return dict.fromkeys(name for answer in answers for name in answer)
+
+
+def _difference(name: str, answers: list[dict[str, Any]]) -> str:
+    """As in: "lm_head.weight: ranks 0, 2 have [48, 64] torch.float32 8a61…, ranks 1 have nothing"."""
+    holders = defaultdict(list)
+    for rank, answer in enumerate(answers):
+        holders[answer.get(name, "nothing")].append(str(rank))
+    return f"{name}: " + ", ".join(f"ranks {', '.join(ranks)} have {what}" for what, ranks in holders.items())

@@ -1,0 +1,87 @@
+"""Ranks that do not fit together, and checkpoints that are not complete: named on every rank, in bounded time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bad_ranks
+import mesh_training
+import pytest
+import world
+
+
+def errors(work: Callable[..., None], ranks: int, *arguments: Any) -> list[str]:
+    """The last line of every rank's error; each must have ended with an exit code that is not 0."""
+    outcomes = world.outcomes_of(work, ranks, *arguments)
+    assert all(outcome.exitcode == 1 for outcome in outcomes), "\n".join(map(str, outcomes))
+    return [outcome.error.strip().rpartition("\n")[2] for outcome in outcomes]
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("weight", "layers.0.experts.down_proj_blocks: ranks 0 have"),
+        ("adapter", "layers.0.experts.gate_up_proj_lora_A: ranks 0 have"),
+        ("zero", "layers.0.experts.gate_up_proj_lora_A: ranks 0 have"),
+        ("name", "extra: ranks 0 have nothing, ranks 1 have [1] torch.float32 trained"),
+        ("trained", "factor: ranks 0 have [64] torch.float32 trained"),
+        ("version", "version of triton: ranks 0 have"),
+        ("seed", "state of random numbers: ranks 0 have"),
+    ],
+)
+def test_ranks_that_differ(what: str, named: str) -> None:
+    for error in errors(bad_ranks.disagree, 2, what):
+        assert error.startswith("ValueError: the ranks differ in 1 things: ")
+        assert named in error
+        assert "ranks 1 have" in error
+
+
+def test_ranks_that_agree() -> None:
+    assert world.run(bad_ranks.disagree, 2, "nothing") == [None, None]
+
+
+def test_a_rank_that_stays_away() -> None:
+    here, gone = world.outcomes_of(bad_ranks.stay_away, 2)
+    assert gone.exitcode == 3
+    assert "TimeoutError: ranks [1] of 2 did not come within 3 s" in here.error
+
+
+def test_a_rank_that_hangs() -> None:
+    """The world of these tests itself: it ends, and says who did not."""
+    waiting, hanging = world.outcomes_of(bad_ranks.hang, 2, collective=2)
+    assert waiting.exitcode == 1
+    assert hanging.failed
+    assert "rank 1 was still running and was ended" in str(hanging)
+
+
+def test_more_ranks_than_experts() -> None:
+    for error in errors(bad_ranks.too_many_ranks, 3):
+        assert "2 experts on 3 ranks make slices of [1, 1, 0], which leave rank 2 without an expert" in error
+
+
+def test_a_mesh_of_two_dimensions_for_experts() -> None:
+    assert all("mesh has 2 dimensions; expected" in error for error in errors(bad_ranks.unsharded_dimensions, 4))
+
+
+def test_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:
+    """Named by the rank that misses it, and on the others with that rank's number."""
+    world.run(mesh_training.train, 2, str(tmp_path), 4, (2,), False, [1.0])
+    for error in errors(bad_ranks.resume, 2, str(tmp_path), 5, True):
+        assert "Size mismatch between saved torch.Size([4, " in error
+    sees, misses = errors(bad_ranks.resume, 2, str(tmp_path), 4, False)
+    assert misses.startswith("FileNotFoundError: ")
+    assert "lacks __1_0.distcp, of 2 files" in misses
+    assert sees.startswith("RuntimeError: rank 1: FileNotFoundError: ")
+    (tmp_path / "__0_0.distcp").unlink()
+    for error in errors(bad_ranks.resume, 4, str(tmp_path), 4, True):
+        assert "lacks __0_0.distcp, of 2 files; copy all ranks' files" in error
+    (tmp_path / ".metadata").unlink()
+    assert all("holds no .metadata" in error for error in errors(bad_ranks.resume, 1, str(tmp_path), 4, True))
+
+
+def test_saving_that_fails_on_rank_0() -> None:
+    failed, told = errors(bad_ranks.full_disk, 2)
+    assert failed == "OSError: No space left on device"
+    assert told == "RuntimeError: rank 0: OSError: No space left on device"

@@ -1,0 +1,84 @@
+"""What one rank does in the tests of bad input: rank 1 is the one that is wrong."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import mesh_training
+import torch
+from parallel_models import integer_experts
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from mxref.kernels.parallel import agreement
+from mxref.kernels.parallel.experts import shard_experts
+from mxref.kernels.parallel.sharding import whole_model
+
+
+def disagree(what: str) -> None:
+    """Compare models that differ in one thing."""
+    model, wrong = mesh_training.Model(4), distributed.get_rank() == 1
+    experts = model.layers[0].experts
+    if what == "weight" and wrong:
+        experts.down_proj_blocks.data[2, 0, 0, 0] ^= 1
+    if what == "adapter" and wrong:
+        experts.gate_up_proj_lora_A.data[0, 0] += 1
+    if what == "zero" and wrong:
+        model.factor.data = torch.where(model.factor == 1, 1.0, 2.0) * 1.0
+        experts.gate_up_proj_lora_A.data[experts.gate_up_proj_lora_A == 0] = -0.0
+    if what == "name" and wrong:
+        model.extra = torch.nn.Parameter(torch.zeros(1))
+    if what == "trained" and wrong:
+        model.factor.requires_grad_(False)
+    if what == "version" and wrong:
+        real = agreement._version
+        agreement._version = lambda name: "0.0.1" if name == "triton" else real(name)
+    torch.manual_seed(5 + wrong if what == "seed" else 5)
+    agreement.check_ranks_agree(model, seed=True, wait=60)
+
+
+def stay_away() -> None:
+    """Rank 1 ends before it is asked."""
+    if distributed.get_rank() == 1:
+        os._exit(3)
+    agreement.check_ranks_agree(mesh_training.Model(4), wait=3)
+
+
+def hang() -> None:
+    """Rank 1 never comes to a collective."""
+    if distributed.get_rank() == 1:
+        time.sleep(600)
+    distributed.barrier()
+
+
+def too_many_ranks() -> None:
+    model = mesh_training.Model(2)
+    shard_experts(model, init_device_mesh("cpu", (distributed.get_world_size(),)))
+
+
+def unsharded_dimensions() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
+    shard_experts(mesh_training.Model(4), mesh)
+
+
+def resume(directory: str, num_experts: int, sees_all: bool) -> None:
+    """Load a checkpoint; with `sees_all` rank 1 alone misses a file of it, as on disks of machines apart."""
+    if not sees_all and distributed.get_rank() == 1:
+        lone = Path(directory) / "seen by rank 1"
+        lone.mkdir()
+        for file in Path(directory).iterdir():
+            if file.is_file() and file.name != "__1_0.distcp":
+                (lone / file.name).symlink_to(file)
+        directory = str(lone)
+    mesh_training.train(directory, num_experts, (distributed.get_world_size(),), True, [])
+
+
+def full_disk() -> None:
+    """What rank 0 does with the whole model fails."""
+    model = torch.nn.ModuleDict({"experts": integer_experts(4)})
+    shard_experts(model, init_device_mesh("cpu", (distributed.get_world_size(),)))
+    with whole_model(model) as here:
+        if here:
+            raise OSError("No space left on device")

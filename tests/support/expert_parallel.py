@@ -1,0 +1,30 @@
+"""What one rank does in the tests of expert parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from parallel_models import Batch, integer_experts
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from mxref.kernels.parallel.experts import ShardedExperts
+
+
+def step(exchange: str, num_experts: int, routings: list[str], tokens: list[int]) -> dict[str, Any]:
+    """One step's output and gradients: this rank's own of x and gates, whole ones of the adapters."""
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    experts = ShardedExperts(integer_experts(num_experts), init_device_mesh("cpu", (size,)), exchange)
+    batches = [Batch.of(i, num_experts, routings[i], tokens[i]) for i in range(len(tokens))]
+    batch = batches[rank] if exchange == "all-to-all" else Batch.joined(batches)
+    out = experts(batch.x, batch.ids, batch.gates)
+    (out * batch.weight).sum().backward()
+    found = {"out": out.detach(), "x": batch.x.grad, "gates": batch.gates.grad}
+    for name, parameter in experts.named_parameters():
+        if "_lora_" in name:
+            found[name] = parameter.grad.full_tensor()
+        else:
+            assert parameter.to_local().shape[0] == experts.owned.sizes[rank]
+            assert parameter.grad is None
+    return {name: torch.clone(value) for name, value in found.items()}

@@ -1,0 +1,86 @@
+"""What one rank does in the tests of experts in parallel under FSDP2, on a mesh of two dimensions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from parallel_models import Batch, integer_experts
+from sharded_training import Layer
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from mxref.kernels.models.adapter_files import save_adapters
+from mxref.kernels.parallel.checkpoints import load_training, save_training
+from mxref.kernels.parallel.sharding import clip_grad_norm_, shard_model, whole_model
+
+MAX_NORM = 64.0
+
+
+class Model(nn.Module):
+    """One layer below a root that has a trained parameter of its own, a factor of what comes in."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(integer_experts(num_experts))])
+        self.factor = nn.Parameter(torch.tensor([2.0, 1.0, 1.0, 2.0]).repeat(16))
+
+    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        out: Tensor = self.layers[0](x * self.factor, ids, gates)
+        return out
+
+
+def model_of(num_experts: int, shape: tuple[int, ...], exchange: str = "all-to-all") -> Any:
+    names = {2: ("fsdp", "ep"), 1: ("ep",)}[len(shape)]
+    mesh, model = init_device_mesh("cpu", shape, mesh_dim_names=names), Model(num_experts)
+    return shard_model(model, mesh, model.layers, exchange, reshard_after_forward=True)
+
+
+def gathered(model: Any) -> dict[str, Tensor]:
+    """On rank 0 the model's whole state, in the layout of one process."""
+    with whole_model(model) as here:
+        return {name: value.clone() for name, value in model.state_dict().items()} if here else {}
+
+
+def step(num_experts: int, shape: tuple[int, ...], exchange: str) -> dict[str, Any]:
+    """One step of SGD: this rank's loss and gradient of x, and on rank 0 the state after it."""
+    rank, model = distributed.get_rank(), model_of(num_experts, shape, exchange)
+    group = rank if exchange == "all-to-all" else rank // shape[-1]  # ranks of one sum have the same tokens
+    batch = Batch.of(group, num_experts)
+    loss = batch.loss(model)
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    found = {"x": batch.x.grad, "loss": loss.detach(), "state": gathered(model)}
+    norm = clip_grad_norm_(model.parameters(), MAX_NORM)
+    return found | {"norm": norm, "clipped": clip_grad_norm_(model.parameters(), MAX_NORM)}
+
+
+def train(
+    directory: str, num_experts: int, shape: tuple[int, ...], resume: bool, scales: list[float]
+) -> dict[str, Tensor]:
+    """Steps of AdamW by multiples of one exact gradient; before them state from `directory`, or after them to it."""
+    model = model_of(num_experts, shape)
+    Batch.of(0, num_experts).loss(model).backward()  # the same tokens on every rank
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained]
+    optimiser = torch.optim.AdamW(trained, lr=0.125)
+    if resume:
+        for parameter in model.parameters():
+            parameter.data.zero_()  # nothing may be left of what is not loaded
+        load_training(directory, model, optimiser)
+    for scale in scales:
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient * scale
+        optimiser.step()
+    if not resume:
+        save_training(directory, model, optimiser)
+    return gathered(model)
+
+
+def save(directory: str, num_experts: int, shape: tuple[int, ...]) -> None:
+    """The adapters under PEFT's names, from however many ranks."""
+    model = model_of(num_experts, shape)
+    with whole_model(model) as here:
+        if here:
+            save_adapters(model, Path(directory))
