@@ -85,5 +85,16 @@ def gathered(shard: Tensor, experts: int, group: ProcessGroup) -> Tensor:
 
 
 if __name__ == "__main__":
-    few = ["--world", "1,2", "--case", "two steps", "--case", "sentinels", "--case", "softmax router"]
-    sys.exit(main(["gate", "--distributed", "--step", f"{__file__}:train_step", "--device", "cpu", *few, *sys.argv[1:]]))
+    few = [
+        "--device",
+        "cpu",
+        "--world",
+        "1,2",
+        "--case",
+        "two steps",
+        "--case",
+        "sentinels",
+        "--case",
+        "softmax router",
+    ]
+    sys.exit(main(["gate", "--distributed", "--step", f"{__file__}:train_step", *few, *sys.argv[1:]]))

@@ -15,11 +15,14 @@ from mxref.verification.distributed.run import Named, run_gate
 from mxref.verification.distributed.world import LIMITS
 from mxref.verification.gate.plan import matches
 from mxref.verification.gate.result import GateResult
-from mxref.verification.studies.steps.honest import Exchanged, Replicated
 
 __all__ = ["add_arguments", "check", "judge"]
 
-_KNOWN = {"exchanged": Exchanged, "replicated": Replicated}
+_KNOWN = {
+    "experts-in-parallel": "mxref.verification.distributed.shipped:ExpertsInParallel",
+    "fully-sharded": "mxref.verification.distributed.shipped:FullySharded",
+    "plain": "mxref.verification.studies.steps.honest:Exchanged",
+}
 _WORLDS = (1, 2, 4)
 _OF_ONE_PROCESS = (
     "points", "accumulation", "covers", "full", "weights", "layers", "experts", "list", "rerun", "shape", "dtype",
@@ -35,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument(
         "--step",
         metavar="SPEC",
-        help="exchanged (default) or replicated, both in plain PyTorch, module:callable or path/to/file.py:callable",
+        help="experts-in-parallel (default) and fully-sharded, this project's; plain, in plain PyTorch; "
+        "module:callable or path/to/file.py:callable",
     )
     ranks.add_argument("--world", metavar="LIST", type=_worlds, help="numbers of ranks (default: 1,2,4; GPUs: as many)")
 
@@ -59,7 +63,7 @@ def judge(arguments: argparse.Namespace, device: torch.device) -> GateResult:
     Raises:
         UsageError: there is no such step, no such case, or fewer GPUs than ranks.
     """
-    spec = arguments.step or "exchanged"
+    spec = arguments.step or next(iter(_KNOWN))
     cases = [case for case in CASES if not arguments.case or matches(case.name, arguments.case)]
     if not cases:
         raise UsageError(f"no case matches; choose from {', '.join(case.name for case in CASES)}")

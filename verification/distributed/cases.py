@@ -23,7 +23,7 @@ class StepCase:
     Attributes:
         name: unique; it also seeds the draw.
         exact: small integers: every sum is exact in any order and any partition; otherwise ordinary numbers, in fp32.
-        experts, K, N, tokens, top_k, rank: sizes; `tokens` over all ranks.
+        experts, K, N, tokens, top_k, rank: sizes; `tokens` over all ranks. K = N, as of a whole block of experts.
         dtype: activation dtype.
         batches: steps, one a batch.
         shares: tokens of each rank: alike; ever more; none on the second rank; all on the last one.
@@ -39,7 +39,7 @@ class StepCase:
     exact: bool = True
     experts: int = 4
     K: int = 64
-    N: int = 16
+    N: int = 64
     tokens: int = 16
     top_k: int = 2
     rank: int = 2
@@ -80,9 +80,9 @@ CASES: Sequence[StepCase] = (
     StepCase("one expert takes all", routing="one_expert"),
     StepCase("an expert twice", routing="duplicates", bias=True),
     StepCase("sentinels", routing="sentinels", bias=True),
-    StepCase("experts that ranks do not divide", experts=5, shares="uneven"),
+    StepCase("experts that ranks do not divide", experts=7, shares="uneven"),
     StepCase("fewer experts than ranks", experts=3, top_k=1),
-    StepCase("every byte", experts=6, routing="empty_experts", every_byte=True),
+    StepCase("every byte", experts=7, routing="empty_experts", every_byte=True),
     StepCase("two groups side by side", groups=2),
     StepCase("bfloat16", dtype=torch.bfloat16),
     StepCase("float16", dtype=torch.float16, shares="uneven"),

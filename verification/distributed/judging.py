@@ -45,18 +45,24 @@ def describe(world: World, make: MakeStep) -> Declared:
 
 
 def judge(world: World, make: MakeStep, declared: Declared, case: StepCase, seed: int) -> list[Finding]:
-    """What the checks find; nothing where the world cannot be dealt to the case's groups.
+    """What the checks find; nothing where the world cannot be dealt to the case's groups, or the step leaves it out.
 
     After a failure the next case gets groups of its own: what a step has left in them must not meet it.
     """
     ranks = case.dealt(world.size)
-    if ranks is None:
+    if ranks is None or _left_out(case, declared, len(ranks[0])):
         return []
     groups, expected = Groups(ranks, world.failures), _expected(case, seed, declared, case.groups, world.size)
     with TemporaryDirectory() as folder:
         findings = _findings(world, make, groups, expected, Path(folder))
     world.failures += not all(finding.ok for finding in findings)
     return findings
+
+
+def _left_out(case: StepCase, declared: Declared, ranks: int) -> bool:
+    """Whether a step declares that it does not support a case; `ranks`: of a group."""
+    few = "experts>=ranks" in declared.covers and case.experts < ranks
+    return few or ("one group" in declared.covers and case.groups > 1)
 
 
 @cache

@@ -21,6 +21,7 @@ attributes of the callable:
                                                      # `arithmetic.reduction`; absent: "float32, any"
     train_step.mxref_load = load                     # folder -> Saved, where the step saves a checkpoint: reads it
                                                      # back in one process, without a group
+    train_step.mxref_covers = "experts>=ranks"       # what it supports of COVERS, separated by commas
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from torch.distributed import ProcessGroup
 
 from mxref.verification.arithmetic.reduction import Reduction, parse_reduction
 
-__all__ = ["Batch", "Declared", "Model", "Saved", "Step", "TrainStep", "Trained", "declared"]
+__all__ = ["COVERS", "Batch", "Declared", "Model", "Saved", "Step", "TrainStep", "Trained", "declared"]
+
+COVERS = {"experts>=ranks": "no rank without an expert", "one group": "no groups that train side by side"}
+"""What a step may declare to support alone, and what it is then not asked about."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +135,12 @@ class TrainStep(Protocol):
 
 @dataclass(frozen=True)
 class Declared:
-    """What a step declares; `saves`: it has a loader for what it saved."""
+    """What a step declares; `saves`: it has a loader for what it saved, `covers`: of `COVERS`, empty for everything."""
 
     loss: Literal["sum", "mean"] = "sum"
     reduction: Reduction = field(default_factory=Reduction)
     saves: bool = False
+    covers: tuple[str, ...] = ()
 
 
 def declared(step: Callable[..., Any]) -> Declared:
@@ -150,4 +155,7 @@ def declared(step: Callable[..., Any]) -> Declared:
         raise ValueError(f"mxref_loss is {loss!r}; expected 'sum' or 'mean'")
     if not isinstance(reduction, str):
         raise ValueError(f"mxref_reduction is {type(reduction).__name__}; expected text such as 'bfloat16, tree'")
-    return Declared(loss, parse_reduction(reduction), callable(getattr(step, "mxref_load", None)))
+    covers = tuple(part.strip() for part in getattr(step, "mxref_covers", "").split(",") if part.strip())
+    if unknown := set(covers) - set(COVERS):
+        raise ValueError(f"mxref_covers holds {sorted(unknown)}; expected some of {', '.join(COVERS)}")
+    return Declared(loss, parse_reduction(reduction), callable(getattr(step, "mxref_load", None)), covers)

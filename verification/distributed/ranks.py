@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from traceback import TracebackException
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -57,16 +58,16 @@ def serve(rank: int, size: int, device_type: str, folder: Path, questions: Conne
                 question = pickle.loads(questions.recv_bytes())
             except EOFError:
                 os._exit(0)  # without taking leave of ranks that may hang
-            questions.send_bytes(pickle.dumps(_answer(question, place)))
+            questions.send_bytes(_answer(question, place))
 
 
-def _answer(question: object, place: Place) -> object:
-    assert callable(question)
+def _answer(question: Any, place: Place) -> bytes:
+    """What a question returns, pickled, or what it or the pickling raised."""
     try:
-        return question(place)
-    except (Exception, SystemExit) as error:
+        return pickle.dumps(question(place))
+    except BaseException as error:  # SIGINT is ignored here: it is the step's, as CheckpointException is
         said = (str(error).strip().splitlines() or [""])[0]
         what = said if isinstance(error, UnusableAnswerError) else f"{type(error).__name__}: {said}"
         told = TracebackException.from_exception(error)
-        told.stack[:] = told.stack[2:]  # ours
-        return Raised(what, "".join(told.format()).strip())
+        told.stack[:] = told.stack[2:] or told.stack  # without ours
+        return pickle.dumps(Raised(what, "".join(told.format()).strip()))

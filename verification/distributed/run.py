@@ -26,15 +26,20 @@ __all__ = ["Named", "run_gate"]
 
 @dataclass(frozen=True)
 class Named:
-    """A step by name: `make` makes it in a rank's process, where alone somebody else's code is imported."""
+    """A step by name: `make` makes it in a rank's process, where alone its code is imported; an instance of a class."""
 
     name: str
     make: MakeStep
 
     @classmethod
-    def of(cls, spec: str, known: Mapping[str, MakeStep]) -> Named:
-        """One that is known by name, or `module:callable` or `path/to/file.py:callable`."""
-        return cls(spec, known.get(spec) or partial(_found, spec, ", ".join(known)))
+    def of(cls, spec: str, known: Mapping[str, str]) -> Named:
+        """`module:callable` or `path/to/file.py:callable`, or a name that is known for one of these."""
+        return cls(spec, partial(_made, known.get(spec, spec), ", ".join(known)))
+
+
+def _made(spec: str, known: str) -> Any:
+    found = _found(spec, known)
+    return found() if isinstance(found, type) else found
 
 
 @cache
@@ -81,6 +86,7 @@ def run_gate(
             declared = describe(world, step.make)
             result.declares = (("loss", declared.loss), ("sums over ranks", str(declared.reduction)))
             result.declares += (("checkpoint", "read back" if declared.saves else "none (no mxref_load)"),)
+            result.narrowed = ", ".join(filter(None, [*declared.covers, narrowed]))
             for case in cases:
                 result.findings += judge(world, step.make, declared, case, seed)
                 on_case(f"{case.name}, {size} ranks")
