@@ -56,8 +56,8 @@ def test_a_narrower_sum_lies_outside() -> None:
 def test_a_named_order_is_tighter_than_any() -> None:
     parts = parts_of(8)
     anyhow, sequence, tree = (radius(parse_reduction(f"bfloat16, {o}"), parts) for o in ("any", "sequence", "tree"))
-    assert float((sequence / anyhow).mean()) < 0.7
-    assert float((tree / sequence).mean()) < 0.9
+    assert bool((sequence < anyhow).all())
+    assert float(tree.mean()) < float(sequence.mean())
 
 
 @pytest.mark.parametrize("text", ["", "float64", "bfloat16, sideways", "bfloat16 tree"])

@@ -185,9 +185,9 @@ class Leaves(Exchanged):
 
 
 @fault("collectives in another order", "visits parameters in the order of a set, which each process has its own of",
-       check="ends", case="two steps")  # fmt: skip
+       check="gradients", case="two steps")  # fmt: skip
 class OtherOrder(Replicated):
-    """One rank sums A where the other one sums B."""
+    """One rank sums A where the other one sums B: the sizes happen to be the same."""
 
     def layer(self, x: Tensor, experts: Tensor, gates: Tensor, dOut: Tensor) -> Results:
         found = super().layer(x, experts, gates, dOut)
