@@ -21,6 +21,7 @@ __all__ = ["add_arguments", "check", "judge"]
 _KNOWN = {
     "experts-in-parallel": "mxref.verification.distributed.shipped:ExpertsInParallel",
     "fully-sharded": "mxref.verification.distributed.shipped:FullySharded",
+    "two-dimensions": "mxref.verification.distributed.shipped:OnTwoDimensions",
     "plain": "mxref.verification.studies.steps.honest:Exchanged",
 }
 _WORLDS = (1, 2, 4)
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument(
         "--step",
         metavar="SPEC",
-        help="experts-in-parallel (default) and fully-sharded, this project's; plain, in plain PyTorch; "
-        "module:callable or path/to/file.py:callable",
+        help="experts-in-parallel (default), fully-sharded or two-dimensions, which are this project's; plain, an "
+        "honest one in plain PyTorch; module:callable or path/to/file.py:callable",
     )
     ranks.add_argument("--world", metavar="LIST", type=_worlds, help="numbers of ranks (default: 1,2,4; GPUs: as many)")
 

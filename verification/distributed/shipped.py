@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from mxref.kernels.models.adapters import LoRA
@@ -26,7 +26,7 @@ from mxref.kernels.parallel.sharding import shard_model
 from mxref.verification.distributed.protocol import Batch, Model, Saved, Step, Trained
 from mxref.weights import MXWeights, encode_mxfp4
 
-__all__ = ["ExpertsInParallel", "FullySharded"]
+__all__ = ["ExpertsInParallel", "FullySharded", "OnTwoDimensions"]
 
 
 class _Block(nn.Module):
@@ -68,8 +68,7 @@ class FullySharded:
     def __call__(self, model: Model, batches: Sequence[Batch], group: ProcessGroup, folder: Path) -> Trained:
         """See `distributed.protocol`."""
         ranks = dist.get_world_size(group)
-        mesh = DeviceMesh.from_group(group, model.packed.device.type, mesh_dim_names=(self.dimension,))
-        block: Any = shard_model(_Block(model), mesh, layers=())
+        block: Any = shard_model(_Block(model), self.mesh(group, model.packed.device.type), layers=())
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         optimiser = torch.optim.SGD(trained, lr=model.learning_rate)
         steps = tuple(_step(block, optimiser, batch, group, ranks) for batch in batches)
@@ -78,6 +77,10 @@ class FullySharded:
         packed, scales = _whole(block.experts.down_proj_blocks).flatten(-2), _whole(block.experts.down_proj_scales)
         router = None if block.router is None else _whole(block.router.detach())
         return Trained(steps, lora_A, lora_B, packed, scales, router)
+
+    def mesh(self, group: ProcessGroup, device_type: str) -> DeviceMesh:
+        """The ranks, in one dimension or two."""
+        return DeviceMesh.from_group(group, device_type, mesh_dim_names=(self.dimension,))
 
     @staticmethod
     def mxref_load(folder: Path) -> Saved:
@@ -94,6 +97,16 @@ class ExpertsInParallel(FullySharded):
     """Experts are divided among the ranks, and tokens travel by all-to-all."""
 
     dimension = "ep"
+
+
+class OnTwoDimensions(FullySharded):
+    """Experts are divided among pairs of ranks, whose parts FSDP2 shards over the pairs."""
+
+    def mesh(self, group: ProcessGroup, device_type: str) -> DeviceMesh:
+        """The whole world: torch makes a mesh's groups together."""
+        ranks = dist.get_world_size(group)
+        pair = 1 if ranks % 2 else 2
+        return init_device_mesh(device_type, (ranks // pair, pair), mesh_dim_names=("fsdp", "ep"))
 
 
 def _step(block: Any, optimiser: torch.optim.Optimizer, batch: Batch, group: ProcessGroup, ranks: int) -> Step:

@@ -43,7 +43,10 @@ def test_what_is_no_answer_is_the_step_s_fault(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("step", "said"),
     [
-        ("nobody", "--step is 'nobody'; expected experts-in-parallel, fully-sharded, plain, module:callable"),
+        (
+            "nobody",
+            "--step is 'nobody'; expected experts-in-parallel, fully-sharded, two-dimensions, plain, module",
+        ),
         ("no.such.module:step", "does not import"),
         (f"{SUMS}:Nothing", "has no 'Nothing'"),
         ("ranks_questions:declares_nonsense", "mxref_reduction is 'float64, sideways'"),
