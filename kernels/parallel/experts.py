@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from mxref.kernels.models.adapters import LoRA
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, Projection, routed_experts
@@ -128,6 +129,8 @@ class ShardedExperts(PackedExperts):
 def shard_experts(model: nn.Module, mesh: DeviceMesh, exchange: str = "all-to-all") -> nn.Module:
     """Divide the packed experts of a model among the ranks of a mesh, in place; returns the same model.
 
+    What is divided is out of reach of a `DistributedDataParallel` around this model, which would copy rank 0's.
+
     Args:
         model: with packed experts, the same on every rank (`check_ranks_agree` tells); PEFT may be on it.
         mesh: one dimension, such as `init_device_mesh("cuda", (2, 4), mesh_dim_names=("fsdp", "ep"))["ep"]`.
@@ -146,4 +149,6 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, exchange: str = "all-to-al
         Owned(module.num_experts, mesh)
     for name, module in packed.items():
         model.set_submodule(name, ShardedExperts(module, mesh, exchange))
+    divided = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)
     return model

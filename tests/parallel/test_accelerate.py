@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import accelerated
 import pytest
@@ -10,14 +11,29 @@ import torch
 import world
 from moe_models import assert_near
 from safetensors.torch import load_file
+from torch import Tensor
 
 RANKS = 2
 
 
-@pytest.mark.parametrize("efficient", [False, True], ids=["loaded by all", "cpu_ram_efficient_loading"])
-@pytest.mark.parametrize("by_peft", [False, True], ids=["own adapters", "PEFT"])
-def test_step(by_peft: bool, efficient: bool) -> None:
-    """A rank's part is what one process computes, and the mean of two is exact but for one rounding."""
+def test_steps() -> None:
+    """Loaded by all ranks or by one, with own adapters or PEFT's. A rank's part is what one process computes, and the
+    mean of two is exact but for one rounding."""
+    ways = [(by_peft, efficient) for by_peft in (False, True) for efficient in (False, True)]
+    for (by_peft, efficient), *runs in zip(ways, *world.run(accelerated.steps, RANKS, ways), strict=True):
+        model, mean = one_process(by_peft)
+        assert len(mean) == (6 if by_peft else 4)
+        for run in runs:
+            assert run["gradients"].keys() == mean.keys()
+            for name, value in mean.items():
+                assert torch.equal(run["gradients"][name], value), (by_peft, efficient, name)
+        assert runs[0]["state"].keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(runs[0]["state"][name], value), (by_peft, efficient, name)
+
+
+def one_process(by_peft: bool) -> tuple[Any, dict[str, Tensor]]:
+    """The model after a step of SGD by the mean of the ranks' gradients, and that mean."""
     own = []
     for rank in range(RANKS):
         model = accelerated.adapted(by_peft)
@@ -27,15 +43,7 @@ def test_step(by_peft: bool, efficient: bool) -> None:
     for name, parameter in model.named_parameters():
         parameter.grad = mean.get(name)
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.125).step()
-    found = world.run(accelerated.step, RANKS, by_peft, efficient)
-    for run in found:
-        assert run["gradients"].keys() == mean.keys()
-        assert len(mean) == (6 if by_peft else 4)
-        for name, value in mean.items():
-            assert torch.equal(run["gradients"][name], value), name
-    assert found[0]["state"].keys() == model.state_dict().keys()
-    for name, value in model.state_dict().items():
-        assert torch.equal(found[0]["state"][name], value), name
+    return model, mean
 
 
 def test_trainer(tmp_path: Path) -> None:

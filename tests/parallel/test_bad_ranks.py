@@ -8,7 +8,6 @@ from typing import Any
 
 import bad_ranks
 import mesh_training
-import pytest
 import world
 
 
@@ -19,27 +18,29 @@ def errors(work: Callable[..., None], ranks: int, *arguments: Any) -> list[str]:
     return [outcome.error.strip().rpartition("\n")[2] for outcome in outcomes]
 
 
-@pytest.mark.parametrize(
-    ("what", "named"),
-    [
-        ("weight", "layers.0.experts.down_proj_blocks: ranks 0 have"),
-        ("adapter", "layers.0.experts.gate_up_proj_lora_A: ranks 0 have"),
-        ("zero", "layers.0.experts.gate_up_proj_lora_A: ranks 0 have"),
-        ("name", "extra: ranks 0 have nothing, ranks 1 have [1] torch.float32 trained"),
-        ("trained", "factor: ranks 0 have [64] torch.float32 trained"),
-        ("version", "version of triton: ranks 0 have"),
-        ("seed", "state of random numbers: ranks 0 have"),
-    ],
-)
-def test_ranks_that_differ(what: str, named: str) -> None:
-    for error in errors(bad_ranks.disagree, 2, what):
-        assert error.startswith("ValueError: the ranks differ in 1 things: ")
-        assert named in error
-        assert "ranks 1 have" in error
+DIFFERENCES = {
+    "weight": "layers.0.experts.down_proj_blocks: ranks 0 have",
+    "adapter": "layers.0.experts.gate_up_proj_lora_A: ranks 0 have",
+    "zero": "layers.0.experts.gate_up_proj_lora_A: ranks 0 have",
+    "name": "extra: ranks 0 have nothing, ranks 1 have [1] torch.float32 trained",
+    "trained": "factor: ranks 0 have [64] torch.float32 trained",
+    "version": "version of triton: ranks 0 have",
+    "seed": "state of random numbers: ranks 0 have",
+}
 
 
-def test_ranks_that_agree() -> None:
-    assert world.run(bad_ranks.disagree, 2, "nothing") == [None, None]
+def test_ranks_that_differ() -> None:
+    """Said on both; nothing is said where nothing differs."""
+    for said in world.run(bad_ranks.disagreements, 2, [*DIFFERENCES, "nothing"]):
+        for error, named in zip(said[:-1], DIFFERENCES.values(), strict=True):
+            assert error.startswith("the ranks differ in 1 things: ")
+            assert named in error
+            assert "ranks 1 have" in error
+        assert not said[-1]
+
+
+def test_ranks_that_differ_end_with_an_error() -> None:
+    assert all(error.startswith("ValueError: the ranks differ") for error in errors(bad_ranks.disagree, 2, "weight"))
 
 
 def test_a_rank_that_stays_away() -> None:
@@ -62,7 +63,7 @@ def test_more_ranks_than_experts() -> None:
 
 
 def test_a_mesh_of_two_dimensions_for_experts() -> None:
-    assert all("mesh has 2 dimensions; expected" in error for error in errors(bad_ranks.unsharded_dimensions, 4))
+    assert all("mesh has 2 dimensions; expected" in error for error in errors(bad_ranks.unsharded_dimensions, 2))
 
 
 def test_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:
     assert "lacks __1_0.distcp, of 2 files" in misses
     assert sees.startswith("RuntimeError: rank 1: FileNotFoundError: ")
     (tmp_path / "__0_0.distcp").unlink()
-    for error in errors(bad_ranks.resume, 4, str(tmp_path), 4, True):
+    for error in errors(bad_ranks.resume, 1, str(tmp_path), 4, True):
         assert "lacks __0_0.distcp, of 2 files; copy all ranks' files" in error
     (tmp_path / ".metadata").unlink()
     assert all("holds no .metadata" in error for error in errors(bad_ranks.resume, 1, str(tmp_path), 4, True))

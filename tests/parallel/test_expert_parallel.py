@@ -8,39 +8,47 @@ import torch
 import world
 from parallel_models import TOKENS, Batch, integer_experts, one_process
 
-CASES = pytest.mark.parametrize(
-    ("ranks", "num_experts", "routings", "tokens"),
-    [
-        pytest.param(2, 4, ["any", "any"], [TOKENS, TOKENS], id="even"),
-        pytest.param(2, 5, ["any", "one"], [TOKENS, 2], id="uneven slices and counts"),
-        pytest.param(2, 3, ["one", "one"], [TOKENS, TOKENS], id="one rank takes all, the other nothing"),
-        pytest.param(2, 4, ["last", "any"], [0, TOKENS], id="a rank without tokens"),
-        pytest.param(4, 7, ["any", "one", "last", "any"], [TOKENS, 1, 3, 0], id="four ranks"),
-    ],
-)
+CASES = {
+    "even": (4, ["any", "any"], [TOKENS, TOKENS]),
+    "uneven slices and counts": (5, ["any", "one"], [TOKENS, 2]),
+    "one rank takes all, the other nothing": (3, ["one", "one"], [TOKENS, TOKENS]),
+    "a rank without tokens": (4, ["last", "any"], [0, TOKENS]),
+    "four ranks": (7, ["any", "one", "last", "any"], [TOKENS, 1, 3, 0]),
+}
+"""Number of experts, and for each rank where its tokens go and how many there are."""
+
+RANKS = pytest.mark.parametrize("ranks", [2, 4])
 
 
-@CASES
-def test_all_to_all(ranks: int, num_experts: int, routings: list[str], tokens: list[int]) -> None:
+def _expected(num_experts: int, routings: list[str], tokens: list[int]) -> dict[str, torch.Tensor]:
+    batches = [Batch.of(i, num_experts, routings[i], tokens[i]) for i in range(len(tokens))]
+    found = one_process(integer_experts(num_experts), Batch.joined(batches))
+    assert all(value.any() for value in found.values())
+    return found
+
+
+@RANKS
+def test_all_to_all(ranks: int) -> None:
     """x and gates have the gradient of their own loss, adapters the mean over ranks: sums exact, n a power of two."""
-    batches = [Batch.of(i, num_experts, routings[i], tokens[i]) for i in range(ranks)]
-    expected = one_process(integer_experts(num_experts), Batch.joined(batches))
-    found = world.run(expert_parallel.step, ranks, "all-to-all", num_experts, routings, tokens)
-    for name in ("out", "x", "gates"):
-        assert torch.equal(torch.cat([rank[name] for rank in found]), expected[name]), name
-        assert expected[name].any()
-    for name in expected.keys() - {"out", "x", "gates"}:
-        assert expected[name].any()
-        for rank in found:
-            assert torch.equal(rank[name] * ranks, expected[name]), name
+    cases = {name: case for name, case in CASES.items() if len(case[2]) == ranks}
+    found = world.run(expert_parallel.steps, ranks, "all-to-all", list(cases.values()))
+    for (case, arguments), *runs in zip(cases.items(), *found, strict=True):
+        expected = _expected(*arguments)
+        for name in ("out", "x", "gates"):
+            assert torch.equal(torch.cat([run[name] for run in runs]), expected[name]), (case, name)
+        for name in expected.keys() - {"out", "x", "gates"}:
+            for run in runs:
+                assert torch.equal(run[name] * ranks, expected[name]), (case, name)
 
 
-@CASES
-def test_sum_over_ranks(ranks: int, num_experts: int, routings: list[str], tokens: list[int]) -> None:
+@RANKS
+def test_sum_over_ranks(ranks: int) -> None:
     """Every rank has the gradients of the whole batch, and nobody divides."""
-    batches = [Batch.of(i, num_experts, routings[i], tokens[i]) for i in range(ranks)]
-    expected = one_process(integer_experts(num_experts), Batch.joined(batches))
-    for rank in world.run(expert_parallel.step, ranks, "sum", num_experts, routings, tokens):
-        assert rank.keys() == expected.keys()
-        for name, value in expected.items():
-            assert torch.equal(rank[name], value), name
+    cases = {name: case for name, case in CASES.items() if len(case[2]) == ranks}
+    found = world.run(expert_parallel.steps, ranks, "sum", list(cases.values()))
+    for (case, arguments), *runs in zip(cases.items(), *found, strict=True):
+        expected = _expected(*arguments)
+        for run in runs:
+            assert run.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(run[name], value), (case, name)

@@ -49,6 +49,11 @@ def loss_of(model: Any, rank: int) -> Tensor:
     return loss
 
 
+def steps(ways: list[tuple[bool, bool]]) -> list[dict[str, Any]]:
+    """One step of each way."""
+    return [step(*way) for way in ways]
+
+
 def step(by_peft: bool, efficient: bool) -> dict[str, Any]:
     """One step of SGD under the plugin: the loss, the gradients, and on rank 0 the model after it."""
     plugin = FullyShardedDataParallelPlugin(

@@ -12,6 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from mxref.kernels.parallel.experts import ShardedExperts
 
 
+def steps(exchange: str, cases: list[tuple[int, list[str], list[int]]]) -> list[dict[str, Any]]:
+    """One step of each case."""
+    return [step(exchange, *case) for case in cases]
+
+
 def step(exchange: str, num_experts: int, routings: list[str], tokens: list[int]) -> dict[str, Any]:
     """One step's output and gradients: this rank's own of x and gates, whole ones of the adapters."""
     rank, size = distributed.get_rank(), distributed.get_world_size()

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moe_models import tiny_gpt_oss
 from parallel_models import Batch, integer_experts
 from sharded_training import Layer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from mxref.kernels.models.adapter_files import save_adapters
+from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.saving import save_packed_model
 from mxref.kernels.parallel.checkpoints import load_training, save_training
 from mxref.kernels.parallel.sharding import clip_grad_norm_, shard_model, whole_model
 
@@ -41,6 +44,11 @@ def gathered(model: Any) -> dict[str, Tensor]:
     """On rank 0 the model's whole state, in the layout of one process."""
     with whole_model(model) as here:
         return {name: value.clone() for name, value in model.state_dict().items()} if here else {}
+
+
+def steps(num_experts: int, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """One step by each exchange."""
+    return {exchange: step(num_experts, shape, exchange) for exchange in ("all-to-all", "sum")}
 
 
 def step(num_experts: int, shape: tuple[int, ...], exchange: str) -> dict[str, Any]:
@@ -78,9 +86,23 @@ def train(
     return gathered(model)
 
 
-def save(directory: str, num_experts: int, shape: tuple[int, ...]) -> None:
-    """The adapters under PEFT's names, from however many ranks."""
-    model = model_of(num_experts, shape)
+def save(directory: str, shape: tuple[int, ...]) -> None:
+    """A packed gpt-oss of three experts and its adapters under PEFT's names, from however many ranks."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "ep")[-len(shape) :])
+    model = packed_gpt_oss()
+    shard_model(model, mesh, model.model.layers)
+    loss = model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss
+    loss.backward()  # saving finds the model as it is after a step, gathered in part
     with whole_model(model) as here:
         if here:
-            save_adapters(model, Path(directory))
+            save_packed_model(model, Path(directory))
+            save_adapters(model, Path(directory) / "adapters")
+
+
+def packed_gpt_oss() -> Any:
+    model: Any = pack_experts(tiny_gpt_oss(), rank=2)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return model

@@ -50,6 +50,11 @@ def whole(model: nn.Module, of_gradients: bool = False) -> dict[str, Tensor]:
     return {name: tensor.full_tensor().clone() for name, tensor in tensors.items() if tensor is not None}
 
 
+def steps(options: list[dict[str, bool]]) -> list[dict[str, Any]]:
+    """One step under each of these options."""
+    return [step(**one) for one in options]
+
+
 def step(mixed: bool = False, accumulate: bool = False, recompute: bool = False) -> dict[str, Any]:
     """One step of SGD on this rank's tokens, of two batches if accumulated: what it leaves."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else None
@@ -69,6 +74,28 @@ def step(mixed: bool = False, accumulate: bool = False, recompute: bool = False)
     return {
         "gradients": gradients, "norm": norm.full_tensor(), "clipped": clipped, "held": held, "state": whole(model)
     }  # fmt: skip
+
+
+def gathered_at_a_time(layers: int) -> list[int]:
+    """How many of these layers' experts are gathered whenever one of them computes, forward and backward."""
+    model = nn.Sequential(*(Layer(integer_experts(EXPERTS)) for _ in range(layers)))
+    mesh, counts = init_device_mesh("cpu", (distributed.get_world_size(),)), list[int]()
+    for part in model:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+
+    def count(*_: Any) -> None:
+        counts.append(sum(not isinstance(part.experts.gate_up_proj_blocks, DTensor) for part in model))
+
+    for part in model:
+        part.experts.register_forward_hook(count)
+        part.experts.register_full_backward_pre_hook(count)
+    batch = Batch.of(0, EXPERTS)
+    x = batch.x
+    for part in model:
+        x = part(x, batch.ids, batch.gates)
+    x.sum().backward()
+    return counts
 
 
 def train(directory: str, resume: bool, steps: list[int]) -> dict[str, Tensor]:
