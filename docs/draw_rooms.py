@@ -34,6 +34,7 @@ ORDER = {
     "verification/candidates": "who answers",
     "verification/checks": "what must hold",
     "verification/gate": "chooses, adds up",
+    "verification/distributed": "steps over several ranks",
     "verification/report": "pages and plots",
     "verification/studies": "is the gate itself right?",
     "verification/bench": "how fast",

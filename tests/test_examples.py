@@ -25,13 +25,19 @@ def run(name: str, *arguments: str | Path) -> str:
 
 
 def test_every_example_is_run_here() -> None:
-    tested = {"judge_my_kernel.py", "pack_checkpoint.py", "finetune_gpt_oss.py"}
+    tested = {"judge_my_kernel.py", "judge_my_step.py", "pack_checkpoint.py", "finetune_gpt_oss.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_judge_my_kernel(tmp_path: Path) -> None:
     out = run("judge_my_kernel.py", "--out", tmp_path)
     assert "gates=none" in out
+    assert "PASS" in out
+    assert (tmp_path / "gate.html").is_file()
+
+
+def test_judge_my_step(tmp_path: Path) -> None:
+    out = run("judge_my_step.py", "--out", tmp_path)
     assert "PASS" in out
     assert (tmp_path / "gate.html").is_file()
 

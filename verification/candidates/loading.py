@@ -28,16 +28,7 @@ def load(spec: str) -> Candidate:
     Raises:
         ValueError: the module, file or callable cannot be found or imported, or its declaration is not understood.
     """
-    source, _, attribute = spec.rpartition(":")
-    if not source or not attribute:
-        raise ValueError(f"--kernel is {spec!r}; expected module:callable or path/to/file.py:callable")
-    target: Any = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
-    for name in attribute.split("."):
-        if not hasattr(target, name):
-            raise ValueError(f"--kernel {spec}: {source} has no {attribute!r}")
-        target = getattr(target, name)
-    if not callable(target):
-        raise ValueError(f"--kernel {spec}: {attribute} is {type(target).__name__}; expected a callable")
+    target = find(spec, "--kernel", "shipped, golden, composite")
     candidate = Candidate(
         spec, target, decode=getattr(target, "mxref_decode", None), configs=getattr(target, "mxref_configs", None)
     )
@@ -45,6 +36,30 @@ def load(spec: str) -> Candidate:
         getattr(target, f"mxref_{name}", None) for name in ("points", "accumulation", "covers")
     )
     return declare(candidate, points, accumulation, covers)
+
+
+def find(spec: str, option: str, known: str) -> Any:
+    """A callable from `module:callable` or `path/to/file.py:callable`; see `load`.
+
+    Args:
+        spec: where it is.
+        option: of the command line, for messages.
+        known: names that the option takes besides, for messages.
+
+    Raises:
+        ValueError: it cannot be found or imported.
+    """
+    source, _, attribute = spec.rpartition(":")
+    if not source or not attribute:
+        raise ValueError(f"{option} is {spec!r}; expected {known}, module:callable or path/to/file.py:callable")
+    target: Any = _load_file(Path(source), option) if source.endswith(".py") else _load_module(source, option)
+    for name in attribute.split("."):
+        if not hasattr(target, name):
+            raise ValueError(f"{option} {spec}: {source} has no {attribute!r}")
+        target = getattr(target, name)
+    if not callable(target):
+        raise ValueError(f"{option} {spec}: {attribute} is {type(target).__name__}; expected a callable")
+    return target
 
 
 def declare(
@@ -80,9 +95,9 @@ def declare(
     return candidate if accumulation is None else replace(candidate, accumulation=accumulation)
 
 
-def _load_file(path: Path) -> ModuleType:
+def _load_file(path: Path, option: str) -> ModuleType:
     if not path.is_file():
-        raise ValueError(f"--kernel: no file {path}")
+        raise ValueError(f"{option}: no file {path}")
     sys.path.append(str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(f"_mxref_candidate_{path.stem}", path)
     assert spec is not None
@@ -92,13 +107,13 @@ def _load_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--kernel: {path} does not import: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{option}: {path} does not import: {type(error).__name__}: {error}") from error
     return module
 
 
-def _load_module(name: str) -> ModuleType:
+def _load_module(name: str, option: str) -> ModuleType:
     sys.path.append(str(Path.cwd()))
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--kernel: module {name} does not import: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{option}: module {name} does not import: {type(error).__name__}: {error}") from error

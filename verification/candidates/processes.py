@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-_WAITS = 0.01
+WAITS = 0.01
 """A child that uses less than this part of the time waits; one that computes gets more even on a very busy machine."""
 _TICK = 0.25
 """Seconds between two looks at children that say nothing."""
@@ -158,7 +158,7 @@ def _drain(child: _Child[T]) -> list[Any]:
     try:
         while child.speaks and child.messages.poll():
             messages.append(child.messages.recv())
-            child.heard, child.used = time.monotonic(), _processor_seconds(child.process)
+            child.heard, child.used = time.monotonic(), processor_seconds(child.process)
     except Exception:  # it has closed its end, or died within a message, or sent what nobody can read
         child.speaks = False
     return messages
@@ -167,10 +167,10 @@ def _drain(child: _Child[T]) -> list[Any]:
 def _over_limit(child: _Child[T]) -> tuple[Literal["processor", "silence", ""], float]:
     """The limit that a child exceeds, and what it has taken since it last said something."""
     limits = child.job.limits
-    used, silent = _processor_seconds(child.process) - child.used, time.monotonic() - child.heard
+    used, silent = processor_seconds(child.process) - child.used, time.monotonic() - child.heard
     if used > limits.processor:
         return "processor", used
-    return ("silence", silent) if silent > limits.silence and used < _WAITS * silent else ("", 0.0)
+    return ("silence", silent) if silent > limits.silence and used < WAITS * silent else ("", 0.0)
 
 
 def _end(child: _Child[T]) -> int:
@@ -183,10 +183,19 @@ def _end(child: _Child[T]) -> int:
     return code
 
 
-def _processor_seconds(process: BaseProcess) -> float:
+def processor_seconds(process: BaseProcess) -> float:
     """What a child has used so far, all of its threads together; 0 once it has gone."""
+    return _seconds(Path(f"/proc/{process.pid}/stat"))
+
+
+def thread_seconds(process: BaseProcess) -> dict[str, float]:
+    """What each thread of a child has used so far, by its number; empty once the child has gone."""
+    return {thread.name: _seconds(thread / "stat") for thread in Path(f"/proc/{process.pid}/task").glob("*")}
+
+
+def _seconds(stat: Path) -> float:
     try:
-        text = Path(f"/proc/{process.pid}/stat").read_text()
+        text = stat.read_text()
     except OSError:
         return 0.0
     user, system = text.rpartition(")")[2].split()[11:13]

@@ -20,6 +20,7 @@ COMMANDS = {
     "scoreboard": "judge implementations from elsewhere by the gate's checks",
     "mutants": "plant bugs in the kernels and see whether the checks notice",
     "calls": "judge a layer with planted bugs of how it is called: the checks must reject each",
+    "steps": "judge training steps on several ranks with planted mistakes: the checks must name each",
     "honest": "judge implementations that are right: no check may reject one",
     "sanitize": "run the kernels under compute-sanitizer and Triton's ConSan (needs a GPU)",
     "inspect": "count the blocks of a packed checkpoint",

@@ -8,6 +8,7 @@ examples:
   mxref gate --kernel my_kernels.py:my_layer    judge your own differentiable callable
   mxref gate --weights ./gpt-oss-20b --layers 0 judge on a checkpoint's expert weights
   mxref gate --case 'integer*' --kernel golden  a few cases only; the golden model against itself
+  mxref gate --distributed --step my.py:train_step    judge a training step on 1, 2 and 4 ranks
   mxref gate --kernel my.py:layer --shape 32,2880,5760,256,4,16 --dtype bfloat16    a problem of your own
 
 exit codes: 0 pass, within what is declared by --covers; 1 a failure, or something declined without having been
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mxref.verification.cli import options
+from mxref.verification.cli import gate_distributed, options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TIMEOUT,
         help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times that",
     )
+    gate_distributed.add_arguments(parser)
     where = parser.add_argument_group("where")
     options.add_device(where)
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
@@ -127,6 +129,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     device = options.choose_device(arguments.device, arguments.require_gpu)
+    gate_distributed.check(arguments)
+    if arguments.distributed:
+        _prepare(arguments.out)
+        return _report(gate_distributed.judge(arguments, device), arguments, device)
     if arguments.record is not None and (device.type != "cuda" or not _own(arguments) or arguments.case):
         raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
     if arguments.accept_baseline is not None and not _own(arguments):
@@ -141,6 +147,12 @@ def _run(arguments: argparse.Namespace) -> int:
         result = _judge(order, arguments)
     except Refused as error:
         raise UsageError(str(error)) from None
+    return _report(result, arguments, device)
+
+
+def _report(result: GateResult, arguments: argparse.Namespace, device: torch.device) -> int:
+    """Print and write what was found; the exit code."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
     accepted = _baseline(result, device, arguments)
     print_result(result, console, verbose=arguments.verbose)
     try:
@@ -167,7 +179,8 @@ def _own(arguments: argparse.Namespace) -> bool:
     """Whether the shipped kernels are judged, as they declare themselves, on drawn cases."""
     a = arguments
     declared = a.points is not None or a.accumulation is not None or a.covers is not None
-    return a.kernel == "shipped" and not declared and a.weights is None and a.shape is None
+    ours = a.kernel == "shipped" and not a.distributed
+    return ours and not declared and a.weights is None and a.shape is None
 
 
 def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:

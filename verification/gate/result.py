@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -13,7 +14,7 @@ from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Finding, Status
-from mxref.verification.checks.registry import BASELINE, STATE
+from mxref.verification.checks.registry import BASELINE, STATE, why
 
 
 @dataclass
@@ -35,6 +36,8 @@ class GateResult:
         command: that asks again, up to the identifier of an item; empty where there is none.
         left_out: what could not be asked, and why, in a sentence.
         faults: that are not the candidate's, one line each.
+        declares: what the candidate declares, by name and in words; where empty, its rounding points and accumulation.
+        why: name -> why, of every check that may have been asked.
     """
 
     candidate: Candidate
@@ -51,6 +54,8 @@ class GateResult:
     command: str = ""
     left_out: str = ""
     faults: list[str] = field(default_factory=list)
+    declares: tuple[tuple[str, str], ...] = ()
+    why: Mapping[str, str] = field(default_factory=why)
 
     @property
     def samples(self) -> list[ErrorSample]:

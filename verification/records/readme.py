@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mxref.verification.bench.summary import summary
 from mxref.verification.checks.registry import BASELINE, CHECKS, STATE
+from mxref.verification.distributed.registry import CHECKS as STEP_CHECKS
+from mxref.verification.distributed.registry import ENDS
 from mxref.verification.records.freshness import State, survey
 from mxref.verification.records.record import EVIDENCE, KINDS
 from mxref.verification.report.output import markdown_table
@@ -17,7 +19,7 @@ README = EVIDENCE.parent.parent / "README.md"
 def blocks(root: Path = EVIDENCE) -> dict[str, str]:
     """Markdown by name, from the list of checks and the records alone: the same on every machine."""
     states = survey(root)
-    parts = {"checks": _checks(), "records": _records(states), "bench": _speed(states)}
+    parts = {"checks": _checks(), "steps": _step_checks(), "records": _records(states), "bench": _speed(states)}
     return {name: "\n".join(lines) for name, lines in parts.items()}
 
 
@@ -51,6 +53,11 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 def _checks() -> Iterator[str]:
     rows = [[check.name, check.why, check.asked] for check in (*CHECKS, STATE, BASELINE)]
     yield from markdown_table(["check", "what it sees", "who is asked"], rows, left=3)
+
+
+def _step_checks() -> Iterator[str]:
+    rows = [[check.name, check.why] for check in (ENDS, *STEP_CHECKS)]
+    yield from markdown_table(["check", "what it sees"], rows, left=2)
 
 
 def _records(states: list[State]) -> Iterator[str]:

@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 
 from mxref.verification.checks.finding import DriftMap, Finding, Status
-from mxref.verification.checks.registry import why
 from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
@@ -100,7 +99,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
             "seconds": round(result.seconds, 2),
             "versions": result.versions,
         },
-        "checks": why(),
+        "checks": dict(result.why),
         "causes": [_cause_json(cause, result.command) for cause in causes(result.findings)],
         "drift": [_map_json(drift) for drift in result.maps],
         "findings": [finding.as_json() for finding in result.findings],
@@ -128,7 +127,7 @@ def as_html(result: GateResult) -> str:
         headline=headline(result),
         counts=[(status, result.counts()[status]) for status in Status],
         facts=facts(result),
-        checks=why(),
+        checks=result.why,
         matrices=_matrices(result.findings),
         causes=found[:_SHOWN],
         more_causes=max(0, len(found) - _SHOWN),
@@ -184,8 +183,7 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
     return [
         ("candidate", candidate.name),
         ("device", result.device),
-        ("rounding points", points),
-        ("accumulation", accumulation),
+        *(result.declares or (("rounding points", points), ("accumulation", accumulation))),
         ("covers", str(candidate.covers) or "everything"),
         ("suite", f"{result.suite}, seed {result.seed}" + (", strict" if result.strict else "")),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),

@@ -1,0 +1,82 @@
+"""A world of ranks: answers, and every way in which a rank can keep one back. Nothing here waits for a clock alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from ranks_questions import Ask, ManyGroups
+
+from mxref.verification.candidates.processes import Limits
+from mxref.verification.distributed.ranks import Raised
+from mxref.verification.distributed.world import Lost, World, innermost
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with World(3, limits=Limits(processor=60.0, silence=2.0)) as world:
+        yield world
+
+
+def ask(world: World, what: str) -> list[object]:
+    return world.ask([Ask(what)] * 3)
+
+
+def test_ranks_answer_again_and_again(world: World) -> None:
+    assert ask(world, "") == [3.0, 3.0, 3.0]
+    assert ask(world, "") == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [("exits", "ended itself, exit 0"), ("is_killed", "was killed (SIGKILL)"), ("faults", "crashed (SIGSEGV)")],
+)
+def test_a_rank_that_dies_is_named_and_the_next_question_gets_a_new_world(world: World, what: str, how: str) -> None:
+    answers = ask(world, what)
+    assert isinstance(answers[1], Lost)
+    assert answers[1].how.startswith(how)
+    assert all(isinstance(answers[rank], Lost | Raised) for rank in (0, 2))
+    assert ask(world, "") == [3.0, 3.0, 3.0]
+
+
+def test_ranks_that_wait_for_one_that_has_gone_on_say_where(world: World) -> None:
+    answers = ask(world, "returns")
+    assert answers[1] == "early"
+    for rank in (0, 2):
+        lost = answers[rank]
+        assert isinstance(lost, Lost)
+        assert lost.how.startswith("waited")
+        assert "all_reduce" in lost.trace
+        assert innermost(lost.trace).startswith("ranks_questions.py, line")
+
+
+def test_waiting_is_noticed_beside_the_threads_of_many_groups(world: World) -> None:
+    assert world.ask([ManyGroups(25)] * 3) == [25, 25, 25]
+    assert isinstance(ask(world, "returns")[0], Lost)
+
+
+def test_what_a_rank_raises_is_told(world: World) -> None:
+    answers = ask(world, "raises")
+    assert isinstance(answers[1], Raised)
+    assert answers[1].what == "ValueError: three is too many"
+    assert "ranks_questions.py" in answers[1].trace
+    assert all(isinstance(answers[rank], Lost) for rank in (0, 2))
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_of_that_rank(world: World) -> None:
+    assert isinstance(ask(world, "returns_what_nobody_can_send")[1], Raised)
+
+
+def test_a_rank_that_computes_without_end_is_named() -> None:
+    with World(2, limits=Limits(processor=1.0, silence=60.0)) as world:
+        first, second = world.ask([Ask("spins")] * 2)
+    assert isinstance(second, Lost)
+    assert second.how.startswith("computed without end")
+    assert isinstance(first, Lost)
+    assert first.how == "waited meanwhile"
+
+
+def test_a_rank_that_takes_its_time_is_waited_for() -> None:
+    """However slow the machine is: what counts is that it computes."""
+    with World(2, limits=Limits(processor=60.0, silence=0.5)) as world:
+        assert world.ask([Ask("computes")] * 2) == [1.0, "late"]

@@ -1,0 +1,1 @@
+"""Steps over several ranks: what they are asked, how ranks are run, and what must hold."""

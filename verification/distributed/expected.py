@@ -1,0 +1,126 @@
+"""What a step must give, of the golden model on one process: exact values, or intervals for every element.
+
+Intervals hold for fp32 in any order and any partition of the local sums, whichever rank takes which terms; what the sum
+over ranks adds is derived for the dtype and order that the step declares (`arithmetic.reduction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from mxref.scattermoe import RoundingPoints, backward, forward
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, U, gamma
+from mxref.verification.arithmetic.bounds import Estimate, Interval, intervals
+from mxref.verification.arithmetic.reduction import Reduction
+from mxref.verification.distributed.fixtures import Fixture, absolute, problem_of, shared, updated
+from mxref.verification.distributed.protocol import Batch, Declared, Model
+from mxref.verification.distributed.router import Gates
+
+__all__ = ["LOCAL", "REDUCED", "Expected"]
+
+LOCAL = ("Y", "dX", "dgates")
+"""Results of each rank's own tokens."""
+REDUCED = ("dA", "dB", "drouter")
+"""Results that every rank has whole."""
+_SCALINGS = gamma(3)
+"""1/tokens is rounded, multiplied with, and that may happen to targets or to gradients."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What honest ranks answer to a fixture.
+
+    Attributes:
+        fixture: what was asked.
+        shares: tokens of each rank of the group.
+        declared: by the step.
+    """
+
+    fixture: Fixture
+    shares: Sequence[int]
+    declared: Declared
+
+    @cached_property
+    def steps(self) -> list[dict[str, Interval]]:
+        """What is accepted of each step, whole, tokens in the order of ranks."""
+        fixture = self.fixture
+        if not fixture.case.exact:
+            return [self._accepted(batch) for batch in fixture.batches]
+        model, steps = fixture.model, []
+        for batch in fixture.batches:
+            values = _exact(model, batch, fixture.scale)
+            steps.append({name: Interval(value, value, value) for name, value in values.items()})
+            model = updated(model, values["dA"], values["dB"])
+        return steps
+
+    def _accepted(self, batch: Batch) -> dict[str, Interval]:
+        model, scale = self.fixture.model, self.fixture.scale
+        whole = _estimates(model, batch, scale)
+        parts = [_estimates(model, part, scale) for part in shared(batch, self.shares)]
+        accepted = {}
+        for name, (estimate, magnitude) in whole.items():
+            radius = estimate.radius
+            if name not in LOCAL:
+                sums = self.declared.reduction if name in REDUCED else Reduction()  # the loss is summed in fp32
+                radius = sums.radius(estimate, magnitude, [part[name][0] for part in parts])
+            centre = estimate.centre
+            accepted[name] = Interval(centre - radius, centre + radius, centre, radius)
+        return accepted
+
+
+def _exact(model: Model, batch: Batch, scale: float) -> dict[str, Tensor]:
+    """The results of a batch whose sums are all exact: fp64."""
+    problem, dOut = problem_of(model, batch), batch.targets * scale
+    points = RoundingPoints.contract(problem.dtype)
+    fwd = forward(problem, points)
+    bwd = backward(problem, fwd, dOut, points)
+    found = {"Y": fwd.out, "dX": bwd.dx, "dgates": bwd.dgates, "dA": bwd.dA, "dB": bwd.dB}
+    values = {name: point.value for name, point in found.items() if point is not None}
+    return {"loss": scale * (fwd.out.value * batch.targets.double()).sum(), **values}
+
+
+def _estimates(model: Model, batch: Batch, scale: float) -> dict[str, tuple[Estimate, Tensor]]:
+    """Each result of fp32 arithmetic in any order, and the sum of its terms' magnitudes: fp64."""
+    router = None if model.router is None else Gates(batch.x.double(), model.router.double(), batch.experts)
+    problem = problem_of(model, batch, None if router is None else router.gates.float())
+    dOut, points = batch.targets.double() * scale, RoundingPoints.exact()
+    fwd = forward(problem, points)
+    bwd = backward(problem, fwd, dOut, points)
+    accepted = intervals(problem, fwd, bwd, dOut, points, ACCUMULATIONS["undeclared"])
+    sizes = absolute(problem)
+    fwd_sizes = forward(sizes, points)
+    bwd_sizes = backward(sizes, fwd_sizes, dOut.abs(), points)
+    assert bwd_sizes.dA is not None
+    assert bwd_sizes.dB is not None
+    assert bwd_sizes.dgates is not None
+    magnitudes = {
+        "Y": fwd_sizes.out.exact, "dX": bwd_sizes.dx.exact, "dgates": bwd_sizes.dgates.exact,
+        "dA": bwd_sizes.dA.exact, "dB": bwd_sizes.dB.exact,
+    }  # fmt: skip
+    of_gates = 0.0 if router is None else router.relative_error
+    found = {}
+    for name, magnitude in magnitudes.items():
+        interval = accepted[name]
+        assert interval.radius is not None
+        # Each term holds dOut once, but Y's, and the gate once, but dgates'.
+        relative = (0.0 if name == "Y" else _SCALINGS) + (0.0 if name == "dgates" else of_gates)
+        found[name] = Estimate(interval.exact, interval.radius + relative * magnitude), magnitude
+    found["loss"] = _loss(*found["Y"], batch.targets.double(), scale)
+    if router is not None:
+        dgates, _ = found.pop("dgates")
+        of_x, found["drouter"] = router.backward(dgates)
+        dX, magnitude = found["dX"]
+        total = Estimate(dX.centre + of_x.centre, dX.radius + of_x.radius + 2 * U * (dX.reach + of_x.reach))
+        found["dX"] = total, magnitude
+    return found
+
+
+def _loss(Y: Estimate, magnitude: Tensor, targets: Tensor, scale: float) -> tuple[Estimate, Tensor]:
+    """scale · ⟨Y, targets⟩, summed in any order."""
+    terms = scale * (Y.reach * targets.abs()).sum()
+    radius = scale * (Y.radius * targets.abs()).sum() + gamma(targets.numel() + 4) * terms
+    return Estimate(scale * (Y.centre * targets).sum(), radius), scale * (magnitude * targets.abs()).sum()
