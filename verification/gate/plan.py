@@ -15,6 +15,7 @@ import torch
 
 from mxref.checkpoints import ExpertTensor, read_expert_weights
 from mxref.verification.cases import suites
+from mxref.verification.cases.activation import ActivationCase, ActivationSample
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.scope import Scope
@@ -27,6 +28,8 @@ from mxref.verification.checks.registry import CHECKS, Cases, Check
 from mxref.verification.gate.problem import problem_of
 
 __all__ = ["Item", "matches", "plan", "plan_cases", "plan_checkpoint", "plan_problem", "slopes_in"]
+
+Drawn = Sample | TableSample | ActivationSample
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Item:
     """
 
     checks: tuple[Check, ...]
-    case: Case | TableCase
-    draw: Callable[[], Sample | TableSample]
+    case: Case | TableCase | ActivationCase
+    draw: Callable[[], Drawn]
     seed: int = 0
 
     @property
@@ -67,7 +70,7 @@ class Item:
         return replace(finding, id=self.id, problem=problem_of(case, self.seed) if isinstance(case, Case) else {})
 
     @cached_property
-    def sample(self) -> Sample | TableSample:
+    def sample(self) -> Drawn:
         """The sample, drawn once."""
         return self.draw()
 
@@ -164,9 +167,11 @@ def slopes_in(items: Sequence[Item]) -> int:
     return sum(item.slopes for item in items)
 
 
-def _drawing(case: Case | TableCase, device: torch.device, seed: int) -> Callable[[], Sample | TableSample]:
+def _drawing(case: Case | TableCase | ActivationCase, device: torch.device, seed: int) -> Callable[[], Drawn]:
     if isinstance(case, TableCase):
         return lambda: TableSample(case, device)
+    if isinstance(case, ActivationCase):
+        return lambda: case.sample(device, seed)
     return lambda: draw(case, device, seed)
 
 
