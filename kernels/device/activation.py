@@ -27,41 +27,41 @@ ROWS, COLS = 16, 128
 
 
 @triton.jit
-def tile_of(I, ROWS: tl.constexpr, COLS: tl.constexpr):
+def tile_of(J, ROWS: tl.constexpr, COLS: tl.constexpr):
     """This program's rows [ROWS, 1], int64, and the first of its columns of H."""
-    blocks = tl.cdiv(I, COLS)
+    blocks = tl.cdiv(J, COLS)
     rows = ((tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     return rows[:, None], (tl.program_id(0) % blocks) * COLS
 
 
 @triton.jit
-def load_pairs(gate_up, rows, j0, P, I, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Gate and up at columns j0.. of H, fp32 [ROWS, COLS]; 0 outside [P, I]."""
+def load_pairs(gate_up, rows, j0, P, J, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Gate and up at columns j0.. of H, fp32 [ROWS, COLS]; 0 outside [P, J]."""
     if INTERLEAVED:
         c = (2 * j0 + tl.arange(0, 2 * COLS))[None, :]
-        pairs = tl.load(gate_up + rows * 2 * I + c, mask=(rows < P) & (c < 2 * I), other=0)
+        pairs = tl.load(gate_up + rows * 2 * J + c, mask=(rows < P) & (c < 2 * J), other=0)
         gate, up = tl.split(pairs.reshape(ROWS, COLS, 2))
     else:
         j = (j0 + tl.arange(0, COLS))[None, :]
-        inside = (rows < P) & (j < I)
-        gate = tl.load(gate_up + rows * 2 * I + j, mask=inside, other=0)
-        up = tl.load(gate_up + rows * 2 * I + I + j, mask=inside, other=0)
+        inside = (rows < P) & (j < J)
+        gate = tl.load(gate_up + rows * 2 * J + j, mask=inside, other=0)
+        up = tl.load(gate_up + rows * 2 * J + J + j, mask=inside, other=0)
     return gate.to(tl.float32), up.to(tl.float32)
 
 
 @triton.jit
-def store_pairs(out, gate, up, rows, j0, P, I, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def store_pairs(out, gate, up, rows, j0, P, J, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The inverse of `load_pairs`, rounded once."""
     gate, up = gate.to(out.dtype.element_ty), up.to(out.dtype.element_ty)
     if INTERLEAVED:
         c = (2 * j0 + tl.arange(0, 2 * COLS))[None, :]
         pairs = tl.join(gate, up).reshape(ROWS, 2 * COLS)
-        tl.store(out + rows * 2 * I + c, pairs, mask=(rows < P) & (c < 2 * I))
+        tl.store(out + rows * 2 * J + c, pairs, mask=(rows < P) & (c < 2 * J))
     else:
         j = (j0 + tl.arange(0, COLS))[None, :]
-        inside = (rows < P) & (j < I)
-        tl.store(out + rows * 2 * I + j, gate, mask=inside)
-        tl.store(out + rows * 2 * I + I + j, up, mask=inside)
+        inside = (rows < P) & (j < J)
+        tl.store(out + rows * 2 * J + j, gate, mask=inside)
+        tl.store(out + rows * 2 * J + J + j, up, mask=inside)
 
 
 @triton.jit
@@ -85,27 +85,27 @@ def sigmoids(t):
 
 @triton.jit(do_not_specialize=["P"])
 def activation_kernel(
-    out, gate_up, P, I, alpha, limit, offset, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    out, gate_up, P, J, alpha, limit, offset, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """One program computes ROWS × COLS elements of H [P, I] from gate_up [P, 2I], both contiguous."""
-    rows, j0 = tile_of(I, ROWS, COLS)
-    gate, up = load_pairs(gate_up, rows, j0, P, I, INTERLEAVED, ROWS, COLS)
+    """One program computes ROWS × COLS elements of H [P, J] from gate_up [P, 2J], both contiguous."""
+    rows, j0 = tile_of(J, ROWS, COLS)
+    gate, up = load_pairs(gate_up, rows, j0, P, J, INTERLEAVED, ROWS, COLS)
     g, u = clamped(gate, up, limit)
     sigma, _ = sigmoids(alpha * g)
     h = (u + offset) * (g * sigma)
     j = (j0 + tl.arange(0, COLS))[None, :]
-    tl.store(out + rows * I + j, h.to(out.dtype.element_ty), mask=(rows < P) & (j < I))
+    tl.store(out + rows * J + j, h.to(out.dtype.element_ty), mask=(rows < P) & (j < J))
 
 
 @triton.jit(do_not_specialize=["P"])
 def activation_backward_kernel(
-    out, gate_up, grad, P, I, alpha, limit, offset, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    out, gate_up, grad, P, J, alpha, limit, offset, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """One program computes the gradients of ROWS × COLS gates and ups; `grad` is dH [P, I], `out` is [P, 2I]."""
-    rows, j0 = tile_of(I, ROWS, COLS)
-    gate, up = load_pairs(gate_up, rows, j0, P, I, INTERLEAVED, ROWS, COLS)
+    """One program computes the gradients of ROWS × COLS gates and ups; `grad` is dH [P, J], `out` is [P, 2J]."""
+    rows, j0 = tile_of(J, ROWS, COLS)
+    gate, up = load_pairs(gate_up, rows, j0, P, J, INTERLEAVED, ROWS, COLS)
     j = (j0 + tl.arange(0, COLS))[None, :]
-    dh = tl.load(grad + rows * I + j, mask=(rows < P) & (j < I), other=0).to(tl.float32)
+    dh = tl.load(grad + rows * J + j, mask=(rows < P) & (j < J), other=0).to(tl.float32)
     g, u = clamped(gate, up, limit)
     sigma, rest = sigmoids(alpha * g)
     dgate = (sigma + alpha * (g * sigma * rest)) * (u + offset) * dh
@@ -113,31 +113,31 @@ def activation_backward_kernel(
     if limit is not None:
         dgate = tl.where(g == gate, dgate, 0.0)  # where the clamp changed nothing: at its bound, but not at NaN
         dup = tl.where(u == up, dup, 0.0)
-    store_pairs(out, dgate, dup, rows, j0, P, I, INTERLEAVED, ROWS, COLS)
+    store_pairs(out, dgate, dup, rows, j0, P, J, INTERLEAVED, ROWS, COLS)
 
 
 def activate(gate_up: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
-    """H of gate_up, contiguous [P, 2I]; `out`, contiguous [P, I], is filled and returned."""
+    """H of gate_up, contiguous [P, 2J]; `out`, contiguous [P, J], is filled and returned."""
     _launch(activation_kernel, out.shape, form, out=out, gate_up=gate_up)
     return out
 
 
 def activate_backward(gate_up: Tensor, grad: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
-    """d(gate_up) of dH, contiguous [P, I]; `out`, contiguous [P, 2I], is filled and returned."""
+    """d(gate_up) of dH, contiguous [P, J]; `out`, contiguous [P, 2J], is filled and returned."""
     _launch(activation_backward_kernel, grad.shape, form, out=out, gate_up=gate_up, grad=grad)
     return out
 
 
 def _launch(kernel: object, shape: tuple[int, ...], form: SwiGLU, **tensors: Tensor) -> None:
-    P, I = shape
+    P, J = shape
     launch(
         kernel,
-        triton.cdiv(P, ROWS) * triton.cdiv(I, COLS),
+        triton.cdiv(P, ROWS) * triton.cdiv(J, COLS),
         num_warps=4,
         num_stages=1,
         **tensors,
         P=P,
-        I=I,
+        J=J,
         alpha=form.alpha,
         limit=form.limit,
         offset=form.offset,

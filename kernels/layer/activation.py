@@ -1,4 +1,4 @@
-"""The gated activation for autograd and the compiler: `gated`, differentiable once, which keeps gate_up and nothing else.
+"""The gated activation for autograd and the compiler: differentiable once, and all that it keeps is gate_up.
 
     mxref::gated_activation            forward; opaque to the compiler, with a fake and an autograd registration
     mxref::gated_activation_backward   its gradient
@@ -65,9 +65,7 @@ class _Gated(torch.autograd.Function):
 
 
 @torch.library.custom_op("mxref::gated_activation", mutates_args=())
-def gated_activation(
-    gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float
-) -> Tensor:
+def gated_activation(gate_up: Tensor, interleaved: bool, alpha: float, limit: float | None, offset: float) -> Tensor:
     """H; the arguments behind gate_up are those of `SwiGLU`."""
     return _forward(gate_up, SwiGLU(interleaved, alpha, limit, offset))
 

@@ -1,8 +1,8 @@
 """Which of transformers' experts modules have a gated activation that the kernels compute.
 
 A module says what it does between its projections by its method `_apply_gate`. The table below declares, by the
-qualified name of that function, which `SwiGLU` it is and in which attributes the module keeps its numbers. Since another
-version of transformers may have other code under the same name, values and gradients of the declared form are then
+qualified name of that function, which `SwiGLU` it is and in which attributes the module keeps its numbers. Another
+version of transformers may have other code under the same name: so values and gradients of the declared form are then
 compared with the module's own. Whatever is not declared, or does not agree, keeps the module's own function.
 """
 
@@ -62,7 +62,7 @@ def _agrees(experts: Any, form: SwiGLU) -> bool:
     numbers = [*edges, *(-edge for edge in edges), 0.0, 0.5, -1.25, 3.0, -4.0, 25.0, -25.0, 300.0, -300.0, float("nan")]
     with torch.inference_mode(False), torch.enable_grad():
         values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        pairs = torch.cartesian_prod(values, values).requires_grad_()  # one gate and one up lie the same in either layout
+        pairs = torch.cartesian_prod(values, values).requires_grad_()  # [.., 2]: the same in either layout
         outcomes = []
         for function in (experts._apply_gate, lambda gate_up: _act(gate_up, form)):
             out = function(pairs)

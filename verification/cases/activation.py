@@ -27,8 +27,8 @@ class ActivationCase:
         form: which activation.
         dtype: of gate_up and of dH.
         data: "drawn", over many powers of two, with gates and ups at both bounds of a clamp and beside them; or
-            "special", every pair of zeros, bounds and their neighbours, the smallest and the largest numbers, infinities
-            and NaN, in rows of 16.
+            "special", every pair of zeros, bounds and their neighbours, small and large numbers, infinities and NaN, in
+            rows of 16.
         layout: of gate_up and dH in memory.
     """
 
@@ -77,8 +77,8 @@ def activation_cases(scope: Scope) -> list[ActivationCase]:
                 replace(silu, name="transposed", layout="transposed"),
                 replace(gpt_oss, name="no rows", rows=0),
                 replace(gpt_oss, name="one element", rows=1, width=1),
-                replace(gpt_oss, name="more than 32 bits, in small", rows=140, width=96),
-                replace(silu, name="more than 32 bits, in small, halves", rows=140, width=96),
+                replace(gpt_oss, name="wide indices", rows=140, width=96),
+                replace(silu, name="wide indices, halves", rows=140, width=96),
             ]
         if scope.suite == "full" and scope.device_type == "cuda":
             cases.append(replace(gpt_oss, name=f"gpt-oss-20b{tag}", rows=16_384, width=2880))

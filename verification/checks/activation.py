@@ -29,7 +29,7 @@ def right_activation(answers: Sequence[Answer], sample: ActivationSample) -> lis
         if answer.error is not None:
             findings.append(raised(answer, case.name))
             continue
-        findings += [_finding(sample, tensor, answer.outputs[tensor], interval) for tensor, interval in accepted.items()]
+        findings += [_finding(sample, name, answer.outputs[name], interval) for name, interval in accepted.items()]
         for written in answer.written:
             status = Status.FAIL if written.inside or written.outside else Status.PASS
             reason = f"{written.inside} bytes of it and {written.outside} bytes around it were overwritten"

@@ -57,7 +57,7 @@ class Check:
         asked: who is asked.
         cases: what is asked about.
         ask: how a candidate is run for it; checks with the same `ask` and `cases` share the run.
-        compare: answers and an expectation (for other cases than Case their sample) -> findings, without the check's name.
+        compare: answers and an expectation (the sample, if the case is no Case) -> findings, without the check's name.
     """
 
     name: str
