@@ -46,7 +46,7 @@ def gated(gate_up: Tensor, form: SwiGLU) -> Tensor:
     if gate_up.ndim != 2:
         raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}; expected [P, 2I]")
     if torch.compiler.is_compiling() or gate_up.is_meta or isinstance(gate_up, FakeTensor):
-        return gated_activation(gate_up, form.interleaved, form.alpha, form.limit, form.offset)
+        return cast(Tensor, gated_activation(gate_up, form.interleaved, form.alpha, form.limit, form.offset))
     return cast(Tensor, _Gated.apply(gate_up, form))  # type: ignore[no-untyped-call]
 
 

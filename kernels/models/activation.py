@@ -18,15 +18,16 @@ from mxref.swiglu import SwiGLU
 
 __all__ = ["DECLARED", "form_of"]
 
-_SILU = ("SiLUActivation", "SiLU")
-"""Classes of an `act_fn` that is SiLU."""
+_SILU = ("SiLUActivation", "SiLU", "silu")
+"""Names of an `act_fn` that is SiLU: its class's, or its own if it is a function."""
 
 _TOLERANCE = 1e-5
 """For a function that computes in fp32 whatever it gets: a dozen roundings. Another form is further off than that."""
 
 
 def _silu(experts: Any, form: SwiGLU) -> SwiGLU | None:
-    return form if type(experts.act_fn).__name__ in _SILU else None
+    name = getattr(experts.act_fn, "__name__", type(experts.act_fn).__name__)
+    return form if name in _SILU else None
 
 
 DECLARED: dict[str, Callable[[Any], SwiGLU | None]] = {
