@@ -23,7 +23,8 @@ from mxref.swiglu import SwiGLU
 __all__ = ["COLS", "ROWS", "activate", "activate_backward"]
 
 ROWS, COLS = 16, 128
-"""Of H, that one program computes: 64 bytes of gate_up in flight a thread in 16 bits, and several programs a core."""
+"""Of H, that one program computes: in 16 bits a thread has 64 bytes of gate_up in flight. 23 × 128 columns waste 2 % of
+the lanes on gpt-oss' 2880; more rows, shorter pieces of each."""
 
 
 @triton.jit
@@ -36,16 +37,16 @@ def tile_of(J, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def load_pairs(gate_up, rows, j0, P, J, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Gate and up at columns j0.. of H, fp32 [ROWS, COLS]; 0 outside [P, J]."""
+    """Gate and up at columns j0.. of H, fp32 [ROWS, COLS]; whatever there is outside [P, J]."""
     if INTERLEAVED:
         c = (2 * j0 + tl.arange(0, 2 * COLS))[None, :]
-        pairs = tl.load(gate_up + rows * 2 * J + c, mask=(rows < P) & (c < 2 * J), other=0)
+        pairs = tl.load(gate_up + rows * 2 * J + c, mask=(rows < P) & (c < 2 * J))
         gate, up = tl.split(pairs.reshape(ROWS, COLS, 2))
     else:
         j = (j0 + tl.arange(0, COLS))[None, :]
         inside = (rows < P) & (j < J)
-        gate = tl.load(gate_up + rows * 2 * J + j, mask=inside, other=0)
-        up = tl.load(gate_up + rows * 2 * J + J + j, mask=inside, other=0)
+        gate = tl.load(gate_up + rows * 2 * J + j, mask=inside)
+        up = tl.load(gate_up + rows * 2 * J + J + j, mask=inside)
     return gate.to(tl.float32), up.to(tl.float32)
 
 
@@ -80,7 +81,8 @@ def sigmoids(t):
     e = tl.exp(-tl.abs(t))
     larger = 1 / (1 + e)
     smaller = e * larger
-    return tl.where(t >= 0, larger, smaller), tl.where(t >= 0, smaller, larger)
+    positive = t >= 0
+    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -105,7 +107,7 @@ def activation_backward_kernel(
     rows, j0 = tile_of(J, ROWS, COLS)
     gate, up = load_pairs(gate_up, rows, j0, P, J, INTERLEAVED, ROWS, COLS)
     j = (j0 + tl.arange(0, COLS))[None, :]
-    dh = tl.load(grad + rows * J + j, mask=(rows < P) & (j < J), other=0).to(tl.float32)
+    dh = tl.load(grad + rows * J + j, mask=(rows < P) & (j < J)).to(tl.float32)
     g, u = clamped(gate, up, limit)
     sigma, rest = sigmoids(alpha * g)
     dgate = (sigma + alpha * (g * sigma * rest)) * (u + offset) * dh

@@ -1,10 +1,11 @@
-"""The activation's machine code: every necessary byte is moved once, 16 at a time, and nothing is spilled."""
+"""The activation's machine code: each necessary byte is moved once, 16 at a time; no spills; clamps keep NaN."""
 
 from __future__ import annotations
 
 from uninterpreted import run_python
 
 SCRIPT = """
+import re
 from mxref.kernels.compiled import ahead_of_time as aot
 from mxref.kernels.compiled import machine_code
 from mxref.kernels.device.activation import COLS, ROWS
@@ -18,6 +19,8 @@ for architecture in ("sm_80", "sm_90", "sm_100"):
         assert machine_code.resources(cubin).stack == 0
         sass = machine_code.disassemble(cubin)
         assert not machine_code.hazards(sass, waits_by_hand=False)
+        minima = set(re.findall(r"FMNMX[.0-9A-Z]*", sass))
+        assert minima == ({"FMNMX.NAN"} if "interleaved" in label else minima & {"FMNMX.NAN"}), minima
         size = 4 if label.endswith("float32") else 2
         backward = unit.kernel == "activation_backward_kernel"
         necessary = {"LDG": 3 if backward else 2, "STG": 2 if backward else 1}

@@ -46,7 +46,7 @@ ACTIVATION_BUGS: tuple[tuple[Place, Bug], ...] = (
     *at(Place("device/activation.py", "sigmoids"),
         Bug("exponential overflows", "activation", "e^−t of a large negative t is infinite", "-tl.abs(t)", "-t"),
         Bug("1 − σ by subtraction", "activation", "a large t leaves nothing of it", "smaller = ...", "smaller = 1 - larger"),
-        Bug("σ mirrored", "activation", "sign of t", "tl.where(t >= 0, larger, smaller)", "tl.where(t < 0, larger, smaller)")),
+        Bug("σ mirrored", "activation", "sign of t", "t >= 0", "t < 0")),
     *at(Place("device/activation.py", "activation_kernel"),
         Bug("+1 missing", "activation", "gpt-oss adds one to up", "u + offset", "u"),
         Bug("alpha missing", "activation", "SiLU for gpt-oss' swish", "sigmoids(alpha * g)", "sigmoids(g)"),
