@@ -7,9 +7,9 @@ of each token:
     experts, gates = router(x)
     out = down(activation(gate_up(x, experts)), experts, gates)  [+ shared expert(x)]
 
-What lies outside the projections is plain PyTorch in the dtype of x. So fp64 operands give the exact mathematics, and
-bf16 operands the contract's rounding points in the projections; gradients reach x, the adapters, the biases and,
-through the gates, the router. Expert weights are frozen.
+The activation is `mxref.activation`'s; the router and the shared expert's products are plain PyTorch in the dtype of x.
+So fp64 operands give the exact mathematics, and bf16 operands the contract's rounding points in the projections and
+between them; gradients reach x, the adapters, the biases and, through the gates, the router. Expert weights are frozen.
 
 Sources: gpt-oss (openai/gpt-oss, transformers' `modeling_gpt_oss.py`), DeepSeek-V3 (arXiv 2412.19437, section 2.1.2)
 and DeepSeek-V4 (transformers' `modeling_deepseek_v4.py`).
@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxref.activation import gated
 from mxref.autograd import parallel_linear_lora
 from mxref.routing import flatten_sort_count
+from mxref.swiglu import SwiGLU
 from mxref.weights import MXWeights
 
 Linear = Callable[..., Tensor]
@@ -110,9 +112,7 @@ def gpt_oss_router(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple
 
 def gpt_oss_activation(gate_up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     """(up + 1) · gate · σ(α·gate), gate ≤ limit and |up| ≤ limit; columns alternate gate, up: [.., 2I] -> [.., I]."""
-    gate = gate_up[..., 0::2].clamp(max=limit)
-    up = gate_up[..., 1::2].clamp(min=-limit, max=limit)
-    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+    return gated(gate_up, SwiGLU(interleaved=True, alpha=alpha, limit=limit, offset=1.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +185,7 @@ def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
 
     `limit` (10 in DeepSeek-V4, none in V3) clamps gate from above and up on both sides, before the product.
     """
-    gate, up = gate_up.chunk(2, dim=-1)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-    return F.silu(gate) * up
+    return gated(gate_up, SwiGLU(limit=limit))
 
 
 @dataclass(frozen=True, eq=False)

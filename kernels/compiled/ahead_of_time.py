@@ -29,10 +29,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxref.formats import MXFP4
 from mxref.kernels.compiled.machine_code import Resources, disassemble, hazards, resources
+from mxref.kernels.device.activation import activate, activate_backward
 from mxref.kernels.device.configs import SHARED_MEMORY, Config, reachable_configs
 from mxref.kernels.device.dequant import dequantize_experts
 from mxref.kernels.device.launch import INTERPRETED, Launch, recording
 from mxref.kernels.layer.autograd import parallel_linear_lora
+from mxref.swiglu import GPT_OSS, SILU, SwiGLU
 from mxref.weights import MXWeights
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -123,13 +125,35 @@ class Compiled:
 def units(architecture: str) -> Iterator[Unit]:
     """Every distinct compilation of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
     seen = set[str]()
+    for label, launch in (*_of_products(architecture), *_of_activations(architecture)):
+        unit = Unit.of(architecture, label, launch)
+        if (work := str(replace(unit, label=""))) not in seen:
+            seen.add(work)
+            yield unit
+
+
+def _of_products(architecture: str) -> Iterator[tuple[str, Launch]]:
+    """Labels and launches of the layer, forward and backward."""
     for dtype, config, rank, steps, sizes in _settings(architecture):
         for step in steps:
             for launch in _launches(architecture, dtype, config, rank, step, sizes):
-                unit = Unit.of(architecture, f"{step} {str(dtype).removeprefix('torch.')} r{rank}", launch)
-                if (work := str(replace(unit, label=""))) not in seen:
-                    seen.add(work)
-                    yield unit
+                yield f"{step} {_plain(dtype)} r{rank}", launch
+
+
+def _of_activations(architecture: str) -> Iterator[tuple[str, Launch]]:
+    """Labels and launches of what lies between two projections, forward and backward."""
+    kinds = [(GPT_OSS, torch.bfloat16), (SILU, torch.bfloat16), (SwiGLU(limit=10.0), torch.bfloat16)]
+    for form, dtype in (*kinds, (GPT_OSS, torch.float16), (GPT_OSS, torch.float32)):
+        with recording(architecture) as recorder:
+            gate_up, h = (torch.empty(512, width, dtype=dtype, device="meta") for width in (_GPT_OSS[1], _GPT_OSS[0]))
+            activate(gate_up, form, h)
+            activate_backward(gate_up, h, form, gate_up)
+        for launch in recorder.launches:
+            yield f"{'interleaved' if form.interleaved else 'halves'} {_plain(dtype)}", launch
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _GPT_OSS = (2880, 5760)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,17 @@ def resources(cubin: bytes) -> Resources:
 def disassemble(cubin: bytes) -> str:
     """SASS, as cuobjdump prints it."""
     return _cuobjdump(cubin, "-sass")
+
+
+def accesses(sass: str) -> dict[str, Counter[int]]:
+    """How many loads ("LDG") and stores ("STG") of global memory there are in the code, by their bytes a thread."""
+    counts = {"LDG": Counter[int](), "STG": Counter[int]()}
+    for _, opcode, _ in _instructions(sass):
+        name, *modifiers = opcode.split(".")
+        if name in counts:
+            bits = next((int(found[1]) for m in modifiers if (found := re.fullmatch(r"[US]?(8|16|64|128)", m))), 32)
+            counts[name][bits // 8] += 1
+    return counts
 
 
 def hazards(sass: str, waits_by_hand: bool) -> list[str]:

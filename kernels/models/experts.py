@@ -15,9 +15,11 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from mxref.kernels.layer.activation import gated
 from mxref.kernels.layer.library import expert_linear
 from mxref.kernels.models.adapters import LoRA, check_adapter
 from mxref.routing import flatten_sort_count
+from mxref.swiglu import SwiGLU
 from mxref.weights import MXWeights
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -82,17 +84,21 @@ def routed_experts(
 class Activation:
     """What an experts module of transformers does between its projections, [P, 2I] -> [P, I].
 
-    Looked up by name at every call: transformers may install `_apply_gate` under another function name, and a bound
-    method of such a name cannot be read back from a pickle.
+    One kernel where `form` says what it is. Otherwise the module's own function, looked up by name at every call:
+    transformers may install `_apply_gate` under another function name, whose bound method no pickle gives back.
 
     Attributes:
         experts: the module, emptied of its weights.
+        form: see `mxref.kernels.models.activation.form_of`.
     """
 
     experts: Any
+    form: SwiGLU | None = None
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """Row by row."""
+        if self.form is not None:
+            return gated(gate_up, self.form)
         out: Tensor = self.experts._apply_gate(gate_up)
         return out
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_biases, read_expert_weights
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
+from mxref.kernels.models.activation import form_of
 from mxref.kernels.models.adapters import check_adapter
 from mxref.kernels.models.experts import PROJECTIONS, Activation, PackedExperts
 from mxref.kernels.models.torchao import is_mxfp4_param
@@ -122,7 +123,8 @@ def pack_experts(
         biases = _biases(module, name, opened, home)
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
             delattr(module, parameter)  # the module lives on behind its activation, without weights
-        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], Activation(module), biases)
+        activation = Activation(module, form_of(module))
+        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], activation, biases)
         if rank:
             experts.add_lora(rank, alpha, lora_dtype)
         experts.train(module.training)

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
-from mxref.verification.candidates import asking, asking_kernels
+from mxref.verification.candidates import asking, asking_activation, asking_kernels
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.sequences import in_sequences
 from mxref.verification.cases import small, suites
+from mxref.verification.cases.activation import ActivationCase, activation_cases
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.tables import TableCase, table_cases
+from mxref.verification.checks.activation import right_activation
 from mxref.verification.checks.bits import a_configuration, same_bits, same_values
 from mxref.verification.checks.drift import no_drift
 from mxref.verification.checks.finding import Finding
@@ -39,7 +41,7 @@ class Asked(StrEnum):
     OWN_ON_GPU = "this project's kernels, on a GPU"
 
 
-Cases = Callable[[Scope], Sequence[Case | TableCase]]
+Cases = Callable[[Scope], Sequence[Case | TableCase | ActivationCase]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Check:
         asked: who is asked.
         cases: what is asked about.
         ask: how a candidate is run for it; checks with the same `ask` and `cases` share the run.
-        compare: answers and an expectation (for a TableCase its sample) -> findings, without the check's name.
+        compare: answers and an expectation (the sample, if the case is no Case) -> findings, without the check's name.
     """
 
     name: str
@@ -171,6 +173,13 @@ CHECKS: tuple[Check, ...] = (
         "refusals",
         "What does not fit an operator is refused before anything runs, by the right kind of error.",
         "no run", Asked.OWN, _operators, asking_kernels.with_bad_arguments, refused,
+    ),
+    Check(
+        "activation",
+        "What lies between the projections, SwiGLU in its forms, and its gradient: every element inside an interval "
+        "derived from the documented errors of exp and division, at the bounds of a clamp and where numbers are not "
+        "finite too; in memory and with indices that are watched as above and below.",
+        "one run", Asked.OWN, activation_cases, asking_activation.with_its_gradient, right_activation,
     ),
     Check(
         "poison",

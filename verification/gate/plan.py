@@ -14,6 +14,7 @@ import torch
 
 from mxref.checkpoints import Checkpoint, ExpertTensor, open_checkpoint, read_expert_weights
 from mxref.verification.cases import suites
+from mxref.verification.cases.activation import ActivationCase, ActivationSample
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.scope import Scope
@@ -25,6 +26,8 @@ from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS, Cases, Check
 from mxref.verification.gate.problem import problem_of, weights_of
 from mxref.verification.gate.projections import Projections
+
+Drawn = Sample | TableSample | ActivationSample
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Item:
     """
 
     checks: tuple[Check, ...]
-    case: Case | TableCase
-    draw: Callable[[], Sample | TableSample]
+    case: Case | TableCase | ActivationCase
+    draw: Callable[[], Drawn]
     seed: int = 0
 
     @property
@@ -68,7 +71,7 @@ class Item:
         return replace(finding, id=self.id, problem=problem, weights=weights)
 
     @cached_property
-    def sample(self) -> Sample | TableSample:
+    def sample(self) -> Drawn:
         """The sample, drawn once."""
         return self.draw()
 
@@ -162,9 +165,11 @@ def slopes_in(items: Sequence[Item]) -> int:
     return sum(item.slopes for item in items)
 
 
-def _drawing(case: Case | TableCase, device: torch.device, seed: int) -> Callable[[], Sample | TableSample]:
+def _drawing(case: Case | TableCase | ActivationCase, device: torch.device, seed: int) -> Callable[[], Drawn]:
     if isinstance(case, TableCase):
         return lambda: TableSample(case, device)
+    if isinstance(case, ActivationCase):
+        return lambda: case.sample(device, seed)
     return lambda: draw(case, device, seed)
 
 

@@ -83,7 +83,7 @@ def judge(
 
 
 def _expectation(sample: object, candidate: Candidate, how: Accumulation, slopes: int | None) -> Expectation | object:
-    """What the sample's answers are held against; a sample of tables needs no golden model."""
+    """What the sample's answers are held against; other samples bring what they need."""
     if not isinstance(sample, Sample):
         return sample
     return Expectation(sample, candidate.points(sample.problem.dtype), how, slopes)

@@ -10,7 +10,13 @@ from mxref.verification.records.sources import imported
 PACKAGE = Path(mxref.__file__).parent
 """Names of sources are relative to it: `formats.py`, `kernels/device/decode.py`."""
 
-_ROOTS = ("kernels.layer.autograd", "kernels.device.dequant", "kernels.layer.scatter2scatter", "routing")
+_ROOTS = (
+    "kernels.layer.autograd",
+    "kernels.device.dequant",
+    "kernels.layer.scatter2scatter",
+    "kernels.layer.activation",
+    "routing",
+)
 """What the judged operations are defined in, and the caller's way to their index tensors."""
 
 

@@ -62,6 +62,7 @@ def ill(do: Callable[..., Any]) -> Candidate:
     """A candidate whose every part does the same: layer, decoder, operators and tables."""
     schedule = SimpleNamespace(Routing=lambda *operands: SimpleNamespace(tiles=do, inverse=do))
     operators: Any = SimpleNamespace(
+        layer=SimpleNamespace(activation=SimpleNamespace(gated=do)),
         scatter2scatter_lora_mx=do, scatter2scatter_lora_dX_mx=do, dequantize_experts=do,
         selective_lora_weights=lambda *operands: (do(), do()), device=SimpleNamespace(schedule=schedule),
     )  # fmt: skip

@@ -36,6 +36,8 @@ _DROPPED_LANE = "A lane whose load is masked is masked in the store too, and no 
 _NAN = 'float("nan")'
 
 PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
+    *at(Place("device/activation.py", "sigmoids"),
+        Equivalent("t >= 0", ["t > 0"], "At t = 0 the power is 1, and both of what is chosen from are 1/2.")),
     *at(Place("device/decode.py", "e2m1"), Equivalent("tl.uint32", ["tl.int32"], _BITS)),
     *at(Place("device/decode.py", "e8m0"),
         Equivalent("tl.uint32", ["tl.int32"], _BITS, "b = ..."),
