@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,15 +14,17 @@ from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
 from mxref.verification.bench.first_call import first_call
 from mxref.verification.bench.history import ratios_of
 from mxref.verification.bench.pairs import Effort
-from mxref.verification.bench.paths import every_path
+from mxref.verification.bench.paths import TUNING, about_peers, every_path
 from mxref.verification.bench.report import as_json, as_markdown, print_bench
+from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
 from mxref.verification.bench.timing import EventClock, measure_ceilings
-from mxref.verification.bench.workloads import CASES, DENSE, LARGE, QUICK, Shape
-from mxref.verification.cli.options import choose_device
+from mxref.verification.bench.workloads import CASES, DENSE, LARGE, MEASURES, QUICK, Shape
+from mxref.verification.cli import bench_host, bench_models
+from mxref.verification.cli.keeping import folder, keep, show
+from mxref.verification.cli.options import choose_device, positive
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
-from mxref.verification.records.readme import update_readme
 from mxref.verification.records.record import EVIDENCE, folder_name, write
 
 __all__ = ["DESCRIPTION", "EPILOG", "add_arguments", "run"]
@@ -33,13 +34,17 @@ DESCRIPTION = (
     "weights and against the limit measured in the same run. No speed is printed on a red gate."
 )
 
-EPILOG = """\
+EPILOG = f"""\
 examples:
   mxref bench                         the main shapes on this GPU: gate, table, bench.json
   mxref bench --large --record        more shapes, kept as evidence, in the history and in the README
   mxref bench --shape gpt-oss         some shapes only
   mxref bench --samples .benchmarks   every sample too, for pytest-benchmark's `list` and `compare`
+  mxref bench --rows                  forward and dX over 8 to 4096 rows per expert, with a chart
+  mxref bench --host                  how long the host is busy with one eager step
 
+whole models:
+{bench_models.EXAMPLES}
 exit codes: 0 timed, 1 the gate is red or one of our ways failed, 2 wrong use
 """
 
@@ -48,9 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three shapes only: dense, sparse, thin")
+    size.add_argument("--rows", action="store_true", help="base products over rows per expert instead, as a chart")
+    size.add_argument("--host", action="store_true", help="the host's time of one eager step instead")
     size.add_argument("--large", action="store_true", help="DeepSeek-V4-like shapes too: 40 GB and more")
     parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
     parser.add_argument("--no-peers", action="store_true", help="leave out what others wrote")
+    parser.add_argument(
+        "--peer-tuning",
+        metavar="SECONDS",
+        type=positive,
+        default=int(TUNING),
+        help=f"that others' autotuners get for each kernel and shape (default: {TUNING:g})",
+    )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("gate-report"), help="for bench.json (default: gate-report)"
     )
@@ -59,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help="keep the result as evidence"
     )
     parser.add_argument("--readme", action="store_true", help=argparse.SUPPRESS)
+    bench_models.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,27 +86,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("bench --readme is now: mxref evidence --readme")
     if arguments.record is not None and (arguments.quick or arguments.shape):
         raise UsageError("--record keeps a whole benchmark: leave --quick and --shape out")
+    if arguments.model:
+        return bench_models.run(arguments)
     if arguments.samples is not None and find_spec("pytest_benchmark") is None:
         raise UsageError("--samples needs pytest-benchmark: pip install pytest-benchmark")
     shapes = _shapes(arguments)
     device = choose_device("cuda", require_gpu=True)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {arguments.out}: {error.strerror or error}") from None
-    bench = _measure(shapes, device, peers=not arguments.no_peers)
+    folder(arguments.out)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if arguments.host:
+        return bench_host.run(arguments, shapes, device, console)
+    bench = _measure(arguments, shapes, device)
     print_bench(bench, console)
     if bench.green:
-        for what, path in _kept(bench, arguments, device).items():
-            console.print(f"{what}: {path}", style="bright_black", soft_wrap=True, highlight=False)
+        show(_kept(bench, arguments, device), console)
     return bench.exit_code
 
 
 def _shapes(arguments: argparse.Namespace) -> tuple[Shape, ...]:
+    every = ROWS if arguments.rows else CASES + LARGE
     if not arguments.shape:
-        return QUICK if arguments.quick else CASES + (LARGE if arguments.large else ())
-    every = CASES + LARGE
+        return every if arguments.rows or arguments.large else QUICK if arguments.quick else CASES
     shapes = tuple(shape for shape in every if any(text in shape.name for text in arguments.shape))
     if not shapes:
         names = ", ".join(shape.name for shape in every)
@@ -99,12 +114,14 @@ def _shapes(arguments: argparse.Namespace) -> tuple[Shape, ...]:
     return shapes
 
 
-def _measure(shapes: tuple[Shape, ...], device: torch.device, peers: bool) -> Bench:
-    paths, clock = every_path(installed=peers), EventClock(device)
+def _measure(arguments: argparse.Namespace, shapes: tuple[Shape, ...], device: torch.device) -> Bench:
+    paths, clock = every_path(not arguments.no_peers, arguments.peer_tuning), EventClock(device)
+    if arguments.rows:
+        paths = [path for path in paths if path.name == "automatic" or path.package == "humming-kernels"]
     with Meter(len(shapes)) as meter:
         meter.show("gate: " + ", ".join(path.name for path in paths if path.ours))
-        bench = Bench(describe_device(device), gate_paths(paths, device), Effort())
-        if bench.green:
+        bench = Bench(describe_device(device), gate_paths(paths, device), Effort(), peers=about_peers(paths))
+        if bench.green and not arguments.rows:
             meter.show("timing the first step of a fresh process")
             bench.first_call = first_call(DENSE, device)
         return run_benchmark(
@@ -115,22 +132,21 @@ def _measure(shapes: tuple[Shape, ...], device: torch.device, peers: bool) -> Be
             clock,
             lambda: measure_ceilings(clock, device),
             on_shape=lambda shape: meter.show(shape.name, done=shapes.index(shape)),
+            measures=PRODUCTS if arguments.rows else MEASURES,
         )
 
 
 def _kept(bench: Bench, arguments: argparse.Namespace, device: torch.device) -> dict[str, Path]:
     """Write what was asked for: what it is, and where."""
-    found, kept = as_json(bench), {"data": arguments.out / "bench.json"}
-    kept["data"].write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if arguments.rows:
+        return keep("rows", as_json(bench), arguments, device, chart=rows_chart)
+    kept = keep("bench", as_json(bench), arguments, device, page=as_markdown)
     if arguments.samples is not None:
         from mxref.verification.bench.samples import keep_samples  # pytest-benchmark is not always installed
 
         keep_samples(bench, arguments.samples, folder_name(device))
         kept["samples"] = arguments.samples
-    if arguments.record is not None and bench.exit_code == 0:
-        kept["evidence"] = write("bench", found, device, arguments.record, page=as_markdown)
+    if "evidence" in kept:
         name = f"history/{bench.started.replace(':', '')}"
         kept["history"] = write("history", ratios_of(bench), device, arguments.record, name=name)
-        if arguments.record.resolve() == EVIDENCE:
-            kept["README"] = update_readme()
     return kept
