@@ -245,7 +245,7 @@ def load_axolotl(tuning: float = 0.0) -> tuple[Any, Any]:
         _pin(operations)
     for name, module in list(sys.modules.items()) if tuning else ():
         for kernel in vars(module).values() if name.startswith(library) else ():
-            if hasattr(kernel, "prune_configs"):
+            if hasattr(kernel, "prune_configs") and not isinstance(kernel, type):
                 _bound(kernel, tuning)
     return layer, container
 

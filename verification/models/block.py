@@ -20,8 +20,6 @@ from mxref.verification.models.training import Batch
 
 __all__ = ["Block", "Product", "block_limit", "products", "time_block"]
 
-_SAMPLES = 20
-
 
 @dataclass(frozen=True)
 class Block:
@@ -93,6 +91,7 @@ def time_block(
     device: torch.device,
     clock: Clock,
     ceilings: Ceilings | None = None,
+    samples: int = 20,
 ) -> Block:
     """Time a block of an adapted model on random hidden states.
 
@@ -103,6 +102,7 @@ def time_block(
         device: where it lies.
         clock: of that device.
         ceilings: of that device; by default they are measured.
+        samples: how often it is timed.
     """
     x = torch.randn(batch.sequences, batch.tokens, parts[0].K, device=device, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn_like(x)
@@ -115,7 +115,7 @@ def time_block(
 
     run()
     captured = clock.capture(run)
-    seconds = statistics.median(clock.sample(captured.replay if captured else run, _SAMPLES))
+    seconds = statistics.median(clock.sample(captured.replay if captured else run, samples))
     found = ceilings or measure_ceilings(clock, device)
     return Block(
         str(batch),

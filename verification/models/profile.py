@@ -59,7 +59,7 @@ ELSE = "else"
 _PARTS = {"self_attn": "attention", "mlp": "block", "experts": "experts"}
 """Parts by the last name of a module."""
 _MARK = "mxref: "
-_OPTIMISER = "Optimizer.step"
+_OPTIMISER = "Optimizer."
 _BACKWARD = "autograd::engine::evaluate_function"
 _BACKWARD_SCOPE = 1
 """torch's RecordScope of a node of the backward pass."""
@@ -141,23 +141,19 @@ def _computed(events: list[Any]) -> Iterator[tuple[str, str, float]]:
 def _launched(events: list[Any]) -> Iterator[tuple[str, str, float]]:
     """Every kernel with the part that launched it; those whose launch the profiler does not know have none."""
     parts, known = _parts_of_nodes(events), Counter[str]()
+    spans = {event.name for event in events if event.is_user_annotation}  # shown on the device too, and no kernels
     for event in events:
         for kernel in event.kernels if event.device_type == DeviceType.CPU else ():
-            if not _is_annotation(kernel.name):
+            if kernel.name not in spans:
                 known[kernel.name] += kernel.duration
                 yield kernel.name, _part(event, parts), kernel.duration
     every = Counter[str]()
     for event in events:
-        if event.device_type == DeviceType.CUDA and not _is_annotation(event.name):
+        if event.device_type == DeviceType.CUDA and event.name not in spans:
             every[event.name] += event.time_range.elapsed_us()
     for name, microseconds in every.items():
         if (rest := microseconds - known[name]) > 0:
             yield name, "", rest
-
-
-def _is_annotation(name: str) -> bool:
-    """Whether it is a mark's span on the device, which is no kernel."""
-    return name.startswith((_MARK, _OPTIMISER, "ProfilerStep"))
 
 
 def _parts_of_nodes(events: list[Any]) -> dict[tuple[int, int], str]:
