@@ -24,7 +24,7 @@ from mxref.verification.records.record import KINDS, folder_name
 if TYPE_CHECKING:
     from mxref.verification.models.side import Task
 
-__all__ = ["EXAMPLES", "add_arguments", "run"]
+__all__ = ["EXAMPLES", "add_arguments", "check_unused", "run"]
 
 EXAMPLES = """\
   mxref bench --model gpt-oss-20b --profile --record     LoRA steps, packed beside dense; where their time goes
@@ -60,6 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout", metavar="SECONDS", type=positive, default=300, help="that a side may stay silent (default: 300)"
     )
+
+
+def check_unused(arguments: argparse.Namespace) -> None:
+    """Whether options of whole models are left out where no model is asked for.
+
+    Raises:
+        UsageError: one is given.
+    """
+    for name in ("batch", "attention", "largest_batch", "profile", "from_disk"):
+        if getattr(arguments, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for whole models: give --model NAME too")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,15 +22,15 @@ from mxref.verification.bench.benchmark import gate_paths
 from mxref.verification.bench.paths import our_paths
 from mxref.verification.bench.timing import EventClock
 from mxref.verification.models.block import products, time_block
-from mxref.verification.models.build import Needs, adapted, decoder_layers, empty_model, filled, needs
+from mxref.verification.models.build import adapted, decoder_layers, empty_model, filled, needs
 from mxref.verification.models.profile import profiled
 from mxref.verification.models.sizes import Model
 from mxref.verification.models.training import (
     Batch,
     Steps,
-    allocated,
     finish,
     is_out_of_memory,
+    peak_bytes,
     peak_host_bytes,
     release,
     time_steps,
@@ -75,6 +75,11 @@ class Task:
     profile: bool = False
     folder: str = ""
     room: int | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether its experts are packed."""
+        return self.side == "packed"
 
     @property
     def name(self) -> str:
@@ -131,14 +136,12 @@ def train(send: Send, task: Task) -> None:
     The cache of compiled kernels is a new one, so that the first step is that of a first start.
     """
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ |= {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
         torch.manual_seed(0)
         try:
             _train(send, task)
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0][:200]
-            full = is_out_of_memory(error)
-            send(task.row(0, "out of memory" if full else f"failed: {type(error).__name__}: {reason}"))
+            send(task.row(0, _told(error)))
 
 
 def _train(send: Send, task: Task) -> None:
@@ -147,22 +150,23 @@ def _train(send: Send, task: Task) -> None:
     if not layers:
         return
     model = _made(send, task, layers, device)
-    fresh, waiting = True, list(task.batches)
-    while waiting:
-        batch = waiting.pop(0)
-        row = _fitted(model, task, batch, device, fresh)
+    waiting, fitting = list(task.batches), list[Batch]()
+    for batch in waiting:  # grows while the largest batch is sought
+        row = _fitted(model, task, batch, device, fresh=batch is waiting[0])
         send(row)
-        fresh = False
-        if task.profile and row.ok and batch in task.batches:
+        if row.ok:
+            fitting.append(batch)
+            if task.largest and batch is waiting[-1] and batch.sequences < _MOST_SEQUENCES:
+                waiting.append(batch.doubled())
+    for batch in fitting if task.profile else ():
+        if batch in task.batches:
             _explain(send, model, task, batch, device)
-        if task.largest and not waiting and row.ok and batch.sequences < _MOST_SEQUENCES:
-            waiting.append(batch.doubled())
 
 
 def _layers(send: Send, task: Task, device: torch.device) -> int:
     """How many layers are to be made; 0, and a row that says why, where the model does not fit."""
     room = _room(task, device)
-    needed: Needs = needs(empty_model(task.model.config(), task.attention), task.model, task.rank, _packed(task))
+    needed = needs(empty_model(task.model.config(), task.attention), task.model, task.rank, task.packed)
     count = needed.fitting(room)
     if count == task.model.layers or (task.model.as_many_layers and count):
         return count
@@ -179,10 +183,6 @@ def _room(task: Task, device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _packed(task: Task) -> bool:
-    return task.side == "packed"
-
-
 def _made(send: Send, task: Task, layers: int, device: torch.device) -> Any:
     if task.folder:
         begin = time.perf_counter()
@@ -191,10 +191,10 @@ def _made(send: Send, task: Task, layers: int, device: torch.device) -> Any:
         send(_stored("loaded", time.perf_counter() - begin, task, device))
         model.set_attn_implementation(task.attention)
     else:
-        model = filled(empty_model(task.model.config(layers), task.attention), device, _packed(task))
-    if not _packed(task):
+        model = filled(empty_model(task.model.config(layers), task.attention), device, task.packed)
+    if not task.packed:
         model.set_experts_implementation("grouped_mm")
-    return adapted(model, task.model, task.rank, device, _packed(task))
+    return adapted(model, task.model, task.rank, device, task.packed)
 
 
 def _fitted(model: peft.PeftModel, task: Task, batch: Batch, device: torch.device, fresh: bool) -> Steps:
@@ -210,19 +210,30 @@ def _fitted(model: peft.PeftModel, task: Task, batch: Batch, device: torch.devic
 
 
 def _explain(send: Send, model: peft.PeftModel, task: Task, batch: Batch, device: torch.device) -> None:
-    """Where the time of a step goes; on a GPU also the last MoE block of a packed model, beside its limit."""
-    send(profiled(model, task.name, task.attention, batch, device))
-    if device.type == "cuda" and _packed(task):
-        try:
-            block = decoder_layers(model)[-1].mlp
-            parts = products(block, task.rank, batch.size, model.config.num_experts_per_tok)
-            send(time_block(block, parts, batch, device, EventClock(device)))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+    """Where the time of a step goes; on a GPU also the last MoE block of a packed model, beside its limit.
+
+    What goes wrong here is told, and takes nothing from the steps that were timed.
+    """
+    layers = decoder_layers(model)
+    try:
+        send(profiled(model, task.name, task.attention, batch, device))
+        release(device)
+        if device.type == "cuda" and task.packed:
+            parts = products(layers[-1].mlp, task.rank, batch.size, model.config.num_experts_per_tok)
+            send(time_block(layers[-1].mlp, parts, batch, device, EventClock(device)))
+    except Exception as error:
+        send(replace(task.row(len(layers), f"no profile: {_told(error)}"), batch=str(batch)))
+    model.zero_grad(set_to_none=True)
+    release(device)
+
+
+def _told(error: Exception) -> str:
+    """An error in a line."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _stored(what: str, seconds: float, task: Task, device: torch.device) -> Stored:
     octets = sum(file.stat().st_size for file in Path(task.folder).glob("*.safetensors"))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else allocated(device)
-    return Stored(what, seconds, octets, peak_host_bytes(), peak)
+    return Stored(what, seconds, octets, peak_host_bytes(), peak_bytes(device))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import math
 import re
-import resource
 import statistics
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Steps", "finish", "is_out_of_memory", "peak_host_bytes", "release", "time_steps", "training_step"]
+__all__ = [
+    "Batch", "Steps", "finish", "is_out_of_memory", "peak_bytes", "peak_host_bytes", "release", "time_steps",
+    "training_step",
+]  # fmt: skip
 
 _LEAD_IN = 1
 """Steps between the first and those that are measured: they build what later steps reuse."""
@@ -128,7 +131,7 @@ def time_steps(model: Any, batch: Batch, count: int, device: torch.device, about
 def _timed(model: Any, batch: Batch, count: int, device: torch.device, about: Steps) -> Steps:
     release(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model_bytes = allocated(device)
+    model_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # fused: no temporaries as large as the moments
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -153,7 +156,7 @@ def _timed(model: Any, batch: Batch, count: int, device: torch.device, about: St
         host=statistics.median(host[1 + _LEAD_IN :]),
         tokens_per_second=batch.size / median,
         model=model_bytes,
-        peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(),
+        peak=peak_bytes(device) or peak_host_bytes(),
         trainable=sum(parameter.numel() for parameter in trained),
     )
     if not math.isfinite(last):
@@ -186,11 +189,12 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def allocated(device: torch.device) -> int:
-    """Bytes that tensors take on a GPU; 0 where they are not counted."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+def peak_bytes(device: torch.device) -> int:
+    """The most that tensors took on a GPU since the last reset; 0 where that is not counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_host_bytes() -> int:
     """The most memory that this process has had, files that it mapped included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    said = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(said.group(1)) * 1024 if said else 0

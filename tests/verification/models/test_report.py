@@ -68,6 +68,14 @@ def test_what_failed_makes_the_command_fail_and_what_does_not_fit_does_not() -> 
     assert ModelRun("tiny", "", 1, 1, "").exit_code == 1
 
 
+def test_an_attention_that_runs_with_no_experts_is_nobody_s_failure_here() -> None:
+    run = seen()
+    run.take(Steps("packed", "sdpa", "", 0, "failed: ValueError: not supported"))
+    assert run.exit_code == 1
+    run.take(Steps("dense", "sdpa", "", 0, "failed: ValueError: not supported"))
+    assert run.exit_code == 0
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
@@ -96,6 +104,7 @@ def test_the_record_its_page_and_the_readme(tmp_path: Path) -> None:
         ),
         (["--model", "tiny", "--device", "cpu", "--record"], "--record keeps what a GPU saw"),
         (["--model", "gpt-oss-20b"], "no CUDA GPU"),
+        (["--profile"], "--profile is for whole models: give --model NAME too"),
     ],
 )
 def test_wrong_use(

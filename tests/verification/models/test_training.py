@@ -91,8 +91,9 @@ def task(**changes: Any) -> Task:
 
 @pytest.fixture(autouse=True)
 def cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A side's process chooses its own cache of compiled kernels; here the tests' process stands in for it."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    """A side's process chooses its own caches of compiled kernels; here the tests' process stands in for it."""
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
 
 
 def test_both_sides_train_the_same_adapters() -> None:
@@ -172,6 +173,16 @@ def test_a_profile_of_each_batch_that_was_asked_for() -> None:
     assert seconds["our products"] == 0
     for name in ("others' products of the experts", "self-attention", "elementwise of the block", "optimiser", ELSE):
         assert seconds[name] > 0, name
+
+
+def test_a_profile_that_fails_takes_nothing_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Shares:
+        raise ValueError("CUPTI says no")
+
+    monkeypatch.setattr(side, "profiled", broken)
+    steps, told = said(train, task(profile=True))
+    assert steps.ok
+    assert (told.batch, told.status) == ("1 × 8", "no profile: failed: ValueError: CUPTI says no")
 
 
 def test_a_process_that_ends_badly_is_a_row() -> None:
