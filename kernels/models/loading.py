@@ -27,7 +27,7 @@ from mxref.kernels.models.packing import ADAPTERS_KEY, experts_modules, pack_exp
 from mxref.kernels.models.saving import Origin, save_packed_model
 from mxref.kernels.models.stored_names import Renaming
 
-__all__ = ["kept_in_fp32", "load_packed_model", "save_packed_model"]
+__all__ = ["load_packed_model", "save_packed_model"]
 
 
 def load_packed_model(
@@ -139,7 +139,7 @@ def _fill(
     stored_as: dict[str, str] = {}
     missing = set(needed)
     for target, name, value in renaming.tensors(readers):
-        _put(model, target, value, device, kept_in_fp32(model, target, dtype))
+        _put(model, target, value, device, _kept_in_fp32(model, target, dtype))
         missing.discard(target)
         if name is not None:
             stored_as[target] = name
@@ -173,7 +173,7 @@ def _ignored(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def kept_in_fp32(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
     """The dtype for a tensor, given the one that is asked for."""
     kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     if dtype == torch.float16:

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.kernels.models.experts import PROJECTIONS
-from mxref.kernels.models.loading import kept_in_fp32
 from mxref.kernels.models.packing import experts_modules, matrix_shape, put_packed
 from mxref.kernels.models.peft import get_peft_model
 from mxref.verification.bench.workloads import PACKED_BYTES
@@ -57,12 +56,10 @@ def filled(model: Any, device: torch.device, packed: bool) -> Any:
     """
     for name in experts_modules(model) if packed else ():
         _pack(model, name, device)
-    for name, module in model.named_modules():
+    for module in model.modules():
         empty = [key for key, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
         for key in empty:
-            place = getattr(module, key)
-            dtype = kept_in_fp32(model, f"{name}.{key}", place.dtype)
-            drawn = torch.empty_like(place, dtype=dtype, device=device).normal_(std=_STD)
+            drawn = torch.empty_like(getattr(module, key), device=device).normal_(std=_STD)
             setattr(module, key, nn.Parameter(drawn, requires_grad=False))
         if empty:
             model._init_weights(module)
@@ -158,7 +155,7 @@ def _octets_by_name(model: Any, description: Model, rank: int, packed: bool) -> 
     experts = experts_modules(model)
     for name, parameter in model.named_parameters():
         owner, _, own = name.rpartition(".")
-        count, size = parameter.numel(), (kept_in_fp32(model, name, parameter.dtype) or parameter.dtype).itemsize
+        count, size = parameter.numel(), parameter.itemsize
         if owner in experts and own in PROJECTIONS:
             E, K, N = matrix_shape(experts[owner], own)
             yield name, int(count * (PACKED_BYTES if packed else size)) + _ADAPTER_BYTES * rank * E * (K + N)
