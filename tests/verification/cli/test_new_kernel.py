@@ -46,7 +46,7 @@ def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new-kernel", "no-module.txt"]) == 2
 
 
-PLUGIN = ("-p", "mxref.verification.cli.pytest_plugin", "-p", "no:cacheprovider", "-q")
+PLUGIN = ("-p", "no:cacheprovider", "-q")
 LAYER = """
 import mxref
 
