@@ -38,6 +38,7 @@ def figures(entry: Row) -> list[str]:
         lines += ["", *_shares(entry["shares"])]
     counts = {f"{row['trainable']:,}" for row in entry["steps"] if row["status"] == "ok"}
     told = [f"Trained parameters: {' or '.join(sorted(counts))}."] if counts else []
+    told += [f"{row['side']}, {row['attention']}: {row['status']}." for row in entry["steps"] if ":" in row["status"]]
     told += [*_largest(entry["steps"]), *map(_block, entry["blocks"]), *_stored(entry["stored"])]
     return [*lines, "", " ".join(told)] if told else lines
 
@@ -54,7 +55,7 @@ def _cells(row: Row, entry: Row) -> list[str]:
         side += f", {row['layers']} of {entry['of_layers']} layers"
     named = [side, row["batch"] or "–"]
     if row["status"] != "ok":
-        return [*named, row["status"], *[""] * 7]
+        return [*named, row["status"].partition(":")[0], *[""] * 7]
     dense = _dense(row, entry["steps"])
     return [
         *named,
