@@ -85,12 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, require_gpu=arguments.device == "cuda")
     if arguments.record is not None and (device.type == "cpu" or any(m.name not in KINDS for m in models)):
         raise UsageError("--record keeps what a GPU saw of a published model; leave it out")
+    tasks = [_tasks(model, arguments) for model in models]
     console = Console(width=None if sys.stdout.isatty() else 160)
     if wrong := _found_wrong(device, arguments.timeout):
         console.print("\n".join(wrong), style="red", markup=False)
         console.print("[bold red]The gate is red: nothing was timed.[/]")
         return 1
-    return max([_one(model, arguments, device, console) for model in models])
+    return max([_one(each, arguments, device, console) for each in tasks])
 
 
 def _found_wrong(device: torch.device, seconds: float) -> list[str]:
@@ -111,10 +112,11 @@ def _models(names: list[str]) -> list[Model]:
     return [MODELS[name] for name in dict.fromkeys(asked)]
 
 
-def _one(model: Model, arguments: argparse.Namespace, device: torch.device, console: Console) -> int:
+def _one(tasks: list[Task], arguments: argparse.Namespace, device: torch.device, console: Console) -> int:
     """Train one model, show it, keep it; the exit code."""
     from mxref.verification.models.run import ModelRun, run_model
 
+    model = tasks[0].model
     found = ModelRun(model.name, model.source, model.layers, arguments.rank, describe_device(device))
     data = folder(arguments.out) / f"{model.name}.json"
 
@@ -122,7 +124,7 @@ def _one(model: Model, arguments: argparse.Namespace, device: torch.device, cons
         print(f"mxref: {model.name}: {text}", file=sys.stderr, flush=True)
         write_data(data, found.as_json())  # at once: what comes later may not come
 
-    run_model(found, _tasks(model, arguments), arguments.timeout, news)
+    run_model(found, tasks, arguments.timeout, news)
     seen = found.as_json()
     console.print(f"{model.name} on {found.device}", style="bold", highlight=False)
     console.print(Markdown("\n".join(figures(seen))))
