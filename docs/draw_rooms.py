@@ -38,6 +38,7 @@ ORDER = {
     "verification/report": "pages and plots",
     "verification/studies": "is the gate itself right?",
     "verification/bench": "how fast",
+    "verification/models": "whole models, trained",
     "verification/records": "what was seen, and where",
     "verification/cli": "the mxref command",
 }

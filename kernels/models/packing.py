@@ -120,15 +120,9 @@ def pack_experts(
             packed = {source[key]: weights.to(home) for key, weights in read_expert_weights(opened, source)}
         else:
             packed = {p: _encode(module, p, scale_mode, home) for p in PROJECTIONS}
-        biases = _biases(module, name, opened, home)
-        for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
-            delattr(module, parameter)  # the module lives on behind its activation, without weights
-        activation = Activation(module, form_of(module))
-        experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], activation, biases)
+        experts = put_packed(model, name, packed, _biases(module, name, opened, home))
         if rank:
             experts.add_lora(rank, alpha, lora_dtype)
-        experts.train(module.training)
-        model.set_submodule(name, experts)
     _forget_plans(model, modules)
     _prepare_saving(model, rank, alpha)
     return model
@@ -157,6 +151,19 @@ def _forget_plans(model: Any, modules: Iterable[str]) -> None:
 
 def _within(name: str, stem: str) -> bool:
     return name == stem or name.startswith(f"{stem}.")
+
+
+def put_packed(
+    model: nn.Module, name: str, packed: Mapping[str, MXWeights], biases: Mapping[str, Tensor]
+) -> PackedExperts:
+    """Replace one experts module by packed weights and biases, both by projection; what stands there now."""
+    module = model.get_submodule(name)
+    for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
+        delattr(module, parameter)  # the module lives on behind its activation, without weights
+    experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], Activation(module, form_of(module)), biases)
+    experts.train(module.training)
+    model.set_submodule(name, experts)
+    return experts
 
 
 def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:
@@ -193,7 +200,7 @@ def _is_stack(parameter: Any) -> bool:
     return isinstance(parameter, Tensor) and parameter.ndim == 3
 
 
-def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+def matrix_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     """(E, K, N) of a dense or MXTensor projection."""
     E, first, second = getattr(module, name).shape
     return (E, first, second) if getattr(module, "is_transposed", False) else (E, second, first)
@@ -205,7 +212,7 @@ def _check_checkpoint(modules: Mapping[str, nn.Module], checkpoint: Checkpoint) 
         if reason := checkpoint.cannot_fill(module):
             raise ValueError(f"{name} cannot take its weights from {checkpoint.files.root}: {reason}")
         for projection in PROJECTIONS:
-            key, expected = f"{name}.{projection}", _matrix_shape(module, projection)
+            key, expected = f"{name}.{projection}", matrix_shape(module, projection)
             if held.get(key) != expected:
                 found = f"has [E, K, N] = {held[key]}" if key in held else "is missing"
                 raise ValueError(f"{key} {found} in {checkpoint.files.root}; the model needs {expected}")
@@ -213,7 +220,7 @@ def _check_checkpoint(modules: Mapping[str, nn.Module], checkpoint: Checkpoint) 
 
 def _check_encodable(name: str, module: nn.Module) -> None:
     for projection in PROJECTIONS:
-        weight, (_, K, _) = getattr(module, projection), _matrix_shape(module, projection)
+        weight, (_, K, _) = getattr(module, projection), matrix_shape(module, projection)
         if weight.is_meta or isinstance(weight, FakeTensor):
             raise ValueError(f"{name}.{projection} has no data (meta device); give the checkpoint to read it from")
         if K % MX_BLOCK_SIZE:
@@ -230,7 +237,7 @@ def _encode(module: nn.Module, name: str, scale_mode: str, home: torch.device) -
     weight = getattr(module, name).detach()
     if is_mxfp4_param(weight):
         return MXWeights.from_torchao(weight).to(home)
-    E, K, N = _matrix_shape(module, name)
+    E, K, N = matrix_shape(module, name)
     packed = torch.empty(E, N, K // 2, dtype=torch.uint8, device=home)
     scales = torch.empty(E, N, K // MX_BLOCK_SIZE, dtype=torch.uint8, device=home)
     for e in range(E):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from moe_models import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, make, packed_experts
+from mxref.kernels.models.families import small_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from uninterpreted import run_python
@@ -18,7 +19,6 @@ from mxref.kernels.layer.activation import gated, gated_activation, gated_activa
 from mxref.kernels.models import families
 from mxref.kernels.models.activation import form_of
 from mxref.kernels.models.experts import PackedExperts
-from mxref.kernels.models.families import small_model
 from mxref.kernels.models.packing import not_covered, pack_experts
 from mxref.swiglu import GPT_OSS, SILU, SwiGLU
 from mxref.verification.candidates.shipped import shipped

@@ -101,7 +101,7 @@ class TestCommand:
 
     def run(self, bench: Bench, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         monkeypatch.setattr(cli_bench, "choose_device", lambda wanted, require_gpu: torch.device("cuda"))
-        monkeypatch.setattr(cli_bench, "_measure", lambda shapes, device, peers: bench)
+        monkeypatch.setattr(cli_bench, "_measure", lambda arguments, shapes, device: bench)
         return main(["bench", *arguments])
 
     def test_keeps_what_was_asked_for(self, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mxref.verification.bench.pairs import Effort, Row, time_shape
 from mxref.verification.bench.paths import Path
 from mxref.verification.bench.timing import Ceilings, Clock
-from mxref.verification.bench.workloads import Shape
+from mxref.verification.bench.workloads import MEASURES, Measure, Shape
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.small import usual_dtype
@@ -44,6 +44,7 @@ class Bench:
         started: UTC, ISO 8601.
         seconds: wall-clock duration.
         commit: of the checkout, "" where there is none.
+        peers: what each way of others is, with its version.
     """
 
     device: str
@@ -56,6 +57,7 @@ class Bench:
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
     seconds: float = 0.0
     commit: str = field(default_factory=lambda: _commit())
+    peers: dict[str, str] = field(default_factory=dict)
 
     @property
     def green(self) -> bool:
@@ -110,6 +112,7 @@ def run_benchmark(
     clock: Clock,
     ceilings: Callable[[], Ceilings],
     on_shape: Callable[[Shape], None] = lambda shape: None,
+    measures: Sequence[Measure] = MEASURES,
 ) -> Bench:
     """Time `paths` on `shapes` into `bench`; nothing is timed unless its gates are green.
 
@@ -121,6 +124,7 @@ def run_benchmark(
         clock: the device's.
         ceilings: measures them; called before and after.
         on_shape: called before each shape.
+        measures: what is timed of each.
     """
     if not bench.green:
         return bench
@@ -128,7 +132,7 @@ def run_benchmark(
     before = ceilings()
     for shape in shapes:
         on_shape(shape)
-        bench.rows += time_shape(shape, paths, device, clock, bench.effort)
+        bench.rows += time_shape(shape, paths, device, clock, bench.effort, measures)
     after = ceilings()
     bench.ceilings, bench.drift = before.best(after), before.drift(after)
     bench.rows = [

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path as File
 from typing import Any
 
@@ -23,6 +24,9 @@ from mxref.kernels.device.schedule import Routing
 from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
 from mxref.verification.candidates import foreign
 from mxref.weights import MXWeights
+
+TUNING = 10.0
+"""Seconds that another project's autotuner gets by default for each kernel and shape."""
 
 Operands = dict[str, Any]
 """Keyword arguments of `parallel_linear_lora`, weights packed."""
@@ -49,6 +53,8 @@ class Path:
         bytes_per_weight: of the form that a product reads.
         ours: whether the gate judges it before it is timed, and the history after.
         parts: what it can compute.
+        backward: whether it can be differentiated.
+        package: that others wrote it in.
     """
 
     name: str
@@ -58,10 +64,12 @@ class Path:
     bytes_per_weight: float = PACKED_BYTES
     ours: bool = True
     parts: tuple[Part, ...] = ("layer", "base")
+    backward: bool = True
+    package: str = ""
 
     def covers(self, measure: Measure) -> bool:
         """Whether this way can compute what `measure` times."""
-        return measure.part in self.parts
+        return measure.part in self.parts and (self.backward or not measure.backward)
 
 
 def _composite(*, offs: Tensor | None = None, **operands: Any) -> Tensor:
@@ -112,9 +120,9 @@ def reference(measure: Measure) -> Path:
     return next(path for path in REFERENCES if path.covers(measure))
 
 
-def every_path(installed: bool = True) -> list[Path]:
-    """All that is timed beside the references; `installed`: what others wrote, too."""
-    return [*our_paths(), DEQUANTISED, *(peers() if installed else [])]
+def every_path(installed: bool = True, tuning: float = TUNING) -> list[Path]:
+    """All that is timed beside the references; `installed`: what others wrote, too, tuned as `peers` says."""
+    return [*our_paths(), DEQUANTISED, *(peers(tuning) if installed else [])]
 
 
 def our_paths() -> list[Path]:
@@ -192,10 +200,10 @@ DEQUANTISED = Path(
 )
 
 
-def peers() -> list[Path]:
-    """What others wrote, where it is installed."""
-    found = []
-    for find in (_axolotl, _unsloth):
+def peers(tuning: float = TUNING) -> list[Path]:
+    """What others wrote, where it is installed; `tuning`: seconds that an autotuner gets for each kernel and shape."""
+    found: list[Path] = []
+    for find in (partial(_axolotl, tuning), _unsloth, _humming):
         try:
             found += find()
         except ImportError:
@@ -203,19 +211,26 @@ def peers() -> list[Path]:
     return found
 
 
-def _axolotl() -> list[Path]:
-    """Axolotl's layer. One tiling of its list instead of minutes of tuning a shape."""
-    layer, container = foreign.load_axolotl()
+def about_peers(paths: Iterable[Path]) -> dict[str, str]:
+    """What each way that others wrote is, with the version of its package, by name."""
+    others = [path for path in paths if path.package]
+    return {path.name: f"{path.package} {metadata.version(path.package)}, {path.about}" for path in others}
+
+
+def _axolotl(tuning: float) -> list[Path]:
+    """Axolotl's layer, tuned by its own autotuner within `tuning` seconds a kernel and shape."""
+    layer, container = foreign.load_axolotl(tuning)
+    tuned = f"tuned by its own autotuner for at most {tuning:g} s a kernel and shape"
 
     def packed(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
         w = operands["expert_weights"]
         return operands | {"expert_weights": container(w.packed, w.scales, w.K, w.N)}
 
     fused = partial(layer, use_fused_dX=True, use_fused_gather=True)
-    whole: tuple[Part, ...] = ("layer",)
+    whole: dict[str, Any] = {"ours": False, "parts": ("layer",), "package": "axolotl"}
     return [
-        Path("axolotl, bf16", "axolotl ScatterMoE-LoRA on bf16 weights", layer, _dense, 2.0, ours=False, parts=whole),
-        Path("axolotl, MXFP4", "axolotl's fused MXFP4 kernels, one tiling", fused, packed, ours=False, parts=whole),
+        Path("axolotl, bf16", f"ScatterMoE-LoRA on bf16 weights, {tuned}", layer, _dense, 2.0, **whole),
+        Path("axolotl, MXFP4", f"fused MXFP4 kernels, {tuned}", fused, packed, **whole),
     ]
 
 
@@ -239,4 +254,30 @@ def _unsloth() -> list[Path]:
         return {"x": operands["inputs"], "blocks": blocks, "scales": scales, "counts": counts}
 
     product = module.mxfp4_expert_grouped_mm
-    return [Path("unsloth, MXFP4", "unsloth-zoo's packed MXFP4 product", product, packed, ours=False, parts=("base",))]
+    base: dict[str, Any] = {"ours": False, "parts": ("base",), "package": "unsloth_zoo"}
+    return [Path("unsloth, MXFP4", "its packed MXFP4 product", product, packed, **base)]
+
+
+def _humming() -> list[Path]:
+    """Humming's packed product, which has no backward pass. It repacks the weights once and compiles at first use."""
+    layer = importlib.import_module("humming.layer").HummingLayer
+
+    def packed(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
+        weights, x = operands["expert_weights"], operands["inputs"]
+        own = layer(
+            shape_n=weights.N,
+            shape_k=weights.K,
+            weight_config={"quant_method": "mxfp4"},
+            num_experts=weights.E,
+            torch_dtype=x.dtype,
+        ).to(x.device)
+        own.load_from_tensors({"weight": weights.packed.clone(), "weight_scale": weights.scales.clone()})
+        own.transform()
+        return {"layer": own, "x": x, "ends": torch.nn.functional.pad(operands["expert_offsets"].long(), (1, 0))}
+
+    def product(*, layer: Any, x: Tensor, ends: Tensor) -> Tensor:
+        y: Tensor = layer(x, expert_layout=ends, top_k=1, compute_config={"gemm_type": "grouped_contiguous"})
+        return y
+
+    base: dict[str, Any] = {"ours": False, "parts": ("base",), "backward": False, "package": "humming-kernels"}
+    return [Path("humming, MXFP4", "its packed MXFP4 product, forward only", product, packed, **base)]

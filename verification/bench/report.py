@@ -36,6 +36,7 @@ def as_json(bench: Bench) -> dict[str, Any]:
             "copy_bytes": bench.ceilings.copy,
             "drift": round(bench.drift, 4),
         },
+        "peers": bench.peers,
         "first_call_seconds": None if bench.first_call is None else digits(bench.first_call),
         "rows": [_row_json(row) for row in bench.rows],
     }

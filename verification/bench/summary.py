@@ -10,6 +10,12 @@ from mxref.verification.report.output import markdown_table
 BEYOND = "the operands and the results"
 """What a benchmark's extra memory leaves out."""
 
+_CAPTURED = (
+    "Eager is how transformers' Trainer, PEFT and TRL run a step unless told otherwise; a graph is captured where "
+    "shapes stay the same and the caller asks for it, by `torch.cuda.graph` or "
+    '`torch.compile(mode="reduce-overhead")`.'
+)
+
 Row = Mapping[str, Any]
 Rows = Mapping[tuple[str, str, str], Row]
 """Rows of a record by measure, shape and path."""
@@ -24,6 +30,7 @@ def summary(entry: Mapping[str, Any]) -> list[str]:
         f"driver {v['driver']}, kernels `{entry['digest'][:12]}`. In the same run: bf16 matmul "
         f"{ceilings['matmul_flops'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy_bytes'] / 1e12:.2f} TB/s.",
     ]
+    lines += _eager_beside_graph(rows)
     lines += _every_way(rows, "step", "Whole step: forward, dX, dA, dB")
     lines += _every_way(rows, "base", "Base products alone: forward, dX")
     lines += _single_products(rows)
@@ -33,7 +40,7 @@ def summary(entry: Mapping[str, Any]) -> list[str]:
 
 def once(entry: Mapping[str, Any]) -> list[str]:
     """A sentence each on the first call and on the memory of the step on the dense shape, where they are known."""
-    told = []
+    told = [f"{name}: {about}." for name, about in entry.get("peers", {}).items()]
     if entry["first_call_seconds"] is not None:
         seconds = f"{entry['first_call_seconds']:.1f} s"
         told.append(f"First training step of a fresh process, every kernel still to be compiled: {seconds}.")
@@ -44,6 +51,31 @@ def once(entry: Mapping[str, Any]) -> list[str]:
     }
     said = ", ".join(f"{path} {known[path]}" for path in ("automatic", "composite") if path in known)
     return [*told, f"Extra memory of the dense shape's step, beyond {BEYOND}: {said}."] if said else told
+
+
+def _eager_beside_graph(rows: Rows) -> list[str]:
+    """A line a shape: the step as most trainers run it, launch by launch, beside the same step as a CUDA graph."""
+    shapes = _unique(shape for m, shape, path in rows if (m, path) == ("step", "automatic"))
+    cells = []
+    for shape in shapes:
+        sides = [rows.get(("step", shape, path)) for path in ("composite", "automatic")]
+        timed = [row for row in sides if row is not None and row["status"] == "ok"]
+        if len(timed) == len(sides):
+            times = [milliseconds_and_ratio([row[how] for row in timed]) for how in ("eager", "median")]
+            cells.append([shape, *times[0], *times[1]])
+            cells[-1][-1] += eager_mark(timed[1])
+    if not cells:
+        return []
+    title = "**Whole step, eager and as a CUDA graph**, in ms: the composite, ours, ours over the composite's"
+    both = ("composite", "ours", "ratio")
+    columns = ["shape", *(f"{how}: {what}" for how in ("eager", "graph") for what in both)]
+    return ["", title, "", *markdown_table(columns, cells), "", _CAPTURED]
+
+
+def milliseconds_and_ratio(seconds: Sequence[float]) -> list[str]:
+    """Cells: the composite's time and ours, in ms, and ours over the composite's."""
+    composite, ours = seconds
+    return [f"{composite * 1e3:.2f}", f"{ours * 1e3:.2f}", f"{ours / composite:.2f}"]
 
 
 def _every_way(rows: Rows, measure: str, title: str) -> list[str]:

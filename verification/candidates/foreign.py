@@ -10,7 +10,9 @@ it as attributes, so `mxref gate --kernel mxref.verification.outside:axolotl` ju
 from __future__ import annotations
 
 import importlib
+import math
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -216,8 +218,11 @@ _AXOLOTL_TILING = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, 
 
 
 @cache
-def load_axolotl() -> tuple[Any, Any]:
+def load_axolotl(tuning: float = 0.0) -> tuple[Any, Any]:
     """Axolotl's `parallel_linear_lora` and `MXWeights`, without the training framework around them.
+
+    Its kernels tune themselves for each new shape. Here each may do so for `tuning` seconds, and at least until one
+    tiling has run; with 0 it takes one tiling of its list, which decides no rounding. A process keeps to one of both.
 
     A bare package stands in for `axolotl.integrations.kernels`, whose own `__init__` imports the plugin system; so only
     torch and triton load, and axolotl's plugins cannot be imported in this process any more.
@@ -233,12 +238,18 @@ def load_axolotl() -> tuple[Any, Any]:
     library = f"{_AXOLOTL_KERNELS}.libs.scattermoe_lora"
     layer = importlib.import_module(f"{library}.parallel_linear_lora").parallel_linear_lora
     container = importlib.import_module(f"{library}.mx_weights").MXWeights
-    _pin(importlib.import_module(f"{library}.kernels.lora_ops"))
+    operations = importlib.import_module(f"{library}.kernels.lora_ops")
+    if not tuning:
+        _pin(operations)
+    for name, module in list(sys.modules.items()) if tuning else ():
+        for kernel in vars(module).values() if name.startswith(library) else ():
+            if hasattr(kernel, "prune_configs") and not isinstance(kernel, type):
+                _bound(kernel, tuning)
     return layer, container
 
 
 def _pin(module: ModuleType) -> None:
-    """Leave each autotuned kernel one tiling of its own list: tuning takes minutes a shape, and decides no rounding.
+    """Leave each autotuned kernel one tiling of its own list.
 
     The tiling is the one that axolotl's `AXOLOTL_MX_DX_SAFE_CONFIG` names.
     """
@@ -246,3 +257,26 @@ def _pin(module: ModuleType) -> None:
         if hasattr(kernel, "configs"):
             safe = [config for config in kernel.configs if _AXOLOTL_TILING.items() <= config.all_kwargs().items()]
             kernel.configs = (safe or kernel.configs)[:1]
+
+
+def _bound(tuner: Any, seconds: float) -> None:
+    """Let one of Triton's autotuners try tilings of its list for so long, and at least until one of them has run."""
+    if getattr(tuner, "is_bound", False):  # several modules may import one kernel
+        return
+    prune, time_one = tuner.prune_configs, tuner._bench
+    begun, ran = 0.0, False
+
+    def pruned(arguments: Any) -> Any:
+        nonlocal begun, ran
+        begun, ran = time.monotonic(), False  # a new shape is about to be tuned for
+        return prune(arguments)
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        nonlocal ran
+        if ran and time.monotonic() - begun > seconds:
+            return [math.inf] * 3  # its median and quantiles, as for a tiling that does not fit
+        times = time_one(*arguments, **options)
+        ran = ran or math.isfinite(times[0])
+        return times
+
+    tuner.prune_configs, tuner._bench, tuner.is_bound = pruned, timed, True

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mxref.verification.bench.summary import summary
+from mxref.verification.bench.summary import milliseconds_and_ratio, summary
 from mxref.verification.checks.registry import BASELINE, CHECKS, STATE
 from mxref.verification.distributed.registry import CHECKS as STEP_CHECKS
 from mxref.verification.distributed.registry import ENDS
+from mxref.verification.models.report import model_summary
+from mxref.verification.models.sizes import MODELS
 from mxref.verification.records.freshness import State, survey
 from mxref.verification.records.record import EVIDENCE, KINDS
 from mxref.verification.report.output import markdown_table
@@ -19,8 +21,15 @@ README = EVIDENCE.parent.parent / "README.md"
 def blocks(root: Path = EVIDENCE) -> dict[str, str]:
     """Markdown by name, from the list of checks and the records alone: the same on every machine."""
     states = survey(root)
-    parts = {"checks": _checks(), "steps": _step_checks(), "records": _records(states), "bench": _speed(states)}
-    return {name: "\n".join(lines) for name, lines in parts.items()}
+    parts = {
+        "checks": _checks(),
+        "steps": _step_checks(),
+        "records": _records(states),
+        "bench": _speed(states),
+        "rows": _rows_and_host(states),
+        "models": _models(states),
+    }
+    return {name: "\n".join(lines).rstrip() for name, lines in parts.items()}
 
 
 def update_readme(readme: Path = README, root: Path = EVIDENCE) -> Path:
@@ -85,6 +94,29 @@ def _speed(states: list[State]) -> Iterator[str]:
         yield from ("", f"Every figure: [bench.md]({_link(state)}).")
     if not measured:
         yield "No GPU has been measured yet."
+
+
+def _rows_and_host(states: list[State]) -> Iterator[str]:
+    """Every GPU's chart over rows per expert, and its host times."""
+    kept = [state for state in states if not state.damage]
+    for state in (state for state in kept if state.kind == "rows"):
+        about = f"Forward and dX over rows per expert, {state.entry['device']}, {state.entry['started'][:10]}"
+        yield from (f"![{about}](verification/evidence/{state.folder}/rows.svg)", "")
+    for state in (state for state in kept if state.kind == "host"):
+        yield from (f"**Host time of one eager step**, {state.entry['device']}, {state.entry['started'][:10]}", "")
+        rows = [[row["shape"], *milliseconds_and_ratio([row["composite"], row["ours"]])] for row in state.entry["rows"]]
+        yield from (*markdown_table(["shape", "composite, ms", "ours, ms", "ratio"], rows), "")
+    if not any(state.kind in ("rows", "host") for state in kept):
+        yield "Neither the products over rows per expert nor the host's time have been recorded yet."
+
+
+def _models(states: list[State]) -> Iterator[str]:
+    """Every whole model that a GPU has trained."""
+    trained = [state for state in states if state.kind in MODELS and not state.damage]
+    for state in trained:
+        yield from (*model_summary(state.entry), "", f"Every figure: [{state.kind}.md]({_link(state)}).", "")
+    if not trained:
+        yield "No whole model has been recorded yet."
 
 
 def _link(state: State) -> str:

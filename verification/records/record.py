@@ -18,13 +18,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxref.verification.models.sizes import MODELS, TINY
 from mxref.verification.records.kernel_sources import kernel_sources
 from mxref.verification.records.sources import digest, digests
 from mxref.verification.records.versions import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
 """Where records are kept, one folder a device."""
@@ -55,6 +59,12 @@ KINDS = {
     "calls": Kind("mxref calls --record", "planted bugs of how a layer is called", gpu_only=False),
     "sanitize": Kind("mxref sanitize --record", "what compute-sanitizer and ConSan see in the kernels"),
     "ulp_baseline": Kind("mxref gate --accept-baseline", "accepted errors, in ulp", gpu_only=False),
+    "rows": Kind("mxref bench --rows --record", "forward and dX over rows per expert"),
+    "host": Kind("mxref bench --host --record", "host time of one eager step"),
+} | {
+    name: Kind(f"mxref bench --model {name} --profile --record", f"{name} trained whole")
+    for name in MODELS
+    if name != TINY.name
 }
 
 
@@ -68,6 +78,7 @@ def write(
     texts: Mapping[str, str] | None = None,
     name: str | None = None,
     page: Callable[[Entry], str] | None = None,
+    chart: Callable[[Entry], Figure] | None = None,
 ) -> Path:
     """Write one record; its path.
 
@@ -80,6 +91,7 @@ def write(
         texts: the sources that decide the result, by name relative to the package; None for the kernels' own.
         name: of the file below the device's folder, without its ending; None for the kind's name.
         page: turns the record into Markdown that is written beside it.
+        chart: draws the record; the picture is written beside it as SVG and PNG.
 
     Raises:
         RuntimeError: the kind is of a GPU, and the device is none.
@@ -105,6 +117,10 @@ def write(
     path.write_text(_sealed(entry), encoding="utf-8")
     if page is not None:
         path.with_suffix(".md").write_text(page(read(path)), encoding="utf-8")
+    if chart is not None:
+        figure = chart(read(path))
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(path.with_suffix(".png"), dpi=150)
     return path
 
 

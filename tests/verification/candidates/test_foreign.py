@@ -111,8 +111,20 @@ def fake_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
             class Tuner:
                 configs = [
                     triton.Config({"BLOCK_M": m, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=3)
-                    for m in (32, 64, 128)
+                    for m in (32, 64, 128, 256)
                 ]
+                def __init__(self):
+                    self.timed, self.best = [], {}
+                def prune_configs(self, arguments):
+                    return self.configs
+                def _bench(self, shape, *, config):
+                    m = config.kwargs["BLOCK_M"]
+                    self.timed.append((shape, m))
+                    seconds = float("inf") if m == 32 else 1 / m
+                    return [seconds] * 3
+                def run(self, shape):
+                    timings = {c: self._bench(shape, config=c) for c in self.prune_configs({"shape": shape})}
+                    self.best[shape] = min(timings, key=timings.get).kwargs["BLOCK_M"]
             tuner = Tuner()
         """)
     )
@@ -157,3 +169,28 @@ def test_axolotl_gets_zeros_for_an_adapter_that_is_not_there(fake_axolotl: Any) 
 def test_axolotl_declines_rows_of_other_ranks(fake_axolotl: Any) -> None:
     with pytest.raises(mxref.NotCovered, match="drops rows of other ranks"):
         foreign.axolotl(**draw(CPU["sentinels"]).problem.arguments())
+
+
+@pytest.mark.usefixtures("fake_axolotl")
+def test_axolotl_takes_one_tiling_where_it_is_judged() -> None:
+    foreign.load_axolotl()
+    (config,) = tuner().configs
+    assert config.kwargs["BLOCK_M"] == 64
+
+
+@pytest.mark.usefixtures("fake_axolotl")
+def test_axolotl_tunes_itself_within_bounds_where_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes 3 s further with each tiling, the first of which does not fit, and a bound of 5 s."""
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(foreign.time, "monotonic", lambda: next(clock))
+    foreign.load_axolotl(5.0)
+    tuned = tuner()
+    for shape in ("small", "large"):
+        tuned.run(shape)
+    # The clock is read when tuning begins, and before a tiling once one has run.
+    assert tuned.timed == [(shape, m) for shape in ("small", "large") for m in (32, 64, 128)]
+    assert tuned.best == {"small": 128, "large": 128}
+
+
+def tuner() -> Any:
+    return sys.modules["axolotl.integrations.kernels.libs.scattermoe_lora.kernels.lora_ops"].tuner

@@ -1,0 +1,192 @@
+"""Products over rows per expert with their chart, and the host's time of one eager step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path as File
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import BASE, BASE_DX, BASE_FORWARD, CPU, EFFORT, GOLDEN, STEP, TINY, FakeClock, fixed_ceilings, green
+
+from mxref.verification.bench import paths
+from mxref.verification.bench.benchmark import run_benchmark
+from mxref.verification.bench.host import host_times
+from mxref.verification.bench.pairs import time_shape
+from mxref.verification.bench.paths import about_peers, peers
+from mxref.verification.bench.report import as_json, as_markdown
+from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
+from mxref.verification.bench.workloads import Workload
+from mxref.verification.cli import bench as cli_bench
+from mxref.verification.cli import bench_host, main
+from mxref.verification.records.readme import blocks
+from mxref.verification.records.record import write
+
+FORWARD_ONLY = replace(GOLDEN, name="humming, MXFP4", ours=False, backward=False, parts=("base",))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(cli_bench, "choose_device", lambda *_, **__: torch.device("cuda"))
+
+
+def measured() -> dict[str, Any]:
+    """Both products of two tiny shapes, as plain data."""
+    ways = [replace(GOLDEN, name="automatic"), FORWARD_ONLY]
+    shapes = [TINY, replace(TINY, name="more", tokens=24)]
+    bench = run_benchmark(green(), shapes, ways, CPU, FakeClock(), fixed_ceilings, measures=PRODUCTS)
+    return as_json(bench)
+
+
+def test_powers_of_two_and_every_expert_with_as_many_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert [shape.rows / shape.experts for shape in ROWS] == [2**i for i in range(3, 13)]
+    counts = torch.bincount(ROWS[0].route(generator).view(-1), minlength=ROWS[0].experts)
+    assert set(counts.tolist()) == {8}
+
+
+def test_only_the_products_are_timed_and_dx_only_of_what_has_one() -> None:
+    rows = [row for row in measured()["rows"] if row["shape"] == "tiny"]
+    assert [(row["measure"], row["path"]) for row in rows] == [
+        *(("base forward", path) for path in ("composite", "automatic", "humming, MXFP4")),
+        *(("base dX", path) for path in ("composite", "automatic")),
+    ]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert [FORWARD_ONLY.covers(measure) for measure in (BASE_FORWARD, BASE, BASE_DX, STEP)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("width", [10.0, 4.5])
+def test_a_line_a_way_and_the_limit(width: float) -> None:
+    record = measured()
+    record["rows"][0]["status"] = "out of memory"
+    figure = rows_chart(record, width)
+    forward, dx = figure.axes
+    assert [len(axes.get_lines()) for axes in (forward, dx)] == [4, 3]
+    lines = {line.get_label(): line for line in forward.get_lines()}
+    assert [len(lines[name].get_xdata()) for name in ("mxref, MXFP4", "torch._grouped_mm, bf16")] == [2, 1]
+    ours = [r for r in record["rows"] if (r["measure"], r["path"]) == ("base forward", "automatic")]
+    assert list(lines["mxref, MXFP4"].get_ydata()) == [row["limit_ratio"] for row in ours]
+    assert set(lines["limit"].get_ydata()) == {1}
+    above = dx.get_position().y1 <= forward.get_position().y0
+    assert above == (width < 8)
+
+
+@pytest.mark.usefixtures("gpu")
+class TestKept:
+    def test_rows_are_kept_with_a_chart_and_shown(self, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+        ways = [replace(GOLDEN, name="automatic")]
+        bench = run_benchmark(green(), [TINY], ways, CPU, FakeClock(), fixed_ceilings, measures=PRODUCTS)
+        monkeypatch.setattr(cli_bench, "_measure", lambda arguments, shapes, device: bench)
+        root = tmp_path / "evidence"
+        assert main(["bench", "--rows", "--out", str(tmp_path), "--record", str(root)]) == 0
+        written = {path.name for path in (root / "nvidia-h200").iterdir()}
+        assert written == {"rows.json", "rows.png", "rows.svg"}
+        assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+        assert "](verification/evidence/nvidia-h200/rows.svg)" in blocks(root)["rows"]
+
+    def test_host_times_are_kept_and_shown(self, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+        times = host_times([TINY], GOLDEN, CPU, count=2)
+        monkeypatch.setattr(bench_host, "gate_paths", lambda *_: [])
+        monkeypatch.setattr(bench_host, "host_times", lambda *_, **__: times)
+        assert main(["bench", "--host", "--out", str(tmp_path), "--record", str(tmp_path)]) == 0
+        ratio = f"{times[0].ours / times[0].composite:.2f}"
+        assert f"| {ratio} |" in blocks(tmp_path)["rows"]
+
+    def test_without_records_there_are_no_figures(self, tmp_path: File) -> None:
+        assert "have been recorded yet" in blocks(tmp_path)["rows"]
+
+    def test_the_eager_step_stands_beside_the_graph(self, tmp_path: File) -> None:
+        data = as_json(
+            run_benchmark(green(), [TINY], [replace(GOLDEN, name="automatic")], CPU, FakeClock(), fixed_ceilings)
+        )
+        data["peers"] = {"axolotl, bf16": "axolotl 0.21, tuned by its own autotuner"}
+        for row in data["rows"]:
+            ours = row["path"] == "automatic"
+            row |= {"eager": 0.0021 if ours else 0.0014, "median": 0.0005 if ours else 0.001}
+        path = write("bench", data, torch.device("cuda"), tmp_path, page=as_markdown)
+        for text in (path.with_suffix(".md").read_text(), blocks(tmp_path)["bench"]):
+            assert "| tiny | 1.40 | 2.10 | 1.50 | 1.00 | 0.50 | 0.50 |" in text
+            assert "axolotl, bf16: axolotl 0.21, tuned by its own autotuner." in text
+
+
+def test_the_host_is_timed_in_turns_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    empty: list[bool] = []
+
+    def layer(**operands: Any) -> torch.Tensor:
+        called.append("ours")
+        empty.append(all(operands[name].grad is None for name in ("inputs", "lora_A", "lora_B")))
+        return GOLDEN.call(**operands)
+
+    composite = replace(paths.COMPOSITE, call=lambda **operands: called.append("composite") or layer_of(operands))
+
+    def layer_of(operands: dict[str, Any]) -> torch.Tensor:
+        return paths.COMPOSITE.call(**operands)
+
+    monkeypatch.setattr("mxref.verification.bench.host.COMPOSITE", composite)
+    (found,) = host_times([TINY], replace(GOLDEN, call=layer), CPU, count=3)
+    assert called == ["ours", "composite"] * 13
+    assert all(empty)
+    assert (found.shape, found.rows_per_expert) == ("tiny", TINY.rows / Workload.draw(TINY, CPU).active)
+    assert found.ours > 0
+    assert found.composite > 0
+
+
+@pytest.fixture
+def fake_humming(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package with humming's layer, which decodes with the golden model."""
+    (tmp_path / "humming").mkdir()
+    (tmp_path / "humming" / "__init__.py").touch()
+    (tmp_path / "humming" / "layer.py").write_text(
+        dedent("""
+            import torch
+            from mxref import MXWeights, decode_mxfp4
+            class HummingLayer(torch.nn.Module):
+                def __init__(self, shape_n, shape_k, weight_config, num_experts, torch_dtype):
+                    super().__init__()
+                    assert weight_config == {"quant_method": "mxfp4"}
+                    self.sizes, self.dtype = (num_experts, shape_k, shape_n), torch_dtype
+                def load_from_tensors(self, tensors):
+                    self.tensors = tensors
+                def transform(self):
+                    E, K, N = self.sizes
+                    weights = MXWeights(self.tensors["weight"], self.tensors["weight_scale"], K, N)
+                    self.dense = decode_mxfp4(weights, self.dtype)
+                def forward(self, x, expert_layout, top_k, compute_config):
+                    assert (top_k, compute_config) == (1, {"gemm_type": "grouped_contiguous"})
+                    parts = [x[a:b] @ w.T for a, b, w in zip(expert_layout, expert_layout[1:], self.dense)]
+                    return torch.cat(parts)
+        """)
+    )
+    (tmp_path / "humming_kernels-0.1.19.dist-info").mkdir()
+    (tmp_path / "humming_kernels-0.1.19.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: humming-kernels\nVersion: 0.1.19\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "humming"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("fake_humming")
+def test_humming_gets_our_bytes_and_computes_the_forward_product() -> None:
+    (peer,) = [path for path in peers() if path.package == "humming-kernels"]
+    rows = time_shape(TINY, [peer], CPU, FakeClock(), EFFORT, PRODUCTS)
+    assert [(row.measure, row.path, row.status) for row in rows] == [
+        ("base forward", "composite", "ok"),
+        ("base forward", "humming, MXFP4", "ok"),
+        ("base dX", "composite", "ok"),
+    ]
+    assert about_peers([peer, GOLDEN]) == {
+        "humming, MXFP4": "humming-kernels 0.1.19, its packed MXFP4 product, forward only"
+    }

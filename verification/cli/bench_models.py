@@ -1,0 +1,150 @@
+"""`mxref bench --model`: whole models trained on packed and on dense experts, each side in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from mxref.verification.cli.keeping import keep, show
+from mxref.verification.cli.options import choose_device, made, positive, terminal
+from mxref.verification.cli.usage import UsageError
+from mxref.verification.gate.result import describe_device
+from mxref.verification.models.report import as_page, figures
+from mxref.verification.models.sizes import MODELS, Model
+from mxref.verification.records.freshness import survey
+from mxref.verification.records.record import KINDS, folder_name
+from mxref.verification.report.output import write_json
+
+if TYPE_CHECKING:
+    from mxref.verification.models.side import Task
+
+_NEEDED = ("transformers", "peft", "accelerate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of whole models."""
+    group = parser.add_argument_group("whole models")
+    group.add_argument(
+        "--model", metavar="NAME", action="append", help=f"train this model whole: {', '.join(MODELS)}; may repeat"
+    )
+    group.add_argument(
+        "--batch", metavar="BxT", action="append", help="sequences x tokens; may repeat (default: 1x512, 4x1024)"
+    )
+    group.add_argument("--side", choices=("packed", "dense", "both"), default="both", help="how experts are held")
+    group.add_argument(
+        "--attention", metavar="NAME", action="append", help="eager (default), flex_attention, …; may repeat"
+    )
+    group.add_argument("--steps", metavar="N", type=positive, default=5, help="measured steps a batch (default: 5)")
+    group.add_argument("--rank", metavar="R", type=positive, default=16, help="of the adapters (default: 16)")
+    group.add_argument("--largest-batch", action="store_true", help="double the last batch until it does not fit")
+    group.add_argument("--profile", action="store_true", help="where a step's time goes; the MoE block and its limit")
+    group.add_argument(
+        "--from-disk", metavar="DIR", type=Path, help="write the packed model there as a checkpoint, load it, train it"
+    )
+    group.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of whole models (default: cuda)")
+    group.add_argument(
+        "--timeout", metavar="SECONDS", type=positive, default=300, help="that a side may stay silent (default: 300)"
+    )
+
+
+def check_unused(arguments: argparse.Namespace) -> None:
+    """Whether options of whole models are left out where no model is asked for.
+
+    Raises:
+        UsageError: one is given.
+    """
+    for name in ("batch", "attention", "largest_batch", "profile", "from_disk"):
+        if getattr(arguments, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for whole models: give --model NAME too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train every model that was asked for; the exit code.
+
+    Raises:
+        UsageError: an argument does not fit this machine or the others.
+    """
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise UsageError(f"--model needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    models = _models(arguments.model)
+    device = choose_device(arguments.device, require_gpu=arguments.device == "cuda")
+    if arguments.record is not None and (device.type == "cpu" or any(m.name not in KINDS for m in models)):
+        raise UsageError("--record keeps what a GPU saw of a published model; leave it out")
+    tasks = [_tasks(model, arguments) for model in models]
+    console = terminal(160)
+    if wrong := _found_wrong(device, arguments.timeout):
+        console.print("\n".join(wrong), style="red", markup=False)
+        console.print("[bold red]The gate is red: nothing was timed.[/]")
+        return 1
+    return max([_one(each, arguments, device, console) for each in tasks])
+
+
+def _found_wrong(device: torch.device, seconds: float) -> list[str]:
+    """What the gate finds, unless its record says that these kernels, with these versions, have passed on this card."""
+    from mxref.verification.models.run import run_gate_apart
+
+    for state in survey():
+        if (state.kind, state.folder) == ("gate", folder_name(device)) and state.fresh and not state.moved:
+            return [] if state.entry["passed"] else state.entry["failures"]
+    print("mxref: the gate comes first", file=sys.stderr, flush=True)
+    return run_gate_apart(device.type, seconds)
+
+
+def _models(names: list[str]) -> list[Model]:
+    asked = [name for text in names for name in text.split(",")]
+    if unknown := [name for name in asked if name not in MODELS]:
+        raise UsageError(f"--model {unknown[0]} is unknown; choose from {', '.join(MODELS)}")
+    return [MODELS[name] for name in dict.fromkeys(asked)]
+
+
+def _one(tasks: list[Task], arguments: argparse.Namespace, device: torch.device, console: Console) -> int:
+    """Train one model, show it, keep it; the exit code."""
+    from mxref.verification.models.run import ModelRun, run_model
+
+    model = tasks[0].model
+    found = ModelRun(model.name, model.source, model.layers, arguments.rank, describe_device(device))
+    data = made(arguments.out) / f"{model.name}.json"
+
+    def news(text: str) -> None:
+        print(f"mxref: {model.name}: {text}", file=sys.stderr, flush=True)
+        write_json(data, found.as_json())  # at once: what comes later may not come
+
+    run_model(found, tasks, arguments.timeout, news)
+    seen = found.as_json()
+    console.print(f"{model.name} on {found.device}", style="bold", highlight=False)
+    console.print(Markdown("\n".join(figures(seen))))
+    show(keep(model.name, seen, arguments, device, page=as_page), console)
+    return found.exit_code
+
+
+def _tasks(model: Model, arguments: argparse.Namespace) -> list[Task]:
+    from mxref.verification.models.side import Task
+    from mxref.verification.models.training import Batch
+
+    try:
+        batches = tuple(Batch.read(text) for text in arguments.batch or ("1x512", "4x1024"))
+    except ValueError as error:
+        raise UsageError(f"--batch {error}") from None
+    sides: tuple[Any, ...] = ("packed", "dense") if arguments.side == "both" else (arguments.side,)
+    tasks = [
+        Task(
+            model, side, batches, attention, arguments.device, arguments.steps, arguments.rank,
+            arguments.largest_batch, arguments.profile,
+        )
+        for attention in dict.fromkeys(arguments.attention or ["eager"])
+        for side in sides
+    ]  # fmt: skip
+    if arguments.from_disk is not None:
+        place = made(arguments.from_disk, "--from-disk") / model.name
+        first = arguments.attention[0] if arguments.attention else "eager"
+        tasks.append(
+            Task(model, "packed", batches, first, arguments.device, arguments.steps, arguments.rank, folder=str(place))
+        )
+    return tasks

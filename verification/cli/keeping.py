@@ -1,0 +1,49 @@
+"""What a benchmark leaves behind: its data in a folder, and a record where one is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from mxref.verification.cli.options import made, note
+from mxref.verification.records.readme import update_readme
+from mxref.verification.records.record import EVIDENCE, Entry, write
+from mxref.verification.report.output import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def keep(
+    kind: str,
+    found: Mapping[str, Any],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    page: Callable[[Entry], str] | None = None,
+    chart: Callable[[Entry], Figure] | None = None,
+) -> dict[str, Path]:
+    """Write what was found to `--out`, and as a record if `--record` asks for it: what it is, and where.
+
+    What failed is no evidence. See `records.record.write` for `kind`, `page` and `chart`.
+    """
+    out = made(arguments.out)
+    kept = {"data": write_json(out / f"{kind}.json", found)}
+    if chart is not None:
+        kept["chart"] = out / f"{kind}.png"
+        chart(dict(found)).savefig(kept["chart"], dpi=150)
+    if arguments.record is not None and found["passed"]:
+        kept["evidence"] = write(kind, found, device, arguments.record, page=page, chart=chart)
+        if arguments.record.resolve() == EVIDENCE:
+            kept["README"] = update_readme()
+    return kept
+
+
+def show(kept: Mapping[str, Path], console: Console) -> None:
+    """A line for each file that was written."""
+    for what, path in kept.items():
+        note(console, what, path)
