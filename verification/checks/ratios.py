@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import comparable, name_of
+from mxref.verification.checks.elements import comparable, name_of, stored
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, Finding, Status
 
@@ -47,7 +47,7 @@ def _each_tensor(
         for tensor in (name for name in _TENSORS if name in expected.accepted and answer.error is None):
             got = comparable(answer, expected.sample, tensor, case)
             if not isinstance(got, Finding):
-                findings.append(judge(case, tensor, got[0], expected.accepted[tensor]))
+                findings.append(judge(case, tensor, got[0], stored(expected.accepted[tensor], got[0].dtype)))
     return findings
 
 
