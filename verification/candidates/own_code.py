@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -68,7 +69,7 @@ def _is_own(module: str) -> bool:
 
 def _places(holder: Any, names: Mapping[str, Any]) -> Iterator[tuple[Any, str, Any, CodeType | None]]:
     for name, value in list(names.items()):
-        if callable(value) or isinstance(value, staticmethod | classmethod | property):
+        if callable(value) or isinstance(value, staticmethod | classmethod | property | cached_property):
             yield holder, name, value, _code(value)
 
 

@@ -32,8 +32,8 @@ _CHANGED = (
     "lora_A", "lora_B", "inputs", "gates", "packed", "scales", "expert_weights", "sorted_scattered_idxs", "routing",
 )  # fmt: skip
 """What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
-_LIVE = 3
-"""Results without a graph that are kept while as many more are computed: more than buffers that take turns."""
+_TURNS = "abbabaab"
+"""Calls without a graph, whose outputs are all kept: of two buffers, or three or four, that take turns one differs."""
 
 
 def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
@@ -88,7 +88,7 @@ def _as_in_training(machine: _Calls, operand: str) -> None:
 
 def _as_in_evaluation(machine: _Calls) -> None:
     """Results without a graph, several of them alive at once."""
-    for which in "ab" * _LIVE:
+    for which in _TURNS:
         machine.evaluate(which=which)
     machine.look_again()
 

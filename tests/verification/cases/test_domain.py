@@ -109,7 +109,7 @@ def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -
             gates = problem.gates
             assert (bool((gates < 0).any()), bool((gates == 0).any())) == signs, case
             assert gates.shape[1] == (1 if classes["gates"] == "one a row" else case.top_k)
-        if classes["fan-out"] == "a row a slot":
+        if classes["fan out"] == "a row a slot":
             assert problem.k == 1
         if problem.lora_A is not None and problem.lora_A.numel() and problem.lora_B is not None:
             nan = bool(problem.lora_A.isnan().any()), bool(problem.lora_B.isnan().any())

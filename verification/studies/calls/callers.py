@@ -146,10 +146,6 @@ row_a_slot = bug("g taken for k", "takes x's fan-out from the gates", gates="pos
     _backward(lambda p, dOut, needs, found: {} if p.gates is None or p.grouped_in or p.k == p.gates.shape[1]
               else _times(found, "dX", 0.5))
 )  # fmt: skip
-create_graph = bug("another path under create_graph", "asks in backward whether gradients are on",
-                   backward_pass="create_graph")(
-    _backward(lambda p, dOut, needs, found: _times(found, "dA", 2.0) if torch.is_grad_enabled() else {})
-)  # fmt: skip
 
 
 def _one_column(dOut: Tensor) -> bool:
