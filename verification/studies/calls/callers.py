@@ -59,9 +59,6 @@ gates_alike = bug("gates that share memory", "reads them as if they lay one behi
                   layout_of_biases_and_gates="expanded", gates="positive", slots="two")(
     _operands(lambda g: g.roll(1, 0) if g.stride(1) == 0 else g, "gates")
 )  # fmt: skip
-A_subnormal = bug("subnormal A flushed", "has subnormals off", adapters="subnormal A", dtype="bf16")(
-    _operands(lambda A: torch.where(A.abs() < 2.0**-126, 0.0, A), "lora_A")
-)
 gates_subnormal = bug("subnormal gates flushed", "has subnormals off", gates="subnormal in fp16", dtype="fp16")(
     _operands(lambda g: torch.where(g.abs() < 2.0**-14, 0.0, g), "gates")
 )
