@@ -134,10 +134,6 @@ x_alike = bug("dX of rows that share memory", "adds their gradients up, which is
 gates_only = bug("dgates without biases", "recomputes Y for gates alone, and forgets biases")(
     _backward(lambda p, dOut, needs, found: _times(found, "dgates", 2.0) if _alone("dgates", needs) else {})
 )
-one_a_row = bug("k taken for g", "takes the gates' slots from k", gates="one a row", slots="two")(
-    _backward(lambda p, dOut, needs, found: {} if p.gates is None or p.gates.shape[1] != 1 or p.k == 1
-              else _times(found, "dgates", 0.0))
-)  # fmt: skip
 row_a_slot = bug("g taken for k", "takes x's fan-out from the gates", gates="positive", fan_out="a row a slot",
                  slots="two")(
     _backward(lambda p, dOut, needs, found: {} if p.gates is None or p.grouped_in or p.k == p.gates.shape[1]
