@@ -5,16 +5,17 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from mxref.verification.arithmetic.thresholds import RUNS, RUNS_INTERPRETED
 from mxref.verification.candidates.answer import Answer, Outputs, answered
-from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.candidate import OPERAND_OF, Candidate
 from mxref.verification.candidates.memory.fresh import uninitialised_memory
 from mxref.verification.candidates.memory.program_order import reversed_programs
-from mxref.verification.candidates.memory.red_zones import between_red_zones
+from mxref.verification.candidates.memory.red_zones import RedZone, between_red_zones
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import disturbed, select, tokens_of, without
 
@@ -62,6 +63,9 @@ def in_poisoned_memory(candidate: Candidate, sample: Sample) -> list[Answer]:
 
     def run() -> Outputs:
         y, leaves = candidate.trace(inside, copy=False)
+        for tensor, leaf in leaves.items():  # as if others had been accumulated
+            zones[f"{OPERAND_OF[tensor]}.grad"] = zone = RedZone(torch.ones_like(leaf), float("nan"))
+            leaf.grad = zone.inside
         return {"Y": y.detach(), **candidate.gradients(inside, y, leaves, copy=False)}
 
     with uninitialised_memory(poisoned=True):
@@ -83,6 +87,20 @@ def with_two_backwards(candidate: Candidate, sample: Sample) -> list[Answer]:
     if answer.error is not None:
         return [answer]
     return [answer, Answer(kept[0], circumstance="in a second backward pass", like=0)]
+
+
+def for_every_subset(candidate: Candidate, sample: Sample) -> list[Answer]:
+    """Each subset of the gradients by itself, to be like the same gradients among all of them."""
+    whole = answered(lambda: candidate.run(sample))
+    names = [name for name in whole.outputs if name != "Y"]
+    answers = [whole]
+    for needs in (chosen for count in range(1, len(names)) for chosen in combinations(names, count)):
+        call = replace(sample.case.call, needs=needs)
+        part = replace(sample, case=replace(sample.case, call=call))
+        answers.append(replace(whole, outputs={name: whole.outputs[name] for name in ("Y", *needs)}))
+        how = f"when only {', '.join(OPERAND_OF[name] for name in needs)} need{'s' * (len(needs) == 1)} a gradient"
+        answers.append(answered(partial(candidate.run, part), circumstance=how, like=len(answers) - 1))
+    return answers
 
 
 def under_every_configuration(candidate: Candidate, sample: Sample) -> list[Answer]:

@@ -30,7 +30,7 @@ from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.candidates.answer import UnusableAnswerError
 from mxref.verification.cases.call import lay_out
-from mxref.verification.cases.case import Sample
+from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXWeights
 
@@ -99,9 +99,10 @@ class Candidate:
         operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
         if copy:
             operands = {name: lay_out(x, call.layout(name)) for name, x in operands.items()}
-        wanted = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.wants(tensor)}
-        leaves = {tensor: operands[name].requires_grad_() for tensor, name in wanted.items()}
-        arguments = self._accepted(replace(problem, **operands).arguments(), sample.case.flags())
+        required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
+        operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
+        leaves = {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
+        arguments = self._accepted(replace(problem, **operands).arguments(), sample.case)
         with call.surroundings(problem.device.type):
             if call.context == "checkpoint":
                 y = checkpoint(partial(self.call, **arguments), use_reentrant=False)
@@ -128,22 +129,33 @@ class Candidate:
         if not leaves:
             return {}
         if not y.requires_grad:
-            asked = ", ".join(OPERAND_OF[tensor] for tensor in leaves)
+            operands = ", ".join(OPERAND_OF[tensor] for tensor in leaves)
             raise UnusableAnswerError(
-                f"Y does not require grad, though gradients of {asked} are asked for: it was detached, or computed "
+                f"Y does not require grad, though gradients of {operands} are asked for: it was detached, or computed "
                 "where autograd does not look. Without a backward pass declare `--covers forward`"
             )
         incoming = sample.grad_out.to(y.dtype)
         incoming = lay_out(incoming, sample.case.call.dOut) if copy else incoming
-        gradients = torch.autograd.grad(
-            y, list(leaves.values()), incoming, retain_graph=retain_graph, allow_unused=True
-        )
-        named: dict[str, Tensor | None] = dict(zip(leaves, gradients, strict=True))
+        once = sample.case.call.backward != "one by one"
+        asked = [list(leaves)] if once else [[tensor] for tensor in leaves]
+        named: dict[str, Tensor | None] = {}
+        for number, tensors in enumerate(asked, 1):
+            found = torch.autograd.grad(
+                y, [leaves[tensor] for tensor in tensors], incoming, retain_graph or number < len(asked),
+                sample.case.call.backward == "create_graph", allow_unused=True,
+            )  # fmt: skip
+            named |= {tensor: None if x is None else x.detach() for tensor, x in zip(tensors, found, strict=True)}
         _settled(named)
         return named
 
-    def _accepted(self, arguments: dict[str, Any], flags: dict[str, bool]) -> dict[str, Any]:
+    def _accepted(self, arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         """The call's keywords. Those that the callable lacks are left out where they hold their defaults."""
+        flags = case.flags()
+        defaults = {field.name: field.default for field in fields(Problem)} | dict.fromkeys(flags, False)
+        if case.call.arguments == "defaults left out":
+            given = arguments | flags
+            arguments = {n: x for n, x in given.items() if isinstance(x, Tensor) or x != defaults[n]}
+            flags = {}
         try:
             parameters = inspect.signature(self.call).parameters.values()
         except (TypeError, ValueError):  # builtins and some extension types have no signature
@@ -151,12 +163,19 @@ class Candidate:
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             return arguments | flags
         arguments, known = arguments | flags, [p.name for p in parameters]
-        defaults = {field.name: field.default for field in fields(Problem)} | dict.fromkeys(flags, False)
         for name in [name for name in arguments if name not in known]:
             value = arguments.pop(name)
             if isinstance(value, Tensor) or value != defaults[name]:
                 raise UnusableAnswerError(_lacks(name, [one for one in known if one not in (defaults | flags)]))
         return arguments
+
+
+def _owned(operand: Tensor, name: str, owner: str) -> Tensor:
+    """The operand, requiring a gradient: a leaf of the graph, a parameter, or the result of something else."""
+    if owner == "parameter" and name not in ("inputs", "gates"):
+        return torch.nn.Parameter(operand)
+    leaf = operand.requires_grad_()
+    return leaf.view_as(leaf) if owner == "computed" else leaf
 
 
 def _settled(outputs: Mapping[str, Tensor | None]) -> None:

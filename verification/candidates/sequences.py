@@ -5,7 +5,7 @@ hypothesis' state machines choose what is called when, and shrink a sequence tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, settings
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
+from mxref.problem import Problem
 from mxref.verification.candidates.answer import Answer, Outputs
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden
@@ -25,8 +26,12 @@ _EXAMPLES, _STEPS = 8, 8
 _TURNED = ("inputs", "lora_A", "gates", "grad_out")
 """Operands whose signs b has otherwise than a."""
 
-_CHANGED = ("lora_A", "lora_B", "inputs", "gates", "packed", "sorted_scattered_idxs")
-"""Operands that are changed in place: an optimiser's, streamed weights, routing that is drawn into the same memory."""
+_CHANGED = (
+    "lora_A", "lora_B", "inputs", "gates", "packed", "scales", "expert_weights", "sorted_scattered_idxs", "routing",
+)  # fmt: skip
+"""What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
+_TURNS = "abbabaab"
+"""Calls without a graph, whose outputs are all kept: of two buffers, or three or four, that take turns one differs."""
 
 
 def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
@@ -34,7 +39,7 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
 
     Args:
         candidate: who is asked.
-        sample: an integer fixture of at least four tokens, ungrouped: its sums stay exact when signs change.
+        sample: an integer fixture of at least four tokens, its rows of x by token: sums stay exact when signs change.
 
     Returns:
         Two answers, the second to be like the first, with the shortest sequence in its circumstance; of a sequence that
@@ -53,6 +58,7 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
     try:
         for operand in _CHANGED:
             _as_in_training(Machine(), operand)
+        _as_in_evaluation(Machine())
         run_state_machine_as_test(Machine, settings=profile)
     except _DifferentError as error:
         return list(error.answers)
@@ -73,6 +79,16 @@ def _as_in_training(machine: _Calls, operand: str) -> None:
     machine.backward(index=0, retain=False)
     machine.forward(which="a")
     machine.backward(index=0, retain=False)
+    machine.update(which="a", operand=operand, noted=False)
+    machine.forward(which="a")
+    machine.backward(index=0, retain=False)
+
+
+def _as_in_evaluation(machine: _Calls) -> None:
+    """Results without a graph, several of them alive at once."""
+    for which in _TURNS:
+        machine.evaluate(which=which)
+    machine.look_again()
 
 
 class _DifferentError(AssertionError):
@@ -106,7 +122,8 @@ class _Pending:
 
 
 class _Calls(RuleBasedStateMachine):
-    """Calls on three sets of operands: a, the sample; b, of the same shapes, with other signs; c, the first tokens of a
+    """Calls on three sets of operands: a, the sample; b, of the same shapes, with other signs, scaling and, without
+    gates, order of rows; c, the first tokens of a
     alone, whose rows of x lie where those of a do.
     """
 
@@ -117,6 +134,8 @@ class _Calls(RuleBasedStateMachine):
         self.gradients: list[tuple[Outputs, Outputs]] = []  # as they are, and a copy of each as it came
         a = sample.mapped(lambda _, x: x.clone())
         b = sample.mapped(lambda name, x: -x if name in _TURNED else x.clone())
+        order = sample.problem.gates is None and not sample.problem.grouped_out
+        b = b.changed(scaling=-2 * sample.problem.scaling, grouped_out=order)
         first = torch.arange(sample.case.tokens // 2, device=sample.problem.device)
         c = without(a, first)
         c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
@@ -132,6 +151,16 @@ class _Calls(RuleBasedStateMachine):
         pending = _Pending(name, which, y, leaves, golden().run(sample), y.detach().clone())
         self.pending.append(pending)
         self._hold({"Y": y.detach()}, pending.expected)
+
+    @rule(which=st.sampled_from("abc"))
+    def evaluate(self, which: str) -> None:
+        """Call under no_grad, with nothing that requires a gradient, and keep the output."""
+        self.script.append(f"layer({which}) under no_grad")
+        sample = self.samples[which]
+        sample = replace(sample, case=replace(sample.case, call=replace(sample.case.call, needs=(), mode="no_grad")))
+        y, _ = self.candidate.trace(sample, copy=False)
+        self._hold({"Y": y}, golden().run(sample))
+        self.gradients.append(({"Y": y}, {"Y": y.clone()}))
 
     @precondition(lambda self: bool(self.pending))
     @rule(index=st.integers(0, 3), retain=st.booleans())
@@ -153,17 +182,22 @@ class _Calls(RuleBasedStateMachine):
 
     @precondition(lambda self: bool(self.pending))
     @rule(which=st.sampled_from("ab"), operand=st.sampled_from(_CHANGED))
-    def update(self, which: str, operand: str) -> None:
-        """Change an operand in place: its signs or its order, which leave every sum exact."""
+    def update(self, which: str, operand: str, noted: bool = True) -> None:
+        """Change operands in place: signs, powers of two or order, which leave every sum exact.
+
+        Args:
+            which: operands of "a" or "b".
+            operand: one of _CHANGED; nothing happens where the sample has none.
+            noted: autograd counts the change; otherwise it is made through `.data`, and no pass may be pending.
+        """
         problem = self.samples[which].problem
-        if operand == "packed":
-            assert isinstance(problem.expert_weights, MXWeights)
-            problem.expert_weights.packed.bitwise_xor_(0x88)  # the sign bits of both codes
-        elif operand == "sorted_scattered_idxs":
-            problem.sorted_scattered_idxs.copy_(problem.sorted_scattered_idxs.flip(0))
-        else:
-            getattr(problem, operand).neg_()
-        self.script.append(f"change {which}.{operand} in place")
+        again = sum(line.startswith(f"change {which}.{operand} ") for line in self.script) % 2 == 1
+        changed = _changed(problem, operand, again)
+        if not changed:
+            return
+        for old, new in changed:
+            (old if noted else old.data).copy_(new)
+        self.script.append(f"change {which}.{operand} in place{'' if noted else ', through .data'}")
         touched = {"b"} if which == "b" else {"a", "c"}
         for pending in self.pending:
             pending.changed |= pending.which in touched
@@ -185,6 +219,24 @@ class _Calls(RuleBasedStateMachine):
         self.seen[:] = [(Answer(right), Answer(got, circumstance=after, like=0))]
         if not all(_equal(x, right[name]) for name, x in got.items()):
             raise _DifferentError(self.seen[0])
+
+
+def _changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of a problem, and what they hold after a change; `again`: one that takes an earlier one back."""
+    weights = problem.expert_weights
+    if operand == "routing":  # the experts change places
+        live, E = problem.sorted_expert_idxs < problem.E, problem.E
+        experts = torch.where(live, E - 1 - problem.sorted_expert_idxs, problem.sorted_expert_idxs).sort().values
+        counts = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1)).flip(0)
+        return [(problem.sorted_expert_idxs, experts), (problem.expert_offsets, counts.cumsum(0))]
+    if operand == "sorted_scattered_idxs":
+        return [(problem.sorted_scattered_idxs, problem.sorted_scattered_idxs.flip(0))]
+    if operand == "packed" and isinstance(weights, MXWeights):
+        return [(weights.packed, weights.packed ^ 0x88)]  # the sign bits of both codes
+    if operand == "scales" and isinstance(weights, MXWeights):
+        return [(weights.scales, weights.scales + (1 - 2 * again))]  # weights are doubled, and halved again
+    x = getattr(problem, operand, None)
+    return [(x, -x)] if isinstance(x, Tensor) else []
 
 
 def _like(x: Tensor | None, other: Tensor | None) -> Tensor | None:

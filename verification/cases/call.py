@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Layout = Literal["contiguous", "transposed", "sliced", "offset", "expanded"]
+Layout = Literal["contiguous", "transposed", "sliced", "padded", "offset", "expanded", "one column", "one number"]
 Mode = Literal["grad", "no_grad", "inference"]
-Context = Literal["plain", "autocast", "deterministic", "checkpoint"]
+Context = Literal["plain", "autocast", "deterministic", "checkpoint", "saved elsewhere", "bf16 by default"]
+Owner = Literal["leaf", "parameter", "computed"]
+Arguments = Literal["spelled out", "defaults left out"]
+Backward = Literal["at once", "one by one", "create_graph"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,19 @@ class Call:
 
     Attributes:
         x, adapters, others, weights, dOut: how an operand lies in memory, see `lay_out`; `adapters` are lora_A and
-            lora_B, `others` the biases and gates, `weights` dense ones, `dOut` the incoming gradient.
-        index: dtype of the routing tensors.
+            lora_B, `others` the biases and gates (expanded: a token's slots share one), `weights` dense ones, `dOut`
+            the incoming gradient.
+        index: dtype of the routing tensors; `offsets`: of expert_offsets, where it is another one.
+        owner: what needs a gradient is a leaf of the graph, an nn.Parameter (x and gates: a leaf), or the result of
+            something else.
+        arguments: every keyword is given, or those that hold their defaults are left out.
         needs: gradients that are asked for, of "dX", "dA", "dB", "dbias", "dgates"; None for all that can be.
         mode: under which gradient mode the forward pass runs; no gradient is asked for but in "grad".
-        context: what else is active around the forward pass: autocast, deterministic algorithms, or a checkpointed
-            region, which runs it again in the backward pass.
+        backward: the gradients are asked for at once; one after the other, over a retained graph, as pipelines do that
+            put off a weight's gradient; or with `create_graph`.
+        context: what else is active around the forward pass: autocast, deterministic algorithms, a checkpointed
+            region, which runs it again in the backward pass, hooks that give the backward pass copies of what was
+            saved, or another default dtype.
     """
 
     x: Layout = "contiguous"
@@ -35,21 +45,30 @@ class Call:
     weights: Layout = "contiguous"
     dOut: Layout = "contiguous"
     index: torch.dtype = torch.int64
+    offsets: torch.dtype | None = None
+    owner: Owner = "leaf"
+    arguments: Arguments = "spelled out"
     needs: tuple[str, ...] | None = None
     mode: Mode = "grad"
+    backward: Backward = "at once"
     context: Context = "plain"
 
     def layout(self, operand: str) -> Layout:
         """Of an operand by its name in `Problem`, or "grad_out"."""
         named: dict[str, Layout] = {
             "inputs": self.x, "lora_A": self.adapters, "lora_B": self.adapters, "expert_biases": self.others,
-            "gates": self.others, "expert_weights": self.weights, "grad_out": self.dOut,
+            "gates": "one column" if self.others == "expanded" else self.others, "expert_weights": self.weights,
+            "grad_out": self.dOut,
         }  # fmt: skip
         return named.get(operand, "contiguous")
 
     def wants(self, gradient: str) -> bool:
         """Whether a gradient is asked for, given that its operand is there."""
-        return self.mode == "grad" and (self.needs is None or gradient in self.needs)
+        return self.mode == "grad" and self.requires(gradient)
+
+    def requires(self, gradient: str) -> bool:
+        """Whether its operand requires a gradient, which it also does where the mode records none."""
+        return self.needs is None or gradient in self.needs
 
     @contextmanager
     def surroundings(self, device_type: str) -> Iterator[None]:
@@ -57,24 +76,50 @@ class Call:
         modes: dict[Mode, Any] = {
             "grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode
         }  # fmt: skip
-        autocast = torch.autocast(device_type, torch.bfloat16) if self.context == "autocast" else nullcontext()
-        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        with modes[self.mode](), autocast:
-            try:
-                if self.context == "deterministic":
-                    torch.use_deterministic_algorithms(True, warn_only=True)
-                yield
-            finally:
-                if self.context == "deterministic":  # otherwise it is the candidate's to leave alone
-                    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        with modes[self.mode](), _CONTEXTS.get(self.context, _plain)(device_type):
+            yield
+
+
+def _plain(device_type: str) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@contextmanager
+def _deterministic(device_type: str) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _default_dtype(device_type: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_CONTEXTS: dict[Context, Callable[[str], AbstractContextManager[object]]] = {
+    "autocast": lambda device_type: torch.autocast(device_type, torch.bfloat16),
+    "deterministic": _deterministic,
+    "saved elsewhere": lambda device_type: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy),
+    "bf16 by default": _default_dtype,
+}
+"""All but checkpointing; each puts back only what it changed, for what a candidate leaves changed is to be seen."""
 
 
 def lay_out(x: Tensor, layout: Layout) -> Tensor:
     """The same values in fresh memory that lies otherwise.
 
     transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
-    offset: 13 elements behind the start of a larger buffer.  expanded: one row, repeated with stride 0, which needs
-    equal rows.  What has fewer than two dimensions, or no element, stays as it is.
+    padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  expanded:
+    one row (of three dimensions: one matrix), repeated with stride 0; one column, and one number, likewise. What is
+    repeated must be equal.  What has fewer than two dimensions, or no element, stays as it is.
     """
     if layout == "contiguous" or x.ndim < 2 or not x.numel():
         return x.clone(memory_format=torch.contiguous_format)
@@ -82,9 +127,13 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
         return x.mT.contiguous().mT
     if layout == "expanded":
         return x[:1].clone().expand(x.shape)
+    if layout in ("one column", "one number"):
+        return x[: 1 if layout == "one number" else None, :1].clone().expand(x.shape)
     if layout == "offset":
         buffer = x.new_full((x.numel() + 13,), float("nan"))
         inside = buffer[13:].view(x.shape)
+    elif layout == "padded":
+        inside = x.new_full((*x.shape[:-1], x.shape[-1] + 5), float("nan"))[..., :-5]
     else:
         inside = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))[..., ::2]
     return inside.copy_(x)

@@ -19,13 +19,13 @@ Routing = Literal[
     "far_sentinels",
 ]  # fmt: skip
 Data = Literal[
-    "plain", "balanced", "lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid", "subnormal",
+    "plain", "balanced", "lora", "tiny lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid",
+    "subnormal",
     "integer", "elements", "one_hot_elements", "every_element", "nonfinite",
 ]  # fmt: skip
-Special = Literal[
-    "", "nan row", "inf row", "nan dOut", "nan expert", "nan A", "nan gate", "nan remote"
-]  # fmt: skip
-GateValues = Literal["positive", "negative", "some zero"]
+Special = Literal["", "nan row", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote"]
+GateValues = Literal["positive", "negative", "some zero", "one NaN"]
+AdapterValues = Literal["ordinary", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Case:
         rank: LoRA rank, 0 for no LoRA.
         dtype: activation dtype.
         parameter_dtype: dtype of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
+        adapter_dtype: of lora_A and lora_B, where it is another one.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
             at most ten experts active; the same expert in several slots of a token; positions descending within an
             expert; a quarter of the rows sentinels, or all of them; or sentinels with ids far above E.
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
-            `bias`, that term far above all others; `positive`, every number positive; `cancelling`, all sums over K
+            `bias`, that term far above all others; `tiny lora`, lora_A below the normal range; `positive`,
+            every number positive; `cancelling`, all sums over K
             and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes over 2^±60; `boundary`, scale bytes at
             both ends of the range that decodes finitely; `off_grid`, fp32 numbers that no 16-bit format holds;
             `subnormal`, activations below the normal range; `integer`, fixtures that are exact in any order of
@@ -53,14 +55,17 @@ class Case:
         bias: whether there are expert biases.
         gate_slots: g, or 0 for no gates.
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
-        gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero.
-        zero_B: lora_B is zero, as training begins.
-        special: what is not finite: one row of x or dOut, one expert's weights or lora_A, one gate, or what only
-            sentinels' slots read.
+        nan_bias: one of them is NaN.
+        gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `one NaN`
+            the middle one to NaN.
+        adapter_values: lora_B is zero, as training begins; lora_A or lora_B of the last expert holds a NaN; Z,
+            or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term.
+        special: what is not finite: one row of x or dOut, one expert's weights, or what only sentinels' slots read.
         grouped_in: inputs come in expert order, one row a routed row.
         fan_out: k, rows that each input row feeds; None for top_k (1 with `grouped_in`).
         grouped_out, use_fused_dX, use_fused_gather: passed to the call.
         dense: the weights are decoded already, a view [E, K, N] of the activation dtype.
+        quantised_from: what packed weights say that they were quantised from, which changes nothing.
         scale_bytes: of `nonfinite` data.
         call: how the caller calls.
         covers: (dimension, class) of each dimension of the domain that the case was made for, see `domain`.
@@ -75,14 +80,16 @@ class Case:
     rank: int = 4
     dtype: torch.dtype = torch.float32
     parameter_dtype: torch.dtype | None = None
+    adapter_dtype: torch.dtype | None = None
     routing: Routing = "uniform"
     data: Data = "plain"
     scaling: float = 2.0
     bias: bool = False
+    nan_bias: bool = False
     gate_slots: int = 0
     gate_exponent: int = 0
     gate_values: GateValues = "positive"
-    zero_B: bool = False
+    adapter_values: AdapterValues = "ordinary"
     special: Special = ""
     grouped_in: bool = False
     fan_out: int | None = None
@@ -90,6 +97,7 @@ class Case:
     use_fused_dX: bool = False
     use_fused_gather: bool = False
     dense: bool = False
+    quantised_from: torch.dtype = torch.bfloat16
     scale_bytes: tuple[int, ...] = ()
     call: Call = field(default_factory=Call)
     covers: tuple[tuple[str, str], ...] = ()
@@ -115,6 +123,18 @@ class Case:
     def output_shape(self) -> tuple[int, int]:
         """Shape of what the call returns."""
         return (self.rows // self.gate_slots if self.gate_slots else self.rows), self.N
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of each parameter, by its name in `Problem`."""
+        others = self.parameter_dtype or self.dtype
+        adapters = self.adapter_dtype or others
+        return {"lora_A": adapters, "lora_B": adapters, "expert_biases": others, "gates": others}
+
+    @property
+    def narrow(self) -> bool:
+        """Whether something has fp16's range."""
+        return torch.float16 in (self.dtype, *self.dtypes.values())
 
     @property
     def exact(self) -> bool:

@@ -47,11 +47,12 @@ def case_of(name: str, classes: dict[str, Class]) -> Case:
         fields |= each.case
         how |= each.call
     gated, rows = fields.pop("gated", False), fields.pop("rows", 0)
-    exact = classes["scaling"].name != "a third" and how.get("dOut") != "expanded"
+    repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {"expanded", "one column", "one number"}
+    exact = classes["scaling"].name != "a third" and not repeated  # sums of as many equal terms are large
     fields.setdefault("data", "integer" if exact else "balanced")
     if rows:
         fields["tokens"] = -(-rows // fields["top_k"])
     if gated:
-        fields["gate_slots"] = fields["top_k"]
+        fields.setdefault("gate_slots", fields["top_k"])
     covers = tuple((dimension, each.name) for dimension, each in classes.items())
     return Case(name, **fields, call=Call(**how), covers=covers)

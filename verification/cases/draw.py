@@ -16,7 +16,7 @@ from mxref.verification.cases.elements import draw_elements
 from mxref.verification.cases.gauge import Gauge, draw_gauge, scale_bytes
 from mxref.verification.cases.integer import draw_integer
 from mxref.verification.cases.routing import draw_routing
-from mxref.verification.cases.special import as_asked
+from mxref.verification.cases.special import as_asked, repeated
 from mxref.weights import MXWeights
 
 
@@ -66,7 +66,7 @@ def _draw_weights(case: Case, generator: torch.Generator) -> tuple[MXWeights, Ga
     E, K, N = case.experts, case.K, case.N
     packed = torch.randint(0, 256, (E, N, K // 2), generator=generator, dtype=torch.uint8)
     shape = (E, N, K // MX_BLOCK_SIZE)
-    half = case.dtype == torch.float16
+    half = case.narrow
     if case.data == "boundary":
         # Bytes 0..252 decode finitely in bf16, 104..140 exactly in fp16: both ends, and the middle.
         t, u = ([-12, 0, 7], [-11, 0, 6]) if half else ([-64, 0, 63], [-63, 0, 62])
@@ -116,13 +116,16 @@ def _draw(
 ) -> Sample:
     E, K, N, r = case.experts, case.K, case.N, case.rank
 
-    own = case.parameter_dtype
+    own = case.dtypes
     grid = torch.bfloat16 if case.dtype == torch.float32 and case.data != "off_grid" else case.dtype
 
-    def normal(rows: int, columns: int, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the grid of the activations unless the dtype is its own."""
+        return x.to(grid if dtype == case.dtype else dtype).to(dtype).to(device)
+
+    def normal(rows: int, columns: int, factor: Tensor, dtype: torch.dtype) -> Tensor:
         x = torch.randn(rows, columns, generator=generator) * factor.float()
-        x = x.abs() if case.data == "positive" else x
-        return x.to(dtype or grid).to(dtype or case.dtype).to(device)
+        return rounded(x.abs() if case.data == "positive" else x, dtype)
 
     loose = 2.0**-4 if case.data == "boundary" else 1.0  # codes up to 6 without the usual 2^-6 scale
     if case.data == "subnormal":
@@ -130,19 +133,18 @@ def _draw(
     sizes = {"plain": 0.02, "balanced": 0.2, "lora": 16.0}
     lora_A = lora_B = bias = gates = None
     if r:
-        lora_A = normal(E * r, K, gauge.u / K**0.5, own)
-        lora_B = normal(N, E * r, gauge.t[:, None] * sizes.get(case.data, 0.1) * (K / r) ** 0.5 / 8, own)
+        least = max(min_exponent(dtype) for dtype in (case.dtype, own["lora_A"]))
+        tiny = 2.0 ** (least - 2) if case.data == "tiny lora" else 1.0
+        lora_A = normal(E * r, K, gauge.u * tiny / K**0.5, own["lora_A"])
+        lora_B = normal(N, E * r, gauge.t[:, None] * sizes.get(case.data, 0.1) * (K / r) ** 0.5 / 8, own["lora_B"])
     if case.bias:
-        bias = normal(E, N, gauge.t * (128.0 if case.data == "bias" else 0.5), own)
+        bias = normal(E, N, gauge.t * (128.0 if case.data == "bias" else 0.5), own["expert_biases"])
     if case.gate_slots:
         shape = (case.rows // case.gate_slots, case.gate_slots)
-        gates = (
-            torch.softmax(torch.randn(shape, generator=generator), 1).to(own or grid).to(own or case.dtype).to(device)
-        )
+        gates = rounded(torch.softmax(torch.randn(shape, generator=generator), 1), own["gates"])
     experts, positions, offsets = draw_routing(case, generator)
-    x, grad_out = normal(case.input_rows, K, loose / gauge.u), normal(*case.output_shape, loose / gauge.t)
-    if case.call.dOut == "expanded":
-        grad_out = grad_out[:1].expand(grad_out.shape)
+    x = normal(case.input_rows, K, loose / gauge.u, case.dtype)
+    grad_out = normal(*case.output_shape, loose / gauge.t, case.dtype)
     if case.data == "cancelling":
         x, grad_out = _cancelling(x, 1, 1), _cancelling(grad_out, 1, 1)
         lora_A = None if lora_A is None else _cancelling(lora_A, 1, -1)
@@ -162,4 +164,4 @@ def _draw(
         case.grouped_in,
         case.grouped_out,
     )
-    return Sample(case, problem, grad_out)
+    return Sample(case, *repeated(case, problem, grad_out))

@@ -15,6 +15,7 @@ from mxref.scattermoe import Backward, Forward, Rounded, RoundingPoints, backwar
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.gauge import draw_gauge, scale_bytes
 from mxref.verification.cases.routing import draw_routing
+from mxref.verification.cases.special import repeated
 from mxref.weights import MXWeights
 
 _DENSITIES = ((4, 1), (4, 1), (4, 1), (2, 1), (2, 1), (1, 1), (1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (1, 64))
@@ -59,19 +60,19 @@ def _rounding_points(fwd: Forward, bwd: Backward) -> list[Rounded]:
 
 def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple[Problem, Tensor]:
     E, K, N, r = case.experts, case.K, case.N, case.rank
-    gauge = draw_gauge(case, draw, 3 if case.dtype == torch.float16 else 60)
+    gauge = draw_gauge(case, draw, 3 if case.narrow else 60)
     packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
     scales = scale_bytes(gauge).to(torch.uint8).expand(E, -1, -1).contiguous()
-    own = case.parameter_dtype or case.dtype
+    own = case.dtypes
     lora_A = lora_B = bias = gates = None
     if r:
         A = _at_most(2, E, r, K, draw).flatten(0, 1)  # [E·r, K]
         B = _at_most(2, E, r, N, draw).permute(2, 0, 1).flatten(1)  # [N, E·r]
-        lora_A, lora_B = (A * gauge.u).to(own), (B * gauge.t[:, None]).to(own)
+        lora_A, lora_B = (A * gauge.u).to(own["lora_A"]), (B * gauge.t[:, None]).to(own["lora_B"])
     if case.bias:
-        bias = (torch.randint(-4, 5, (E, N), generator=draw) * gauge.t).to(own)
+        bias = (torch.randint(-4, 5, (E, N), generator=draw) * gauge.t).to(own["expert_biases"])
     if case.gate_slots:
-        gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own)
+        gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
     problem = Problem(
         (_dealt(case.input_rows, K, nonzeros, every, draw) / gauge.u).to(case.dtype),
         MXWeights(packed, scales, K, N),
@@ -86,7 +87,7 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple
         case.grouped_out,
     )
     problem.validate(check_values=True)
-    return problem, (_dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype)
+    return repeated(case, problem, (_dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype))
 
 
 def _dealt(rows: int, columns: int, nonzeros: int, every: int, draw: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ def draw_routing(case: Case, draw: torch.Generator) -> tuple[Tensor, Tensor, Ten
         positions = positions[order]
     if case.routing == "far_sentinels":
         far = case.experts + 1 + torch.arange(experts.numel()) * 1000
+        far[-1:] = torch.iinfo(case.call.index).max
         experts = torch.where(experts >= case.experts, far, experts)
     return experts, positions, offsets
 

@@ -12,6 +12,7 @@ import torch
 
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.elements import element_cases, one_hot_elements
+from mxref.verification.cases.scope import Scope
 
 FULL_OF_COLUMNS = 132 * 4 * 128
 """N for which one row tile is more programs of 128 columns than an H100 runs at once: the next tile's begin later."""
@@ -120,10 +121,24 @@ def index_cases(device_type: str) -> list[Case]:
     ]
 
 
-def sequence_cases(device_type: str) -> list[Case]:
-    """For sequences of calls: an integer fixture with sentinels and gates, ungrouped, of a few tokens."""
-    base = smallest(usual_dtype(device_type))
-    return [replace(base, name="sequences", experts=3, tokens=6, gate_slots=2, routing="sentinels")]
+def subset_cases(scope: Scope) -> list[Case]:
+    """For every subset of the gradients: an integer fixture with everything that has one. None for mutants."""
+    base = smallest(usual_dtype(scope.device_type))
+    return [] if scope.suite == "small" else [replace(base, name="subsets", gate_slots=2, routing="sentinels")]
+
+
+def sequence_cases(scope: Scope) -> list[Case]:
+    """For sequences of calls: integer fixtures with sentinels, of a few tokens, parameters in a dtype of their own.
+
+    With gates; and on dense weights, one expert's, in expert order. In 16 bits where they are judged.
+    """
+    base = replace(smallest(scope.dtypes[0]), name="sequences", tokens=6, routing="sentinels")
+    gated = replace(base, experts=3, gate_slots=2)
+    dense = replace(base, name="sequences, dense", experts=1, dense=True, grouped_out=True)
+    if len(scope.dtypes) > 1:
+        gated = replace(gated, dtype=torch.bfloat16, parameter_dtype=torch.float32)
+        dense = replace(dense, dtype=torch.float16, parameter_dtype=torch.bfloat16)
+    return [gated] if scope.suite == "small" else [gated, dense]
 
 
 def stack_cases(device_type: str) -> list[Case]:

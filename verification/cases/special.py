@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE
+from mxref.problem import Problem
+from mxref.verification.cases.call import Layout
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights, decode_mxfp4
 
@@ -18,15 +21,63 @@ def as_asked(sample: Sample) -> Sample:
     operands: dict[str, Any] = {}
     if problem.gates is not None:
         operands["gates"] = _gates(case, problem.gates)
-    if case.zero_B and problem.lora_B is not None:
-        operands["lora_B"] = torch.zeros_like(problem.lora_B)
-    for name in ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets"):
+    if problem.lora_A is not None and problem.lora_B is not None:
+        operands |= _adapters(case, problem.lora_A, problem.lora_B)
+    if case.nan_bias and problem.expert_biases is not None:
+        operands["expert_biases"] = _with_nan(problem.expert_biases, problem.expert_biases.numel() // 2)
+    for name in ("sorted_expert_idxs", "sorted_scattered_idxs"):
         operands[name] = getattr(problem, name).to(case.call.index)
-    sample = _not_finite(sample.changed(**operands))
+    operands["expert_offsets"] = problem.expert_offsets.to(case.call.offsets or case.call.index)
+    weights = problem.expert_weights
+    if isinstance(weights, MXWeights):
+        operands["expert_weights"] = replace(weights, orig_dtype=case.quantised_from)
+    sample = _not_finite(_overflowing(sample.changed(**operands)))
     weights = sample.problem.expert_weights
     if case.dense and isinstance(weights, MXWeights):
-        sample = sample.changed(expert_weights=decode_mxfp4(weights, problem.dtype).mT)
+        decoded = decode_mxfp4(weights, problem.dtype).mT
+        sample = sample.changed(expert_weights=_alike(decoded, case.call.weights))
     return sample
+
+
+def repeated(case: Case, problem: Problem, grad_out: Tensor) -> tuple[Problem, Tensor]:
+    """The operands and dOut with equal rows, or equal everywhere, wherever the call has them lie in memory once."""
+    alike: dict[str, Any] = {
+        name: _alike(x, case.call.layout(name)) for name, x in problem.arguments().items()
+        if isinstance(x, Tensor) and x.ndim == 2
+    }  # fmt: skip
+    return replace(problem, **alike), _alike(grad_out, case.call.dOut)
+
+
+def _alike(x: Tensor, layout: Layout) -> Tensor:
+    """The first row (or matrix), column or element in place of all, where a layout has it once in memory."""
+    rows, columns = layout in ("expanded", "one number"), layout in ("one column", "one number")
+    x = x[:1].expand(x.shape) if rows else x
+    return x[:, :1].expand(x.shape) if columns else x
+
+
+def _overflowing(sample: Sample) -> Sample:
+    """Integers in Z, or in V, times 2^15: one is finite in fp16, two are not. The sums in fp32 stay exact."""
+    problem, kind = sample.problem, sample.case.adapter_values
+    if kind == "Z overflows" and problem.lora_A is not None:
+        return sample.changed(inputs=problem.inputs * 2.0**3, lora_A=problem.lora_A * 2.0**12)
+    if kind == "V overflows" and problem.lora_B is not None:
+        return sample.changed(sample.grad_out * 2.0**3, lora_B=problem.lora_B * 2.0**12)
+    return sample
+
+
+def _adapters(case: Case, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    kind, changed = case.adapter_values, dict[str, Tensor]()
+    if "zero B" in kind:
+        changed["lora_B"] = torch.zeros_like(B)
+    if "nan A" in kind:
+        changed["lora_A"] = _with_nan(A, A.numel() - A.shape[1])  # of the last row
+    if kind == "nan B":
+        changed["lora_B"] = _with_nan(B, B.shape[1] - 1)
+    return changed
+
+
+def _with_nan(x: Tensor, place: int) -> Tensor:
+    return x.flatten().index_fill(0, torch.tensor([place]), float("nan")).view(x.shape) if x.numel() else x
 
 
 def _gates(case: Case, gates: Tensor) -> Tensor:
@@ -34,6 +85,8 @@ def _gates(case: Case, gates: Tensor) -> Tensor:
     place = torch.arange(gates.numel()).view(gates.shape)
     if case.gate_values == "negative":
         return torch.where(place % 2 == 0, -gates, gates)
+    if case.gate_values == "one NaN":
+        return _with_nan(gates, gates.numel() // 2)
     # The middle one is among them: a row of x or dOut that is not finite meets a zero gate there.
     zero = (place - gates.numel() // 2) % 3 == 0
     return torch.where(zero, 0.0, gates) if case.gate_values == "some zero" else gates
@@ -49,18 +102,11 @@ def _not_finite(sample: Sample) -> Sample:
         row = x[x.shape[0] // 2]  # a whole row of infinities would sum to NaN everywhere
         (row if kind == "nan row" else row[:1]).fill_(float("nan" if kind == "nan row" else "inf"))
         return sample.changed(inputs=x)
-    if kind == "nan dOut":
+    if kind in ("nan dOut", "inf dOut"):
         dOut = sample.grad_out.clone()
-        dOut[dOut.shape[0] // 2] = float("nan")
+        row = dOut[dOut.shape[0] // 2]
+        (row if kind == "nan dOut" else row[:1]).fill_(float("nan" if kind == "nan dOut" else "inf"))
         return sample.changed(dOut)
-    if kind == "nan gate" and problem.gates is not None:
-        gates = problem.gates.clone()
-        gates.view(-1)[gates.numel() // 2] = float("nan")
-        return sample.changed(gates=gates)
-    if kind == "nan A" and problem.lora_A is not None:
-        A = problem.lora_A.clone()
-        A[-1, 0] = float("nan")
-        return sample.changed(lora_A=A)
     if kind == "nan expert":
         weights = problem.expert_weights
         assert isinstance(weights, MXWeights)

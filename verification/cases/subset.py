@@ -82,6 +82,8 @@ class Subset:
         for dimension in dimensions:
             own = [condition for condition in self.conditions if condition.dimension == dimension.name]
             classes = tuple(each for each in dimension.classes if all(_allows(c, dimension, each) for c in own))
+            if self.one_backward and dimension.name == "backward pass":
+                classes = classes[:1]  # the others keep the graph
             kept.append(Dimension(dimension.name, classes))
         return kept
 

@@ -25,12 +25,20 @@ from mxref.verification.cases.small import FULL_OF_COLUMNS
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-_MANY_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5)
-"""What the domain has a stand-in for on a CPU, small enough for plain PyTorch: 16-bit indices of rows wrap around."""
+_BEYOND_STAND_INS = (
+    Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5),
+    Case("integer, K beyond 5760", 2, 6144, 32, 6, 2, 3, _BF16, data="integer", scaling=0.5),
+    Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 3, _FP16, data="integer", scaling=0.5),
+)
+"""What the domain has stand-ins for on a CPU, one at a time, small enough for plain PyTorch: 16-bit indices of rows
+wrap around, and loops over columns end."""
 _BEYOND_FP16 = Case(
     "integer, results beyond fp16", 4, 64, 96, 20, 2, 0, _FP16, data="integer", gate_slots=2, gate_exponent=13
 )
 """Some results round to infinity, which nothing may saturate."""
+_TAGS = {_BF16: "bf16", _FP16: "fp16", _FP32: "fp32"}
+_LONG = Case("", 2, 32, 32, 24, 1, 4, data="balanced")
+"""What one size at a time makes long, see `_crossings`."""
 
 
 def decode_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -88,15 +96,23 @@ def exact_cases(scope: Scope) -> list[Case]:
     if scope.suite == "quick" and scope.device_type == "cpu":
         kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates")
         named = [case for case in named if any(word in case.name for word in kept)]
-    many = [_MANY_ROWS] if scope.suite == "quick" and scope.expense == "cheap" else []
+    large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
     beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
-    named += [*many, *beyond]
+    named += [*large, *beyond]
     return [*named, *(case for case in _domain(scope) if case.exact)]
 
 
 def ordinary_cases(scope: Scope) -> list[Case]:
     """Ordinary numbers: named cases, and those that cover the domain where no exact fixture exists."""
-    return [*drawn_cases(scope.suite, scope.device_type), *(case for case in _domain(scope) if not case.exact)]
+    return [*drawn_cases(scope.suite, scope.device_type), *_rounded(scope), *(c for c in _domain(scope) if not c.exact)]
+
+
+def _rounded(scope: Scope) -> list[Case]:
+    """The named cases in bf16, and long sums in fp16, for plain PyTorch on a CPU: interpreted kernels do not round."""
+    if scope.suite == "small" or scope.device_type != "cpu" or scope.interpreted:
+        return []
+    named = [*_grid(_BF16), *_crossings("", replace(_LONG, dtype=_FP16))]
+    return [_like(case, f"{case.name}, {_TAGS[case.dtype]}") for case in named if "tall" not in case.name]
 
 
 @lru_cache(maxsize=4)
@@ -217,7 +233,7 @@ def _grid(dtype: torch.dtype) -> list[Case]:
         *(_like(small, f"rank {r}", rank=r, data="balanced") for r in (1, 3, 20, 128)),
         _like(small, "no LoRA", rank=0, bias=True, gate_slots=2),
         _like(small, "scaling one third", scaling=1 / 3, data="balanced"),
-        *_crossings("", Case("", 2, 32, 32, 24, 1, 4, dtype, data="balanced")),
+        *_crossings("", replace(_LONG, dtype=dtype)),
         _like(small, "one token", tokens=1),
         _like(small, "no tokens", tokens=0, bias=True),
     ]
@@ -241,8 +257,8 @@ def _integers(dtype: torch.dtype) -> list[Case]:
         _like(base, "integer, one expert", top_k=1, tokens=33, routing="one_expert", rank=20),
         _like(base, "integer, no LoRA", rank=0, gate_slots=2),
         _like(base, "integer, 1032 columns", K=32, N=1032, tokens=9, use_fused_dX=True),
-        *_crossings("integer, ", Case("", 2, 32, 32, 24, 1, 4, dtype, data="integer")),
-        _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1),
+        *_crossings("integer, ", replace(_LONG, dtype=dtype, data="integer")),
+        _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1, rank=128),
         *([] if dtype == _FP32 else [full]),  # interpreted, programs run one after another
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import TracebackException
 
@@ -93,14 +93,20 @@ class Comparison:
 def compare(got: Tensor, interval: Interval) -> Comparison:
     """Hold an output against its interval; where the reference is NaN or infinite the class decides."""
     value, exact = got.double(), interval.exact
+    interval = stored(interval, got.dtype)
     low, high = interval.low, interval.high
-    if got.dtype in (torch.bfloat16, torch.float16):  # stored narrower than declared: one more, monotonic rounding
-        low, high = round_to(low, got.dtype), round_to(high, got.dtype)
     inside = (value >= low) & (value <= high)
     same_class = (value == exact) | (torch.isnan(value) & torch.isnan(exact))
     inside = torch.where(torch.isfinite(exact), inside, same_class)
     allowed = torch.where(value > exact, high - exact, exact - low)
-    return Comparison(value, Interval(low, high, exact), inside, allowed, ulp_error(got, exact, got.dtype))
+    return Comparison(value, interval, inside, allowed, ulp_error(got, exact, got.dtype))
+
+
+def stored(interval: Interval, dtype: torch.dtype) -> Interval:
+    """The interval of a result in a dtype that may be narrower than declared: one more rounding, monotonic."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return interval
+    return replace(interval, low=round_to(interval.low, dtype), high=round_to(interval.high, dtype))
 
 
 def comparable(
@@ -171,8 +177,9 @@ def each_tensor(
         case = name_of(answer, expected.sample)
         for tensor in (name for name in _MATRICES if name in expected.accepted and answer.error is None):
             got = comparable(answer, expected.sample, tensor, case)
-            finding = None if isinstance(got, Finding) else judge(case, tensor, got[0], expected.accepted[tensor])
-            findings += [] if finding is None else [finding]
+            if not isinstance(got, Finding):
+                finding = judge(case, tensor, got[0], stored(expected.accepted[tensor], got[0].dtype))
+                findings += [] if finding is None else [finding]
     return findings
 
 

@@ -189,7 +189,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "unmutated",
-        "Operands, and what lies around them in memory, are bit for bit what they were before the call.",
+        "Operands, the gradients that they hold already, and what lies around them in memory, are bit for bit what "
+        "they were before the call.",
         "no run of its own", Asked.ANY, _behaviour, asking.in_poisoned_memory, unwritten,
     ),
     Check(
@@ -242,10 +243,15 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "sequences",
-        "Calls in any order, of several forward passes, gradients of earlier ones, operands changed in place as an "
-        "optimiser does, other shapes in the same memory: a result depends on its operands alone. A failure is shrunk "
-        "to the shortest sequence.",
-        "a hundred tiny runs", Asked.ANY, _small(small.sequence_cases), in_sequences, same_values,
+        "Calls in any order, of several forward passes, gradients of earlier ones, calls without a graph, operands "
+        "changed in place as an optimiser does, other shapes in the same memory: a result depends on its operands "
+        "alone. A failure is shrunk to the shortest sequence.",
+        "a hundred tiny runs", Asked.ANY, small.sequence_cases, in_sequences, same_values,
+    ),
+    Check(
+        "subsets",
+        "Which operands need a gradient changes no result: each subset of the gradients is what it is among all.",
+        "thirty tiny runs", Asked.ANY, small.subset_cases, asking.for_every_subset, same_values,
     ),
     Check(
         "configurations",

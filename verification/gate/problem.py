@@ -20,12 +20,17 @@ _LAYOUTS = {
     "weights": "layout of weights",
     "dOut": "layout of dOut",
     "index": "indices",
+    "offsets": "offsets",
+    "owner": "operands",
+    "arguments": "arguments",
     "needs": "gradients",
+    "backward": "backward pass",
     "mode": "gradient mode",
     "context": "context",
 }
 _OPTIONS = {
     "parameter_dtype": "parameters",
+    "adapter_dtype": "adapters in",
     "routing": "routing",
     "data": "values",
     "special": "special",
@@ -33,12 +38,15 @@ _OPTIONS = {
     "gate_slots": "gates a token",
     "gate_exponent": "gates times 2^",
     "gate_values": "gates",
-    "zero_B": "B is zero",
+    "adapter_values": "adapters",
+    "fan_out": "rows an input row feeds",
+    "nan_bias": "NaN in a bias",
     "grouped_in": "grouped_in",
     "grouped_out": "grouped_out",
     "use_fused_dX": "use_fused_dX",
     "use_fused_gather": "use_fused_gather",
     "dense": "dense weights",
+    "quantised_from": "quantised from",
 }
 
 

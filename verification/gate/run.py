@@ -12,6 +12,7 @@ from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulati
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.global_state import GlobalState
+from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
@@ -68,7 +69,7 @@ def judge(
     """
     sample, before = item.sample, GlobalState.now()
     answers = item.checks[0].ask(candidate, sample)
-    changes = GlobalState.now().changes(before)
+    changes = [*GlobalState.now().changes(before).values(), *_CODE.restore()]
     before.restore()
     answered()
     findings = _compare(item.checks, answers, _expectation(sample, candidate, how, slopes))
@@ -77,7 +78,7 @@ def judge(
         order_free = _expectation(sample, candidate, ACCUMULATIONS["undeclared"], slopes)
         findings = _weaker(findings, _compare(item.checks, answers, order_free))
     if changes:
-        reason = f"left torch changed: {'; '.join(changes.values())}"
+        reason = f"left changed what is not its own: {'; '.join(changes)}"
         findings.append(Finding(STATE.name, item.name, "all", Status.FAIL, reason, 0, 0))
     return [item.named(finding) for finding in findings]
 
@@ -102,3 +103,7 @@ def _weaker(findings: Sequence[Finding], again: Sequence[Finding]) -> list[Findi
         else f
         for f in findings
     ]
+
+
+_CODE = OwnCode.now()
+"""As it is before any candidate is loaded."""

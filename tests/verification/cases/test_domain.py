@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from mxref.scattermoe import RoundingPoints, backward, forward
 from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import combinations_of, covering_array, legal_pairs
@@ -101,24 +102,51 @@ def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -
         problem = sample.problem
         assert (problem.gates is None) == (classes["gates"] == "none")
         assert (problem.lora_A is None) == (classes["adapters"] == "none")
-        assert (problem.sorted_expert_idxs.dtype == torch.int32) == (classes["indices"] == "int32")
+        assert (problem.sorted_expert_idxs.dtype == torch.int32) == classes["indices"].startswith("int32")
+        assert (problem.expert_offsets.dtype == torch.int32) == (classes["indices"] == "int32")
         if problem.gates is not None and problem.P > 2 and not bool(problem.gates.isnan().any()):
-            signs = {"positive": (False, False), "negative": (True, False), "some zero": (False, True)}
+            signs = {"negative": (True, False), "some zero": (False, True)}.get(classes["gates"], (False, False))
             gates = problem.gates
-            assert (bool((gates < 0).any()), bool((gates == 0).any())) == signs[classes["gates"]], case
+            assert (bool((gates < 0).any()), bool((gates == 0).any())) == signs, case
+            assert gates.shape[1] == (1 if classes["gates"] == "one a row" else case.top_k)
+        if classes["fan out"] == "a row a slot":
+            assert problem.k == 1
+        if problem.lora_A is not None and problem.lora_A.numel() and problem.lora_B is not None:
+            nan = bool(problem.lora_A.isnan().any()), bool(problem.lora_B.isnan().any())
+            assert nan == ("NaN in A" in classes["adapters"], "NaN in B" in classes["adapters"]), case
         if classes["routing"] == "all sentinels":
             assert bool((problem.sorted_expert_idxs >= problem.E).all())
         if classes["routing"] == "sentinels far above" and bool((problem.sorted_expert_idxs >= problem.E).any()):
-            assert int(problem.sorted_expert_idxs.max()) > problem.E + 1
+            assert int(problem.sorted_expert_idxs.max()) == torch.iinfo(problem.sorted_expert_idxs.dtype).max
         if case.special in ("nan row", "inf row"):
             assert int((~problem.inputs.isfinite()).any(1).sum()) == 1
-        if classes["adapters"] == "B zero" and problem.lora_B is not None:
+        if "B zero" in classes["adapters"] and problem.lora_B is not None:
             assert not bool(problem.lora_B.any())
+        for name, x in problem.arguments().items():
+            if isinstance(x, torch.Tensor):
+                assert torch.equal(lay_out(x, case.call.layout(name)).nan_to_num(), x.nan_to_num()), (case, name)
+        assert torch.equal(lay_out(sample.grad_out, case.call.dOut).nan_to_num(), sample.grad_out.nan_to_num()), case
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset", "expanded"])
+def test_a_rounding_to_infinity_is_drawn() -> None:
+    """Z and V of fp16: some of their integers are finite, and others are not."""
+    for kind, point in (("Z overflows", "z"), ("V overflows", "v")):
+        case = Case("", 2, 64, 64, 20, 2, 4, torch.float16, data="integer", adapter_values=kind)
+        sample = draw(case)
+        points = RoundingPoints.contract(torch.float16)
+        fwd = forward(sample.problem, points)
+        rounded = getattr(fwd if point == "z" else backward(sample.problem, fwd, sample.grad_out, points), point)
+        assert rounded.exact.isfinite().all()
+        assert rounded.value.isinf().any()
+        assert (rounded.value.isfinite() & (rounded.value != 0)).any()
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "transposed", "sliced", "padded", "offset", "expanded", "one column", "one number"]
+)
 def test_layouts_hold_the_same_values_in_other_places(layout: str) -> None:
-    x = torch.arange(12.0).view(3, 4) if layout != "expanded" else torch.arange(4.0).expand(3, 4)
+    alike = {"expanded": torch.arange(4.0), "one column": torch.arange(3.0)[:, None], "one number": torch.tensor(2.0)}
+    x = alike[layout].expand(3, 4) if layout in alike else torch.arange(12.0).view(3, 4)
     laid = lay_out(x, layout)
     assert torch.equal(laid, x)
     assert laid.data_ptr() != x.data_ptr()
@@ -126,6 +154,9 @@ def test_layouts_hold_the_same_values_in_other_places(layout: str) -> None:
         "contiguous": laid.is_contiguous() and laid.storage_offset() == 0,
         "transposed": laid.stride() == (1, 3),
         "sliced": laid.stride() == (8, 2),
+        "padded": laid.stride() == (9, 1),
+        "one column": laid.stride() == (1, 0),
+        "one number": laid.stride() == (0, 0),
         "offset": laid.is_contiguous() and laid.storage_offset() == 13,
         "expanded": laid.stride() == (0, 1),
     }

@@ -64,6 +64,11 @@ def test_memory_read_without_strides() -> None:
         ("ids clamped in place", "unmutated"),
         ("gates not saved as autograd saves", "sequences"),
         ("one buffer a gradient's shape", "sequences"),
+        ("outputs that take turns", "sequences"),
+        ("dense weights not saved as autograd saves", "sequences"),
+        ("dgates without biases", "subsets"),
+        ("A's gradient written over", "unmutated"),
+        ("4,096 columns at most", "integer"),
     ],
 )
 def test_a_bug_is_rejected(name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ flushed = bug("subnormals flushed", "sets flush-to-zero for speed", values="subn
 nan_replaced = bug("NaN of x replaced", "cleans its input", values="NaN in a row")(
     _each(lambda x, p: x.nan_to_num(), "inputs")
 )
-gate_nan_replaced = bug("NaN of a gate replaced", "cleans gates of padded tokens", values="NaN gate")(
+gate_nan_replaced = bug("NaN of a gate replaced", "cleans gates of padded tokens", gates="one NaN")(
     _each(lambda g, p: g.nan_to_num(), "gates")
 )
 inf_to_nan = bug("infinity turned into NaN", "divides each row by its largest value, and multiplies afterwards",
@@ -94,10 +94,10 @@ def _without_adapters(when: Callable[[Problem], bool]) -> Callable[[], Layer]:
     return Skipping
 
 
-zero_scaling = bug("adapters skipped at s = 0", "takes 0 · NaN for 0", scaling="zero", values="NaN in A")(
+zero_scaling = bug("adapters skipped at s = 0", "takes 0 · NaN for 0", scaling="zero", adapters="NaN in A")(
     _without_adapters(lambda p: p.scaling == 0)
 )
-zero_B = bug("adapters skipped at B = 0", "takes NaN · 0 for 0", adapters="B zero", values="NaN in A")(
+zero_B = bug("adapters skipped at B = 0", "takes NaN · 0 for 0", adapters="B zero, NaN in A")(
     _without_adapters(lambda p: p.lora_B is not None and not p.lora_B.any())
 )
 
@@ -113,7 +113,7 @@ class ZeroScaling(Layer):
         return found | {n: None if (x := found[n]) is None else torch.zeros_like(x) for n in ("dA", "dB")}
 
 
-@bug("slots skipped at a zero gate", "takes 0 · NaN for 0", gates="some zero", values="NaN in A")
+@bug("slots skipped at a zero gate", "takes 0 · NaN for 0", gates="some zero", adapters="NaN in A")
 class ZeroGate(Layer):
     """The rows of such slots are read as zeros."""
 

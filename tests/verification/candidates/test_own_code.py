@@ -1,0 +1,56 @@
+"""A candidate that changes the code which judges it is told, and what it changed is put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mxref import scattermoe
+from mxref.verification.arithmetic.accumulation import default_accumulation
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.own_code import OwnCode
+from mxref.verification.candidates.starting_point import layer
+from mxref.verification.cases.case import Case
+from mxref.verification.checks import elements
+from mxref.verification.checks.expectation import Expectation
+from mxref.verification.gate.plan import plan_cases
+from mxref.verification.gate.run import judge
+
+
+def _other(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("in place of what judges")
+
+
+@pytest.mark.parametrize(
+    ("holder", "name"),
+    [(scattermoe, "forward"), (elements, "compare"), (Expectation, "exact"), (torch, "where"), (torch.Tensor, "sum")],
+)
+def test_what_is_replaced_is_named_and_put_back(holder: Any, name: str) -> None:
+    code, before = OwnCode.now(), getattr(holder, name)
+    assert code.restore() == []
+    setattr(holder, name, _other)
+    [told] = code.restore()
+    assert told.endswith(f".{name} was replaced")
+    assert getattr(holder, name) is before or getattr(holder, name) == before
+    assert code.restore() == []
+
+
+def test_a_function_s_code_counts_too() -> None:
+    code, before = OwnCode.now(), elements.compare.__code__
+    elements.compare.__code__ = _other.__code__
+    assert code.restore() == ["mxref.verification.checks.elements.compare was replaced"]
+    assert elements.compare.__code__ is before
+
+
+def test_a_candidate_that_judges_itself_fails() -> None:
+    def call(**operands: Any) -> torch.Tensor:
+        vars(elements)["compare"] = _other
+        return layer(**operands)
+
+    [item] = plan_cases([Case("one", data="integer", scaling=0.5)], torch.device("cpu"), 0)
+    findings = judge(item, Candidate("itself", call), default_accumulation(torch.device("cpu")))
+    wrong = [finding for finding in findings if not finding.ok]
+    assert [finding.check for finding in wrong] == ["state"]
+    assert "elements.compare was replaced" in wrong[0].reason
