@@ -95,6 +95,8 @@ def save(directory: str, shape: tuple[int, ...]) -> dict[str, Any]:
     loss = loss_of(model, distributed.get_rank())
     loss.backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        loss_of(model, 0)  # leaves the root gathered
     with whole_model(model) as here:
         if here:
             save_packed_model(model, Path(directory))
