@@ -7,6 +7,7 @@
 
 transformers applies the switch while it loads dense weights; a packed model is made without it, and divided here by the
 same code, under a plan that knows packed tensors. Everything else, who divides a gradient among it, is transformers'.
+Needs transformers 5.21 or later.
 """
 
 from __future__ import annotations

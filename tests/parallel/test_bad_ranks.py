@@ -51,7 +51,7 @@ def test_a_rank_that_stays_away() -> None:
 
 def test_a_rank_that_hangs() -> None:
     """The world of these tests itself: it ends, and says who did not."""
-    waiting, hanging = world.outcomes_of(bad_ranks.hang, 2, collective=2)
+    waiting, hanging = world.outcomes_of(bad_ranks.hang, 2, leave=2)
     assert waiting.exitcode == 1
     assert hanging.failed
     assert "rank 1 was still running and was ended" in str(hanging)

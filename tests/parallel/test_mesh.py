@@ -10,6 +10,7 @@ import mesh_training
 import pytest
 import torch
 import world
+from moe_models import assert_near
 from parallel_models import Batch
 
 from mxref.kernels.models.adapter_files import load_adapters
@@ -37,12 +38,17 @@ def one_process(num_experts: int, seeds: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_experts"), [((2,), 3), ((2, 2), 4), ((2, 2), 5)], ids=["ep of 2", "fsdp × ep", "uneven"]
+    ("shape", "num_experts", "recompute"),
+    [
+        pytest.param((2,), 3, True, id="ep of 2, checkpointed"),
+        pytest.param((2, 2), 4, False, id="fsdp × ep"),
+        pytest.param((2, 2), 5, False, id="fsdp × ep, uneven"),
+    ],
 )
-def test_steps(shape: tuple[int, ...], num_experts: int) -> None:
+def test_steps(shape: tuple[int, ...], num_experts: int, recompute: bool) -> None:
     """By all-to-all, and by a sum over the ranks of "ep", which then have the same tokens."""
     ranks = torch.Size(shape).numel()
-    found = world.run(mesh_training.steps, ranks, num_experts, shape)
+    found = world.run(mesh_training.steps, ranks, num_experts, shape, recompute)
     for exchange, copies in (("all-to-all", 1), ("sum", shape[-1])):
         expected = one_process(num_experts, list(range(ranks // copies)))
         assert found[0][exchange]["state"].keys() == expected["state"].keys()
@@ -69,13 +75,31 @@ def test_training_resumes_on_another_mesh(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["ep of 2", "fsdp × ep"])
 def test_saved_once_and_whole(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """A packed checkpoint and PEFT's adapter, which one process loads: every tensor, bytes among them, as it was."""
-    world.run(mesh_training.save, torch.Size(shape).numel(), str(tmp_path), shape)
-    model, expected = load_packed_model(tmp_path, rank=0), mesh_training.packed_gpt_oss().state_dict()
+    """A packed checkpoint and PEFT's adapter, which one process loads: every tensor, bytes among them, as it was.
+
+    Before that, up to the order of fp32 sums, losses and mean gradients of one process, its router's among them.
+    """
+    ranks, whole = torch.Size(shape).numel(), mesh_training.packed_gpt_oss()
+    found = world.run(mesh_training.save, ranks, str(tmp_path), shape)
+    losses = [mesh_training.loss_of(whole, rank) for rank in range(ranks)]
+    torch.stack(losses).mean().backward()
+    expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    for rank, run in enumerate(found):
+        assert_near(run["loss"], losses[rank].detach())
+        assert run["gradients"].keys() == expected.keys()
+        assert any("router" in name for name in expected)
+        for name, value in expected.items():
+            gradient = run["gradients"][name]
+            if name.endswith("_lora_A"):
+                gradient = gradient.flatten(0, 1)
+            if name.endswith("_lora_B"):
+                gradient = gradient.transpose(0, 1).flatten(1)
+            assert_near(gradient, value)
+    model = load_packed_model(tmp_path, rank=0)
     load_adapters(model, tmp_path / "adapters")
-    assert model.state_dict().keys() == expected.keys()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(("way", "ranks"), [("FSDP2", 4), ("DDP", 2)])

@@ -1,8 +1,7 @@
-"""What one process of a data-parallel run does: train packed experts on its share of a batch, and save what it saw."""
+"""What one process of a data-parallel run does: train packed experts on its share of a batch."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,30 +35,20 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def train(process: int, processes: int, directory: str, sharded: bool) -> None:
-    """One process of the run: gradients of every step, then the state, whole, in `directory`/{process}.pt."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{directory}/meeting", rank=process, world_size=processes)
-    try:
-        model = packed_experts()
-        parallel: Any
-        if sharded:
-            parallel = fully_shard(model, mesh=init_device_mesh("cpu", (processes,)), reshard_after_forward=True)
-            assert model.down_proj_blocks.to_local().shape[0] == EXPERTS // processes
-        else:
-            parallel = DistributedDataParallel(model)
-        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        gradients: list[dict[str, Tensor]] = []
-        for step in range(STEPS):
-            optimiser.zero_grad()
-            loss_of(parallel, process, step).backward()
-            gradients.append({n: _whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
-            optimiser.step()
-        state = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
-        found: dict[str, Any] = {"gradients": gradients, "state": state}
-        torch.save(found, Path(directory) / f"{process}.part")
-        (Path(directory) / f"{process}.part").rename(Path(directory) / f"{process}.pt")  # whole, or not there
-        del parallel  # its hooks hold the group
-        distributed.barrier()  # neither closes connections that the other still reads
-    finally:
-        distributed.destroy_process_group()
+def train(sharded: bool) -> dict[str, Any]:
+    """One process of the run: gradients of every step, then the state, whole."""
+    process, processes, model = distributed.get_rank(), distributed.get_world_size(), packed_experts()
+    parallel: Any
+    if sharded:
+        parallel = fully_shard(model, mesh=init_device_mesh("cpu", (processes,)), reshard_after_forward=True)
+        assert model.down_proj_blocks.to_local().shape[0] == EXPERTS // processes
+    else:
+        parallel = DistributedDataParallel(model)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    gradients: list[dict[str, Tensor]] = []
+    for step in range(STEPS):
+        optimiser.zero_grad()
+        loss_of(parallel, process, step).backward()
+        gradients.append({n: _whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+        optimiser.step()
+    return {"gradients": gradients, "state": {name: _whole(tensor) for name, tensor in model.state_dict().items()}}

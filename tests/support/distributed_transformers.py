@@ -32,7 +32,12 @@ def loss_of(model: Any, batch: int) -> Tensor:
 
 def step(family: str, sizes: dict[str, int], batches: int) -> dict[str, Any]:
     """The loss on this rank's batch, and every adapter's gradient, whole."""
-    model = distribute_model(packed(family), DistributedConfig(**sizes))
+    model, config = packed(family), DistributedConfig(**sizes)
+    if config.ep_size > 1:
+        model = distribute_model(model, config)
+    else:  # nothing of experts is asked for: as transformers does it alone
+        config, _, mesh = type(model).prepare_distribute_model(config)
+        model = type(model).maybe_distribute_model(model, config, mesh)
     share = distributed.get_world_size() // batches
     loss = loss_of(model, distributed.get_rank() // share)
     loss.backward()

@@ -24,9 +24,9 @@ MAX_NORM = 64.0
 class Model(nn.Module):
     """One layer below a root that has a trained parameter of its own, a factor of what comes in."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, recompute: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer(integer_experts(num_experts))])
+        self.layers = nn.ModuleList([Layer(integer_experts(num_experts), recompute)])
         self.factor = nn.Parameter(torch.tensor([2.0, 1.0, 1.0, 2.0]).repeat(16))
 
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ class Model(nn.Module):
         return out
 
 
-def model_of(num_experts: int, shape: tuple[int, ...], exchange: str = "all-to-all") -> Any:
+def model_of(num_experts: int, shape: tuple[int, ...], exchange: str = "all-to-all", recompute: bool = False) -> Any:
     names = {2: ("fsdp", "ep"), 1: ("ep",)}[len(shape)]
-    mesh, model = init_device_mesh("cpu", shape, mesh_dim_names=names), Model(num_experts)
+    mesh, model = init_device_mesh("cpu", shape, mesh_dim_names=names), Model(num_experts, recompute)
     return shard_model(model, mesh, model.layers, exchange, reshard_after_forward=True)
 
 
@@ -46,14 +46,14 @@ def gathered(model: Any) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in model.state_dict().items()} if here else {}
 
 
-def steps(num_experts: int, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+def steps(num_experts: int, shape: tuple[int, ...], recompute: bool) -> dict[str, dict[str, Any]]:
     """One step by each exchange."""
-    return {exchange: step(num_experts, shape, exchange) for exchange in ("all-to-all", "sum")}
+    return {exchange: step(num_experts, shape, exchange, recompute) for exchange in ("all-to-all", "sum")}
 
 
-def step(num_experts: int, shape: tuple[int, ...], exchange: str) -> dict[str, Any]:
+def step(num_experts: int, shape: tuple[int, ...], exchange: str, recompute: bool) -> dict[str, Any]:
     """One step of SGD: this rank's loss and gradient of x, and on rank 0 the state after it."""
-    rank, model = distributed.get_rank(), model_of(num_experts, shape, exchange)
+    rank, model = distributed.get_rank(), model_of(num_experts, shape, exchange, recompute)
     group = rank if exchange == "all-to-all" else rank // shape[-1]  # ranks of one sum have the same tokens
     batch = Batch.of(group, num_experts)
     loss = batch.loss(model)
@@ -86,21 +86,34 @@ def train(
     return gathered(model)
 
 
-def save(directory: str, shape: tuple[int, ...]) -> None:
-    """A packed gpt-oss of three experts and its adapters under PEFT's names, from however many ranks."""
+def save(directory: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """A packed gpt-oss of three experts and its adapters under PEFT's names, from however many ranks, after a step;
+    that step's loss and gradients, those of the adapters as stacks."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "ep")[-len(shape) :])
     model = packed_gpt_oss()
     shard_model(model, mesh, model.model.layers)
-    loss = model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss
-    loss.backward()  # saving finds the model as it is after a step, gathered in part
+    loss = loss_of(model, distributed.get_rank())
+    loss.backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        loss_of(model, 0)  # leaves the root gathered
     with whole_model(model) as here:
         if here:
             save_packed_model(model, Path(directory))
             save_adapters(model, Path(directory) / "adapters")
+    return {"loss": loss.detach(), "gradients": gradients}
+
+
+def loss_of(model: Any, rank: int) -> Tensor:
+    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank))
+    loss: Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
 
 
 def packed_gpt_oss() -> Any:
+    """Its router trains beside the adapters."""
     model: Any = pack_experts(tiny_gpt_oss(), rank=2)
+    model.model.layers[0].mlp.router.requires_grad_(True)
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -16,12 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120
-"""Seconds that a world gets."""
-COLLECTIVE = 30
-"""Seconds after which a collective gives up, unless a test says otherwise."""
-LEAVE = 10
-"""Seconds that ranks get after one of them has failed, or all have answered: gloo has hung in its farewell, once."""
+TIMEOUT, COLLECTIVE, LEAVE = 600.0, 300.0, 60.0
+"""Seconds, so many that they pass only where something hangs: that a world gets; after which a collective gives up;
+that ranks get after one of them has failed, or all have answered (gloo has hung in its farewell, once)."""
 
 _PRELOADED = [
     "torch.distributed.fsdp",
@@ -64,7 +61,7 @@ def run(work: Callable[..., Any], size: int, *arguments: Any, **options: Any) ->
 
 
 def outcomes_of(
-    work: Callable[..., Any], size: int, *arguments: Any, timeout: float = TIMEOUT, collective: float = COLLECTIVE
+    work: Callable[..., Any], size: int, *arguments: Any, timeout: float = TIMEOUT, leave: float = LEAVE
 ) -> list[Outcome]:
     """What became of every rank of a world of `size` processes that each ran `work(*arguments)`.
 
@@ -73,17 +70,17 @@ def outcomes_of(
         size: of the world.
         arguments: can be pickled.
         timeout: seconds until ranks that still run are killed.
-        collective: seconds until a collective raises.
+        leave: seconds until they are, once a rank has failed or all have answered.
     """
     context = _context()
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            context.Process(target=_rank, args=(directory, rank, size, collective, work, arguments), daemon=True)
+            context.Process(target=_rank, args=(directory, rank, size, work, arguments), daemon=True)
             for rank in range(size)
         ]
         for process in processes:
             process.start()
-        _wait(processes, [Path(directory) / str(rank) for rank in range(size)], timeout)
+        _wait(processes, [Path(directory) / str(rank) for rank in range(size)], timeout, leave)
         return [_outcome(Path(directory) / str(rank), rank, process) for rank, process in enumerate(processes)]
 
 
@@ -99,11 +96,11 @@ def _context() -> Any:
     return context
 
 
-def _wait(processes: list[BaseProcess], answers: list[Path], timeout: float) -> None:
+def _wait(processes: list[BaseProcess], answers: list[Path], timeout: float, leave: float) -> None:
     deadline, hurried = time.monotonic() + timeout, False
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if not hurried and (any(p.exitcode for p in processes) or all(path.exists() for path in answers)):
-            deadline, hurried = min(deadline, time.monotonic() + LEAVE), True
+            deadline, hurried = min(deadline, time.monotonic() + leave), True
         time.sleep(0.02)
     for process in processes:
         if process.is_alive():
@@ -118,16 +115,14 @@ def _outcome(answer: Path, rank: int, process: BaseProcess) -> Outcome:
     return Outcome(rank, value, error, 0 if answered else None if hasattr(process, "ended") else process.exitcode)
 
 
-def _rank(
-    directory: str, rank: int, size: int, collective: float, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(directory: str, rank: int, size: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
     from torch import distributed
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     distributed.init_process_group(
-        "gloo", f"file://{directory}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=collective)
+        "gloo", f"file://{directory}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE)
     )
     value, error = None, ""
     try:
