@@ -62,20 +62,6 @@ class Ask:
         return lambda: None
 
 
-@dataclass(frozen=True)
-class ManyGroups:
-    """Makes groups whose threads wake up now and then."""
-
-    count: int
-
-    def __call__(self, place: Place) -> int:
-        everybody = list(range(dist.get_world_size()))
-        kept = [dist.new_group(everybody) for _ in range(self.count)]
-        for group in kept:
-            dist.all_reduce(torch.ones(1), group=group)
-        return len(kept)
-
-
 def returns_nothing(*arguments: Any) -> None:
     """A step without a result."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
-from ranks_questions import Ask, ManyGroups
+from ranks_questions import Ask
 
 from mxref.verification.candidates.processes import Limits
+from mxref.verification.distributed import world as world_module
 from mxref.verification.distributed.ranks import Raised
 from mxref.verification.distributed.world import Lost, World, innermost
 
@@ -50,11 +52,6 @@ def test_ranks_that_wait_for_one_that_has_gone_on_say_where(world: World) -> Non
         assert innermost(lost.trace).startswith("ranks_questions.py, line")
 
 
-def test_waiting_is_noticed_beside_the_threads_of_many_groups(world: World) -> None:
-    assert world.ask([ManyGroups(25)] * 3) == [25, 25, 25]
-    assert isinstance(ask(world, "returns")[0], Lost)
-
-
 def test_what_a_rank_raises_is_told(world: World) -> None:
     answers = ask(world, "raises")
     assert isinstance(answers[1], Raised)
@@ -80,3 +77,18 @@ def test_a_rank_that_takes_its_time_is_waited_for() -> None:
     """However slow the machine is: what counts is that it computes."""
     with World(2, limits=Limits(processor=60.0, silence=0.5)) as world:
         assert world.ask([Ask("computes")] * 2) == [1.0, "late"]
+
+
+@pytest.mark.parametrize(("busiest", "hung"), [(0.0, True), (0.5, False)])
+def test_threads_that_only_wake_up_do_nothing_together(
+    monkeypatch: pytest.MonkeyPatch, busiest: float, hung: bool
+) -> None:
+    """Each process group has some, and there may be many groups."""
+    passed = iter([0.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(world_module, "time", SimpleNamespace(monotonic=lambda: next(passed)))
+    threads: dict[str, float] = dict.fromkeys(map(str, range(100)), 0.0)
+    monkeypatch.setattr(world_module, "thread_seconds", lambda process: dict(threads))
+    monkeypatch.setattr(world_module, "processor_seconds", lambda process: sum(threads.values()))
+    watch = world_module._Watch([SimpleNamespace(process=None)], Limits(processor=60.0, silence=1.0))  # type: ignore[list-item]
+    threads |= dict.fromkeys(threads, 0.01) | {"0": busiest}
+    assert bool(watch.hung([0], hopeless=False)) == hung
