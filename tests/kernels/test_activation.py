@@ -6,17 +6,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 from moe_models import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, make, packed_experts
-from mxref.kernels.models.families import small_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from uninterpreted import run_python
 
 from mxref import activation as golden
 from mxref.kernels.layer.activation import gated, gated_activation, gated_activation_backward
-from mxref.kernels.models import families
 from mxref.kernels.models.activation import form_of
 from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import not_covered, pack_experts
@@ -252,7 +251,7 @@ def test_recognised_wherever_it_is_packed(mode: Any) -> None:
 
 
 def test_a_whole_model_recognises_its_activation() -> None:
-    model = pack_experts(small_model("mixtral"), rank=2)
+    model = pack_experts(families.small_model("mixtral"), rank=2)
     packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
     assert packed
     assert all(module._activation.form == SILU for module in packed)
