@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.candidates.processes import die_with_parent
 from mxref.verification.checks.finding import Finding, Status
@@ -88,6 +90,7 @@ def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with crash.open("w") as file:
         faulthandler.enable(file, all_threads=False)
+        code = OwnCode.now()
         try:
             candidate = order.candidate()
             interpreted = runs_interpreted(candidate, order.device)
@@ -102,18 +105,18 @@ def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash
         slopes = slopes_in(items)
         asked = replace(candidate, accumulation=None) if order.lenient else candidate
         for number in range(first, len(items), step):
-            if not _judge(send, number, items[number], asked, how, slopes):
+            if not _judge(
+                send, number, items[number], partial(judge, candidate=asked, how=how, slopes=slopes, code=code)
+            ):
                 return
             items[number] = replace(items[number])  # without its sample, which nobody needs any more
 
 
-def _judge(
-    send: Callable[[Any], None], number: int, item: Item, candidate: Candidate, how: Accumulation, slopes: int
-) -> bool:
+def _judge(send: Callable[[Any], None], number: int, item: Item, ask: Callable[..., list[Finding]]) -> bool:
     """One item, and whether another can follow; our own faults are told apart from what the candidate does."""
     send(Asking(number))
     try:
-        findings = judge(item, candidate, how, slopes, answered=lambda: send(Asking(number, compared=True)))
+        findings = ask(item, answered=lambda: send(Asking(number, compared=True)))
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
     except torch.AcceleratorError as error:  # the GPU answers this process no more

@@ -54,6 +54,7 @@ def judge(
     how: Accumulation,
     slopes: int | None = None,
     answered: Callable[[], None] = lambda: None,
+    code: OwnCode | None = None,
 ) -> list[Finding]:
     """What the checks of one item find: the candidate is run once for all of them.
 
@@ -66,10 +67,12 @@ def judge(
         slopes: that are fitted in the whole run; None for this item's alone.
         answered: called when the candidate has done its part. The reference is computed only then, so that no memory
             the candidate gets has held it.
+        code: the code that judges, as it was before the candidate was loaded; None for as it is now, with whatever the
+            caller has replaced in it.
     """
-    sample, before = item.sample, GlobalState.now()
+    sample, before, code = item.sample, GlobalState.now(), code or OwnCode.now()
     answers = item.checks[0].ask(candidate, sample)
-    changes = [*GlobalState.now().changes(before).values(), *_CODE.restore()]
+    changes = [*GlobalState.now().changes(before).values(), *code.restore()]
     before.restore()
     answered()
     findings = _compare(item.checks, answers, _expectation(sample, candidate, how, slopes))
@@ -103,7 +106,3 @@ def _weaker(findings: Sequence[Finding], again: Sequence[Finding]) -> list[Findi
         else f
         for f in findings
     ]
-
-
-_CODE = OwnCode.now()
-"""As it is before any candidate is loaded."""

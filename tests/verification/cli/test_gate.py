@@ -120,7 +120,7 @@ class TestAsAProcess:
         ("planted:no_gates", "integer, *", 1, "INCOMPLETE"),
         ("planted:nothing", "integer", 1, "FAIL"),
         ("planted:crash", "integer, k 8", 1, "FAIL"),
-        ("planted:noisy", "balanced", 0, "WEAK PASS"),
+        ("planted:noisy", "[b]alanced", 0, "WEAK PASS"),
     ],
 )
 def test_verdicts(kernel: str, case: str, code: int, title: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,11 +199,11 @@ def test_strict_fails_a_weak_pass() -> None:
 
 def test_declarations_on_the_command_line() -> None:
     options = ("--points", "z-unrounded, scaling-in-B", "--accumulation", "fp32-blocks-128")
-    assert gate("--kernel", "planted:correct", "--case", "one token", *options) == 0
+    assert gate("--kernel", "planted:correct", "--case", "[o]ne token", *options) == 0
     assert verdict()["candidate"]["rounding_points"] == ["z-unrounded", "scaling-in-B"]
     assert verdict()["candidate"]["accumulation"] == "fp32-blocks-128"
     assert verdict()["candidate"]["accumulation_declared"] is True
-    assert gate("--kernel", "planted:correct", "--case", "one token") == 0
+    assert gate("--kernel", "planted:correct", "--case", "[o]ne token") == 0
     assert verdict()["candidate"]["accumulation"] == "fp32-blocks-32"
 
 

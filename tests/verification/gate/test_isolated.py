@@ -171,3 +171,11 @@ def test_the_process_dies_with_the_one_that_asks(folder: Path) -> None:
     while Path(f"/proc/{child}").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
         time.sleep(0.1)
     assert child != os.getpid()
+
+
+def test_what_a_candidate_replaces_when_it_is_imported_is_told(folder: Path) -> None:
+    with (folder / "candidates.py").open("a") as file:
+        file.write("\ntorch.equal = lambda *tensors: True\n")
+    wrong = failed(judged("honest"))
+    assert {finding.check for finding in wrong} == {"state"}
+    assert "torch.equal was replaced" in wrong[0].reason
