@@ -104,10 +104,9 @@ def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash
         send(Planned(bare, how, describe_device(order.device, interpreted), entries))
         slopes = slopes_in(items)
         asked = replace(candidate, accumulation=None) if order.lenient else candidate
+        ask = partial(judge, candidate=asked, how=how, slopes=slopes, code=code)
         for number in range(first, len(items), step):
-            if not _judge(
-                send, number, items[number], partial(judge, candidate=asked, how=how, slopes=slopes, code=code)
-            ):
+            if not _judge(send, number, items[number], ask):
                 return
             items[number] = replace(items[number])  # without its sample, which nobody needs any more
 
