@@ -18,6 +18,7 @@ declared; 2 wrong use, or a fault that is not the candidate's
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -229,6 +230,7 @@ def _suite(order: Order) -> str:
 
 
 def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
+    interpreted = _own(arguments) and order.device_type == "cpu"
     with Meter() as meter:
         meter.show("loading the candidate")
         return judge_apart(
@@ -237,6 +239,7 @@ def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
             strict=arguments.strict,
             timeout=arguments.timeout,
             fail_fast=arguments.fail_fast,
+            processes=(os.cpu_count() or 1) if interpreted and not order.narrowed else 1,
             on_item=lambda entry, done, total: meter.show(f"{entry.checks[0]}: {entry.case}", done, total),
         )
 

@@ -15,6 +15,7 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.candidates.processes import die_with_parent
@@ -88,12 +89,15 @@ def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(max(torch.get_num_threads() // step, 1))  # processes share the machine
     with crash.open("w") as file:
         faulthandler.enable(file, all_threads=False)
         code = OwnCode.now()
         try:
             candidate = order.candidate()
             interpreted = runs_interpreted(candidate, order.device)
+            if interpreted and candidate.operators is not None:  # what else a foreign kernel does is not known
+                interpret_only()
             items = order.items(candidate, interpreted)
         except ValueError as error:
             send(Refused(str(error)))

@@ -9,17 +9,14 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 import mxref
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.run import judge
@@ -97,28 +94,7 @@ def _quiet() -> None:
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        _interpret_only()
-
-
-def _interpret_only() -> None:
-    """Prepare this process for nothing but Triton's interpreter, in half the time.
-
-    The interpreter replaces all of Triton's language at every launch and every call of a jit function, to put it back
-    after a launch, and builds its table of dtypes at every operation: once is enough where nothing compiles. It also
-    computes every 32-bit operation a second time in 64 bits, to report an overflow; a GPU wraps around, and so does it.
-    """
-    builder = interpreter.interpreter_builder
-    builder.options = replace(builder.options, sanitize_overflow=False)
-    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
-    numpy_dtype, known = interpreter._get_np_dtype, dict[str, Any]()
-
-    def remembered(dtype: Any) -> Any:
-        if dtype.name not in known:
-            known[dtype.name] = numpy_dtype(dtype)
-        return known[dtype.name]
-
-    interpreter._get_np_dtype = remembered
+        interpret_only()
 
 
 def write_sources(mutant: Mutant | None, sources: Mapping[str, Source], folder: Path) -> None:
