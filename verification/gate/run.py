@@ -41,9 +41,9 @@ def run_gate(
     """
     how = candidate.accumulation or default_accumulation(device)
     result = GateResult(candidate, how, describe_device(device), suite, seed, strict)
-    start, slopes = time.monotonic(), slopes_in(items)
+    start, slopes, code = time.monotonic(), slopes_in(items), OwnCode.now()
     for item in items:
-        result.findings += judge(item, candidate, how, slopes)
+        result.findings += judge(item, candidate, how, slopes, code=code)
     result.seconds = time.monotonic() - start
     return result
 
