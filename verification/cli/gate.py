@@ -95,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gate_distributed.add_arguments(parser)
     where = parser.add_argument_group("where")
     options.add_device(where)
+    options.add_processes(where, alone="1; for this project's kernels, interpreted, one a core")
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
     out = parser.add_argument_group("output")
     options.add_out(out, "gate.json and gate.html", "gate-report")
@@ -230,7 +231,7 @@ def _suite(order: Order) -> str:
 
 
 def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
-    interpreted = _own(arguments) and order.device_type == "cpu"
+    alone = (os.cpu_count() or 1) if _own(arguments) and not order.narrowed else 1
     with Meter() as meter:
         meter.show("loading the candidate")
         return judge_apart(
@@ -239,7 +240,7 @@ def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
             strict=arguments.strict,
             timeout=arguments.timeout,
             fail_fast=arguments.fail_fast,
-            processes=(os.cpu_count() or 1) if interpreted and not order.narrowed else 1,
+            processes=options.processes_on(order.device, arguments.processes, alone),
             on_item=lambda entry, done, total: meter.show(f"{entry.checks[0]}: {entry.case}", done, total),
         )
 

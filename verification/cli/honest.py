@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", metavar="N", type=options.positive, default=5, help="draws of each kind (default: 5)"
     )
-    options.add_jobs(parser, "processes, on a CPU")
+    options.add_jobs(parser, "processes; at most 8 on a GPU")
     options.add_device(parser)
     options.add_out(parser, "honest.json")
 
@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     total = sum(len(asked(chosen, case, seed)) for case, seed in draws)
     if not total:
         raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
-    judged = _judge(draws, total, device, arguments.name, arguments.jobs)
+    jobs = arguments.jobs if device.type == "cpu" else min(arguments.jobs, 8)
+    judged = _judge(draws, total, device, arguments.name, jobs)
     console = options.terminal()
     _print(judged, time.monotonic() - start, console)
     if arguments.out is not None:
@@ -103,10 +104,10 @@ def _implementations(device: torch.device) -> Sequence[Honest]:
 
 
 def _judge(draws: list[_Draw], total: int, device: torch.device, names: list[str], jobs: int) -> list[Judgement]:
-    """All draws; on a CPU in several processes."""
+    """All draws, in several processes."""
     judged: list[Judgement] = []
     with Meter(total) as meter:
-        for each in _mapped(partial(_judge_draw, device=device, names=names), draws, jobs, device):
+        for each in _mapped(partial(_judge_draw, device=device, names=names), draws, jobs):
             judged += each
             failures = sum(bool(judgement.complaint) for judgement in judged)
             meter.advance(f"{failures} failures", len(each))
@@ -114,9 +115,9 @@ def _judge(draws: list[_Draw], total: int, device: torch.device, names: list[str
 
 
 def _mapped(
-    function: Callable[[_Draw], list[Judgement]], draws: Iterable[_Draw], jobs: int, device: torch.device
+    function: Callable[[_Draw], list[Judgement]], draws: Iterable[_Draw], jobs: int
 ) -> Iterator[list[Judgement]]:
-    if jobs == 1 or device.type != "cpu":
+    if jobs == 1:
         yield from map(function, draws)
         return
     with get_context("spawn").Pool(jobs) as pool:

@@ -31,6 +31,27 @@ def add_jobs(parser: argparse._ActionsContainer, what: str = "processes at once"
     parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help=what)
 
 
+def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
+    """`--processes`, for `processes_on`; `alone`: the default off a GPU."""
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=positive,
+        help=f"that share the cases (default: {alone}; on a GPU up to 8, whose kernels compile side by side)",
+    )
+
+
+def processes_on(device: torch.device, wanted: int | None, alone: int = 1) -> int:
+    """How many processes share the cases: as many as wanted; on a GPU half the cores, at most 8; else `alone`.
+
+    Raises:
+        UsageError: more than 64 are wanted.
+    """
+    if wanted is not None and wanted > 64:
+        raise UsageError(f"--processes is {wanted}; expected 1 to 64")
+    return wanted or (alone if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2)))
+
+
 def add_out(parser: argparse._ActionsContainer, files: str, default: str | None = None) -> None:
     """`--out`, the folder of a command's files."""
     folder, told = (Path(default), f" (default: {default})") if default else (None, "")

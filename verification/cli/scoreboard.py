@@ -14,7 +14,6 @@ exit codes: 0 the comparison ran, whatever it found; 2 wrong use
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 
@@ -42,12 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_seed(parser)
     options.add_device(parser)
-    parser.add_argument(
-        "--processes",
-        metavar="N",
-        type=options.positive,
-        help="that share an implementation's cases (default: 1; up to 8 on a GPU)",
-    )
+    options.add_processes(parser, alone="1")
     options.add_out(parser, "scoreboard.json and scoreboard.md", "gate-report")
     options.add_record(parser, "the table of this GPU")
 
@@ -104,12 +98,6 @@ def _judge(names: list[str], device: torch.device, arguments: argparse.Namespace
             full=arguments.full,
             seed=arguments.seed,
             only=arguments.case or (),
-            processes=_processes(arguments.processes, device),
+            processes=options.processes_on(device, arguments.processes),
             on_item=lambda name, done, total, case: meter.show(f"{name}: {case}", done, total),
         )
-
-
-def _processes(wanted: int | None, device: torch.device) -> int:
-    if wanted is not None and not 1 <= wanted <= 64:
-        raise UsageError(f"--processes is {wanted}; expected 1 to 64")
-    return wanted or (1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2)))
