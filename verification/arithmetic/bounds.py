@@ -11,8 +11,6 @@ lies outside. Nothing here is calibrated against an implementation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -28,50 +26,9 @@ from mxref.scattermoe import (
     owned_rows,
 )
 from mxref.verification.arithmetic.accumulation import UNDERFLOW, Accumulation, Accumulator, Product, U, gamma
+from mxref.verification.arithmetic.interval import Error, Estimate, Interval, rho
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """What is accepted for one output: low ≤ got ≤ high, elementwise; all fp64 in the caller's layout.
-
-    exact: the reference before the output's own rounding. Where it is NaN or infinite the class decides, not the ends.
-    radius: how far an honest implementation can be from `exact` before that rounding; None where equality is asked for.
-    """
-
-    low: Tensor
-    high: Tensor
-    exact: Tensor
-    radius: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        assert self.low.shape == self.high.shape == self.exact.shape
-
-
-def rho(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Radius around R(q) that holds R(q + δ) for every |δ| ≤ e; e itself where R is the identity (dtype None)."""
-    if dtype is None:
-        return e
-    centre = round_to(q, dtype)
-    up, down = round_to(q + e, dtype) - centre, round_to(q - e, dtype) - centre
-    return torch.maximum(up.abs(), down.abs())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A quantity known up to a radius: centre and radius, fp64, one shape."""
-
-    centre: Tensor
-    radius: Tensor
-
-    @property
-    def reach(self) -> Tensor:
-        """The largest magnitude that it may have."""
-        return self.centre.abs() + self.radius
-
-    def __getitem__(self, index: slice | Tensor) -> Estimate:
-        return Estimate(self.centre[index], self.radius[index])
 
 
 def intervals(
@@ -106,7 +63,7 @@ class _Propagation:
     ) -> None:
         self.problem, self.fwd, self.grad_out, self.points, self.how = problem, fwd, grad_out, points, how
         self.x = expert_order_inputs(problem)
-        self.y_error = torch.zeros_like(fwd.y.exact)
+        self.y_error = Error.zeros_like(fwd.y.exact)
         self.z_radius = None if fwd.z is None else torch.zeros_like(fwd.z.exact)
         for e, start, end in problem.segments():
             self._forward(e, slice(start, end))
@@ -144,17 +101,19 @@ class _Propagation:
             z = self.inner(self.fwd.z.exact[rows], self.product("Z", x, A.T).radius())
             self.z_radius[rows] = z.radius
             low = (z, B.T, s)
-        self.y_error[rows] = self.chain("Y", (x, problem.expert_weight(e), None), low, bias)
+        self.y_error.set(rows, *self.chain("Y", (x, problem.expert_weight(e), None), low, bias))
 
     def chain(
         self,
         name: Product,
-        base: tuple[Tensor, Tensor, Tensor | None],
+        base: tuple[Tensor, Tensor, Estimate | None],
         low: tuple[Estimate, Tensor, float] | None,
         bias: Tensor | None = None,
-    ) -> Tensor:
-        """Radius of Y or D before its rounding: the base product and LoRA's, brought together as declared."""
-        P, Q, P_radius = base
+    ) -> Error:
+        """Of Y or D before its rounding: the base product and LoRA's, brought together as declared."""
+        P, Q, estimate = base
+        P_radius = None if estimate is None else estimate.radius
+        shared = torch.zeros_like(P[:, :1] * Q[:1]) if estimate is None else estimate.draws @ Q.abs()
         main = self.accumulator(P.shape[0], Q.shape[1])
         inside = self.how.bias_inside and bias is not None
         if low is None:
@@ -163,6 +122,7 @@ class _Propagation:
             main.dot(P, Q, name, P_radius)
         else:
             inner, factor, s = low
+            shared = shared + abs(s) * (inner.draws @ factor.abs())
             first = self.how.lora == "first" and not self.points.lora_after_output
             side = main if first else self.accumulator(P.shape[0], Q.shape[1])
             side.dot(inner.centre, factor, None, inner.radius)
@@ -174,13 +134,13 @@ class _Propagation:
             if self.points.lora_after_output:
                 if bias is not None and not inside:
                     main.add(bias)
-                return self._rounded_apart(main, side, s)
+                return Error(self._rounded_apart(main, side, s), Q.shape[1] ** 0.5 * shared)
             if not first:
                 side.scale(s)
                 main.add(side)
         if bias is not None and not inside:
             main.add(bias)
-        return main.radius()
+        return Error(main.radius(), Q.shape[1] ** 0.5 * shared)
 
     def _rounded_apart(self, main: Accumulator, side: Accumulator, s: float) -> Tensor:
         """Declared: R(base) + R(s·R(low)), one fp32 addition of two values of the activation dtype."""
@@ -195,36 +155,36 @@ class _Propagation:
         """Y as the gates meet it."""
         y = self.fwd.y
         if self.points.gates_before_output:
-            return Estimate(y.exact, self.y_error)
-        return Estimate(y.value, rho(y.exact, self.y_error, self.points.dtype))
+            return Estimate(y.exact, self.y_error.radius)
+        return Estimate(y.value, rho(y.exact, self.y_error.radius, self.points.dtype))
 
     def output(self) -> dict[str, Interval]:
         """The caller's output; with gates Σ|g|·r_Y + γ_(g+1)·Σ|g·Y|, a product and g − 1 additions a slot."""
         problem, error = self.problem, self.y_error
         if problem.gates is None:
-            error = error if problem.grouped_out else self.by_position(error)
+            error = error if problem.grouped_out else error.each(self.by_position)
         else:
-            gates = expert_order_gates(problem).abs()[:, None]
-            slots = problem.gates.shape[1]
-            each = gates * (self.y.radius + gamma(slots + 1) * self.y.reach) + UNDERFLOW
-            each = torch.where(owned_rows(problem)[:, None], each, 0.0)
-            error = self.by_position(each).view(*problem.gates.shape, problem.N).sum(1)
+            gates, shape = expert_order_gates(problem).abs()[:, None], (*problem.gates.shape, problem.N)
+            radius = gates * (self.y.radius + gamma(problem.gates.shape[1] + 1) * self.y.reach) + UNDERFLOW
+            owned = Error(radius, gates * error.shared).each(owned_rows(problem)[:, None].mul)
+            error = owned.each(lambda rows: self.by_position(rows).view(shape).sum(1))
         return {"Y": self.accept(self.fwd.out, error, self.points.dtype)}
 
     def gradients(self, bwd: Backward) -> dict[str, Interval]:
         """Every gradient that the problem has."""
         problem, points = self.problem, self.points
         dy, results = self._split(bwd)
-        d_error = torch.zeros_like(bwd.d.exact)
+        d_error = Error.zeros_like(bwd.d.exact)
         errors = {
-            name: None if rounded is None else torch.zeros_like(rounded.exact)
+            name: None if rounded is None else Error.zeros_like(rounded.exact)
             for name, rounded in (("dA", bwd.dA), ("dB", bwd.dB), ("dbias", bwd.dbias))
         }
         for e, start, end in problem.segments():
             rows = slice(start, end)
-            self._backward(e, rows, dy[rows], bwd, d_error[rows], errors)
-        d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
-        results["dX"] = self.accept(bwd.dx, self._sum_over_fan_out(d), points.dtype)
+            self._backward(e, rows, dy[rows], bwd, d_error, errors)
+        d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error.radius, points.dtype))
+        fan_out = Error(*map(self._sum_over_fan_out, (d.radius + self._adding(d), d_error.shared)))
+        results["dX"] = self.accept(bwd.dx, fan_out, points.dtype)
         for name, rounded, parameter in (
             ("dA", bwd.dA, problem.lora_A),
             ("dB", bwd.dB, problem.lora_B),
@@ -243,20 +203,19 @@ class _Propagation:
         owned = owned_rows(problem)[:, None]
         incoming = self.grad_out[problem.row_positions() // problem.gates.shape[1]].abs()
         each = incoming * (self.y.radius + gamma(problem.N + 1) * self.y.reach) + UNDERFLOW
-        error = torch.where(owned, each, 0.0).sum(1)
-        error = self.by_position(error).view(problem.gates.shape)
+        radius = self.by_position(torch.where(owned, each, 0.0).sum(1)).view(problem.gates.shape)
         dy = Estimate(bwd.dy.value, rho(bwd.dy.exact, U * bwd.dy.exact.abs() + UNDERFLOW, self.points.dtype))
-        return dy, {"dgates": self.accept(bwd.dgates, error, self.stored(problem.gates))}
+        return dy, {"dgates": self.accept(bwd.dgates, Error(radius, radius), self.stored(problem.gates))}
 
     def _backward(
-        self, e: int, rows: slice, dy: Estimate, bwd: Backward, d_error: Tensor, errors: dict[str, Tensor | None]
+        self, e: int, rows: slice, dy: Estimate, bwd: Backward, d_error: Error, errors: dict[str, Error | None]
     ) -> None:
-        """V, D and the parameters of one expert; d_error [its rows, K] and its share of `errors` are filled."""
+        """V, D and the parameters of one expert; its share of `d_error` and `errors` is filled."""
         problem, points, x = self.problem, self.points, self.x[rows]
         dbias, dA, dB = errors["dbias"], errors["dA"], errors["dB"]
         n = dy.centre.shape[0]
         if dbias is not None:
-            dbias[e] = dy.radius.sum(0) + gamma(n) * dy.reach.sum(0)
+            dbias.set(slice(e, e + 1), dy.radius.sum(0) + gamma(n) * dy.reach.sum(0), dy.draws.sum(0))
         low = None
         if bwd.v is not None and self.fwd.z is not None and self.z_radius is not None:
             A, B, s = self.adapters(e)
@@ -266,22 +225,28 @@ class _Propagation:
             if dA is not None:
                 of_A = self.product("dA", v.centre.T, x, v.radius.T)
                 of_A.scale(s)
-                dA[own] = of_A.radius()
+                dA.set(own, of_A.radius(), problem.K**0.5 * abs(s) * (v.draws.T @ x.abs()))
             if dB is not None:
                 z_dtype = points.dtype if points.z else None
-                z = round_to(self.fwd.z.exact[rows], z_dtype)
-                of_B = self.product("dB", dy.centre.T, z, dy.radius.T, self.z_radius[rows])
+                z = Estimate(round_to(self.fwd.z.exact[rows], z_dtype), self.z_radius[rows])
+                of_B = self.product("dB", dy.centre.T, z.centre, dy.radius.T, z.radius)
                 of_B.scale(problem.scaling)
-                dB[:, own] = of_B.radius()
-        d_error[:] = self.chain("D", (dy.centre, problem.expert_weight(e).T, dy.radius), low)
+                of_dy, of_z = dy.draws.T @ z.reach, dy.centre.abs().T @ z.draws
+                shared = problem.rank**0.5 * of_dy + problem.N**0.5 * of_z
+                dB.set((slice(None), own), of_B.radius(), abs(problem.scaling) * shared)
+        d_error.set(rows, *self.chain("D", (dy.centre, problem.expert_weight(e).T, dy), low))
 
-    def _sum_over_fan_out(self, d: Estimate) -> Tensor:
-        """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where there is anything to add up."""
+    def _adding(self, d: Estimate) -> Tensor | float:
+        """k·u·|D|, where the D of k slots are added up."""
+        alone = self.problem.grouped_in or self.problem.k == 1
+        return 0.0 if alone else gamma(self.problem.k) * d.reach
+
+    def _sum_over_fan_out(self, rows: Tensor) -> Tensor:
+        """From the slots' rows of D, in expert order, to the rows of dX."""
         problem = self.problem
-        if problem.grouped_in or problem.k == 1:
-            return d.radius if problem.grouped_in else self.by_position(d.radius)
-        each = self.by_position(d.radius + gamma(problem.k) * d.reach)
-        return each.view(problem.inputs.shape[0], problem.k, problem.K).sum(1)
+        if problem.grouped_in:
+            return rows
+        return self.by_position(rows).view(problem.inputs.shape[0], problem.k, problem.K).sum(1)
 
     def by_position(self, rows: Tensor) -> Tensor:
         """From expert order to position order."""
@@ -295,7 +260,7 @@ class _Propagation:
         return parameter.dtype if narrow and self.points.dtype is not None else None
 
     @staticmethod
-    def accept(rounded: Rounded, error: Tensor, dtype: torch.dtype | None) -> Interval:
+    def accept(rounded: Rounded, error: Error, dtype: torch.dtype | None) -> Interval:
         """[R(q − e), R(q + e)] around a reference value."""
-        exact = rounded.exact
-        return Interval(round_to(exact - error, dtype), round_to(exact + error, dtype), exact, error)
+        exact, e = rounded.exact, error.radius
+        return Interval(round_to(exact - e, dtype), round_to(exact + e, dtype), exact, e, error.shared)

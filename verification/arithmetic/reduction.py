@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxref.rounding import min_exponent, precision_bits
 from mxref.verification.arithmetic.accumulation import gamma
-from mxref.verification.arithmetic.bounds import Estimate
+from mxref.verification.arithmetic.interval import Estimate
 
 __all__ = ["Reduction", "parse_reduction"]
 

@@ -61,15 +61,32 @@ ANY: FEW products or less. Their error follows from a few mantissas, over and ov
 FEW = 3
 
 
-def residual_variance(ulp: Tensor, radius: Tensor, rounding: Tensor | float = UNIFORM) -> Tensor:
+def residual_variance(ulp: Tensor, radius: Tensor, shared: Tensor, rounding: Tensor | float = UNIFORM) -> Tensor:
     """Largest honest variance of an output's residual: its rounding's plus its accumulation's; fp64, elementwise.
+
+    An error of Z, V or dY is one draw for n elements. If it is at most t·ε in an element, it adds (Σ a·t)²·ε² to the
+    variance of a slope Σ a·residual: at most n·Σ a²·t²·ε² (Cauchy–Schwarz), as if each element drew √n·t·ε on its own.
 
     Args:
         ulp: h, spacing of the output's format at each element.
         radius: how far the accumulator can be from the exact value; its standard deviation is at most that.
+        shared: what of the radius comes from such errors, times √n.
         rounding: variance of the rounding in units of h², one of UNIFORM, ON_A_GRID, ANY for each element.
     """
-    return ulp.square() * rounding + radius.square()
+    return ulp.square() * rounding + radius.square() + shared.square()
+
+
+def copies(exact: Tensor) -> Tensor:
+    """How many elements have each element's value up to its sign and a power of two; fp64, elementwise.
+
+    They come from the same operands, as of rows that occur several times or of an operand expanded from one column, and
+    have the same error in units of their own: n of them are one draw. With n times the variance each, they weigh as
+    one. Values count as equal up to 2^-40: fp64 sums of the same terms in another order.
+    """
+    mantissa: Tensor = torch.frexp(exact).mantissa.abs()
+    _, which, count = torch.unique((mantissa * 2.0**40).round(), return_inverse=True, return_counts=True)
+    repeats: Tensor = count[which].double()
+    return repeats
 
 
 def rounding_pull(dtype: torch.dtype) -> float:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mxref.rounding import round_to
 from mxref.verification.arithmetic.activation import activation_intervals
-from mxref.verification.arithmetic.bounds import Interval
 from mxref.verification.arithmetic.elementary import elementary
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.cases.activation import ActivationSample
 from mxref.verification.checks.elements import compare, raised

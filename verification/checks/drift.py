@@ -18,7 +18,7 @@ from mxref.problem import Problem
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs, owned_rows
 from mxref.verification.arithmetic.accumulation import Accumulation
-from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.metrics import ratio_statistics, ulp
 from mxref.verification.arithmetic.thresholds import (
     ANY,
@@ -28,6 +28,7 @@ from mxref.verification.arithmetic.thresholds import (
     SINGULAR,
     TILE,
     UNIFORM,
+    copies,
     directed_loss,
     residual_variance,
     rounding_pull,
@@ -169,14 +170,14 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     """Every stratum's slopes; None for a problem without a routed row."""
     interval, problem = expected.accepted[tensor], expected.sample.problem
     assert interval.radius is not None
+    assert interval.shared is not None
     dtype = got.dtype if got.dtype in (torch.bfloat16, torch.float16) else torch.float32
     rounding = _rounding(problem, tensor, expected.points)
-    sigma = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding).sqrt()
+    variance = residual_variance(ulp(interval.exact, dtype), interval.radius, interval.shared, rounding)
+    sigma = (variance * copies(interval.exact)).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
     # Held against the rounded reference: a sum that hardly leaves the grid (a bias and next to nothing, equal rows
-    # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's. σ still has the
-    # rounding that the residual has lost, many times what is left: enough for rows that occur eight times over, whose
-    # errors are the same.
+    # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's.
     nearest = interval.exact.float().double() if dtype == torch.float32 else round_to(interval.exact, dtype)
     residual = torch.where(usable, (got.double() - nearest) / sigma, 0.0)
     inverse = torch.where(usable, 1 / sigma, 0.0)

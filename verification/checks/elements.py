@@ -14,7 +14,7 @@ from torch import Tensor
 from mxref.formats import MX_BLOCK_SIZE
 from mxref.not_covered import NotCovered
 from mxref.rounding import round_to
-from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.metrics import rms, ulp_error
 from mxref.verification.candidates.answer import Answer, Outputs, UnusableAnswerError
 from mxref.verification.cases.case import Sample

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mxref.scattermoe import Backward, Forward, RoundingPoints, backward, forward
 from mxref.verification.arithmetic.accumulation import Accumulation
-from mxref.verification.arithmetic.bounds import Interval, intervals
+from mxref.verification.arithmetic.bounds import intervals
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.thresholds import ALPHA, TILE, critical_z
 from mxref.verification.cases.case import Case, Sample
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.checks.elements import axes_of, comparable, compare, each_answer, unexpected
 from mxref.verification.checks.expectation import Expectation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE
-from mxref.verification.arithmetic.bounds import Interval
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.checks.elements import compare
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.patterns import Axis

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mxref.scattermoe import RoundingPoints, backward, forward
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, U, gamma
-from mxref.verification.arithmetic.bounds import Estimate, Interval, intervals
+from mxref.verification.arithmetic.bounds import intervals
+from mxref.verification.arithmetic.interval import Estimate, Interval
 from mxref.verification.arithmetic.reduction import Reduction
 from mxref.verification.distributed.fixtures import Fixture, absolute, problem_of, shared, updated
 from mxref.verification.distributed.protocol import Batch, Declared, Model

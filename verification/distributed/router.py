@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxref.verification.arithmetic.accumulation import U, gamma
-from mxref.verification.arithmetic.bounds import Estimate
+from mxref.verification.arithmetic.interval import Estimate
 
 __all__ = ["Gates"]
 

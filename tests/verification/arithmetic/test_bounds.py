@@ -17,7 +17,8 @@ from torch import Tensor
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Accumulator, Order, gamma
-from mxref.verification.arithmetic.bounds import Interval, intervals, rho
+from mxref.verification.arithmetic.bounds import intervals
+from mxref.verification.arithmetic.interval import Interval, rho
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
 from mxref.verification.studies.conforming.emulation import (

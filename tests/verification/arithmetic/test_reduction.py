@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mxref.rounding import round_to
-from mxref.verification.arithmetic.bounds import Estimate
+from mxref.verification.arithmetic.interval import Estimate
 from mxref.verification.arithmetic.reduction import Reduction, parse_reduction
 
 SIZE = 4096

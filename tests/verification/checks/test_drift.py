@@ -17,6 +17,7 @@ from mxref.scattermoe import RoundingPoints, expert_order_inputs
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.shipped import golden, torch_composite
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
 from mxref.verification.checks.expectation import Expectation, slopes_of
@@ -275,6 +276,27 @@ def test_rows_that_occur_eight_times_are_far_from_drift(dtype: torch.dtype, dot:
         assert broken(findings) == set()
         z = torch.from_numpy(drift_map(findings, "Y").z)
         assert float(z[z.isfinite()].abs().max()) < 3, "half of what a whole run allows"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # One row an expert and N = 1: V, rounded once, is in every element of dA, and an expanded B repeats it.
+        Case("one V", 260, 32, 1, 9, 8, 4, FP32, data="lora", scaling=1 / 3, grouped_out=True, routing="sentinels",
+             call=Call(adapters="expanded")),
+        # Every column of dY, and so of dBᵀ, is the same.
+        Case("one column", 260, 32, 33, 48, 8, 20, BF16, data="balanced", scaling=1 / 3, gate_slots=8, dense=True,
+             routing="empty_experts", gate_values="some zero", call=Call(weights="expanded", dOut="one number")),
+    ],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_errors_that_many_elements_share_are_no_drift(case: Case) -> None:
+    composite, how = torch_composite(), ACCUMULATIONS["undeclared"]
+    for seed in range(8):
+        sample = draw(case, "cpu", seed)
+        expected = Expectation(sample, RoundingPoints.contract(case.dtype), how)
+        findings = judge(expected, composite.run(sample))
+        assert [str(finding) for finding in findings.values() if not finding.ok] == []
 
 
 def test_a_row_that_adds_one_value_to_itself_is_no_drift() -> None:

@@ -1,0 +1,82 @@
+"""A quantity known up to a radius, and the interval that is accepted for an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mxref.rounding import round_to
+from mxref.verification.arithmetic.thresholds import copies
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What is accepted for one output: low ≤ got ≤ high, elementwise; all fp64 in the caller's layout.
+
+    exact: the reference before the output's own rounding. Where it is NaN or infinite the class decides, not the ends.
+    radius: how far an honest implementation can be from `exact` before that rounding; None where equality is asked for.
+    shared: what of it comes from errors of Z, V and dY, each of which is one draw for many elements: times √n for n.
+    """
+
+    low: Tensor
+    high: Tensor
+    exact: Tensor
+    radius: Tensor | None = None
+    shared: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.low.shape == self.high.shape == self.exact.shape
+
+
+def rho(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Radius around R(q) that holds R(q + δ) for every |δ| ≤ e; e itself where R is the identity (dtype None)."""
+    if dtype is None:
+        return e
+    centre = round_to(q, dtype)
+    up, down = round_to(q + e, dtype) - centre, round_to(q - e, dtype) - centre
+    return torch.maximum(up.abs(), down.abs())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity known up to a radius: centre and radius, fp64, one shape."""
+
+    centre: Tensor
+    radius: Tensor
+
+    @property
+    def reach(self) -> Tensor:
+        """The largest magnitude that it may have."""
+        return self.centre.abs() + self.radius
+
+    @property
+    def draws(self) -> Tensor:
+        """Its radius where equal elements, whose errors are the same, shall count as one draw: see `copies`."""
+        return self.radius * copies(self.centre).sqrt()
+
+    def __getitem__(self, index: slice | Tensor) -> Estimate:
+        return Estimate(self.centre[index], self.radius[index])
+
+
+class Error(NamedTuple):
+    """Of a sum of products: `radius` and `shared` of an `Interval`."""
+
+    radius: Tensor
+    shared: Tensor
+
+    @classmethod
+    def zeros_like(cls, x: Tensor) -> Error:
+        """No error."""
+        return cls(torch.zeros_like(x), torch.zeros_like(x))
+
+    def set(self, index: slice | tuple[slice, slice], radius: Tensor, shared: Tensor) -> None:
+        """Fill in a part."""
+        self.radius[index], self.shared[index] = radius, shared
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Error:
+        """Both through a function that is linear."""
+        return Error(function(self.radius), function(self.shared))
