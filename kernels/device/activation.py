@@ -13,11 +13,13 @@ Interleaved columns are read and written as they lie, 16 bytes a thread, and tak
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import launch
+from mxref.kernels.device.launch import PreparedLaunch
 from mxref.swiglu import SwiGLU
 
 __all__ = ["COLS", "ROWS", "activate", "activate_backward"]
@@ -120,30 +122,36 @@ def activation_backward_kernel(
 
 def activate(gate_up: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
     """H of gate_up, contiguous [P, 2J]; `out`, contiguous [P, J], is filled and returned."""
-    _launch(activation_kernel, out.shape, form, out=out, gate_up=gate_up)
+    _prepared(False, *out.shape, form.interleaved, *_numbers(form))(out=out, gate_up=gate_up)
     return out
 
 
 def activate_backward(gate_up: Tensor, grad: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
     """d(gate_up) of dH, contiguous [P, J]; `out`, contiguous [P, 2J], is filled and returned."""
-    _launch(activation_backward_kernel, grad.shape, form, out=out, gate_up=gate_up, grad=grad)
+    _prepared(True, *grad.shape, form.interleaved, *_numbers(form))(out=out, gate_up=gate_up, grad=grad)
     return out
 
 
-def _launch(kernel: object, shape: tuple[int, ...], form: SwiGLU, **tensors: Tensor) -> None:
-    P, J = shape
-    launch(
-        kernel,
+def _numbers(form: SwiGLU) -> tuple[str | None, ...]:
+    """Alpha, limit and offset as `float.hex` writes them: numbers as keys would take −0 for 0."""
+    return tuple(None if x is None else float(x).hex() for x in (form.alpha, form.limit, form.offset))
+
+
+@lru_cache(4096)
+def _prepared(
+    backward: bool, P: int, J: int, interleaved: bool, alpha: str, limit: str | None, offset: str
+) -> PreparedLaunch:
+    return PreparedLaunch(
+        activation_backward_kernel if backward else activation_kernel,
         triton.cdiv(P, ROWS) * triton.cdiv(J, COLS),
         num_warps=4,
         num_stages=1,
-        **tensors,
         P=P,
         J=J,
-        alpha=form.alpha,
-        limit=form.limit,
-        offset=form.offset,
-        INTERLEAVED=form.interleaved,
+        alpha=float.fromhex(alpha),
+        limit=None if limit is None else float.fromhex(limit),
+        offset=float.fromhex(offset),
+        INTERLEAVED=interleaved,
         ROWS=ROWS,
         COLS=COLS,
     )

@@ -12,6 +12,7 @@ as tall as the registers allow, and short tiles are only for few rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -64,15 +65,21 @@ class Config:
                     f"BLOCK_M one of {', '.join(map(str, HOPPER_HEIGHTS))}"
                 )
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Made once, since every launch is looked up by its tiling."""
+        return hash((self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps, self.num_stages, self.hopper))
+
     def dense(self) -> Config:
         """The tiling of products with dense matrices beside this one: itself, unless it is for `hopper`."""
-        if not self.hopper:
-            return self
-        return Config(min(self.BLOCK_M, 128), 128, 64, num_warps=8 if self.BLOCK_M > 64 else 4)
+        return _dense(self) if self.hopper else self
 
     def projection(self, rank: int) -> Config:
         """The tiling of Z and V beside this one's Y and D: the same row tiles and steps, one block of columns."""
-        return replace(self.dense(), BLOCK_N=max(32, padded_rank(rank)))
+        return _projection(self.dense(), rank)
 
     def outer(self) -> Config:
         """The tiling of dA and dB beside this one's Y and D; BLOCK_M gives way to the padded rank."""
@@ -155,6 +162,16 @@ def reachable_configs(architecture: str, dtype: torch.dtype = torch.bfloat16) ->
 def _row(architecture: str, name: str, dtype: torch.dtype) -> Config:
     table = TABLE[architecture]
     return table.get(f"fp16 {name}", table[name]) if dtype == torch.float16 else table[name]
+
+
+@cache
+def _dense(config: Config) -> Config:
+    return Config(min(config.BLOCK_M, 128), 128, 64, num_warps=8 if config.BLOCK_M > 64 else 4)
+
+
+@cache
+def _projection(tiling: Config, rank: int) -> Config:
+    return replace(tiling, BLOCK_N=max(32, padded_rank(rank)))
 
 
 def padded_rank(rank: int) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.device.decode import BLOCK, e2m1, e8m0, narrow
-from mxref.kernels.device.launch import INTERPRETED, aligned, architecture, launch
+from mxref.kernels.device.launch import INTERPRETED, PreparedLaunch, aligned, architecture
 from mxref.kernels.device.schedule import Routing
 from mxref.weights import MXLayout, MXWeights
 
@@ -88,23 +90,28 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
     architecture(weights.device)
     if not experts.numel():
         return out
+    launch = _decoding(experts.numel(), weights.E, weights.N * weights.K, dtype)
     launch(
+        out=out, words=aligned(weights.packed).view(torch.int32), scales=weights.scales,
+        experts=experts.to(weights.device),
+    )  # fmt: skip
+    return out
+
+
+@lru_cache(4096)
+def _decoding(slots: int, E: int, size: int, dtype: torch.dtype) -> PreparedLaunch:
+    return PreparedLaunch(
         dequantize_kernel,
         PROGRAMS,
         num_warps=4,
         num_stages=1,
-        out=out,
-        words=aligned(weights.packed).view(torch.int32),
-        scales=weights.scales,
-        experts=experts.to(weights.device),
-        slots=experts.numel(),
-        E=weights.E,
-        size=weights.N * weights.K,
+        slots=slots,
+        E=E,
+        size=size,
         DTYPE={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype],
         WORDS=WORDS,
-        SLOTS=triton.next_power_of_2(experts.numel()),
+        SLOTS=triton.next_power_of_2(slots),
     )
-    return out
 
 
 def active_or_sentinel(routing: Routing) -> Tensor:

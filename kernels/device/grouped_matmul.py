@@ -20,8 +20,8 @@ no other row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,8 +32,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mxref.kernels.device.configs import Config, padded_rank
 from mxref.kernels.device.decode import load_mxfp4_tile, narrow
 from mxref.kernels.device.hopper import HEIGHTS, ROWS_LAYOUT, TALLEST, packed_matmul_kernel
-from mxref.kernels.device.launch import aligned, launch
-from mxref.kernels.device.schedule import Routing, source_rows
+from mxref.kernels.device.launch import PreparedLaunch, aligned
+from mxref.kernels.device.schedule import Routing, source_rows, tile_bound
+from mxref.kernels.device.stack import Stack
 from mxref.weights import MXLayout, MXWeights
 
 __all__ = ["LowRank", "PackedMatrix", "grouped_matmul"]
@@ -141,45 +142,48 @@ def grouped_matmul_kernel(
     )
 
 
-@dataclass(frozen=True)
-class PackedMatrix:
+class PackedMatrix(NamedTuple):
     """MXFP4 weights as the right operand of a product.
 
     Attributes:
-        weights: the packed stack.
+        packed, scales: of an `MXWeights` in the layout FWD.
         dtype: the dtype whose precision a decoded weight has: the activations'.
         transposed: False: W_e is [K, N], the forward's; True: W_eᵀ [N, K], dX's. Both read the same bytes.
-
-    Raises:
-        ValueError: the weights have another layout than FWD.
     """
 
-    weights: MXWeights
+    packed: Tensor
+    scales: Tensor
     dtype: torch.dtype
     transposed: bool = False
 
-    def __post_init__(self) -> None:
-        self.weights.require_layout(MXLayout.FWD, "the grouped product")
+    @classmethod
+    def of(cls, weights: MXWeights, dtype: torch.dtype, transposed: bool = False) -> PackedMatrix:
+        """The matrices of a packed stack.
+
+        Raises:
+            ValueError: the weights have another layout than FWD.
+        """
+        weights.require_layout(MXLayout.FWD, "the grouped product")
+        return cls(weights.packed, weights.scales, dtype, transposed)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """[E, C, J]."""
-        w = self.weights
-        return (w.E, w.N, w.K) if self.transposed else (w.E, w.K, w.N)
+        E, N, half = self.packed.shape
+        return (E, N, 2 * half) if self.transposed else (E, 2 * half, N)
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """An adapter's share of a product, s · low · factor_e: low [P, r] in expert order, factor a view [E, r, J]."""
+class LowRank(NamedTuple):
+    """An adapter's share of a product, s · low · factor_e: low [P, r] in expert order, factor [E, r, J]."""
 
     low: Tensor
-    factor: Tensor
+    factor: Stack
     scaling: float
 
 
 def grouped_matmul(
     rows_in: Tensor,
-    weight: Tensor | PackedMatrix,
+    weight: Stack | PackedMatrix,
     routing: Routing,
     config: Config,
     out: Tensor,
@@ -204,65 +208,94 @@ def grouped_matmul(
     E, C, J = weight.shape
     if not isinstance(weight, PackedMatrix) or C % 16:  # Hopper copies 16 bytes; Triton knows multiples of 16 elements
         config = config.dense()
-    low, factor = (lora.low, lora.factor) if lora else (None, None)
-    rank = factor.shape[1] if factor is not None else 0
-    factor_strides = factor.stride() if factor is not None else (0, 0, 0)
-    tiles = routing.tiles(config.BLOCK_M)
-    common: dict[str, Any] = {
-        "out": out, "rows_in": rows_in, "low": low, "factor": factor, "bias": bias,
-        "positions": routing.positions, "tiles": tiles, "P": routing.P, "E": E, "C": C, "J": J,
-        "RANK": rank, "s": float(lora.scaling) if lora else 1.0, "fan_in": fan_in, "fan_out": fan_out,
-        "stride_fe": factor_strides[0], "stride_fr": factor_strides[1], "stride_fj": factor_strides[2],
-        "BLOCK_R": padded_rank(rank),
+    low, factor, scaling = lora or (None, None, 1.0)
+    rank, factor_strides = (factor.shape[1], factor.strides) if factor else (0, (0, 0, 0))
+    product = _Product(config, routing.P, E, C, J, rank, float(scaling).hex(), fan_in, fan_out, *factor_strides)
+    tensors = {
+        "out": out, "low": low, "factor": factor and factor.tensor, "bias": bias, "positions": routing.positions,
+        "tiles": routing.tiles(config.BLOCK_M),
     }  # fmt: skip
     if config.hopper:
         assert isinstance(weight, PackedMatrix)
-        common["rows_in"] = rows_in = aligned(rows_in)
-        kernel, own = packed_matmul_kernel, _hopper_arguments(rows_in if fan_in is None else None, weight, config)
+        rows, packed, scales = aligned(rows_in), aligned(weight.packed), aligned(weight.scales)
+        box = _box(rows, config) if fan_in is None else None
+        launch = _hopper(product, weight.transposed)
+        launch(rows_in=rows, rows_box=box, packed=packed, scales=scales, **tensors)
+    elif isinstance(weight, PackedMatrix):
+        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
+        launch = _portable(product, along.value, weight.dtype)
+        launch(rows_in=rows_in, weight=weight.packed, scales=weight.scales, **tensors)
     else:
-        kernel, own = grouped_matmul_kernel, _portable_arguments(weight, config)
-    launch(
-        kernel,
-        tiles.shape[0] * triton.cdiv(J, config.BLOCK_N),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **common,
-        **own,
-    )
+        launch = _portable(product, DENSE.value, None, weight.strides)
+        launch(rows_in=rows_in, weight=weight.tensor, **tensors)
     return out
 
 
-def _portable_arguments(weight: Tensor | PackedMatrix, config: Config) -> dict[str, Any]:
-    """What `grouped_matmul_kernel` takes beside the operands of every product."""
-    blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
-    strides: tuple[int, ...] = (0, 0, 0)
-    if isinstance(weight, PackedMatrix):
-        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
-        storage: dict[str, Any] = {"weight": weight.weights.packed, "scales": weight.weights.scales}
-        storage |= {"STORAGE": along.value, "WEIGHT_DTYPE": _TRITON_DTYPE[weight.dtype]}
-    else:
-        storage = {"weight": weight, "scales": None, "STORAGE": DENSE.value, "WEIGHT_DTYPE": None}
-        strides = weight.stride()
-    return storage | blocks | dict(zip(("stride_we", "stride_wc", "stride_wj"), strides, strict=True))
+class _Product(NamedTuple):
+    """What a product's launch must know beside its tensors, and how its weights are stored.
 
-
-def _hopper_arguments(ordered: Tensor | None, weight: PackedMatrix, config: Config) -> dict[str, Any]:
-    """What `packed_matmul_kernel` takes beside them; `ordered`: the rows, if they lie in expert order.
-
-    A box pays where row tiles are tall: few rows are bound by other things, and its descriptor costs the host time.
+    s as `float.hex` writes it: numbers as keys would take −0 for 0.
     """
-    packed, scales = aligned(weight.weights.packed), aligned(weight.weights.scales)
-    box = None
-    if ordered is not None and ordered.numel() and config.BLOCK_M == TALLEST:
-        box = TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT.value)
-    return {
-        "rows_box": box,
-        "packed": packed,
-        "scales": scales,
-        "PITCH": packed.shape[2],
-        "TRANSPOSED": weight.transposed,
-        "EVEN": weight.shape[1] % config.BLOCK_K == 0,
-        "ALIGNED": scales.shape[2] % 2 == 0,
-        "HEIGHTS": HEIGHTS[config.BLOCK_M],
-        "STAGES": config.num_stages,
-    }
+
+    config: Config
+    P: int
+    E: int
+    C: int
+    J: int
+    RANK: int
+    s: str
+    fan_in: int | None
+    fan_out: int | None
+    stride_fe: int
+    stride_fr: int
+    stride_fj: int
+
+    def launch(self, kernel: Any, **own: Any) -> PreparedLaunch:
+        """Its launch by one of the kernels, with that kernel's own arguments."""
+        known = self._asdict() | {"s": float.fromhex(self.s)}
+        config = known.pop("config")
+        programs = tile_bound(self.P, self.E, config.BLOCK_M) * triton.cdiv(self.J, config.BLOCK_N)
+        return PreparedLaunch(
+            kernel, programs, config.num_warps, config.num_stages, **known, BLOCK_R=padded_rank(self.RANK), **own
+        )
+
+
+@lru_cache(4096)
+def _portable(
+    product: _Product, storage: int, dtype: torch.dtype | None, strides: tuple[int, int, int] = (0, 0, 0)
+) -> PreparedLaunch:
+    """By the portable kernel: `storage` as there, `dtype` of packed weights, `strides` of dense ones."""
+    config, (stride_we, stride_wc, stride_wj) = product.config, strides
+    return product.launch(
+        grouped_matmul_kernel,
+        stride_we=stride_we,
+        stride_wc=stride_wc,
+        stride_wj=stride_wj,
+        STORAGE=storage,
+        WEIGHT_DTYPE=dtype and _TRITON_DTYPE[dtype],
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+    )
+
+
+@lru_cache(4096)
+def _hopper(product: _Product, transposed: bool) -> PreparedLaunch:
+    """By the kernel for Hopper."""
+    pitch = (product.J if transposed else product.C) // 2
+    return product.launch(
+        packed_matmul_kernel,
+        PITCH=pitch,
+        TRANSPOSED=transposed,
+        EVEN=product.C % product.config.BLOCK_K == 0,
+        ALIGNED=pitch % 32 == 0,
+        HEIGHTS=HEIGHTS[product.config.BLOCK_M],
+        STAGES=product.config.num_stages,
+    )
+
+
+def _box(ordered: Tensor, config: Config) -> TensorDescriptor | None:
+    """Rows in expert order as the tallest tiles fetch them; few rows are bound by other things than their copies."""
+    if config.BLOCK_M != TALLEST or not ordered.numel():
+        return None
+    return TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT.value)

@@ -4,29 +4,80 @@
     out_e[j]    = R( Σ_p wide[p, j] )                      dbias: dY
 
 Rows run in expert order, in steps of BLOCK_K, through one fp32 accumulator; the multiply by s comes last, then the
-one rounding, to the parameter's dtype. Experts without rows get exact zeros.
+one rounding, to the parameter's dtype. Experts without rows get exact zeros. One launch makes dA and dB.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.device.configs import Config, padded_rank
-from mxref.kernels.device.launch import launch
+from mxref.kernels.device.launch import PreparedLaunch
 from mxref.kernels.device.schedule import Routing, expert_rows, source_rows
+from mxref.kernels.device.stack import Stack
 
-__all__ = ["grouped_outer", "grouped_sum"]
+__all__ = ["Outer", "grouped_outer", "grouped_sum"]
+
+Layout = tuple[int, int | None, int, int, int]
+"""J, the fan, and the output's strides."""
 
 
 @triton.jit
 def grouped_outer_kernel(
+    positions,
+    offsets,
+    out,
+    low,
+    wide,
+    other_out,
+    other_low,
+    other_wide,
+    P,
+    E,
+    RANK,
+    s,
+    J,
+    fan,
+    stride_oe,
+    stride_or,
+    stride_oj,
+    other_J,
+    other_fan,
+    other_stride_oe,
+    other_stride_or,
+    other_stride_oj,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The sums of one pair of operands, and behind their programs those of another pair, if there is one."""
+    program = tl.program_id(0)
+    programs = E * tl.cdiv(J, BLOCK_N)
+    if program < programs:
+        outer_tile(
+            out, low, wide, positions, offsets, program, P, J, RANK, s, fan, stride_oe, stride_or, stride_oj,
+            BLOCK_R, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif other_out is not None:
+        outer_tile(
+            other_out, other_low, other_wide, positions, offsets, program - programs, P, other_J, RANK, s, other_fan,
+            other_stride_oe, other_stride_or, other_stride_oj, BLOCK_R, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def outer_tile(
     out,
     low,
     wide,
     positions,
     offsets,
+    tile,
     P,
     J,
     RANK,
@@ -39,10 +90,10 @@ def grouped_outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program computes BLOCK_N columns of one expert, all ranks; low [P, RANK], wide [*, J] are contiguous."""
+    """BLOCK_N columns of one expert, all ranks; low [P, RANK], wide [*, J] are contiguous."""
     blocks = tl.cdiv(J, BLOCK_N)
-    expert = (tl.program_id(0) // blocks).to(tl.int64)
-    j = ((tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    expert = (tile // blocks).to(tl.int64)
+    j = ((tile % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     r = tl.arange(0, BLOCK_R)
     in_J, in_R = j < J, r < RANK
     begin, end = expert_rows(offsets, expert, P)
@@ -76,41 +127,64 @@ def grouped_sum_kernel(out, wide, positions, offsets, P, J, fan, BLOCK_N: tl.con
     tl.store(out + expert * J + j, acc.to(out.dtype.element_ty), mask=j < J)
 
 
-def grouped_outer(
-    low: Tensor, wide: Tensor, routing: Routing, config: Config, scaling: float, out: Tensor, fan: int | None
-) -> None:
-    """Fill `out`, a view [E, r, J] with any strides, with s · lowᵀ · wide over each expert's rows.
+class Outer(NamedTuple):
+    """One sum over an expert's rows, out_e = R( s · lowᵀ · wide ).
 
-    Args:
+    Attributes:
+        out: what to fill, [E, r, J] in the parameter's dtype.
         low: contiguous [P, r], in expert order.
         wide: contiguous [*, J].
-        routing: which rows belong to which expert.
-        config: the call's tiling, from which this product's follows.
-        scaling: s.
-        out: what to fill, in the parameter's dtype.
         fan: None if `wide` is in expert order; otherwise a routed row is row position // fan of it.
     """
-    E, rank, J = out.shape
-    config = config.outer()
-    stride_oe, stride_or, stride_oj = out.stride()
+
+    out: Stack
+    low: Tensor
+    wide: Tensor
+    fan: int | None
+
+    @property
+    def layout(self) -> Layout:
+        """What a launch must know of it beside the tensors."""
+        return (self.out.shape[2], self.fan, *self.out.strides)
+
+
+def grouped_outer(routing: Routing, config: Config, scaling: float, first: Outer, other: Outer | None = None) -> None:
+    """Fill the output of one sum, or in one launch those of two of the same rank.
+
+    Args:
+        routing: which rows belong to which expert.
+        config: the call's tiling, from which that of the sums follows.
+        scaling: s.
+        first, other: the sums.
+    """
+    E, rank, _ = first.out.shape
+    layouts = (first.layout,) if other is None else (first.layout, other.layout)
+    launch = _outer(config, routing.P, E, rank, float(scaling).hex(), *layouts)
+    out, low, wide = (None, None, None) if other is None else (other.out.tensor, other.low, other.wide)
     launch(
+        positions=routing.positions, offsets=routing.offsets, out=first.out.tensor, low=first.low, wide=first.wide,
+        other_out=out, other_low=low, other_wide=wide,
+    )  # fmt: skip
+
+
+@lru_cache(4096)
+def _outer(
+    config: Config, P: int, E: int, rank: int, s: str, first: Layout, other: Layout = (0, None, 0, 0, 0)
+) -> PreparedLaunch:
+    """`s` as `float.hex` writes it: numbers as keys would take −0 for 0."""
+    config, names = config.outer(), ("J", "fan", "stride_oe", "stride_or", "stride_oj")
+    columns = triton.cdiv(first[0], config.BLOCK_N) + triton.cdiv(other[0], config.BLOCK_N)
+    return PreparedLaunch(
         grouped_outer_kernel,
-        E * triton.cdiv(J, config.BLOCK_N),
+        E * columns,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        out=out,
-        low=low,
-        wide=wide,
-        positions=routing.positions,
-        offsets=routing.offsets,
-        P=routing.P,
-        J=J,
+        P=P,
+        E=E,
         RANK=rank,
-        s=float(scaling),
-        fan=fan,
-        stride_oe=stride_oe,
-        stride_or=stride_or,
-        stride_oj=stride_oj,
+        s=float.fromhex(s),
+        **dict(zip(names, first, strict=True)),
+        **dict(zip((f"other_{name}" for name in names), other, strict=True)),
         BLOCK_R=padded_rank(rank),
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -118,18 +192,18 @@ def grouped_outer(
 
 
 def grouped_sum(wide: Tensor, routing: Routing, out: Tensor, fan: int | None) -> None:
-    """Fill contiguous `out` [E, J] with the sum of `wide` over each expert's rows; `fan` as in `grouped_outer`."""
-    E, J = out.shape
-    launch(
+    """Fill contiguous `out` [E, J] with the sum of `wide` over each expert's rows; `fan` as in `Outer`."""
+    _sum(routing.P, *out.shape, fan)(out=out, wide=wide, positions=routing.positions, offsets=routing.offsets)
+
+
+@lru_cache(4096)
+def _sum(P: int, E: int, J: int, fan: int | None) -> PreparedLaunch:
+    return PreparedLaunch(
         grouped_sum_kernel,
         E * triton.cdiv(J, 128),
         num_warps=4,
         num_stages=1,
-        out=out,
-        wide=wide,
-        positions=routing.positions,
-        offsets=routing.offsets,
-        P=routing.P,
+        P=P,
         J=J,
         fan=fan,
         BLOCK_N=128,

@@ -1,7 +1,7 @@
 """How a kernel starts: on a GPU, in Triton's interpreter on CPU tensors, or recorded for ahead-of-time compilation.
 
-Every launch of this package passes through `launch`, so the recorder sees exactly what would run. Host code never
-reads a device tensor's value: recorded with tensors on the `meta` device it would raise at once.
+Every launch of this package is a `PreparedLaunch`, so the recorder sees exactly what would run. Host code never reads a
+device tensor's value: recorded with tensors on the `meta` device it would raise at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,16 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Launch", "Recorder", "aligned", "architecture", "compute_dtype", "launch", "recording"]
+__all__ = [
+    "INTERPRETED",
+    "Launch",
+    "PreparedLaunch",
+    "Recorder",
+    "aligned",
+    "architecture",
+    "compute_dtype",
+    "recording",
+]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when this package was imported; `@triton.jit` decides at the same moment."""
@@ -63,8 +73,11 @@ def architecture(device: torch.device) -> str:
     recorder = _recorder.get()
     if recorder is not None:
         return recorder.architecture
-    if INTERPRETED:
-        return "interpreter"
+    return "interpreter" if INTERPRETED else _generation(device)
+
+
+@cache
+def _generation(device: torch.device) -> str:
     if device.type != "cuda":
         raise RuntimeError(
             f"the operands lie on {device}, where Triton kernels cannot run; move them to a CUDA GPU, or set "
@@ -90,19 +103,86 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
-def launch(kernel: Any, programs: int, num_warps: int, num_stages: int, **arguments: Any) -> None:
-    """Start `programs` instances of `kernel`, or record the launch; nothing happens when there are none.
+class PreparedLaunch:
+    """A launch of which everything but the tensors is known; calling it with them starts the kernel.
 
-    FP fusion is off, so that each written product and sum rounds once on its own. The interpreter computes with
-    NumPy, whose warnings about IEEE's infinities and NaNs are silenced: they are results here.
+    On a GPU the first call goes through Triton, which specialises the kernel and compiles it. Later ones start what it
+    made at once, as long as Triton would take the same: on one device, the same tensors missing, the same dtypes, and
+    the same addresses multiples of 16. That saves most of the host's time. FP fusion is off, so that each written
+    product and sum rounds once on its own.
+
+    Args:
+        kernel: the jitted function.
+        programs: how many instances of it start; nothing happens when there are none.
+        num_warps, num_stages: compile options.
+        known: the arguments that are no tensors, by name: the last of the kernel's.
     """
-    if programs == 0:
-        return
-    recorder = _recorder.get()
-    if recorder is not None:
-        recorder.launches.append(Launch(kernel, arguments, num_warps, num_stages))
-        return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    scope = torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore")
-    with scope:
-        kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
+
+    def __init__(self, kernel: Any, programs: int, num_warps: int, num_stages: int, **known: Any) -> None:
+        self._kernel, self._programs = kernel, programs
+        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._tensors = tuple(name for name in kernel.arg_names if name not in known)
+        self._known = tuple(known[name] for name in kernel.arg_names[len(self._tensors) :])
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, **tensors: Any) -> None:
+        """Start, interpret or record it, with the tensors by name; those that are left out are None.
+
+        Raises:
+            TypeError: the kernel takes no tensor of this name.
+        """
+        if not self._programs:
+            return
+        given = [tensors.pop(name, None) for name in self._tensors]
+        if tensors:
+            raise TypeError(f"got {', '.join(tensors)}; {self._kernel.__name__} takes {', '.join(self._tensors)}")
+        recorder = _recorder.get()
+        if recorder is not None:
+            arguments = dict(zip(self._kernel.arg_names, (*given, *self._known), strict=True))
+            recorder.launches.append(Launch(self._kernel, arguments, **self._options))
+        elif INTERPRETED:
+            with np.errstate(over="ignore", invalid="ignore"):  # IEEE's infinities and NaNs are results here
+                self._through_triton(given)
+        else:
+            self._start(given)
+
+    def _through_triton(self, given: list[Any]) -> Any:
+        """Start it as Triton does; the compiled kernel, or None where it is interpreted."""
+        return self._kernel[(self._programs,)](*given, *self._known, **self._options, enable_fp_fusion=False)
+
+    def _start(self, given: list[Any]) -> None:
+        """Start it on the first tensor's GPU."""
+        driver, device = triton.runtime.driver.active, given[0].device
+        if driver.get_current_device() != device.index:
+            with torch.cuda.device(device):
+                return self._start(given)
+        arguments, kind, bits = list[Any](), [device.index], 0
+        for value in given:
+            if isinstance(value, Tensor):
+                address = value.data_ptr()
+                arguments.append(address)
+                kind.append(value.dtype)
+                bits |= address
+            else:
+                arguments.append(value)
+                kind.append(value and (value.base.dtype, *value.block_shape))
+        if bits & 15:  # Triton compiles other code for tensors that do not begin at multiples of 16 bytes
+            kind += [address % 16 for address in arguments if isinstance(address, int)]
+        compiled = self._compiled.get(key := tuple(kind))
+        if compiled is None:
+            self._compiled[key] = self._through_triton(given)
+        elif _watched():
+            compiled[self._programs, 1, 1](*given, *self._known)
+        else:
+            stream, metadata = driver.get_current_stream(device.index), compiled.packed_metadata
+            hooks = (None, None, None)
+            compiled.run(self._programs, 1, 1, stream, compiled.function, metadata, *hooks, *arguments, *self._known)
+
+
+def _watched() -> bool:
+    """Whether a profiler may have asked Triton to be told of launches."""
+    runtime = triton.knobs.runtime
+    try:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    except AttributeError:
+        return True

@@ -2,18 +2,19 @@
 
 A tile is at most BLOCK_M consecutive rows, in expert order, of one group: an expert, or the sentinel rows after the
 last expert. The host knows only P and E, so it launches the static bound of tiles and the surplus ones are empty.
+The sum over slots needs the inverse too: which routed row is at a position. One launch makes both tables.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import launch
+from mxref.kernels.device.launch import PreparedLaunch
 
 __all__ = ["Routing", "expert_rows", "tile_bound"]
 
@@ -41,12 +42,35 @@ def expert_rows(offsets, expert, P):
 
 
 @triton.jit
-def tiles_kernel(tiles, offsets, P, E, bound, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr):
-    """Program g writes (g, first row, one past the last row) for each tile of group g; group E holds the sentinels.
+def tables_kernel(
+    positions,
+    offsets,
+    tiles,
+    inverse,
+    P,
+    E,
+    bound,
+    span,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Programs 0..E write the tiles of one group each, those behind them `span` entries each of the inverse."""
+    program = tl.program_id(0)
+    if program <= E:
+        write_tiles(tiles, offsets, program, P, E, bound, BLOCK_M, GROUPS, TILES)
+    elif inverse is not None:
+        write_inverse(inverse, positions, offsets, (program - E - 1).to(tl.int64) * span, P, E, span, CHUNK)
 
-    Every program counts all groups' tiles (GROUPS ≥ E + 1 of them) to find where its own begin.
+
+@triton.jit
+def write_tiles(tiles, offsets, group, P, E, bound, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr):
+    """(group, first row, one past the last row) for each tile of a group; group E holds the sentinels.
+
+    All groups' tiles (GROUPS ≥ E + 1 of them) are counted to find where the group's own begin. Group E also writes the
+    surplus.
     """
-    group = tl.program_id(0)
     g = tl.arange(0, GROUPS)
     begins = tl.load(offsets + g - 1, mask=(g > 0) & (g <= E), other=0).to(tl.int64)
     ends = tl.load(offsets + g, mask=g < E, other=P).to(tl.int64)
@@ -57,23 +81,36 @@ def tiles_kernel(tiles, offsets, P, E, bound, BLOCK_M: tl.constexpr, GROUPS: tl.
     mine = tl.sum(tl.where(g == group, counts, 0)).to(tl.int32)
     begin = tl.sum(tl.where(g == group, begins, 0))
     end = tl.sum(tl.where(g == group, ends, 0))
-    for start in range(0, mine, CHUNK):
-        t = start + tl.arange(0, CHUNK)
+    for start in range(0, mine, TILES):
+        t = start + tl.arange(0, TILES)
         live = (t < mine) & (first + t < bound)
         entry = tiles + (first + t) * 3
         row = begin + t * BLOCK_M
         tl.store(entry, group, mask=live)
         tl.store(entry + 1, row, mask=live)
         tl.store(entry + 2, tl.minimum(row + BLOCK_M, end), mask=live)
+    surplus = tl.where(group == E, first + mine, bound)
+    for word in range(surplus * 3, bound * 3, TILES):
+        words = word + tl.arange(0, TILES)
+        tl.store(tiles + words, 0, mask=words < bound * 3)
 
 
 @triton.jit
-def inverse_kernel(inverse, positions, offsets, P, E, BLOCK: tl.constexpr):
-    """inverse[position] = routed row, for rows that an expert owns; the other entries keep their −1."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = rows < tl.minimum(tl.load(offsets + E - 1).to(tl.int64), P)
-    position, live = source_rows(rows, live, positions, 1, P)
-    tl.store(inverse + position, rows, mask=live)
+def write_inverse(inverse, positions, offsets, lowest, P, E, span, CHUNK: tl.constexpr):
+    """inverse[position] = routed row for rows that an expert owns, −1 elsewhere, at positions lowest..lowest + span.
+
+    Every row is looked at, for its position may be any; one that is out of range is in no program's part.
+    """
+    highest = tl.minimum(lowest + span, P)
+    for entry in range(lowest, highest, CHUNK):
+        entries = entry + tl.arange(0, CHUNK)
+        tl.store(inverse + entries, -1, mask=entries < highest)
+    tl.debug_barrier()
+    owned = tl.minimum(tl.load(offsets + E - 1).to(tl.int64), P)
+    for row in range(0, owned, CHUNK):
+        rows = row + tl.arange(0, CHUNK)
+        position = tl.load(positions + rows, mask=rows < owned, other=-1).to(tl.int64)
+        tl.store(inverse + position, rows, mask=(position >= lowest) & (position < highest))
 
 
 def tile_bound(rows: int, experts: int, block_m: int) -> int:
@@ -82,71 +119,65 @@ def tile_bound(rows: int, experts: int, block_m: int) -> int:
     return (rows + groups * (block_m - 1)) // block_m
 
 
-_INVERSE = 0
-"""The inverse's key among a routing's tables; no tile has this height."""
+@lru_cache(4096)
+def _tables(P: int, E: int, block_m: int, with_inverse: bool) -> PreparedLaunch:
+    """The launch that makes a routing's tables; a sixteenth of the inverse is a program's, or as much as pays."""
+    span = max(4096, triton.cdiv(P, 16))
+    programs = E + 1 + (triton.cdiv(P, span) if with_inverse else 0)
+    return PreparedLaunch(
+        tables_kernel,
+        programs if P else 0,
+        num_warps=4,
+        num_stages=1,
+        P=P,
+        E=E,
+        bound=tile_bound(P, E, block_m),
+        span=span,
+        BLOCK_M=block_m,
+        GROUPS=triton.next_power_of_2(E + 1),
+        TILES=128,
+        CHUNK=4096,
+    )
 
 
-@dataclass(frozen=True)
 class Routing:
-    """One call's routing as the kernels read it; tables derived from it are made once, on first use.
+    """One routing as the kernels read it; tables derived from it are made once, on first use, and serve every call.
 
     Attributes:
         positions: integer [P], position token·k + slot of each routed row in expert order.
         offsets: integer [E], inclusive cumulative counts; rows at or beyond the last belong to no expert.
-        tables: those that were made already.
+        P: routed rows.
+        E: experts.
+        tables: those that were made already: tiles by their height, and the inverse.
     """
 
-    positions: Tensor
-    offsets: Tensor
-    tables: dict[int, Tensor] = field(default_factory=dict)
+    INVERSE = 0
+    """The inverse's key among the tables; no tile has this height."""
 
-    @property
-    def P(self) -> int:
-        """Routed rows."""
-        return self.positions.numel()
-
-    @property
-    def E(self) -> int:
-        """Experts."""
-        return self.offsets.numel()
+    def __init__(self, positions: Tensor, offsets: Tensor, tables: dict[int, Tensor] | None = None) -> None:
+        self.positions, self.offsets = positions, offsets
+        self.P, self.E = positions.shape[0], offsets.shape[0]
+        self.tables = {} if tables is None else tables
 
     def tiles(self, block_m: int) -> Tensor:
         """int32 [bound, 3]: (group, first row, one past the last row) of each tile; the surplus is (0, 0, 0)."""
         if block_m not in self.tables:
-            bound = tile_bound(self.P, self.E, block_m)
-            tiles = torch.zeros(bound, 3, dtype=torch.int32, device=self.offsets.device)
-            launch(
-                tiles_kernel,
-                self.E + 1 if bound else 0,
-                num_warps=4,
-                num_stages=1,
-                tiles=tiles,
-                offsets=self.offsets,
-                P=self.P,
-                E=self.E,
-                bound=bound,
-                BLOCK_M=block_m,
-                GROUPS=triton.next_power_of_2(self.E + 1),
-                CHUNK=128,
-            )
-            self.tables[block_m] = tiles
+            self._make(block_m)
         return self.tables[block_m]
 
     def inverse(self) -> Tensor:
         """int32 [P]: the routed row at each position, −1 where a sentinel holds it."""
-        if _INVERSE not in self.tables:
-            inverse = torch.full((self.P,), -1, dtype=torch.int32, device=self.offsets.device)
-            launch(
-                inverse_kernel,
-                triton.cdiv(self.P, 1024),
-                num_warps=4,
-                num_stages=1,
-                inverse=inverse,
-                positions=self.positions,
-                offsets=self.offsets,
-                P=self.P,
-                E=self.E,
-                BLOCK=1024,
-            )
-            self.tables[_INVERSE] = inverse
-        return self.tables[_INVERSE]
+        if self.INVERSE not in self.tables:
+            self._make(16)
+        return self.tables[self.INVERSE]
+
+    def _make(self, block_m: int) -> None:
+        """The tiles of one height, and with the first of them the inverse."""
+        new_inverse = self.INVERSE not in self.tables
+        inverse = torch.empty(self.P, dtype=torch.int32, device=self.offsets.device) if new_inverse else None
+        tiles = torch.empty(tile_bound(self.P, self.E, block_m), 3, dtype=torch.int32, device=self.offsets.device)
+        launch = _tables(self.P, self.E, block_m, new_inverse)
+        launch(positions=self.positions, offsets=self.offsets, tiles=tiles, inverse=inverse)
+        self.tables[block_m] = tiles
+        if inverse is not None:
+            self.tables[self.INVERSE] = inverse

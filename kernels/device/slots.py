@@ -8,11 +8,13 @@ Slots that a sentinel holds are skipped, not multiplied by zero, so that nothing
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import launch
+from mxref.kernels.device.launch import PreparedLaunch
 from mxref.kernels.device.schedule import Routing, source_rows
 
 __all__ = ["combine", "spread"]
@@ -52,10 +54,11 @@ def spread_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program takes BLOCK_M routed rows in expert order, all columns; rows that no expert owns stay untouched."""
+    """One program takes BLOCK_M routed rows in expert order, all columns; of rows that no expert owns only the dgates,
+    0, are written."""
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    owned = rows < tl.minimum(tl.load(offsets + E - 1).to(tl.int64), P)
-    position, live = source_rows(rows, owned, positions, 1, P)
+    position, inside = source_rows(rows, rows < P, positions, 1, P)
+    live = inside & (rows < tl.load(offsets + E - 1).to(tl.int64))
     dot = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for j0 in range(0, J, BLOCK_N):
         j = (j0 + tl.arange(0, BLOCK_N))[None, :]
@@ -67,7 +70,7 @@ def spread_kernel(
             value = tl.load(gates + position, mask=live, other=0).to(tl.float32)[:, None] * value
         tl.store(out + rows[:, None] * J + j, value.to(out.dtype.element_ty), mask=mask)
     if dgates is not None:
-        tl.store(dgates + position, tl.sum(dot, axis=1).to(dgates.dtype.element_ty), mask=live)
+        tl.store(dgates + position, tl.sum(dot, axis=1).to(dgates.dtype.element_ty), mask=inside)
 
 
 def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None = None) -> Tensor:
@@ -75,23 +78,23 @@ def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None
 
     `out` [tokens, J] is filled and returned; P / tokens is the number of slots.
     """
-    tokens, J = out.shape
-    launch(
+    _combine(routing.P, *out.shape)(out=out, rows_in=rows_in, inverse=routing.inverse(), gates=gates)
+    return out
+
+
+@lru_cache(4096)
+def _combine(P: int, tokens: int, J: int) -> PreparedLaunch:
+    return PreparedLaunch(
         combine_kernel,
         triton.cdiv(tokens, 16) * triton.cdiv(J, 128),
         num_warps=4,
         num_stages=1,
-        out=out,
-        rows_in=rows_in,
-        inverse=routing.inverse(),
-        gates=gates,
         tokens=tokens,
-        slots=routing.P // max(tokens, 1),
+        slots=P // max(tokens, 1),
         J=J,
         BLOCK_T=16,
         BLOCK_N=128,
     )
-    return out
 
 
 def spread(
@@ -112,25 +115,26 @@ def spread(
         fan: slots per row of `source`.
         gates: [P] by position.
         y: [P, J] in expert order, the rows that the gates multiplied; read for `dgates`.
-        dgates: [P] by position, filled where an expert owns the row.
+        dgates: [P] by position, filled; 0 where no expert owns the row.
     """
+    launch = _spread(routing.P, routing.E, out.shape[1], fan)
     launch(
+        out=out, dgates=dgates, source=source, y=y, gates=gates, positions=routing.positions, offsets=routing.offsets
+    )
+    return out
+
+
+@lru_cache(4096)
+def _spread(P: int, E: int, J: int, fan: int) -> PreparedLaunch:
+    return PreparedLaunch(
         spread_kernel,
-        triton.cdiv(routing.P, 16),
+        triton.cdiv(P, 16),
         num_warps=4,
         num_stages=1,
-        out=out,
-        dgates=dgates,
-        source=source,
-        y=y,
-        gates=gates,
-        positions=routing.positions,
-        offsets=routing.offsets,
-        P=routing.P,
-        E=routing.E,
-        J=out.shape[1],
+        P=P,
+        E=E,
+        J=J,
         fan=fan,
         BLOCK_M=16,
         BLOCK_N=128,
     )
-    return out

@@ -16,6 +16,7 @@ raises, unless the forward copied it, and a checkpointed region lets it go.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,6 @@ from torch.autograd.function import once_differentiable
 from mxref.kernels.device.configs import Config
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.passes import Call, Needs, Saved, gradients
-from mxref.problem import Problem
 from mxref.weights import MXWeights
 
 __all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
@@ -53,6 +53,7 @@ def parallel_linear_lora(
     *,
     validate: bool = False,
     config: Config | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Every routed row times its expert's frozen weights plus its adapter, on Triton kernels, differentiable.
 
@@ -78,6 +79,8 @@ def parallel_linear_lora(
             expert order first.
         validate: also check the index tensors' values on a GPU, which synchronises; on CPU they always are.
         config: pin the tiling, and with it each row's bits whatever the batch.
+        routing: `Routing(sorted_scattered_idxs, expert_offsets)`, whose tables then serve every call that is given it,
+            such as both projections of a block. The index tensors must be as they were when it was first used.
 
     Returns:
         [P, N] by position, or in expert order with `grouped_out`, or [T, N] with `gates`; of the activation dtype
@@ -90,7 +93,7 @@ def parallel_linear_lora(
     """
     out = ScatterMoELoRA.apply(  # type: ignore[no-untyped-call]
         inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling,
-        expert_biases, gates, grouped_in, grouped_out, use_fused_dX, use_fused_gather, validate, config,
+        expert_biases, gates, grouped_in, grouped_out, use_fused_dX, use_fused_gather, validate, config, routing,
     )  # fmt: skip
     return cast(Tensor, out)
 
@@ -100,9 +103,9 @@ class ScatterMoELoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """The arguments of `parallel_linear_lora` in its order; the last two may be left out."""
-        call = Call.of(Problem(*arguments[:13]), *arguments[13:])
-        needs = Needs(*(ctx.needs_input_grad[place] for place in _PLACES))
+        """The arguments of `parallel_linear_lora` in its order; the last three may be left out."""
+        call = Call.of(arguments[:13], *arguments[13:])
+        needs = Needs(*itemgetter(*_PLACES)(ctx.needs_input_grad))
         out, z, y = call.forward()
         ctx.plan, ctx.needs, ctx.tables = call.plan, needs, tuple(call.routing.tables)
         ctx.save_for_backward(*call.saved(needs, z, y), *call.routing.tables.values())
@@ -116,5 +119,7 @@ class ScatterMoELoRA(torch.autograd.Function):
         saved = Saved(*tensors[: len(Saved._fields)])
         tables = dict(zip(ctx.tables, tensors[len(Saved._fields) :], strict=True))
         found = gradients(ctx.plan, ctx.needs, saved, Routing(saved.positions, saved.offsets, tables), grad_out)
-        by_place = dict(zip(_PLACES, found, strict=True))
-        return tuple(by_place.get(place) for place in range(len(ctx.needs_input_grad)))
+        by_place: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for place, gradient in zip(_PLACES, found, strict=True):
+            by_place[place] = gradient
+        return tuple(by_place)

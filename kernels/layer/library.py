@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from mxref.kernels.device.launch import compute_dtype
+from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.kernels.layer.operands import frozen_weights
 from mxref.kernels.layer.passes import Call, Needs, gradients
-from mxref.problem import Problem
 
 __all__ = ["expert_linear"]
 
@@ -49,6 +49,8 @@ def expert_linear(
     grouped_out: bool = False,
     use_fused_dX: bool = False,
     use_fused_gather: bool = False,
+    *,
+    routing: Routing | None = None,
 ) -> Tensor:
     """`parallel_linear_lora` over plain tensors, eager or compiled, with the same bits; shapes alone without data.
 
@@ -59,6 +61,7 @@ def expert_linear(
         k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets: as there.
         lora_A, lora_B, scaling, expert_biases, gates: as there.
         grouped_in, grouped_out, use_fused_dX, use_fused_gather: as there.
+        routing: as there; a compiled graph, which carries tensors alone, makes its own.
     """
     operands = (
         k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling, expert_biases, gates,
@@ -67,7 +70,7 @@ def expert_linear(
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         out: Tensor = scattermoe_lora(x, weight, scales, *operands)[0]
         return out
-    return parallel_linear_lora(x, frozen_weights(weight, scales), *operands)
+    return parallel_linear_lora(x, frozen_weights(weight, scales), *operands, routing=routing)
 
 
 @torch.library.custom_op("mxref::scattermoe_lora", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor, Tensor, Tensor)")
@@ -118,7 +121,7 @@ def _(grad_out: Tensor, z: Tensor, y: Tensor, needs: list[bool], *operands: Any)
 
 def _call(operands: tuple[Any, ...]) -> Call:
     x, weight, scales, *rest = operands
-    return Call.of(Problem(x, frozen_weights(weight, scales), *rest[:-2]), *rest[-2:])
+    return Call.of((x, frozen_weights(weight, scales), *rest[:-2]), *rest[-2:])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from mxref.kernels.device.configs import Config, config_for
 from mxref.kernels.device.grouped_matmul import grouped_matmul
 from mxref.kernels.device.launch import architecture, compute_dtype
 from mxref.kernels.device.schedule import Routing
+from mxref.kernels.device.stack import Stack
 from mxref.problem import Problem
 from mxref.weights import MXLayout, MXWeights
 
@@ -17,7 +21,9 @@ __all__ = [
     "check_problem",
     "columns_by_expert",
     "frozen_weights",
+    "kind_of",
     "operand",
+    "packed_weights",
     "project",
     "routing_of",
     "rows_by_expert",
@@ -25,6 +31,9 @@ __all__ = [
 
 MAX_RANK = 128
 """The largest LoRA rank: one tile holds all of it."""
+
+_PLAIN = (int, Config, type(None))
+"""Types whose values are equal only if they mean the same; bool is an int of another type."""
 
 
 def check_problem(problem: Problem, validate: bool = False, config: Config | None = None) -> Config:
@@ -40,14 +49,16 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
         ValueError: an operand does not fit the others, the rank is too large, or `config` does not fit the chip.
         RuntimeError: no kernel can run on the operands' device.
     """
-    problem.validate(check_values=validate or problem.device.type == "cpu")
+    problem.validate(check_values=False)
+    arch = architecture(problem.device)
+    if validate or arch == "interpreter":
+        problem.validate(check_values=True)
     if problem.dtype == torch.float64:
         raise TypeError("inputs is torch.float64; the kernels take bf16, fp16 or fp32: use the golden mxref for fp64")
     if problem.rank > MAX_RANK:
         raise ValueError(f"lora_A has rank {problem.rank}; the kernels take ranks 1 to {MAX_RANK}")
     if isinstance(problem.expert_weights, MXWeights):
         problem.expert_weights.require_layout(MXLayout.FWD, "the kernel")
-    arch = architecture(problem.device)
     if config is None:
         return config_for(arch, problem.P, problem.E, problem.dtype)
     if not isinstance(config, Config):
@@ -56,39 +67,76 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
     return config
 
 
-def operand(x: Tensor) -> Tensor:
-    """A tensor as a kernel takes it: contiguous, and in fp32 under the interpreter."""
-    return x.contiguous().to(compute_dtype(x.dtype))
+def kind_of(argument: Any) -> Hashable:
+    """What the checks read of an argument: equal for two that they treat alike. Index values are not of it."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device, argument.requires_grad
+    if isinstance(argument, MXWeights):
+        return argument.packed.shape, argument.device, argument.K, argument.N, argument.layout
+    if isinstance(argument, float):
+        return argument.hex()  # −0 and 0 are equal, and so are 1.0 and 1
+    return (type(argument), argument) if isinstance(argument, _PLAIN) else object()
 
 
-def routing_of(positions: Tensor, offsets: Tensor) -> Routing:
-    """The kernels' view of a routing, contiguous."""
-    return Routing(positions.contiguous(), offsets.contiguous())
+def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as a kernel takes it: rounded to `dtype` if given, contiguous, and in fp32 under the interpreter."""
+    for wanted in (dtype or x.dtype, compute_dtype(dtype or x.dtype)):
+        if x.dtype != wanted:
+            x = x.to(wanted)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def routing_of(positions: Tensor, offsets: Tensor, given: Routing | None = None) -> Routing:
+    """The kernels' view of a routing, contiguous; the caller's own if one is given.
+
+    Raises:
+        TypeError: it is no `Routing`.
+        ValueError: it was made of other tensors, or these are not contiguous.
+    """
+    if given is None:
+        return Routing(positions.contiguous(), offsets.contiguous())
+    if not isinstance(given, Routing):
+        raise TypeError(f"routing is {type(given).__name__}; expected a mxref.kernels.Routing")
+    own = (("sorted_scattered_idxs", positions, given.positions), ("expert_offsets", offsets, given.offsets))
+    for name, passed, made_of in own:
+        if passed.data_ptr() != made_of.data_ptr() or passed.shape != made_of.shape or passed.dtype != made_of.dtype:
+            raise ValueError(f"routing was made of another tensor than {name}; make it of the tensors of this call")
+        if not passed.is_contiguous():
+            raise ValueError(f"{name} is not contiguous, which a routing must be made of: call contiguous() first")
+    return given
+
+
+def packed_weights(codes: Tensor, scales: Tensor) -> MXWeights:
+    """Codes [E, N, K/2] and scales [E, N, K/32] in the layout FWD."""
+    return MXWeights(codes, scales, 2 * codes.shape[2], codes.shape[1])
 
 
 def frozen_weights(weight: Tensor, scales: Tensor | None) -> Tensor | MXWeights:
-    """Packed weights from codes [E, N, K/2] and scales [E, N, K/32] in the layout FWD; dense ones have no scales."""
-    return weight if scales is None else MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1])
+    """Packed weights from codes and scales; dense ones have no scales."""
+    return weight if scales is None else packed_weights(weight, scales)
 
 
 def adapter_of(problem: Problem) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """lora_A and lora_B as kernel operands, rounded to the activation dtype."""
     if problem.lora_A is None or problem.lora_B is None:
         return None, None
-    return operand(problem.lora_A.to(problem.dtype)), operand(problem.lora_B.to(problem.dtype))
+    return operand(problem.lora_A, problem.dtype), operand(problem.lora_B, problem.dtype)
 
 
-def rows_by_expert(A: Tensor, experts: int) -> Tensor:
-    """[E·r, K] seen as [E, r, K]."""
-    return A.view(experts, -1, A.shape[1])
+def rows_by_expert(A: Tensor, experts: int) -> Stack:
+    """Contiguous [E·r, K] seen as [E, r, K]."""
+    rank, K = A.shape[0] // experts, A.shape[1]
+    return Stack(A, (experts, rank, K), (rank * K, K, 1))
 
 
-def columns_by_expert(B: Tensor, experts: int) -> Tensor:
-    """[N, E·r] seen as [E, N, r]."""
-    return B.view(B.shape[0], experts, -1).permute(1, 0, 2)
+def columns_by_expert(B: Tensor, experts: int) -> Stack:
+    """Contiguous [N, E·r] seen as [E, N, r]."""
+    N, columns = B.shape
+    rank = columns // experts
+    return Stack(B, (experts, N, rank), (rank, columns, 1))
 
 
-def project(rows: Tensor, down: Tensor, routing: Routing, config: Config, fan_in: int | None) -> Tensor:
+def project(rows: Tensor, down: Stack, routing: Routing, config: Config, fan_in: int | None) -> Tensor:
     """R(rows·down_e), Z or V: [P, r] in expert order; down is [E, C, r], `fan_in` as in `grouped_matmul`."""
     rank = down.shape[2]
     return grouped_matmul(rows, down, routing, config.projection(rank), rows.new_empty(routing.P, rank), fan_in)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +11,17 @@ from torch import Tensor
 from mxref.kernels.device.configs import Config
 from mxref.kernels.device.dequant import active_or_sentinel, dequantize_experts
 from mxref.kernels.device.grouped_matmul import LowRank, PackedMatrix, grouped_matmul
-from mxref.kernels.device.grouped_outer import grouped_outer, grouped_sum
-from mxref.kernels.device.launch import compute_dtype
+from mxref.kernels.device.grouped_outer import Outer, grouped_outer, grouped_sum
+from mxref.kernels.device.launch import architecture, compute_dtype
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.device.slots import combine, spread
+from mxref.kernels.device.stack import Stack
 from mxref.kernels.layer.operands import (
-    adapter_of,
     check_problem,
     columns_by_expert,
-    frozen_weights,
+    kind_of,
     operand,
+    packed_weights,
     project,
     routing_of,
     rows_by_expert,
@@ -62,7 +63,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the backward pass needs beside tensors. It holds none: those are autograd's to keep, or to let go.
+    """What a call is beside its tensors. It holds none: those are autograd's to keep, or to let go.
 
     Attributes:
         config: the tiling.
@@ -86,12 +87,58 @@ class Plan:
     def gradient(self, name: str, like: Tensor) -> Tensor:
         """An uninitialised gradient in its operand's own dtype, where `like` lies."""
         shape, dtype = self.operands[name]
-        return torch.empty(shape, dtype=compute_dtype(dtype), device=like.device)
+        return like.new_empty(shape, dtype=compute_dtype(dtype))
+
+    @classmethod
+    def of(
+        cls,
+        operands: tuple[Any, ...],
+        use_fused_dX: bool,
+        use_fused_gather: bool,
+        validate: bool = False,
+        config: Config | None = None,
+    ) -> Plan:
+        """Check a call and plan it; see `parallel_linear_lora` for what it raises.
+
+        Beside index values the checks read no more of an operand than its kind, and neither does the plan: what was
+        found for operands of these kinds before holds again.
+
+        Args:
+            operands: the fields of a `Problem`, in its order.
+            use_fused_dX, use_fused_gather: see `parallel_linear_lora`.
+            validate: also check the index tensors' values on a GPU, which synchronises; on CPU they always are.
+            config: a pinned tiling.
+        """
+        where = architecture(operands[0].device) if isinstance(operands[0], Tensor) else None
+        kinds = (where, *map(kind_of, (*operands, use_fused_dX, use_fused_gather, config)))
+        plan = _PLANS.get(kinds)
+        if plan is None or validate or where == "interpreter":
+            problem = Problem(*operands)
+            tiling = check_problem(problem, validate, config)
+        if plan is None:
+            given = {name: x for name in Needs._fields if (x := getattr(problem, name)) is not None}
+            plan = cls(
+                tiling,
+                problem.dtype,
+                problem.scaling,
+                None if problem.grouped_in else problem.k,
+                problem.grouped_out,
+                use_fused_dX or tiling.hopper,
+                use_fused_gather or tiling.hopper,
+                {name: (x.shape, x.dtype) for name, x in given.items()},
+            )
+            if len(_PLANS) >= 4096:
+                _PLANS.clear()
+            _PLANS[kinds] = plan
+        return plan
 
 
-@dataclass(frozen=True)
-class Call:
-    """One validated call with its operands as the kernels take them.
+_PLANS: dict[tuple[Any, ...], Plan] = {}
+"""Plans by the kinds of a call's operands; none holds a tensor."""
+
+
+class Call(NamedTuple):
+    """One checked call with its operands as the kernels take them.
 
     Attributes:
         plan: what is known of it beside tensors.
@@ -105,7 +152,7 @@ class Call:
     plan: Plan
     routing: Routing
     rows: Tensor
-    weight: Tensor | MXWeights
+    weight: Stack | PackedMatrix
     A: Tensor | None
     B: Tensor | None
     bias: Tensor | None
@@ -114,36 +161,26 @@ class Call:
     @classmethod
     def of(
         cls,
-        problem: Problem,
+        operands: tuple[Any, ...],
         use_fused_dX: bool,
         use_fused_gather: bool,
         validate: bool = False,
         config: Config | None = None,
+        routing: Routing | None = None,
     ) -> Call:
-        """Validate a call; see `parallel_linear_lora` for what it raises."""
-        config = check_problem(problem, validate, config)
-        given = {name: x for name in Needs._fields if (x := getattr(problem, name)) is not None}
-        plan = Plan(
-            config,
-            problem.dtype,
-            problem.scaling,
-            None if problem.grouped_in else problem.k,
-            problem.grouped_out,
-            use_fused_dX or config.hopper,
-            use_fused_gather or config.hopper,
-            {name: (x.shape, x.dtype) for name, x in given.items()},
-        )
-        weights, bias, gates = problem.expert_weights, problem.expert_biases, problem.gates
-        A, B = adapter_of(problem)
+        """Check a call, see `parallel_linear_lora`; `operands` are the fields of a `Problem`, in its order."""
+        plan = Plan.of(operands, use_fused_dX, use_fused_gather, validate, config)
+        x, weights, _, _, positions, offsets, A, B, _, bias, gates, _, _ = operands
+        packed = isinstance(weights, MXWeights)
         return cls(
             plan,
-            routing_of(problem.sorted_scattered_idxs, problem.expert_offsets),
-            operand(problem.inputs),
-            weights if isinstance(weights, MXWeights) else _dense(weights),
-            A,
-            B,
+            routing_of(positions, offsets, routing),
+            operand(x),
+            PackedMatrix(weights.packed, weights.scales, plan.dtype) if packed else Stack.of(_dense(weights)),
+            None if A is None else operand(A, plan.dtype),
+            None if B is None else operand(B, plan.dtype),
             None if bias is None else operand(bias),
-            None if gates is None else operand(gates.to(problem.dtype)),
+            None if gates is None else operand(gates, plan.dtype),
         )
 
     def forward(self) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -152,19 +189,18 @@ class Call:
         z = lora = None
         if self.A is not None and self.B is not None:
             A, B = rows_by_expert(self.A, routing.E), columns_by_expert(self.B, routing.E)
-            z = project(self.rows, A.mT, routing, plan.config, plan.fan_in)
-            lora = LowRank(z, B.mT, plan.scaling)
-        matrix = PackedMatrix(weight, plan.dtype) if isinstance(weight, MXWeights) else weight
-        y = self.rows.new_empty(routing.P, matrix.shape[2])
+            z = project(self.rows, A.transposed, routing, plan.config, plan.fan_in)
+            lora = LowRank(z, B.transposed, plan.scaling)
+        y = self.rows.new_empty(routing.P, weight.shape[2])
         fan_out = None if plan.in_order or gate is not None else 1
-        grouped_matmul(self.rows, matrix, routing, plan.config, y, plan.fan_in, fan_out, lora, self.bias)
+        grouped_matmul(self.rows, weight, routing, plan.config, y, plan.fan_in, fan_out, lora, self.bias)
         out = y if gate is None else combine(y, routing, y.new_empty(gate.shape[0], y.shape[1]), gate)
         return out, z, y
 
     def saved(self, needs: Needs, z: Tensor | None, y: Tensor) -> Saved:
         """What the backward pass reads, given the forward's Z and Y."""
         W = self.weight
-        weight, scales = (W.packed, W.scales) if isinstance(W, MXWeights) else (W, None)
+        weight, scales = (W.packed, W.scales) if isinstance(W, PackedMatrix) else (W.tensor, None)
         return Saved(
             self.routing.positions,
             self.routing.offsets,
@@ -185,21 +221,24 @@ def gradients(
     """dX, dA, dB, dbias and dgates; None in the place of one that is not needed, and nothing else is computed."""
     config, dx, dA, dB, dbias, dgates, v = plan.config, None, None, None, None, None, None
     if needs.gates:
-        dgates = plan.gradient("gates", grad_out).zero_()
+        dgates = plan.gradient("gates", grad_out)
     dy, fan = _routed_gradient(plan, routing, operand(grad_out), saved, dgates)
     if saved.B is not None:
         v = project(dy, columns_by_expert(saved.B, routing.E), routing, config, fan)
     if needs.inputs:
         dx = _input_gradient(plan, routing, saved, dy, fan, v)
+    sums = []
     if needs.lora_A:
         assert v is not None
         assert saved.rows is not None
         dA = plan.gradient("lora_A", dy)
-        grouped_outer(v, saved.rows, routing, config, plan.scaling, rows_by_expert(dA, routing.E), plan.fan_in)
+        sums.append(Outer(rows_by_expert(dA, routing.E), v, saved.rows, plan.fan_in))
     if needs.lora_B:
         assert saved.z is not None
         dB = plan.gradient("lora_B", dy)
-        grouped_outer(saved.z, dy, routing, config, plan.scaling, columns_by_expert(dB, routing.E).mT, fan)
+        sums.append(Outer(columns_by_expert(dB, routing.E).transposed, saved.z, dy, fan))
+    if sums:
+        grouped_outer(routing, config, plan.scaling, *sums)
     if needs.expert_biases:
         dbias = plan.gradient("expert_biases", dy)
         grouped_sum(dy, routing, dbias, fan)
@@ -230,15 +269,16 @@ def _input_gradient(
     plan: Plan, routing: Routing, saved: Saved, dy: Tensor, fan: int | None, v: Tensor | None
 ) -> Tensor:
     """dX: every routed row's D, then the sum over the slots that read the same row of x."""
-    assert saved.weight is not None
-    weight = frozen_weights(saved.weight, saved.scales)
-    matrix: Tensor | PackedMatrix
-    if not isinstance(weight, MXWeights):
-        matrix = weight.mT
+    weight, scales = saved.weight, saved.scales
+    assert weight is not None
+    matrix: Stack | PackedMatrix
+    if scales is None:
+        matrix = Stack.of(weight).transposed
     elif plan.use_fused_dX:
-        matrix = PackedMatrix(weight, plan.dtype, transposed=True)
+        matrix = PackedMatrix(weight, scales, plan.dtype, transposed=True)
     else:
-        matrix = operand(dequantize_experts(weight, active_or_sentinel(routing), plan.dtype))
+        decoded = dequantize_experts(packed_weights(weight, scales), active_or_sentinel(routing), plan.dtype)
+        matrix = Stack.of(operand(decoded))
     lora = None
     if v is not None and saved.A is not None:
         lora = LowRank(v, rows_by_expert(saved.A, routing.E), plan.scaling)

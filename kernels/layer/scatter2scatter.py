@@ -117,14 +117,14 @@ def _product(
     """The rows `given` times the problem's weights, or `transposed` ones, with the adapter's share and the bias."""
     config = check_problem(problem)
     assert isinstance(problem.expert_weights, MXWeights)
-    weight = PackedMatrix(problem.expert_weights, given.dtype, transposed)
+    weight = PackedMatrix.of(problem.expert_weights, given.dtype, transposed)
     routing = routing_of(problem.sorted_scattered_idxs, problem.expert_offsets)
     rows, lora = operand(given), None
     out = _output(out, rows, problem.P, weight.shape[2])
     A, B = adapter_of(problem)
     if A is not None and B is not None:
-        A, B = rows_by_expert(A, problem.E), columns_by_expert(B, problem.E)
-        down, up = (B, A) if transposed else (A.mT, B.mT)
+        A_e, B_e = rows_by_expert(A, problem.E), columns_by_expert(B, problem.E)
+        down, up = (B_e, A_e) if transposed else (A_e.transposed, B_e.transposed)
         lora = LowRank(project(rows, down, routing, config, fan_in), up, problem.scaling)
     bias = None if problem.expert_biases is None else operand(problem.expert_biases)
     return grouped_matmul(rows, weight, routing, config, out, fan_in, fan_out, lora, bias)

@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.activation import gated
 from mxref.kernels.layer.library import expert_linear
 from mxref.kernels.models.adapters import LoRA, check_adapter
@@ -75,8 +76,9 @@ def routed_experts(
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     order = flatten_sort_count(experts, gate_up.weight.shape[0])
-    hidden = gate_up.apply(x.to(dtype), experts.shape[1], order, grouped_out=True)
-    out = down.apply(activation(hidden).to(dtype), 1, order, grouped_in=True, gates=gates)
+    routing = Routing(*order[1:])  # whose tables serve both projections, forward and backward
+    hidden = gate_up.apply(x.to(dtype), experts.shape[1], order, grouped_out=True, routing=routing)
+    out = down.apply(activation(hidden).to(dtype), 1, order, grouped_in=True, gates=gates, routing=routing)
     return out.to(x.dtype)
 
 

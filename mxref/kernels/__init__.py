@@ -8,6 +8,7 @@ before the import to run on CPU tensors.
 
 from mxref.kernels.device.configs import Config, reachable_configs
 from mxref.kernels.device.dequant import dequantize_experts, selective_lora_weights
+from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.autograd import ScatterMoELoRA, parallel_linear_lora
 from mxref.kernels.layer.scatter2scatter import scatter2scatter_lora_dX_mx, scatter2scatter_lora_mx
 from mxref.kernels.models.experts import PackedExperts
@@ -19,6 +20,7 @@ __all__ = [
     "Config",
     "HFScatterMoEGatedMLP",
     "PackedExperts",
+    "Routing",
     "ScatterMoELoRA",
     "dequantize_experts",
     "is_mxfp4_param",

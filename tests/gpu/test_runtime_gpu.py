@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -86,3 +87,56 @@ def test_cuda_graph_of_both_passes(device: torch.device, options: dict[str, bool
             sample.grad_out.copy_(drawn.grad_out)
         graph.replay()
         assert_same_bits(captured, expected)
+
+
+def displaced(x: Tensor, elements: int = 1) -> Tensor:
+    """The same values in memory that begins `elements` later than at a multiple of 16 bytes."""
+    memory = x.new_empty(x.numel() + elements)
+    return memory[elements:].view(x.shape).copy_(x.detach())
+
+
+@pytest.mark.parametrize("options", [FUSED, UNFUSED], ids=["fused", "unfused"])
+def test_a_known_launch_does_not_serve_operands_that_are_not_aligned(
+    device: torch.device, options: dict[str, bool]
+) -> None:
+    """Compiled for multiples of 16 bytes it would fault, or read beside them."""
+    sample = draw(CASE, device)
+    expected = both_passes(sample, **options)
+    names = ("inputs", "lora_A", "lora_B", "expert_biases", "gates")
+    moved = replace(
+        sample,
+        problem=replace(sample.problem, **{name: displaced(getattr(sample.problem, name)) for name in names}),
+        grad_out=displaced(sample.grad_out),
+    )
+    for drawn in (moved, sample, moved):
+        assert_same_bits(both_passes(drawn, **options), expected)
+
+
+def test_calls_on_two_streams_and_in_a_thread(device: torch.device) -> None:
+    """A known launch goes to the stream and the device that are current in the thread that calls."""
+    sample = draw(CASE, device)
+    expected = both_passes(sample, **FUSED)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        got = both_passes(sample, **FUSED)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(both_passes, sample, **FUSED).result()
+    torch.cuda.synchronize()
+    assert_same_bits(got, expected)
+    assert_same_bits(other, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_operands_on_another_gpu_than_the_current_one() -> None:
+    expected = [x.cpu() for x in both_passes(draw(CASE, torch.device("cuda", 0)), **FUSED)]
+    for _ in range(2):
+        assert_same_bits([x.cpu() for x in both_passes(draw(CASE, torch.device("cuda", 1)), **FUSED)], expected)
+
+
+def test_one_routing_serves_two_calls(device: torch.device) -> None:
+    sample = draw(CASE, device)
+    problem = sample.problem
+    routing = kernels.Routing(problem.sorted_scattered_idxs, problem.expert_offsets)
+    expected = both_passes(sample, **FUSED)
+    for _ in range(2):
+        assert_same_bits(both_passes(sample, routing=routing, **FUSED), expected)

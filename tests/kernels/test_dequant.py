@@ -47,12 +47,12 @@ def test_another_layout_is_refused_before_a_kernel_starts(sample: Any, monkeypat
     problem = sample().problem
     weights = problem.expert_weights
     object.__setattr__(weights, "layout", 7)
-    monkeypatch.setattr("mxref.kernels.device.grouped_matmul.launch", None)
+    monkeypatch.setattr("mxref.kernels.device.launch.PreparedLaunch.__call__", None)
     ids = torch.zeros(1, dtype=torch.int64)
     for call in (
         lambda: parallel_linear_lora(**problem.arguments()),
         lambda: dequantize_experts(weights, ids, torch.float32),
-        lambda: PackedMatrix(weights, torch.float32),
+        lambda: PackedMatrix.of(weights, torch.float32),
     ):
         with pytest.raises(ValueError, match=r"the weights have layout 7; .* reads FWD"):
             call()

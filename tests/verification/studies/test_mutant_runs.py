@@ -241,14 +241,14 @@ def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.Monke
 
 
 _KERNEL = "grouped_matmul_kernel"
-_OUTER = "grouped_outer_kernel"
+_OUTER = "outer_tile"
 
 
 @pytest.mark.parametrize(
     ("file", "function", "edit", "check"),
     [
         ("schedule", "Routing.tiles", Edit("block_m not in self.tables", "not self.tables"), "tables"),
-        ("schedule", "tiles_kernel", Edit("t = start + ...", "t = ..."), "tables"),
+        ("schedule", "write_tiles", Edit("t = start + ...", "t = ..."), "tables"),
         ("grouped_matmul", _KERNEL, Edit("rows < end", "rows < P", "target, keep = ..."), "determinism"),
         ("dequant", "dequantize_kernel", Edit("tl.int64", "tl.int32", "expert = ..."), "index width, decoder"),
         ("dequant", "dequantize_experts", Edit("out.shape != shape or ... or ...", "False"), "refusals"),

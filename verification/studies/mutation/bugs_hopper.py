@@ -53,7 +53,7 @@ HOPPER_BUGS: tuple[tuple[Place, Bug], ...] = (
         Bug("sentinel tiles written in part", "sentinels", "only the first sixteen rows", "HEIGHTS[0]", "16")),
     *at(Place("device/grouped_matmul.py", "grouped_matmul"),
         Bug("gathered rows fetched as a box", "scheduling", "a box's rows are neighbours in memory, routed rows are not",
-            "rows_in if fan_in is None else None", "rows_in", gpu_only=True),
+            "_box(...) if fan_in is None else None", "_box(...)", gpu_only=True),
         Bug("narrow rows copied in 16 bytes", "tails", "rows of dY then are no multiple of 16 bytes",
             "not isinstance(weight, PackedMatrix) or C % 16", "not isinstance(weight, PackedMatrix)", gpu_only=True)),
 )  # fmt: skip

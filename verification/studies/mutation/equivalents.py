@@ -17,7 +17,6 @@ _NO_ROWS = (
     "A tile with begin >= end has no row below `end`: every mask is false, nothing is stored, and the weights that are "
     "read are those of expert 0, which there always is."
 )
-_CACHE = "The table is a function of the routing and the height alone: made anew it is the same."
 _BITS = (
     "Shifts to the left, masks and comparisons for equality have the same bits with and without a sign, and the bits "
     "that a shift to the right fills are dropped by the conversion to 16 bits."
@@ -69,14 +68,14 @@ PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
         Equivalent("0", [_NAN], "A column beyond J is not stored and meets no other.", "acc += ...")),
     *at(Place("device/grouped_matmul.py", "grouped_matmul"),
         Equivalent("(0, 0, 0)", ["(0 + 1, 0, 0)", "(0 - 1, 0, 0)", "(0, 0 + 1, 0)", "(0, 0 - 1, 0)", "(0, 0, 0 + 1)", "(0, 0, 0 - 1)"], _UNREAD),
-        Equivalent("0", ["0 + 1", "0 - 1"], _UNREAD, "rank = ..."),
+        Equivalent("(0, (0, 0, 0))", ["(0 + 1, (0, 0, 0))", "(0 - 1, (0, 0, 0))"], _UNREAD),
         Equivalent("1.0", ["1.0 + 1", "1.0 - 1"], _UNREAD)),
     *at(Place("device/grouped_outer.py", "grouped_sum_kernel"),
         Equivalent("tl.int64", ["tl.int32"], _BELOW_2_31, "j = ...")),
     *at(Place("device/schedule.py", "expert_rows"),
         Equivalent("tl.load(..., mask=..., other=0)", ['tl.load(..., mask=..., other=float("nan"))'], _FORCED),
         Equivalent("0", ["0 - 1"], _EMPTY_RANGE, "tl.maximum(end, 0)")),
-    *at(Place("device/schedule.py", "tiles_kernel"),
+    *at(Place("device/schedule.py", "write_tiles"),
         Equivalent("tl.load(..., mask=..., other=0)", ['tl.load(..., mask=..., other=float("nan"))'], _FORCED),
         Equivalent("0", ["0 - 1"], _EMPTY_RANGE, "tl.maximum(ends, 0)"),
         Equivalent("0", ["0 - 1"], _NO_TILE, "tl.maximum(ends - begins, 0)"),
@@ -84,19 +83,13 @@ PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "mine = ..."),
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "begin = ..."),
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "end = ...")),
-    *at(Place("device/schedule.py", "Routing.tiles"),
-        Equivalent("block_m not in self.tables", ["True"], _CACHE),
-        Equivalent("... if bound else 0", ["... if True else 0", "... if bound else 0 + 1"], _IDLE_PROGRAMS),
-        Equivalent("1", ["1 + 1"], _IDLE_PROGRAMS, "self.E + 1 if bound else 0"),
-        Equivalent("1", ["1 + 1"], _BEYOND_E, "triton.next_power_of_2(self.E + 1)")),
-    *at(Place("device/schedule.py", "Routing.inverse"),
-        Equivalent("_INVERSE not in self.tables", ["True"], _CACHE),
-        Equivalent("1024", ["1024 - 1"], _IDLE_PROGRAMS, "triton.cdiv(self.P, 1024)")),
+    *at(Place("device/schedule.py", "_tables"),
+        Equivalent("1", ["1 + 1"], _BEYOND_E, "triton.next_power_of_2(E + 1)")),
     *at(Place("device/slots.py", "spread_kernel"),
         Equivalent("0", [_NAN], "A row that is not live is not stored, and its share of dgates is taken before the gate.",
             "tl.load(gates + position, ...)")),
-    *at(Place("device/slots.py", "spread"), Equivalent("16", ["16 - 1"], _IDLE_PROGRAMS, "triton.cdiv(...)")),
-    *at(Place("device/slots.py", "combine"),
+    *at(Place("device/slots.py", "_spread"), Equivalent("16", ["16 - 1"], _IDLE_PROGRAMS, "triton.cdiv(...)")),
+    *at(Place("device/slots.py", "_combine"),
         Equivalent("16", ["16 - 1"], _IDLE_PROGRAMS, "triton.cdiv(tokens, 16)"),
         Equivalent("128", ["128 - 1"], _IDLE_PROGRAMS, "triton.cdiv(J, 128)"),
         Equivalent("max(tokens, 1)", ["max(1, tokens)"], "The larger of two numbers, whichever comes first.")),

@@ -31,7 +31,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Function:
-    """A function of a source. `launches`: it starts kernels itself, through `launch`."""
+    """A function of a source. `launches`: it prepares launches of kernels, or starts them, as `launch(…)`."""
 
     name: str
     node: ast.FunctionDef
@@ -149,6 +149,8 @@ def _functions(body: list[ast.stmt], prefix: str) -> Iterator[Function]:
         elif isinstance(node, ast.FunctionDef):
             jit = any(_is_jit(decorator) for decorator in node.decorator_list)
             calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
-            launches = any(isinstance(called, ast.Name) and called.id == "launch" for called in calls)
+            launches = any(
+                isinstance(called, ast.Name) and called.id in ("launch", "PreparedLaunch") for called in calls
+            )
             yield Function(prefix + node.name, node, jit, launches)
             yield from _functions(node.body, f"{prefix}{node.name}.")
