@@ -23,7 +23,9 @@ class ScatterMoELoRA(torch.autograd.Function):
         mode = arguments[15] if len(arguments) > 15 else "contract"
         ctx.points = RoundingPoints.exact() if mode == "exact" else RoundingPoints.contract(problem.dtype)
         ctx.save_for_backward(*_tensors(problem))
-        ctx.without_tensors = problem.k, problem.scaling, problem.grouped_in, problem.grouped_out
+        weights = problem.expert_weights
+        rebuild = weights.rebuild if isinstance(weights, MXWeights) else None
+        ctx.without_tensors = rebuild, problem.k, problem.scaling, problem.grouped_in, problem.grouped_out
         out = scattermoe.forward(problem, ctx.points).out.value
         return out if mode == "exact" else out.to(problem.dtype)
 
@@ -57,9 +59,11 @@ def _tensors(problem: Problem) -> tuple[Tensor | None, ...]:
     return problem.inputs, *packed, *routing, problem.lora_A, problem.lora_B, problem.expert_biases, problem.gates
 
 
-def _problem(tensors: tuple[Any, ...], k: int, scaling: float, grouped_in: bool, grouped_out: bool) -> Problem:
+def _problem(
+    tensors: tuple[Any, ...], rebuild: Any, k: int, scaling: float, grouped_in: bool, grouped_out: bool
+) -> Problem:
     x, weight, scales, experts, positions, offsets, A, B, biases, gates = tensors
-    weights = weight if scales is None else MXWeights(weight, scales, x.shape[1], weight.shape[1])
+    weights = weight if scales is None else rebuild(weight, scales)
     return Problem(x, weights, k, experts, positions, offsets, A, B, scaling, biases, gates, grouped_in, grouped_out)
 
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE, MXFP4, Format, decode_blocks, encode_blocks, pack_codes, unpack_codes
+from mxref.fragments import from_fragments, to_fragments
 
 __all__ = ["MXLayout", "MXWeights", "decode_mxfp4", "encode_mxfp4"]
 
 _ELEMENTS_AT_ONCE = 2**19
+_ONE_PRODUCT = 128  # the largest byte b whose 2^(b − 1) is a bf16
 _ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class MXLayout(IntEnum):
     """How codes and scales are arranged in memory; every layout is a bit-exact permutation of FWD.
 
-    FWD: `packed` [E, N, K/2] and `scales` [E, N, K/32], K contiguous, even k in the low nibble.
+    FWD: `packed` [E, N, K/2] and `scales` [E, N, K/32], K contiguous, even k in the low nibble: a checkpoint's.
+    FRAGMENTS: the same shapes, whose bytes lie as tensor cores take them, see `mxref.fragments`.
     """
 
     FWD = 0
+    FRAGMENTS = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +41,12 @@ class MXWeights:
         scales: contiguous uint8 or torch.float8_e8m0fnu [E, N, K/32], E8M0 bytes in plain row order, kept as uint8.
         K: contraction size, a multiple of 32.
         N: output size.
-        layout: the memory arrangement, see `MXLayout`.
+        layout: the memory arrangement, see `MXLayout` and `repack`.
         block_size: 32, the only block size of MXFP4.
         num_experts: E; taken from `packed` when None.
         orig_dtype: the floating-point type that the weights were quantised from (information only).
+        scales_to_128: every scale byte is at most 128, so that one exact product decodes a weight in place of two:
+            noted by `repack`, and no longer true once a larger byte is written into `scales`.
         format: MXFP4.
 
     Raises:
@@ -57,6 +65,7 @@ class MXWeights:
     block_size: int = MX_BLOCK_SIZE
     num_experts: int | None = None
     orig_dtype: torch.dtype = torch.bfloat16
+    scales_to_128: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", _known_layout(self.layout))
@@ -90,17 +99,44 @@ class MXWeights:
         """Bytes of codes and scales together: 17/32 byte an element."""
         return self.packed.numel() + self.scales.numel()
 
+    @property
+    def rebuild(self) -> Callable[[Tensor, Tensor], MXWeights]:
+        """How to make these weights again from `packed` and `scales`: it holds neither, so that autograd can."""
+        about: dict[str, Any] = {"K": self.K, "N": self.N, "layout": self.layout, "orig_dtype": self.orig_dtype}
+        return partial(MXWeights, **about, scales_to_128=self.scales_to_128)
+
     def require_layout(self, layout: MXLayout, reader: str) -> None:
         """Raise a ValueError that names both if the buffers are not arranged as `reader` reads them."""
         if self.layout != layout:
             raise ValueError(
-                f"the weights have layout {getattr(self.layout, 'name', self.layout)}; {reader} reads {layout.name}"
+                f"the weights have layout {getattr(self.layout, 'name', self.layout)}; {reader} reads {layout.name}: "
+                f"call repack(MXLayout.{layout.name}) first"
             )
 
+    def require_known_layout(self, reader: str) -> None:
+        """Raise a ValueError if the buffers are arranged as neither `MXLayout` says."""
+        if self.layout != MXLayout.FRAGMENTS:
+            self.require_layout(MXLayout.FWD, reader)
+
     def codes(self) -> Tensor:
-        """The E2M1 codes, one a byte: uint8 [E, N, K]."""
-        self.require_layout(MXLayout.FWD, "unpacking")
-        return unpack_codes(self.packed)
+        """The E2M1 codes, one a byte: uint8 [E, N, K], whatever the layout."""
+        return unpack_codes(self.repack(MXLayout.FWD).packed)
+
+    def repack(self, layout: MXLayout) -> MXWeights:
+        """The same weights in another layout, as a copy; themselves if they have it already.
+
+        Every bit of both buffers finds its place, so that going there and back gives the bytes of before. On a GPU this
+        waits for it: whether all scale bytes are at most 128 is read once, here.
+        """
+        if layout == self.layout:
+            return self
+        self.require_known_layout("repacking")
+        packed, scales = torch.empty_like(self.packed), torch.empty_like(self.scales)
+        move = to_fragments if layout == MXLayout.FRAGMENTS else from_fragments
+        for e in range(self.E):
+            packed[e], scales[e] = move(self.packed[e], self.scales[e])
+        small = layout == MXLayout.FRAGMENTS and bool((scales <= _ONE_PRODUCT).all())
+        return replace(self, packed=packed, scales=scales, layout=layout, scales_to_128=small)
 
     def select(self, experts: Tensor) -> MXWeights:
         """The given experts' weights, in the given order, as a copy.
@@ -191,7 +227,8 @@ class MXWeights:
 
 def decode_mxfp4(weights: MXWeights, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Decode every expert: [E, N, K] of `dtype` (fp64, fp32, bf16, fp16), one rounding, see `decode_blocks`."""
-    return decode_blocks(weights.codes(), weights.scales, dtype)
+    plain = weights.repack(MXLayout.FWD)
+    return decode_blocks(plain.codes(), plain.scales, dtype)
 
 
 def encode_mxfp4(w: Tensor, scale_mode: str = "floor") -> MXWeights:
