@@ -35,7 +35,7 @@ from mxref.kernels.device.dequant import dequantize_experts
 from mxref.kernels.device.launch import INTERPRETED, Launch, recording
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.swiglu import GPT_OSS, SILU, SwiGLU
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -60,7 +60,7 @@ class Unit:
         signature: argument name -> Triton type, "constexpr" for constants.
         constants: argument name -> value.
         divisible: indices of the arguments that are multiples of 16.
-        num_warps, num_stages: compile options.
+        options: compile options by name.
     """
 
     architecture: str
@@ -70,8 +70,7 @@ class Unit:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, Any], ...]
 
     @classmethod
     def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
@@ -91,7 +90,7 @@ class Unit:
                 divisible.append(index)
         module, kernel = launch.kernel.fn.__module__, launch.kernel.fn.__name__
         arguments = tuple(signature), tuple(constants), tuple(divisible)
-        return cls(architecture, label, module, kernel, *arguments, launch.num_warps, launch.num_stages)
+        return cls(architecture, label, module, kernel, *arguments, tuple(launch.options.items()))
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,15 @@ _OTHER_SIZES = ((2048, 1024), (1056, 1056))
 
 
 def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...], tuple[int, int]]]:
-    """dtype, tiling, rank, steps and sizes: the largest rank in the largest tiling, which holds the most at once."""
+    """dtype, tiling, rank, steps and sizes: the largest rank in the largest tiling, which holds the most at once.
+
+    Weights in the layout FRAGMENTS by their own kernel, and by the portable one in its smallest tiling.
+    """
+    fragments = reachable_configs(architecture, layout=MXLayout.FRAGMENTS)
+    for config in fragments if fragments[0].fragments else fragments[:1]:
+        for sizes in (_GPT_OSS, *_OTHER_SIZES):
+            yield torch.bfloat16, config, 16, ("fragments", "fragments ordered"), sizes
+    yield torch.bfloat16, fragments[-1], 128, ("fragments",), _GPT_OSS
     tilings = reachable_configs(architecture)
     for config in tilings:
         yield torch.bfloat16, config, 16, ("fused", "unfused", "dense"), _GPT_OSS
@@ -180,7 +187,8 @@ def _launches(
     """The launches of one training step of 32 experts, 512 tokens.
 
     `fused` and `unfused` read packed weights and take the flag combination of that name: with gates on rows of tokens,
-    and without on rows in expert order. `dense` reads dense weights.
+    and without on rows in expert order. `dense` reads dense weights. `fragments` and `fragments ordered` are the same
+    on the layout of that name; of the two only the first has scales up to 128 alone.
     """
     E, (K, N), M, k = 32, sizes, 512, 4
     with recording(architecture) as recorder:
@@ -188,17 +196,20 @@ def _launches(
         if step != "dense":
             shapes = MXFP4.packed_shape(E, N, K), MXFP4.scales_shape(E, N, K)
             codes, scales = (torch.empty(shape, dtype=torch.uint8, device="meta") for shape in shapes)
-            weights = MXWeights(codes, scales, K, N)
-            dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
+            if step.startswith("fragments"):
+                weights = MXWeights(codes, scales, K, N, MXLayout.FRAGMENTS, scales_to_128=step == "fragments")
+            else:
+                weights = MXWeights(codes, scales, K, N)
+                dequantize_experts(weights, torch.empty(E, dtype=torch.int64, device="meta"), dtype)
         ids = torch.empty(M * k, dtype=torch.int64, device="meta")
-        ordered = step == "unfused"
+        ordered, gated = step in ("unfused", "fragments ordered"), step in ("fused", "fragments")
         x, A, B, bias, gates = (
             torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             for shape in ((M * k if ordered else M, K), (E * rank, K), (N, E * rank), (E, N), (M, k))
         )
         y = parallel_linear_lora(
-            x, weights, 1 if ordered else k, ids, ids, ids[:E], A, B, 0.5, bias, gates if step == "fused" else None,
-            grouped_in=ordered, use_fused_dX=step == "fused", use_fused_gather=not ordered, config=config,
+            x, weights, 1 if ordered else k, ids, ids, ids[:E], A, B, 0.5, bias, gates if gated else None,
+            grouped_in=ordered, use_fused_dX=gated, use_fused_gather=not ordered, config=config,
         )  # fmt: skip
         torch.autograd.backward(y, torch.empty_like(y))
     return recorder.launches
@@ -228,8 +239,7 @@ def build(unit: Unit) -> Any:
         {(index,): [["tt.divisibility", 16]] for index in unit.divisible},
     )
     target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
-    options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=dict(unit.options))
 
 
 def compile_unit(unit: Unit) -> Compiled:
@@ -260,7 +270,8 @@ def main() -> int:
     for result in results:
         unit = result.unit
         tile = " ".join(f"{n[6:]}{v}" for n, v in unit.constants if n.startswith("BLOCK_"))
-        cells = (unit.architecture, unit.kernel, unit.label, tile, unit.num_warps, unit.num_stages)
+        options = dict(unit.options)
+        cells = (unit.architecture, unit.kernel, unit.label, tile, options["num_warps"], options["num_stages"])
         account = (result.resources.registers, result.resources.stack, result.shared)
         verdict = "; ".join(result.violations)
         table.add_row(*map(str, cells + account), verdict or "ok", style="red" if verdict else None)

@@ -17,12 +17,20 @@ from functools import cache, cached_property
 import torch
 import triton
 
-__all__ = ["SHARED_MEMORY", "TABLE", "Config", "config_for", "padded_rank", "reachable_configs"]
+from mxref.fragments import TILE
+from mxref.weights import MXLayout
+
+__all__ = ["SHARED_MEMORY", "TABLE", "Config", "config_for", "layout_for", "padded_rank", "reachable_configs"]
 
 HOPPER_HEIGHTS = (16, 64, 256)
+FRAGMENT_HEIGHTS = (16, 64, 128)
 
 SHARED_MEMORY = {"interpreter": 1 << 40, "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 """Bytes of shared memory that one program may use."""
+
+
+GLUON_HAS_FRAGMENTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+"""Whether this Triton compiles `hopper_fragments`; an older one reads its layout by the portable kernel."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,12 @@ class Config:
         num_stages: depth of the software pipeline.
         hopper: on packed weights use the kernel of `hopper`, for bf16 on sm_90: BLOCK_N 128, BLOCK_K 128, 8 warps, and
             BLOCK_M one of HOPPER_HEIGHTS.
+        fragments: on weights in the layout FRAGMENTS use the kernel of `hopper_fragments`, for bf16 on sm_90: BLOCK_N
+            32 a warp, BLOCK_K 128, 4 or 8 warps, and BLOCK_M one of FRAGMENT_HEIGHTS.
+        max_registers: how many a thread may have at most; None leaves it to the compiler.
 
     Raises:
-        ValueError: a field is not a power of two or below its minimum, or not what `hopper` needs.
+        ValueError: a field is not a power of two or below its minimum, or not what `hopper` or `fragments` needs.
     """
 
     BLOCK_M: int
@@ -49,6 +60,8 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     hopper: bool = False
+    fragments: bool = False
+    max_registers: int | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("BLOCK_M", 16), ("BLOCK_N", 32), ("BLOCK_K", 32), ("num_warps", 1)):
@@ -64,18 +77,37 @@ class Config:
                     f"config {self} is for hopper, which has BLOCK_N 128, BLOCK_K 128, 8 warps, at least 2 stages, and "
                     f"BLOCK_M one of {', '.join(map(str, HOPPER_HEIGHTS))}"
                 )
+        if self.fragments:
+            shape = (self.BLOCK_N, self.BLOCK_K, self.hopper)
+            fits = self.BLOCK_M in FRAGMENT_HEIGHTS and self.num_warps in (4, 8) and self.num_stages > 2
+            if shape != (32 * self.num_warps, 128, False) or not fits:
+                raise ValueError(
+                    f"config {self} is for fragments, which has BLOCK_N 32 a warp, BLOCK_K 128, 4 or 8 warps, at least "
+                    f"3 stages, and BLOCK_M one of {', '.join(map(str, FRAGMENT_HEIGHTS))}"
+                )
+
+    @property
+    def layout(self) -> MXLayout | None:
+        """The layout of packed weights that it is for; None reads any."""
+        return MXLayout.FWD if self.hopper else MXLayout.FRAGMENTS if self.fragments else None
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether packed weights are decoded, and rows gathered, in the products alone."""
+        return self.hopper or self.fragments
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        """Made once, since every launch is looked up by its tiling."""
-        return hash((self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps, self.num_stages, self.hopper))
+        """Made once, since every launch is looked up by its tiling. None would hash otherwise in another process."""
+        shape = self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps, self.num_stages
+        return hash((*shape, self.hopper, self.fragments, self.max_registers or 0))
 
     def dense(self) -> Config:
-        """The tiling of products with dense matrices beside this one: itself, unless it is for `hopper`."""
-        return _dense(self) if self.hopper else self
+        """The tiling of products with dense matrices beside this one: itself, unless it is for packed weights only."""
+        return _dense(self) if self.fused else self
 
     def projection(self, rank: int) -> Config:
         """The tiling of Z and V beside this one's Y and D: the same row tiles and steps, one block of columns."""
@@ -90,8 +122,12 @@ class Config:
         """Bytes of shared memory for the operand tiles of every pipeline stage: the account of a dense product.
 
         `hopper` holds packed bytes in the weights' place, an iteration's scales, an adapter's rows of rank 16, and a
-        barrier a stage.
+        barrier a stage; `fragments` the scales of every stage.
         """
+        if self.fragments:
+            tiles = self.BLOCK_N * self.BLOCK_K * 17 // 32
+            ring = self.num_stages * (self.BLOCK_M * dtype.itemsize * self.BLOCK_K + tiles)
+            return ring + self.BLOCK_M * 16 * dtype.itemsize + self.num_stages * 8
         if self.hopper:
             ring = self.num_stages * (self.BLOCK_M * dtype.itemsize + self.BLOCK_N // 2) * self.BLOCK_K
             return ring + 2048 + self.BLOCK_M * 16 * dtype.itemsize + self.num_stages * 8
@@ -99,7 +135,7 @@ class Config:
 
     def check_fits(self, architecture: str, dtype: torch.dtype) -> None:
         """Raise a ValueError if the account exceeds what `architecture` has, or the kernel is for another chip."""
-        if self.hopper and (architecture, dtype) != ("sm_90", torch.bfloat16):
+        if self.fused and (architecture, dtype) != ("sm_90", torch.bfloat16):
             raise ValueError(f"config {self} is for bf16 on sm_90; these operands are {dtype} on {architecture}")
         needed, available = self.shared_bytes(dtype), SHARED_MEMORY[architecture]
         if needed > available:
@@ -123,6 +159,9 @@ TABLE: dict[str, dict[str, Config]] = {
         "thin": Config(16, 128, 128, num_warps=8, num_stages=3, hopper=True),
         "medium": Config(64, 128, 128, num_warps=8, num_stages=3, hopper=True),
         "thick": Config(256, 128, 128, num_warps=8, num_stages=3, hopper=True),
+        "fragments thin": Config(16, 128, 128, num_warps=4, num_stages=4, fragments=True),
+        "fragments medium": Config(64, 256, 128, num_warps=8, num_stages=3, fragments=True, max_registers=128),
+        "fragments thick": Config(128, 256, 128, num_warps=8, num_stages=3, fragments=True),
         "fp16 thin": Config(16, 64, 64, num_warps=4, num_stages=4),
         "fp16 medium": Config(64, 128, 64, num_warps=4, num_stages=3),
         "fp16 thick": Config(128, 128, 64, num_warps=8, num_stages=3),
@@ -136,7 +175,7 @@ TABLE: dict[str, dict[str, Config]] = {
     },
 }
 """architecture -> shape class -> tiling. Classes: mean rows per expert up to 16, up to 96, above; fp32 apart, and fp16
-where it needs another kernel than bf16."""
+and weights in the layout FRAGMENTS where they need another kernel than bf16 and FWD."""
 
 
 def shape_class(rows: int, experts: int, dtype: torch.dtype) -> str:
@@ -148,20 +187,35 @@ def shape_class(rows: int, experts: int, dtype: torch.dtype) -> str:
     return "medium" if rows <= 96 * experts else "thick"
 
 
-def config_for(architecture: str, rows: int, experts: int, dtype: torch.dtype) -> Config:
-    """The committed tiling for P routed rows over E experts with activations of `dtype`."""
-    return _row(architecture, shape_class(rows, experts, dtype), dtype)
+def config_for(
+    architecture: str, rows: int, experts: int, dtype: torch.dtype, layout: MXLayout = MXLayout.FWD
+) -> Config:
+    """The committed tiling for P routed rows over E experts with activations of `dtype` and weights in `layout`."""
+    return _row(architecture, shape_class(rows, experts, dtype), dtype, layout)
 
 
-def reachable_configs(architecture: str, dtype: torch.dtype = torch.bfloat16) -> list[Config]:
+def reachable_configs(
+    architecture: str, dtype: torch.dtype = torch.bfloat16, layout: MXLayout = MXLayout.FWD
+) -> list[Config]:
     """Every tiling that `config_for` can return, without repetition: what a gate has to run."""
     classes = ("fp32",) if dtype == torch.float32 else ("thin", "medium", "thick")
-    return list(dict.fromkeys(_row(architecture, name, dtype) for name in classes))
+    return list(dict.fromkeys(_row(architecture, name, dtype, layout) for name in classes))
 
 
-def _row(architecture: str, name: str, dtype: torch.dtype) -> Config:
-    table = TABLE[architecture]
-    return table.get(f"fp16 {name}", table[name]) if dtype == torch.float16 else table[name]
+def layout_for(architecture: str, dtype: torch.dtype, N: int) -> MXLayout:
+    """The layout in which `MXWeights.repack` should bring weights of N rows, for activations of `dtype`."""
+    own_kernel = architecture == "sm_90" and dtype == torch.bfloat16 and N % TILE == 0
+    return MXLayout.FRAGMENTS if own_kernel and GLUON_HAS_FRAGMENTS else MXLayout.FWD
+
+
+def _row(architecture: str, name: str, dtype: torch.dtype, layout: MXLayout) -> Config:
+    table, prefix = TABLE[architecture], ""
+    if dtype == torch.float16:
+        prefix = "fp16 "
+    elif layout == MXLayout.FRAGMENTS and GLUON_HAS_FRAGMENTS:
+        prefix = "fragments "
+    config = table.get(prefix + name, table[name])
+    return config if config.layout in (None, layout) else config.dense()
 
 
 @cache

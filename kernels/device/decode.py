@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from mxref.formats import MXFP4
+from mxref.fragments import ROTATIONS, SELECT
 
 __all__ = ["BLOCK", "e2m1", "e8m0", "load_mxfp4_tile", "narrow"]
 
@@ -25,6 +26,8 @@ SCALE_NAN = tl.constexpr(MXFP4.scale.nan)
 PLACEMENT = tl.constexpr(2.0**126)
 SCALE_MIN_BITS = tl.constexpr(0x00400000)  # 2^−127, an fp32 subnormal
 NAN_BITS = tl.constexpr(0x7FC00000)
+SELECT_BITS = tl.constexpr(SELECT)
+HALF_ROTATIONS = tl.constexpr(sum(rotation // 2 << 4 * pair for pair, rotation in enumerate(ROTATIONS)))
 
 
 @triton.jit
@@ -52,13 +55,27 @@ def narrow(w, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_mxfp4_tile(packed, scales, expert, n, k0, N, K, dtype: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def load_mxfp4_tile(
+    packed,
+    scales,
+    expert,
+    n,
+    k0,
+    N,
+    K,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+):
     """The fp32 values of W_expert at rows n [ROWS] and columns k0..k0+COLS, held in `dtype`'s precision: [ROWS,
     COLS].
 
     `packed` is [E, N, K/2] and `scales` [E, N, K/32], both contiguous; k0 and COLS are multiples of 32. What lies
-    outside [N, K] is 0.
+    outside [N, K] is 0. FRAGMENTS: the layout of that name.
     """
+    if FRAGMENTS:
+        return load_fragments_tile(packed, scales, expert, n, k0, N, K, dtype, ROWS, COLS)
     row = (expert.to(tl.int64) * N + n)[:, None]
     pairs = (k0 // 2 + tl.arange(0, COLS // 2))[None, :]
     blocks = (tl.arange(0, COLS // BLOCK) + k0 // BLOCK)[None, :]
@@ -70,3 +87,45 @@ def load_mxfp4_tile(packed, scales, expert, n, k0, N, K, dtype: tl.constexpr, RO
     if dtype == tl.float16:
         return w.to(tl.float16).to(tl.float32)
     return w
+
+
+@triton.jit
+def load_fragments_tile(
+    packed, scales, expert, n, k0, N, K, dtype: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """`load_mxfp4_tile` of bytes in the layout FRAGMENTS, see `mxref.fragments`, where 32 divides N and the first n.
+
+    `packed` is aligned to four bytes. Each of eight pairs of codes is rotated to its place and masked.
+    """
+    GROUPS: tl.constexpr = ROWS // BLOCK
+    BLOCKS: tl.constexpr = COLS // BLOCK
+    group = tl.min(n.to(tl.int32).reshape(GROUPS, BLOCK), axis=1) // BLOCK
+    block = k0 // BLOCK + tl.arange(0, BLOCKS)
+    inside = ((group < N // BLOCK)[:, None] & (block < K // BLOCK)[None, :])[:, :, None]
+    tile = ((expert.to(tl.int64) * (N // BLOCK) + group)[:, None] * (K // BLOCK) + block[None, :])[:, :, None]
+
+    words = packed.to(tl.pointer_type(tl.uint32)) + tile * 128 + tl.arange(0, 128)[None, None, :]
+    first, second = tl.split(tl.load(words, mask=inside, other=0).reshape(GROUPS, BLOCKS, 64, 2))
+    left = second ^ ((first ^ second) & SELECT_BITS)
+    i0 = tl.join(tl.join(_pair(first, 0), _pair(first, 1)), tl.join(_pair(first, 2), _pair(left, 3)))
+    i1 = tl.join(tl.join(_pair(second, 4), _pair(second, 5)), tl.join(_pair(second, 6), _pair(left, 7)))
+    pairs = tl.join(i0, i1)
+    codes = tl.join(pairs << 16, pairs & 0xFFFF0000)  # an fp32's upper half is its bf16
+    codes = codes.reshape(GROUPS, BLOCKS, 2, 4, 4, 2, 2, 2, 2, 2)  # b, τ, t, j, q, h, i, p
+    codes = codes.permute(0, 2, 8, 3, 6, 1, 5, 7, 4, 9).reshape(ROWS, BLOCKS, BLOCK)
+
+    scale = tl.load(scales + tile * BLOCK + tl.arange(0, BLOCK)[None, None, :], mask=inside, other=0)
+    scale = scale.reshape(GROUPS, BLOCKS, 4, 2, 2, 2).permute(0, 3, 4, 2, 5, 1).reshape(ROWS, BLOCKS)
+    w = (codes.to(tl.float32, bitcast=True) * PLACEMENT * e8m0(scale)[:, :, None]).reshape(ROWS, COLS)
+    if dtype == tl.float16:
+        return w.to(tl.float16).to(tl.float32)
+    return w
+
+
+@triton.jit
+def _pair(word, PAIR: tl.constexpr):
+    """Pair number (i, h, q) of two codes, each where bf16 has a sign and the lowest magnitude bits: value · 2^−126."""
+    rotation: tl.constexpr = (HALF_ROTATIONS >> 4 * PAIR & 15) * 2
+    if rotation != 0:
+        word = (word >> rotation) | (word << 32 - rotation)
+    return word & 0x81C081C0

@@ -10,7 +10,8 @@ and V.
     D       dY     W_eᵀ  [N, K]      V     A_e
 
 W_e is dense, any strides, or packed MXFP4, decoded tile by tile from the one packed buffer in both directions: by the
-portable kernel of this module, or for bf16 on Hopper by the one of `hopper`.
+portable kernel of this module, or for bf16 on Hopper by the one of `hopper` or, in the layout FRAGMENTS, of
+`hopper_fragments`.
 
 The accumulation chain is one fp32 accumulator, in this order: the LoRA product (a single step over the zero-padded
 rank), one multiply by s in fp32, the base product in steps of BLOCK_K with c ascending in its natural order, one
@@ -32,12 +33,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mxref.kernels.device.configs import Config, padded_rank
 from mxref.kernels.device.decode import load_mxfp4_tile, narrow
 from mxref.kernels.device.hopper import HEIGHTS, ROWS_LAYOUT, TALLEST, packed_matmul_kernel
+from mxref.kernels.device.hopper_fragments import FRAGMENT_HEIGHTS, TALLEST_FRAGMENTS, fragments_matmul_kernel
 from mxref.kernels.device.launch import PreparedLaunch, aligned
 from mxref.kernels.device.schedule import Routing, source_rows, tile_bound
-from mxref.kernels.device.stack import Stack
-from mxref.weights import MXLayout, MXWeights
+from mxref.kernels.device.stack import PackedMatrix, Stack
 
-__all__ = ["LowRank", "PackedMatrix", "grouped_matmul"]
+__all__ = ["LowRank", "grouped_matmul"]
 
 DENSE = tl.constexpr(0)
 PACKED_ALONG_C = tl.constexpr(1)  # blocks run along the contraction: forward
@@ -72,6 +73,7 @@ def grouped_matmul_kernel(
     stride_fr,
     stride_fj,
     STORAGE: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,10 +127,14 @@ def grouped_matmul_kernel(
                     other=0,
                 )
             elif STORAGE == PACKED_ALONG_C:
-                tile_jc = load_mxfp4_tile(weight, scales, expert, j, c0, J, C, WEIGHT_DTYPE, BLOCK_N, BLOCK_K)
+                tile_jc = load_mxfp4_tile(
+                    weight, scales, expert, j, c0, J, C, WEIGHT_DTYPE, BLOCK_N, BLOCK_K, FRAGMENTS
+                )
                 w = tl.trans(narrow(tile_jc, x.dtype))
             else:
-                tile_cj = load_mxfp4_tile(weight, scales, expert, c, j0, C, J, WEIGHT_DTYPE, BLOCK_K, BLOCK_N)
+                tile_cj = load_mxfp4_tile(
+                    weight, scales, expert, c, j0, C, J, WEIGHT_DTYPE, BLOCK_K, BLOCK_N, FRAGMENTS
+                )
                 w = narrow(tile_cj, x.dtype)
             acc = tl.dot(x, w, acc, input_precision="ieee")
 
@@ -140,37 +146,6 @@ def grouped_matmul_kernel(
         acc.to(out.dtype.element_ty),
         mask=keep[:, None] & in_J[None, :],
     )
-
-
-class PackedMatrix(NamedTuple):
-    """MXFP4 weights as the right operand of a product.
-
-    Attributes:
-        packed, scales: of an `MXWeights` in the layout FWD.
-        dtype: the dtype whose precision a decoded weight has: the activations'.
-        transposed: False: W_e is [K, N], the forward's; True: W_eᵀ [N, K], dX's. Both read the same bytes.
-    """
-
-    packed: Tensor
-    scales: Tensor
-    dtype: torch.dtype
-    transposed: bool = False
-
-    @classmethod
-    def of(cls, weights: MXWeights, dtype: torch.dtype, transposed: bool = False) -> PackedMatrix:
-        """The matrices of a packed stack.
-
-        Raises:
-            ValueError: the weights have another layout than FWD.
-        """
-        weights.require_layout(MXLayout.FWD, "the grouped product")
-        return cls(weights.packed, weights.scales, dtype, transposed)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """[E, C, J]."""
-        E, N, half = self.packed.shape
-        return (E, N, 2 * half) if self.transposed else (E, 2 * half, N)
 
 
 class LowRank(NamedTuple):
@@ -215,18 +190,22 @@ def grouped_matmul(
         "out": out, "low": low, "factor": factor and factor.tensor, "bias": bias, "positions": routing.positions,
         "tiles": routing.tiles(config.BLOCK_M),
     }  # fmt: skip
-    if config.hopper:
+    if config.fused:
         assert isinstance(weight, PackedMatrix)
         rows, packed, scales = aligned(rows_in), aligned(weight.packed), aligned(weight.scales)
         box = _box(rows, config) if fan_in is None else None
-        launch = _hopper(product, weight.transposed)
+        if config.fragments:
+            launch = _fragments(product, weight.transposed, weight.scales_to_128)
+        else:
+            launch = _hopper(product, weight.transposed)
         launch(rows_in=rows, rows_box=box, packed=packed, scales=scales, **tensors)
     elif isinstance(weight, PackedMatrix):
         along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
-        launch = _portable(product, along.value, weight.dtype)
-        launch(rows_in=rows_in, weight=weight.packed, scales=weight.scales, **tensors)
+        launch = _portable(product, along.value, weight.fragments, weight.dtype)
+        packed = aligned(weight.packed) if weight.fragments else weight.packed  # which is read by words, not by bytes
+        launch(rows_in=rows_in, weight=packed, scales=weight.scales, **tensors)
     else:
-        launch = _portable(product, DENSE.value, None, weight.strides)
+        launch = _portable(product, DENSE.value, False, None, weight.strides)
         launch(rows_in=rows_in, weight=weight.tensor, **tensors)
     return out
 
@@ -252,19 +231,21 @@ class _Product(NamedTuple):
 
     def launch(self, kernel: Any, **own: Any) -> PreparedLaunch:
         """Its launch by one of the kernels, with that kernel's own arguments."""
-        known = self._asdict() | {"s": float.fromhex(self.s)}
+        known = self._asdict() | {"s": float.fromhex(self.s), "BLOCK_R": padded_rank(self.RANK)} | own
         config = known.pop("config")
         programs = tile_bound(self.P, self.E, config.BLOCK_M) * triton.cdiv(self.J, config.BLOCK_N)
-        return PreparedLaunch(
-            kernel, programs, config.num_warps, config.num_stages, **known, BLOCK_R=padded_rank(self.RANK), **own
-        )
+        return PreparedLaunch(kernel, programs, config.num_warps, config.num_stages, config.max_registers, **known)
 
 
 @lru_cache(4096)
 def _portable(
-    product: _Product, storage: int, dtype: torch.dtype | None, strides: tuple[int, int, int] = (0, 0, 0)
+    product: _Product,
+    storage: int,
+    fragments: bool,
+    dtype: torch.dtype | None,
+    strides: tuple[int, int, int] = (0, 0, 0),
 ) -> PreparedLaunch:
-    """By the portable kernel: `storage` as there, `dtype` of packed weights, `strides` of dense ones."""
+    """By the portable kernel: `storage` as there, layout and `dtype` of packed weights, `strides` of dense ones."""
     config, (stride_we, stride_wc, stride_wj) = product.config, strides
     return product.launch(
         grouped_matmul_kernel,
@@ -272,6 +253,7 @@ def _portable(
         stride_wc=stride_wc,
         stride_wj=stride_wj,
         STORAGE=storage,
+        FRAGMENTS=fragments,
         WEIGHT_DTYPE=dtype and _TRITON_DTYPE[dtype],
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
@@ -294,8 +276,24 @@ def _hopper(product: _Product, transposed: bool) -> PreparedLaunch:
     )
 
 
+@lru_cache(4096)
+def _fragments(product: _Product, transposed: bool, one_multiply: bool) -> PreparedLaunch:
+    """By the kernel for Hopper that reads the layout FRAGMENTS."""
+    config = product.config
+    return product.launch(
+        fragments_matmul_kernel,
+        TRANSPOSED=transposed,
+        EVEN=product.C % config.BLOCK_K == 0,
+        ONE_MULTIPLY=one_multiply,
+        HEIGHTS=FRAGMENT_HEIGHTS[config.BLOCK_M],
+        STAGES=config.num_stages,
+        WARPS=config.num_warps,
+    )
+
+
 def _box(ordered: Tensor, config: Config) -> TensorDescriptor | None:
     """Rows in expert order as the tallest tiles fetch them; few rows are bound by other things than their copies."""
-    if config.BLOCK_M != TALLEST or not ordered.numel():
+    tallest = TALLEST_FRAGMENTS if config.fragments else TALLEST
+    if tallest != config.BLOCK_M or not ordered.numel():
         return None
     return TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT.value)

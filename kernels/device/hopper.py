@@ -27,7 +27,7 @@ from mxref.kernels.device.hopper_decode import STEP, column_of, decode_step, loa
 __all__ = ["HEIGHTS", "ROWS_LAYOUT", "TALLEST", "packed_matmul_kernel"]
 
 _WARPS = gl.constexpr(8)
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before triton 3.7
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before triton 3.7
 
 HEIGHTS = {256: (256, 128, 64, 16), 64: (64, 32, 16), 16: (16,)}
 """BLOCK_M -> heights of the row tiles among which a program chooses, by the rows that its tile really has."""
@@ -95,19 +95,22 @@ def lora_product(
     stride_fr,
     stride_fj,
     operand: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
+    column: gl.constexpr,
+    HOW: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_R: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    """s · (factorᵀ · lowᵀ) in the accumulator, [128, BLOCK_M]."""
+    """s · (factorᵀ · lowᵀ) in the accumulator, [COLUMNS, BLOCK_M]; column(m, HOW) is the output column of its row m."""
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_R], gl.bfloat16)
-    spread: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [_WARPS, 1], [1, 0])
+    spread: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
     rows = begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, spread))
     r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, spread))
     tile = gl.load(low + rows[:, None] * RANK + r[None, :], mask=(rows < end)[:, None] & (r < RANK)[None, :], other=0.0)
     smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, BLOCK_R], shared)
     smem.store(tile)
-    j = (j0 + column_of(gl.arange(0, 128, gl.SliceLayout(1, operand)), TRANSPOSED)).to(gl.int64)
+    j = (j0 + column(gl.arange(0, COLUMNS, gl.SliceLayout(1, operand)), HOW)).to(gl.int64)
     r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, operand))
     left = gl.load(
         factor + expert * stride_fe + r[None, :] * stride_fr + j[:, None] * stride_fj,
@@ -115,7 +118,7 @@ def lora_product(
         other=0.0,
     )
     hopper.fence_async_shared()
-    _barrier()
+    barrier()
     acc = hopper.warpgroup_mma(left, smem.permute([1, 0]), acc, is_async=True)
     return hopper.warpgroup_mma_wait(0, [acc]) * s
 
@@ -165,7 +168,7 @@ def packed_tile(
     if LORA_FIRST:
         acc = lora_product(
             hopper.warpgroup_mma_init(acc), low, factor, expert, begin, end, j0, J, RANK, s,
-            stride_fe, stride_fr, stride_fj, operand, TRANSPOSED, BLOCK_M, BLOCK_R,
+            stride_fe, stride_fr, stride_fj, operand, column_of, TRANSPOSED, BLOCK_M, BLOCK_R, 128, _WARPS,
         )  # fmt: skip
 
     # W's tile: Y takes 128 rows n and 32 bytes along k, D 64 rows n and 64 bytes along k.
@@ -211,7 +214,7 @@ def packed_tile(
         for i in gl.static_range(STAGES):
             mbarrier.init(filled.index(i), count=1)
         hopper.fence_async_shared()
-        _barrier()
+        barrier()
         first = begin.to(gl.int32)
     else:
         rows = begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, x_threads))
@@ -241,7 +244,7 @@ def packed_tile(
     if low is not None and not LORA_FIRST:
         acc = lora_product(
             hopper.warpgroup_mma_init(acc), low, factor, expert, begin, end, j0, J, RANK, s,
-            stride_fe, stride_fr, stride_fj, operand, TRANSPOSED, BLOCK_M, BLOCK_R,
+            stride_fe, stride_fr, stride_fj, operand, column_of, TRANSPOSED, BLOCK_M, BLOCK_R, 128, _WARPS,
         )  # fmt: skip
     acc = hopper.warpgroup_mma_init(acc)
     a1 = gl.zeros([128, STEP], gl.bfloat16, operand)
@@ -260,7 +263,7 @@ def packed_tile(
         acc = hopper.warpgroup_mma(a1, x1.index(stage).permute([1, 0]), acc, is_async=True)
         acc, a0 = hopper.warpgroup_mma_wait(1, [acc, a0])
         acc = hopper.warpgroup_mma_init(acc)
-        _barrier()  # every warp is done with these scales, and with the stage before
+        barrier()  # every warp is done with these scales, and with the stage before
         store_scales(s_smem, two, TRANSPOSED)
         ahead = i + 2 * STAGES - 2
         if ahead < steps:
@@ -292,16 +295,16 @@ def packed_tile(
     if TRANSPOSED:
         y = y.reshape([BLOCK_M, 8, 2, 8]).permute([0, 1, 3, 2]).reshape([BLOCK_M, 128])
         y = gl.convert_layout(y, y_threads, assert_trivial=True)
-    store_rows(out, y, positions, begin, end, j0, P, J, fan_out, BLOCK_M)
+    store_rows(out, y, positions, begin, end, j0, P, J, fan_out, BLOCK_M, _WARPS)
 
 
 @gluon.jit
-def store_rows(out, y, positions, begin, end, j0, P, J, fan_out, BLOCK_M: gl.constexpr):
-    """Write y [BLOCK_M, 128] to the rows begin..end of `out`, columns from j0."""
-    threads: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [_WARPS, 1], [1, 0])
+def store_rows(out, y, positions, begin, end, j0, P, J, fan_out, BLOCK_M: gl.constexpr, WARPS: gl.constexpr):
+    """Write y [BLOCK_M, columns] to the rows begin..end of `out`, columns from j0."""
+    threads: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     rows = begin + gl.arange(0, BLOCK_M, gl.SliceLayout(1, threads))
     target, keep = row_position(rows, rows < end, positions, P, fan_out)
-    j = j0 + gl.arange(0, 128, gl.SliceLayout(0, threads))
+    j = j0 + gl.arange(0, y.shape[1], gl.SliceLayout(0, threads))
     gl.store(out + target[:, None] * J + j[None, :], y, mask=keep[:, None] & (j < J)[None, :])
 
 
@@ -357,7 +360,7 @@ def packed_matmul_kernel(
         threads: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [_WARPS, 1], [1, 0])
         nothing = gl.zeros([16, 128], gl.bfloat16, threads)
         for first in range(0, HEIGHTS[0], 16):
-            store_rows(out, nothing, positions, begin + first, end, j0, P, J, fan_out, 16)
+            store_rows(out, nothing, positions, begin + first, end, j0, P, J, fan_out, 16, _WARPS)
         return
     for h in gl.static_range(len(HEIGHTS)):
         fits = end - begin <= HEIGHTS[h]

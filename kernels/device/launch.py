@@ -35,12 +35,11 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the jitted function, its arguments by name, and its compile options."""
+    """One kernel launch: the jitted function, and its arguments and compile options by name."""
 
     kernel: Any
     arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, Any]
 
 
 @dataclass
@@ -115,12 +114,23 @@ class PreparedLaunch:
         kernel: the jitted function.
         programs: how many instances of it start; nothing happens when there are none.
         num_warps, num_stages: compile options.
+        max_registers: how many a thread may have at most; None leaves it to the compiler.
         known: the arguments that are no tensors, by name: the last of the kernel's.
     """
 
-    def __init__(self, kernel: Any, programs: int, num_warps: int, num_stages: int, **known: Any) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        num_warps: int,
+        num_stages: int,
+        max_registers: int | None = None,
+        **known: Any,
+    ) -> None:
         self._kernel, self._programs = kernel, programs
-        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+        if max_registers is not None:
+            self._options["maxnreg"] = max_registers
         self._tensors = tuple(name for name in kernel.arg_names if name not in known)
         self._known = tuple(known[name] for name in kernel.arg_names[len(self._tensors) :])
         self._compiled: dict[Any, Any] = {}
@@ -139,7 +149,7 @@ class PreparedLaunch:
         recorder = _recorder.get()
         if recorder is not None:
             arguments = dict(zip(self._kernel.arg_names, (*given, *self._known), strict=True))
-            recorder.launches.append(Launch(self._kernel, arguments, **self._options))
+            recorder.launches.append(Launch(self._kernel, arguments, self._options))
         elif INTERPRETED:
             with np.errstate(over="ignore", invalid="ignore"):  # IEEE's infinities and NaNs are results here
                 self._through_triton(given)
@@ -148,7 +158,7 @@ class PreparedLaunch:
 
     def _through_triton(self, given: list[Any]) -> Any:
         """Start it as Triton does; the compiled kernel, or None where it is interpreted."""
-        return self._kernel[(self._programs,)](*given, *self._known, **self._options, enable_fp_fusion=False)
+        return self._kernel[(self._programs,)](*given, *self._known, **self._options)
 
     def _start(self, given: list[Any]) -> None:
         """Start it on the first tensor's GPU."""

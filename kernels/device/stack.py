@@ -1,12 +1,15 @@
-"""A matrix for each expert as kernels see it: a pointer, sizes and strides."""
+"""A matrix for each expert as kernels see it: dense, a pointer with sizes and strides, or packed."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Stack"]
+from mxref.weights import MXLayout, MXWeights
+
+__all__ = ["PackedMatrix", "Stack"]
 
 
 class Stack(NamedTuple):
@@ -34,3 +37,41 @@ class Stack(NamedTuple):
         """The same matrices seen as [E, J, C]."""
         (E, C, J), (of_e, of_c, of_j) = self.shape, self.strides
         return Stack(self.tensor, (E, J, C), (of_e, of_j, of_c))
+
+
+class PackedMatrix(NamedTuple):
+    """MXFP4 weights as the right operand of a product.
+
+    Attributes:
+        packed, scales, layout, scales_to_128: of an `MXWeights`.
+        dtype: the dtype whose precision a decoded weight has: the activations'.
+        transposed: False: W_e is [K, N], the forward's; True: W_eᵀ [N, K], dX's. Both read the same bytes.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+    layout: MXLayout = MXLayout.FWD
+    scales_to_128: bool = False
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, weights: MXWeights, dtype: torch.dtype, transposed: bool = False) -> PackedMatrix:
+        """The matrices of a packed stack.
+
+        Raises:
+            ValueError: the weights have a layout that is not known.
+        """
+        weights.require_known_layout("the grouped product")
+        return cls(weights.packed, weights.scales, dtype, weights.layout, weights.scales_to_128, transposed)
+
+    @property
+    def fragments(self) -> bool:
+        """Whether the bytes lie in the layout FRAGMENTS."""
+        return self.layout == MXLayout.FRAGMENTS
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, C, J]."""
+        E, N, half = self.packed.shape
+        return (E, N, 2 * half) if self.transposed else (E, 2 * half, N)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxref.fragments import TILE
 from mxref.kernels.device.configs import Config, config_for
 from mxref.kernels.device.grouped_matmul import grouped_matmul
 from mxref.kernels.device.launch import architecture, compute_dtype
@@ -57,12 +58,21 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
         raise TypeError("inputs is torch.float64; the kernels take bf16, fp16 or fp32: use the golden mxref for fp64")
     if problem.rank > MAX_RANK:
         raise ValueError(f"lora_A has rank {problem.rank}; the kernels take ranks 1 to {MAX_RANK}")
-    if isinstance(problem.expert_weights, MXWeights):
-        problem.expert_weights.require_layout(MXLayout.FWD, "the kernel")
+    weights, layout = problem.expert_weights, None
+    if isinstance(weights, MXWeights):
+        weights.require_known_layout("the kernel")
+        layout = weights.layout
+        if layout == MXLayout.FRAGMENTS and weights.N % TILE:
+            raise ValueError(
+                f"expert_weights has N = {weights.N} in the layout FRAGMENTS, of which the kernels read whole tiles of "
+                f"{TILE} rows: call repack(MXLayout.FWD)"
+            )
     if config is None:
-        return config_for(arch, problem.P, problem.E, problem.dtype)
+        return config_for(arch, problem.P, problem.E, problem.dtype, layout or MXLayout.FWD)
     if not isinstance(config, Config):
         raise TypeError(f"config is {type(config).__name__}; expected a mxref.kernels.Config")
+    if layout is not None and config.layout is not None and config.layout != layout:
+        raise ValueError(f"config {config} is for weights in the layout {config.layout.name}; these have {layout.name}")
     config.check_fits(arch, compute_dtype(problem.dtype))
     return config
 
@@ -72,7 +82,8 @@ def kind_of(argument: Any) -> Hashable:
     if isinstance(argument, Tensor):
         return argument.shape, argument.dtype, argument.device, argument.requires_grad
     if isinstance(argument, MXWeights):
-        return argument.packed.shape, argument.device, argument.K, argument.N, argument.layout
+        stored = argument.layout, argument.scales_to_128
+        return argument.packed.shape, argument.device, argument.K, argument.N, *stored
     if isinstance(argument, float):
         return argument.hex()  # −0 and 0 are equal, and so are 1.0 and 1
     return (type(argument), argument) if isinstance(argument, _PLAIN) else object()

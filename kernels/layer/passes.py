@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mxref.kernels.device.configs import Config
 from mxref.kernels.device.dequant import active_or_sentinel, dequantize_experts
-from mxref.kernels.device.grouped_matmul import LowRank, PackedMatrix, grouped_matmul
+from mxref.kernels.device.grouped_matmul import LowRank, grouped_matmul
 from mxref.kernels.device.grouped_outer import Outer, grouped_outer, grouped_sum
 from mxref.kernels.device.launch import architecture, compute_dtype
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.device.slots import combine, spread
-from mxref.kernels.device.stack import Stack
+from mxref.kernels.device.stack import PackedMatrix, Stack
 from mxref.kernels.layer.operands import (
     check_problem,
     columns_by_expert,
@@ -27,7 +27,7 @@ from mxref.kernels.layer.operands import (
     rows_by_expert,
 )
 from mxref.problem import Problem
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 __all__ = ["Call", "Needs", "Plan", "Saved", "gradients"]
 
@@ -72,6 +72,7 @@ class Plan:
         fan_in: finds x's row of a routed row.
         in_order: dOut is in expert order.
         use_fused_dX, use_fused_gather: see `parallel_linear_lora`.
+        layout, scales_to_128: of packed weights; FWD and False of dense ones, where nothing reads them.
         operands: shape and dtype of each operand of `Needs` that was given.
     """
 
@@ -82,6 +83,8 @@ class Plan:
     in_order: bool
     use_fused_dX: bool
     use_fused_gather: bool
+    layout: MXLayout
+    scales_to_128: bool
     operands: dict[str, tuple[torch.Size, torch.dtype]]
 
     def gradient(self, name: str, like: Tensor) -> Tensor:
@@ -116,6 +119,9 @@ class Plan:
             problem = Problem(*operands)
             tiling = check_problem(problem, validate, config)
         if plan is None:
+            weights, layout, to_128 = problem.expert_weights, MXLayout.FWD, False
+            if isinstance(weights, MXWeights):
+                layout, to_128 = weights.layout, weights.scales_to_128
             given = {name: x for name in Needs._fields if (x := getattr(problem, name)) is not None}
             plan = cls(
                 tiling,
@@ -123,8 +129,10 @@ class Plan:
                 problem.scaling,
                 None if problem.grouped_in else problem.k,
                 problem.grouped_out,
-                use_fused_dX or tiling.hopper,
-                use_fused_gather or tiling.hopper,
+                use_fused_dX or tiling.fused or layout == MXLayout.FRAGMENTS,  # which products alone decode
+                use_fused_gather or tiling.fused,
+                layout,
+                to_128,
                 {name: (x.shape, x.dtype) for name, x in given.items()},
             )
             if len(_PLANS) >= 4096:
@@ -176,7 +184,7 @@ class Call(NamedTuple):
             plan,
             routing_of(positions, offsets, routing),
             operand(x),
-            PackedMatrix(weights.packed, weights.scales, plan.dtype) if packed else Stack.of(_dense(weights)),
+            PackedMatrix.of(weights, plan.dtype) if packed else Stack.of(_dense(weights)),
             None if A is None else operand(A, plan.dtype),
             None if B is None else operand(B, plan.dtype),
             None if bias is None else operand(bias),
@@ -275,7 +283,7 @@ def _input_gradient(
     if scales is None:
         matrix = Stack.of(weight).transposed
     elif plan.use_fused_dX:
-        matrix = PackedMatrix(weight, scales, plan.dtype, transposed=True)
+        matrix = PackedMatrix(weight, scales, plan.dtype, plan.layout, plan.scales_to_128, transposed=True)
     else:
         decoded = dequantize_experts(packed_weights(weight, scales), active_or_sentinel(routing), plan.dtype)
         matrix = Stack.of(operand(decoded))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxref.kernels.device.grouped_matmul import LowRank, PackedMatrix, grouped_matmul
+from mxref.kernels.device.grouped_matmul import LowRank, grouped_matmul
+from mxref.kernels.device.stack import PackedMatrix
 from mxref.kernels.layer.operands import (
     adapter_of,
     check_problem,

@@ -26,7 +26,7 @@ for architecture in ("sm_80", "sm_90", "sm_100"):
         necessary = {"LDG": 3 if backward else 2, "STG": 2 if backward else 1}
         for kind, found in machine_code.accesses(sass).items():
             assert set(found) == {16}, (architecture, label, unit.kernel, kind, found)
-            moved = found[16] * 16 * 32 * unit.num_warps
+            moved = found[16] * 16 * 32 * dict(unit.options)["num_warps"]
             assert moved == necessary[kind] * ROWS * COLS * size, (label, unit.kernel, kind, moved)
         seen.add((architecture, label, backward))
 print(len(seen))

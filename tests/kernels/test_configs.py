@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mxref.kernels.device.configs import SHARED_MEMORY, TABLE, Config, config_for, reachable_configs
+from mxref.kernels.device.configs import SHARED_MEMORY, TABLE, Config, config_for, layout_for, reachable_configs
+from mxref.weights import MXLayout
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 HOPPER = Config(64, 128, 128, num_warps=8, num_stages=3, hopper=True)
@@ -54,3 +55,31 @@ def test_a_hopper_tiling_is_refused_where_it_cannot_run() -> None:
             replace(HOPPER, **change)
     with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory"):
         replace(HOPPER, BLOCK_M=256, num_stages=4).check_fits("sm_90", torch.bfloat16)
+
+
+def test_fragments_have_their_own_kernel_for_bf16_on_hopper_alone() -> None:
+    for architecture in TABLE:
+        for dtype in ACTIVATIONS:
+            found = reachable_configs(architecture, dtype, MXLayout.FRAGMENTS)
+            own = (architecture, dtype) == ("sm_90", torch.bfloat16)
+            assert [config.fragments for config in found] == [own] * len(found)
+            assert not any(config.hopper for config in found)
+            assert layout_for(architecture, dtype, 64) == (MXLayout.FRAGMENTS if own else MXLayout.FWD)
+            for config in found:
+                config.check_fits(architecture, dtype)
+    assert layout_for("sm_90", torch.bfloat16, 65) == MXLayout.FWD
+
+
+def test_a_tiling_for_fragments_is_refused_where_it_cannot_run() -> None:
+    config = Config(64, 256, 128, num_warps=8, num_stages=3, fragments=True)
+    with pytest.raises(ValueError, match="is for bf16 on sm_90"):
+        config.check_fits("sm_80", torch.bfloat16)
+    for change in (
+        {"BLOCK_M": 256},
+        {"BLOCK_N": 128},
+        {"num_warps": 2, "BLOCK_N": 64},
+        {"num_stages": 2},
+        {"hopper": True},
+    ):
+        with pytest.raises(ValueError, match=r"is for (fragments|hopper), which has"):
+            replace(config, **change)

@@ -10,7 +10,7 @@ import torch
 from mxref import MXWeights, decode_mxfp4, encode_mxfp4
 from mxref.formats import pack_codes
 from mxref.kernels import dequantize_experts, parallel_linear_lora, selective_lora_weights
-from mxref.kernels.device.grouped_matmul import PackedMatrix
+from mxref.kernels.device.stack import PackedMatrix
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from uninterpreted import run_python
 from mxref import MXWeights
 from mxref.kernels import Config, Routing, parallel_linear_lora
 from mxref.kernels.device.launch import Recorder, recording
+from mxref.weights import MXLayout
 
 REPORT = """
 import json, sys
@@ -28,6 +29,7 @@ from mxref.kernels.device import slots
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.models.adapters import LoRA
 from mxref.kernels.models.experts import Projection, routed_experts
+from mxref.weights import MXLayout
 
 gpu.pretend()
 through_triton = []
@@ -86,7 +88,8 @@ def seen_by_a_profiler():
 
 
 with patch.object(JITFunction, "run", counted):
-    print(json.dumps({"plain": step_report(), "gates": step_report(gates=True), "block": block(),
+    print(json.dumps({"plain": step_report(), "gates": step_report(gates=True),
+                      "fragments": step_report(layout=MXLayout.FRAGMENTS), "block": block(),
                       "alignment": codes_by_alignment(), "profiler": seen_by_a_profiler()}))
 """
 
@@ -106,9 +109,11 @@ def test_the_launches_of_a_step(report: Any) -> None:
     """Tables once, Z, Y; V, D, the sum over slots, and dA with dB."""
     assert report["plain"]["first"] == [*FORWARD, *BACKWARD]
     assert report["gates"]["first"] == [*FORWARD, "combine_kernel", "spread_kernel", *BACKWARD]
+    own = {"packed_matmul_kernel": "fragments_matmul_kernel"}
+    assert report["fragments"]["first"] == [own.get(name, name) for name in (*FORWARD, *BACKWARD)]
 
 
-@pytest.mark.parametrize("case", ["plain", "gates"])
+@pytest.mark.parametrize("case", ["plain", "gates", "fragments"])
 def test_a_step_like_one_before_passes_triton_by(report: Any, case: str) -> None:
     assert report[case]["second"] == report[case]["first"]
     assert report[case]["through Triton"] == []
@@ -130,9 +135,9 @@ def test_a_profiler_is_told_of_known_launches(report: Any) -> None:
     assert report["profiler"]["seen"] == report["profiler"]["started"] == [*FORWARD, *BACKWARD]
 
 
-def recorded(k: Any = 1, scaling: Any = 1.0, **keywords: Any) -> Recorder:
+def recorded(k: Any = 1, scaling: Any = 1.0, layout: MXLayout = MXLayout.FWD, **keywords: Any) -> Recorder:
     E, K, N, M, r = 2, 64, 96, 8, 4
-    weights = MXWeights(*(torch.empty(E, N, K // d, dtype=torch.uint8, device="meta") for d in (2, 32)), K, N)
+    weights = MXWeights(*(torch.empty(E, N, K // d, dtype=torch.uint8, device="meta") for d in (2, 32)), K, N, layout)
     ids = torch.empty(M, dtype=torch.int64, device="meta")
     x, A, B = (torch.empty(shape, device="meta", requires_grad=True) for shape in ((M, K), (E * r, K), (N, E * r)))
     with recording("sm_90") as recorder:
@@ -166,6 +171,13 @@ def test_calls_that_differ_in_their_tiling_alone_are_told_apart() -> None:
     for tiling in (Config(16, 32, 32), Config(32, 32, 32), None):
         tables = [launch for launch in recorded(config=tiling).launches if "tiles" in launch.arguments]
         assert {launch.arguments["BLOCK_M"] for launch in tables} == {tiling.BLOCK_M if tiling else 32}
+
+
+def test_calls_that_differ_in_their_layout_alone_are_told_apart() -> None:
+    for layout in (MXLayout.FWD, MXLayout.FRAGMENTS, MXLayout.FWD):
+        packed = [launch for launch in recorded(layout=layout).launches if launch.arguments.get("WEIGHT_DTYPE")]
+        assert [launch.arguments["FRAGMENTS"] for launch in packed] == [layout == MXLayout.FRAGMENTS] * len(packed)
+        assert packed
 
 
 def test_a_routing_must_be_the_calls_own() -> None:

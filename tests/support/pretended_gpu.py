@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from mxref.kernels import parallel_linear_lora
 from mxref.kernels.device import dequant
 from mxref.kernels.layer import operands, passes
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 STARTED: list[str] = []
 """Names of the kernels that were started, each with the number of its code: "combine_kernel 3"."""
@@ -88,11 +88,12 @@ class Step:
     k: int = 8
     r: int = 16
     gates: bool = False
+    layout: MXLayout = MXLayout.FWD
 
     def __post_init__(self) -> None:
         E, K, N, M, k, r, bf16 = self.E, self.K, self.N, self.M, self.k, self.r, torch.bfloat16
         codes, scales = (torch.empty(E, N, K // d, dtype=torch.uint8) for d in (2, 32))
-        self.weights = MXWeights(codes, scales, K, N)
+        self.weights = MXWeights(codes, scales, K, N, self.layout)
         self.routing = [torch.empty(n, dtype=torch.int64) for n in (M * k, M * k, E)]
         shapes = [(M, K), (E * r, K), (N, E * r), (M, k)][: 4 if self.gates else 3]
         self.leaves = [torch.empty(shape, dtype=bf16).requires_grad_() for shape in shapes]

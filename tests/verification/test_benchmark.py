@@ -198,7 +198,7 @@ def distance(workload: Workload, measure: Measure, path: Path) -> float:
 def test_strategies_compute_the_layer(device: torch.device) -> None:
     workload = draw(Shape("tiny", 2, 64, 32, 4, 1, rank=4), device)
     *strategies, decoding = our_paths()
-    assert [path.name for path in strategies] == ["dense", "strategy A", "strategy B", "automatic"]
+    assert [path.name for path in strategies] == ["dense", "strategy A", "strategy B", "automatic", "repacked"]
     for path in strategies:
         assert distance(workload, STEP, path) < pairs.AGREEMENT
     assert (decoding.name, decoding.parts) == ("dequantize_experts", ("decode",))

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxref.fragments import TILE
 from mxref.kernels import dequantize_experts, parallel_linear_lora
 from mxref.kernels.device.dequant import active_or_sentinel
 from mxref.kernels.device.schedule import Routing
 from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
 from mxref.verification.candidates import foreign
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 TUNING = 10.0
 """Seconds that another project's autotuner gets by default for each kernel and shape."""
@@ -38,6 +39,11 @@ def _as_they_are(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
 
 def _dense(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
     return operands | {"expert_weights": dense()}
+
+
+def _repacked(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
+    weights = operands["expert_weights"]
+    return operands | {"expert_weights": weights if weights.N % TILE else weights.repack(MXLayout.FRAGMENTS)}
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ def our_paths() -> list[Path]:
         Path("strategy A", "decode the active experts, then our kernels on bf16", _strategy_a, bytes_per_weight=2.0),
         Path("strategy B", "decode inside both products", fused),
         Path("automatic", "parallel_linear_lora with nothing chosen", parallel_linear_lora),
+        Path("repacked", "the same on weights in the layout FRAGMENTS", parallel_linear_lora, _repacked),
         Path("dequantize_experts", "strategy A's decoding alone", _decode, _decode_operands, parts=("decode",)),
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ ROWS = tuple(Shape(f"{rows} rows", 256, 2048, 1024, 32 * rows, 8, "balanced") fo
 PRODUCTS = tuple(measure for measure in MEASURES if measure.name in ("base forward", "base dX"))
 """What is timed of them."""
 
-_NAMES = {"automatic": "mxref, MXFP4", "composite": "torch._grouped_mm, bf16"}
+_NAMES = {"automatic": "mxref, MXFP4", "repacked": "mxref, MXFP4 repacked", "composite": "torch._grouped_mm, bf16"}
 _WIDE = 8.0
 """Inches from which the two panels stand side by side."""
 

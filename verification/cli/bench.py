@@ -111,7 +111,7 @@ def _shapes(arguments: argparse.Namespace) -> tuple[Shape, ...]:
 def _measure(arguments: argparse.Namespace, shapes: tuple[Shape, ...], device: torch.device) -> Bench:
     paths, clock = every_path(not arguments.no_peers, arguments.peer_tuning), EventClock(device)
     if arguments.rows:
-        paths = [path for path in paths if path.name == "automatic" or path.package == "humming-kernels"]
+        paths = [path for path in paths if path.name in ("automatic", "repacked") or path.package == "humming-kernels"]
     with Meter(len(shapes)) as meter:
         meter.show("gate: " + ", ".join(path.name for path in paths if path.ours))
         bench = Bench(describe_device(device), gate_paths(paths, device), Effort(), peers=about_peers(paths))

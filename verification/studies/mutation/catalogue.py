@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mxref.verification.studies.mutation.bug import Bug, Equivalent, plant
 from mxref.verification.studies.mutation.bugs import KERNEL_BUGS
 from mxref.verification.studies.mutation.bugs_activation import ACTIVATION_BUGS
+from mxref.verification.studies.mutation.bugs_fragments import FRAGMENTS_BUGS
 from mxref.verification.studies.mutation.bugs_hopper import HOPPER_BUGS
 from mxref.verification.studies.mutation.bugs_host import HOST_BUGS
 from mxref.verification.studies.mutation.equivalents import PORTABLE
@@ -17,7 +18,7 @@ from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.sources import Place, Source
 from mxref.verification.studies.mutation.sweep import sweep
 
-BUGS: tuple[tuple[Place, Bug], ...] = (*KERNEL_BUGS, *ACTIVATION_BUGS, *HOPPER_BUGS, *HOST_BUGS)
+BUGS: tuple[tuple[Place, Bug], ...] = (*KERNEL_BUGS, *ACTIVATION_BUGS, *HOPPER_BUGS, *FRAGMENTS_BUGS, *HOST_BUGS)
 """By hand."""
 
 EQUIVALENTS: tuple[tuple[Place, Equivalent], ...] = (*PORTABLE, *HOPPER)

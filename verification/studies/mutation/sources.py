@@ -14,8 +14,8 @@ import mxref
 KERNELS = Path(mxref.__file__).parent / "kernels"
 """The sources that are mutated."""
 
-_GPU_FIELD = "hopper"
-"""The field of a tiling that says that only a GPU runs it."""
+_GPU_FIELDS = ("hopper", "fragments", "fused")
+"""What a tiling has that only a GPU runs."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_sources(folder: Path = KERNELS) -> dict[str, Source]:
 
 def is_gpu_branch(node: ast.AST) -> TypeGuard[ast.If]:
     """Whether the node is an `if` whose body only a GPU runs."""
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Attribute) and node.test.attr == _GPU_FIELD
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Attribute) and node.test.attr in _GPU_FIELDS
 
 
 def is_for_gpu_tilings(node: ast.AST) -> bool:
