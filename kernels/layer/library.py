@@ -20,13 +20,15 @@ from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.kernels.layer.operands import frozen_weights
 from mxref.kernels.layer.passes import Call, Needs, gradients
+from mxref.weights import MXLayout
 
 __all__ = ["expert_linear"]
 
 _OPERANDS = """Tensor x, Tensor weight, Tensor? scales, SymInt k, Tensor sorted_expert_idxs,
     Tensor sorted_scattered_idxs, Tensor expert_offsets, Tensor? lora_A, Tensor? lora_B, float scaling,
-    Tensor? expert_biases, Tensor? gates, bool grouped_in, bool grouped_out, bool use_fused_dX, bool use_fused_gather"""
-"""The operators' arguments: those of `parallel_linear_lora`, packed weights as two tensors."""
+    Tensor? expert_biases, Tensor? gates, bool grouped_in, bool grouped_out, bool use_fused_dX, bool use_fused_gather,
+    int layout=0, bool scales_to_128=False"""
+"""The operators' arguments: those of `parallel_linear_lora`, packed weights as two tensors and what they are beside."""
 
 _PLACES = (0, 7, 8, 10, 11)
 """Where the operands of `Needs` are among them."""
@@ -50,6 +52,8 @@ def expert_linear(
     use_fused_dX: bool = False,
     use_fused_gather: bool = False,
     *,
+    layout: MXLayout = MXLayout.FWD,
+    scales_to_128: bool = False,
     routing: Routing | None = None,
 ) -> Tensor:
     """`parallel_linear_lora` over plain tensors, eager or compiled, with the same bits; shapes alone without data.
@@ -61,6 +65,7 @@ def expert_linear(
         k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets: as there.
         lora_A, lora_B, scaling, expert_biases, gates: as there.
         grouped_in, grouped_out, use_fused_dX, use_fused_gather: as there.
+        layout, scales_to_128: of packed weights, see `MXWeights`.
         routing: as there; a compiled graph, which carries tensors alone, makes its own.
     """
     operands = (
@@ -68,9 +73,9 @@ def expert_linear(
         grouped_in, grouped_out, use_fused_dX, use_fused_gather,
     )  # fmt: skip
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
-        out: Tensor = scattermoe_lora(x, weight, scales, *operands)[0]
+        out: Tensor = scattermoe_lora(x, weight, scales, *operands, int(layout), scales_to_128)[0]
         return out
-    return parallel_linear_lora(x, frozen_weights(weight, scales), *operands, routing=routing)
+    return parallel_linear_lora(x, frozen_weights(weight, scales, layout, scales_to_128), *operands, routing=routing)
 
 
 @torch.library.custom_op("mxref::scattermoe_lora", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor, Tensor, Tensor)")
@@ -120,8 +125,9 @@ def _(grad_out: Tensor, z: Tensor, y: Tensor, needs: list[bool], *operands: Any)
 
 
 def _call(operands: tuple[Any, ...]) -> Call:
-    x, weight, scales, *rest = operands
-    return Call.of((x, frozen_weights(weight, scales), *rest[:-2]), *rest[-2:])
+    x, weight, scales, *others = operands[:14]
+    use_fused_dX, use_fused_gather, *stored = operands[14:]  # torch leaves out what is as by default
+    return Call.of((x, frozen_weights(weight, scales, *stored), *others), use_fused_dX, use_fused_gather)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -24,7 +24,6 @@ __all__ = [
     "frozen_weights",
     "kind_of",
     "operand",
-    "packed_weights",
     "project",
     "routing_of",
     "rows_by_expert",
@@ -117,14 +116,13 @@ def routing_of(positions: Tensor, offsets: Tensor, given: Routing | None = None)
     return given
 
 
-def packed_weights(codes: Tensor, scales: Tensor) -> MXWeights:
-    """Codes [E, N, K/2] and scales [E, N, K/32] in the layout FWD."""
-    return MXWeights(codes, scales, 2 * codes.shape[2], codes.shape[1])
-
-
-def frozen_weights(weight: Tensor, scales: Tensor | None) -> Tensor | MXWeights:
-    """Packed weights from codes and scales; dense ones have no scales."""
-    return weight if scales is None else packed_weights(weight, scales)
+def frozen_weights(
+    weight: Tensor, scales: Tensor | None, layout: MXLayout = MXLayout.FWD, scales_to_128: bool = False
+) -> Tensor | MXWeights:
+    """Packed weights from codes [E, N, K/2] and scales [E, N, K/32]; dense ones have no scales."""
+    if scales is None:
+        return weight
+    return MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1], layout, scales_to_128=scales_to_128)
 
 
 def adapter_of(problem: Problem) -> tuple[Tensor, Tensor] | tuple[None, None]:

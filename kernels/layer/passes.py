@@ -21,7 +21,6 @@ from mxref.kernels.layer.operands import (
     columns_by_expert,
     kind_of,
     operand,
-    packed_weights,
     project,
     routing_of,
     rows_by_expert,
@@ -285,7 +284,8 @@ def _input_gradient(
     elif plan.use_fused_dX:
         matrix = PackedMatrix(weight, scales, plan.dtype, plan.layout, plan.scales_to_128, transposed=True)
     else:
-        decoded = dequantize_experts(packed_weights(weight, scales), active_or_sentinel(routing), plan.dtype)
+        stack = MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1])
+        decoded = dequantize_experts(stack, active_or_sentinel(routing), plan.dtype)
         matrix = Stack.of(operand(decoded))
     lora = None
     if v is not None and saved.A is not None:

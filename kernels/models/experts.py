@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module, metadata, util
 from typing import Any
 
@@ -15,94 +15,16 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from mxref.kernels.device.schedule import Routing
-from mxref.kernels.layer.activation import gated
-from mxref.kernels.layer.library import expert_linear
 from mxref.kernels.models.adapters import LoRA, check_adapter
-from mxref.routing import flatten_sort_count
-from mxref.swiglu import SwiGLU
-from mxref.weights import MXWeights
+from mxref.kernels.models.layouts import preferred_layout
+from mxref.kernels.models.routed import Projection, routed_experts
+from mxref.weights import MXLayout, MXWeights
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 """Names of both projections, in the order in which transformers' experts modules hold them."""
 
 PEFT_MINIMUM = Version("0.21.0")
 """The oldest PEFT whose wrappers of parameters carry several adapters."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One projection of all experts.
-
-    Attributes:
-        weight: packed codes uint8 [E, N, K/2] beside `scales`, or dense [E, K, N] without.
-        scales: uint8 [E, N, K/32].
-        bias: [E, N].
-        lora: the adapter.
-    """
-
-    weight: Tensor
-    scales: Tensor | None = None
-    bias: Tensor | None = None
-    lora: LoRA | None = None
-
-    def apply(self, x: Tensor, k: int, order: tuple[Tensor, Tensor, Tensor], **arguments: Any) -> Tensor:
-        """Every routed row times its expert's matrix, see `parallel_linear_lora`."""
-        A, B, scaling = (None, None, 1.0) if self.lora is None else (self.lora.A, self.lora.B, self.lora.scaling)
-        return expert_linear(
-            x, self.weight, self.scales, k, *order, A, B, scaling, self.bias, use_fused_dX=True, **arguments
-        )
-
-
-def routed_experts(
-    x: Tensor,
-    experts: Tensor,
-    gates: Tensor,
-    gate_up: Projection,
-    down: Projection,
-    activation: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Σ over each token's slots of gate · down(activation(gate_up(x))): [M, H] in the dtype of x.
-
-    Args:
-        x: [M, H]; under autocast the products take autocast's dtype.
-        experts: integer [M, k]; ids outside 0..E−1 contribute nothing.
-        gates: [M, k].
-        gate_up: H -> 2I.
-        down: I -> H.
-        activation: [P, 2I] -> [P, I], row by row.
-    """
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    order = flatten_sort_count(experts, gate_up.weight.shape[0])
-    routing = Routing(*order[1:])  # whose tables serve both projections, forward and backward
-    hidden = gate_up.apply(x.to(dtype), experts.shape[1], order, grouped_out=True, routing=routing)
-    out = down.apply(activation(hidden).to(dtype), 1, order, grouped_in=True, gates=gates, routing=routing)
-    return out.to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What an experts module of transformers does between its projections, [P, 2I] -> [P, I].
-
-    One kernel where `form` says what it is. Otherwise the module's own function, looked up by name at every call:
-    transformers may install `_apply_gate` under another function name, whose bound method no pickle gives back.
-
-    Attributes:
-        experts: the module, emptied of its weights.
-        form: see `mxref.kernels.models.activation.form_of`.
-    """
-
-    experts: Any
-    form: SwiGLU | None = None
-
-    def __call__(self, gate_up: Tensor) -> Tensor:
-        """Row by row."""
-        if self.form is not None:
-            return gated(gate_up, self.form)
-        out: Tensor = self.experts._apply_gate(gate_up)
-        return out
 
 
 class PackedExperts(nn.Module):
@@ -113,6 +35,10 @@ class PackedExperts(nn.Module):
     sharded, moved and broadcast as weights are, and `state_dict` holds what a gpt-oss checkpoint holds. `to(dtype)`,
     `half()` and the like leave them alone; what would convert bytes to numbers (`type(dtype)`, loading other dtypes) is
     refused. Biases are frozen too. The adapters, if the module owns any, are the only parameters that train.
+
+    On a GPU whose kernels read another layout faster than a checkpoint's the bytes of these parameters are rearranged
+    (`arrange`). Whoever asks gets a checkpoint's bytes all the same: `state_dict` holds copies of such parameters, in
+    the CPU's memory, and within `checkpoint_layout` there is nothing to copy.
 
     Attributes:
         num_experts: E.
@@ -147,10 +73,13 @@ class PackedExperts(nn.Module):
         self.num_experts = gate_up.E
         self.rank, self.alpha = 0, 0.0
         self._activation = activation
+        self._layouts: dict[str, tuple[MXLayout, bool]] = {}
+        self._rows: torch.dtype | None = gate_up.orig_dtype
         for name, weights in zip(PROJECTIONS, (gate_up, down), strict=True):
-            blocks, scales = weights.to_gpt_oss()
+            blocks, scales = weights.packed.view(*weights.scales.shape, -1), weights.scales
             self.register_parameter(f"{name}_blocks", nn.Parameter(blocks, requires_grad=False))
             self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
+            self._note(name, weights.layout, weights.scales_to_128)
             bias = (biases or {}).get(name)
             if bias is not None and tuple(bias.shape) != (weights.E, weights.N):
                 raise ValueError(f"biases[{name!r}] has shape {tuple(bias.shape)}; expected {(weights.E, weights.N)}")
@@ -161,6 +90,8 @@ class PackedExperts(nn.Module):
         """As nn.Module does, for copies and pickles."""
         restore: Any = super().__setstate__
         restore(state)
+        for name, stored in self._layouts.items():
+            self._note(name, *stored)
         _register_with_peft()
 
     def add_lora(self, rank: int, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> None:
@@ -224,9 +155,28 @@ class PackedExperts(nn.Module):
         Raises:
             ValueError: `name` is no projection.
         """
-        _check_projection(name)
+        _, K, N = self.shape(name)
         blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
-        return MXWeights.from_gpt_oss(blocks, scales)
+        layout, to_128 = self._stored_as(name)
+        return MXWeights(blocks.flatten(-2), scales, K, N, layout, scales_to_128=to_128)
+
+    def arrange(self, dtype: torch.dtype | None) -> None:
+        """Bring the bytes into the layout that the kernels read fastest where they lie.
+
+        The first time they move to memory of their own, since what they were made of may be someone else's too; from
+        then on they are rearranged in place. What moves the module or casts it comes here again. Sharded tensors, and
+        those in the CPU's memory, stay as they are.
+
+        Args:
+            dtype: of the rows to come. With None the bytes return to a checkpoint's layout, and stay in it for good.
+        """
+        self._rows = dtype
+        for name in PROJECTIONS:
+            blocks, (_, _, N) = getattr(self, f"{name}_blocks"), self.shape(name)
+            if blocks.is_meta:
+                self._note(name, MXLayout.FWD, False)
+            elif (layout := MXLayout.FWD if dtype is None else preferred_layout(blocks, dtype, N)) is not None:
+                self._repack(name, layout)
 
     def forward(
         self,
@@ -256,7 +206,39 @@ class PackedExperts(nn.Module):
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
         # detached: what backward reads are these bytes, whatever the parameters hold by then
         blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
-        return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora)
+        return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora, *self._stored_as(name))
+
+    def _repack(self, name: str, layout: MXLayout) -> None:
+        """Bring a projection's bytes into another layout."""
+        if layout == self._layouts[name][0]:
+            return
+        blocks, scales = (getattr(self, f"{name}_{part}") for part in ("blocks", "scales"))
+        after = self.packed_weights(name).repack(layout)
+        if getattr(blocks, "in_own_memory", False):
+            blocks.copy_(after.packed.view_as(blocks))
+            scales.copy_(after.scales)
+        else:
+            blocks.data, scales.data, blocks.in_own_memory = after.packed.view_as(blocks), after.scales, True
+        self._note(name, layout, after.scales_to_128)
+
+    def _note(self, name: str, layout: MXLayout, scales_to_128: bool) -> None:
+        """Remember how the bytes lie, here and, unless as in a checkpoint, on the parameter that holds them."""
+        self._layouts[name] = layout, scales_to_128
+        if layout != MXLayout.FWD:
+            getattr(self, f"{name}_blocks").layout_noted = int(layout)
+
+    def _is_noted(self, name: str) -> bool:
+        layout, _ = self._layouts[name]
+        return layout == MXLayout.FWD or getattr(getattr(self, f"{name}_blocks"), "layout_noted", None) == layout
+
+    def _stored_as(self, name: str) -> tuple[MXLayout, bool]:
+        """Layout and `scales_to_128`; what shards or offloads puts other parameters here, whose bytes nobody knows."""
+        if not self._is_noted(name):
+            raise RuntimeError(
+                f"{name}_blocks was replaced, by sharding or offloading, while its bytes had the layout "
+                f"{self._layouts[name][0].name}: call arrange(None) on the experts before that"
+            )
+        return self._layouts[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """What `to`, `half`, `type`, `cuda` and the like go through; refused before anything has changed."""
@@ -267,9 +249,24 @@ class PackedExperts(nn.Module):
                 f"packed experts cannot become {converted}: their uint8 parameters are codes and scales, not numbers; "
                 "to(dtype) casts the other parameters and leaves these alone"
             )
+        dtype = self._rows and fn(torch.zeros(0, dtype=self._rows, device=device)).dtype
         apply: Any = super()._apply
+        noted = [name for name in PROJECTIONS if self._is_noted(name)]
         apply(fn, recurse)
+        for name in noted:  # torch may have made other parameters, of the same bytes
+            self._note(name, *self._layouts[name])
+        self.arrange(dtype)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As nn.Module does, in a checkpoint's layout."""
+        save: Any = super()._save_to_state_dict
+        save(destination, prefix, keep_vars)
+        for name, (layout, _) in self._layouts.items():
+            if layout != MXLayout.FWD:  # a GPU that holds a model seldom holds it twice
+                copies = self.packed_weights(name).repack(MXLayout.FWD).to_gpt_oss()
+                for part, copied in zip(("blocks", "scales"), copies, strict=True):
+                    destination[f"{prefix}{name}_{part}"] = copied.cpu()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """As nn.Module does; `load_state_dict` would otherwise convert other dtypes to bytes, value by value."""
@@ -277,7 +274,21 @@ class PackedExperts(nn.Module):
             stored = state_dict.get(prefix + name)
             if stored is not None and stored.dtype != torch.uint8:
                 raise TypeError(f"{prefix}{name} is {stored.dtype}; expected torch.uint8 bytes, as a view if need be")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        with checkpoint_layout(self):
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@contextmanager
+def checkpoint_layout(model: nn.Module) -> Iterator[None]:
+    """For its duration all packed experts of a model hold a checkpoint's bytes, without a second copy of any stack."""
+    packed = [(module, module._rows) for module in model.modules() if isinstance(module, PackedExperts)]
+    for module, _ in packed:
+        module.arrange(None)
+    try:
+        yield
+    finally:
+        for module, rows in packed:
+            module.arrange(rows)
 
 
 _PACKED = tuple(f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales"))

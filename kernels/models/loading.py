@@ -128,7 +128,7 @@ def _fill(
         ValueError: a tensor is missing, left over or of another shape.
     """
     root, tied = checkpoint.files.root, set(getattr(model, "all_tied_weights_keys", {}))
-    needed = _needed(model, checkpoint)
+    needed = _needed(model, renaming, checkpoint)
     readers = {
         name: partial(matrix.read, checkpoint.files)
         for name, matrix in checkpoint.others.items()
@@ -151,16 +151,14 @@ def _fill(
     return stored_as
 
 
-def _needed(model: Any, checkpoint: Checkpoint) -> set[str]:
+def _needed(model: Any, renaming: Renaming, checkpoint: Checkpoint) -> set[str]:
     """What has to be stored: everything but packed weights and their biases; adapters if the checkpoint has some."""
-    experts = {
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, PackedExperts)
-        for key in module.state_dict()
-    }
-    adapters = {name for name in experts if _is_adapter(name)}
-    return set(model.state_dict()) - experts | (adapters if any(map(_is_adapter, checkpoint.others)) else set())
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    needed = {name for name in renaming.own if name.rpartition(".")[0] not in experts}
+    if any(map(_is_adapter, checkpoint.others)):
+        own = (f"{name}.{key}" for name, module in experts.items() for key, _ in module.named_parameters(recurse=False))
+        needed.update(filter(_is_adapter, own))
+    return needed
 
 
 def _is_adapter(name: str) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
 from mxref.kernels.models.adapters import LoRA, unwrap_adapters
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, checkpoint_layout
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
 
@@ -69,8 +69,9 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, list[MergeLoss]]:
         raise ValueError("model has no packed experts with an active adapter; there is nothing to merge")
     losses = []
     for name, (experts, adapters) in found.items():
-        for projection in (p for p in PROJECTIONS if p in adapters):
-            losses.append(_merge(f"{name}.{projection}", experts, projection, adapters[projection]))
+        with checkpoint_layout(experts):
+            for projection in (p for p in PROJECTIONS if p in adapters):
+                losses.append(_merge(f"{name}.{projection}", experts, projection, adapters[projection]))
         if experts.rank:
             experts.remove_lora()
         else:

@@ -19,7 +19,8 @@ from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
 from mxref.kernels.models.activation import form_of
 from mxref.kernels.models.adapters import check_adapter
-from mxref.kernels.models.experts import PROJECTIONS, Activation, PackedExperts
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.routed import Activation
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights, encode_mxfp4
 
@@ -157,11 +158,13 @@ def put_packed(
     model: nn.Module, name: str, packed: Mapping[str, MXWeights], biases: Mapping[str, Tensor]
 ) -> PackedExperts:
     """Replace one experts module by packed weights and biases, both by projection; what stands there now."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
+    dtype = module.down_proj.dtype
     for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
         delattr(module, parameter)  # the module lives on behind its activation, without weights
     experts = PackedExperts(packed["gate_up_proj"], packed["down_proj"], Activation(module, form_of(module)), biases)
     experts.train(module.training)
+    experts.arrange(dtype)
     model.set_submodule(name, experts)
     return experts
 

@@ -1,4 +1,4 @@
-"""A packed model to a checkpoint: under the names of a convention, the packed bytes as they lie in the model."""
+"""A packed model to a checkpoint: under the names of a convention, the packed bytes as they were loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxref.checkpoints import CONVENTIONS, Checkpoint, Convention, gpt_oss
 from mxref.checkpoints.files import INDEX_NAME, resolve
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, checkpoint_layout
 from mxref.kernels.models.packing import ADAPTERS_KEY
 from mxref.kernels.models.stored_names import stored_expert_names, stored_tensors
 
@@ -55,7 +55,7 @@ def save_packed_model(
 ) -> None:
     """Save a packed model as a checkpoint that `load_packed_model` reads; adapters are left out.
 
-    Bytes are written as they lie in the model, so experts that were loaded are saved unchanged, and so is all else that
+    Bytes are written as a checkpoint has them, so experts that were loaded are saved unchanged, and so is all else that
     was loaded in its own dtype. With gpt-oss names transformers reads a gpt-oss model. Tokenizer files and generation
     settings come along.
 
@@ -75,21 +75,22 @@ def save_packed_model(
     experts = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
     if not experts:
         raise ValueError(f"{type(model).__name__} has no PackedExperts; save it with its own save_pretrained")
-    state = model.state_dict()
-    if wrapped := next((name for name in state if ".base_layer." in name), None):
-        raise ValueError(f"{wrapped} is wrapped by PEFT; save its adapters with save_pretrained, and model.unload()")
-    origin = getattr(model, "stored_as", Origin())
-    chosen = _chosen(convention, model, origin, experts)
-    tensors = _others(chosen, model, origin, state, experts)
-    for name, module in experts.items():
-        for projection in PROJECTIONS:
-            weights = _weight_names(chosen, model, origin, f"{name}.{projection}")
-            tensors |= _expert_tensors(chosen, module, projection, weights)
+    with checkpoint_layout(model):
+        state = model.state_dict()
+        if name := next((name for name in state if ".base_layer." in name), None):
+            raise ValueError(f"{name} is wrapped by PEFT; save its adapters with save_pretrained, and model.unload()")
+        origin = getattr(model, "stored_as", Origin())
+        chosen = _chosen(convention, model, origin, experts)
+        tensors = _others(chosen, model, origin, state, experts)
+        for name, module in experts.items():
+            for projection in PROJECTIONS:
+                weights = _weight_names(chosen, model, origin, f"{name}.{projection}")
+                tensors |= _expert_tensors(chosen, module, projection, weights)
 
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_settings(model, directory, chosen)
-    _write_shards(tensors, directory, max_shard_size)
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_settings(model, directory, chosen)
+        _write_shards(tensors, directory, max_shard_size)
 
 
 def _chosen(convention: str | None, model: Any, origin: Origin, experts: Mapping[str, PackedExperts]) -> Convention:

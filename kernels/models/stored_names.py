@@ -29,12 +29,15 @@ class Renaming:
 
     Args:
         model: of transformers, its experts not packed yet.
+
+    Attributes:
+        own: names of the model's tensors.
     """
 
     def __init__(self, model: Any) -> None:
         rules = get_model_conversion_mapping(model)
         self._model = model
-        self._own = dict.fromkeys(model.state_dict(), True)
+        self.own = dict.fromkeys(model.state_dict(), True)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
@@ -64,10 +67,10 @@ class Renaming:
                 yield made, None, value[0] if isinstance(value, list) else value
 
     def _renamed(self, stored: str) -> tuple[str, str | None]:
-        if stored in self._own:
+        if stored in self.own:
             return stored, None
         prefix = self._model.base_model_prefix
-        name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self._own)
+        name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self.own)
         return name, pattern
 
 

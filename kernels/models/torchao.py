@@ -15,7 +15,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from mxref.kernels.device.dequant import dequantize_experts
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 TORCHAO_MINIMUM = Version("0.17.0")
 """The oldest torchao that supports the oldest torch this project supports (2.11)."""
@@ -119,4 +119,5 @@ def _check_active(active: Tensor, experts: int) -> None:
 
 
 def _decode(weights: MXWeights) -> Tensor:
-    return dequantize_experts(weights, torch.arange(weights.E, device=weights.device), weights.orig_dtype)
+    plain = weights.repack(MXLayout.FWD)
+    return dequantize_experts(plain, torch.arange(plain.E, device=plain.device), plain.orig_dtype)

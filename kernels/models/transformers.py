@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, Projection, routed_experts
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.kernels.models.packing import experts_modules
+from mxref.kernels.models.routed import Projection, routed_experts
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights
 

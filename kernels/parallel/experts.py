@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mxref.kernels.models.adapters import LoRA
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, Projection, routed_experts
+from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.routed import Projection, routed_experts
 from mxref.kernels.parallel.exchange import Owned, all_to_all_experts, summed_experts
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 __all__ = ["EXCHANGES", "ShardedExperts", "shard_experts"]
 
@@ -46,8 +47,9 @@ class ShardedExperts(PackedExperts):
             raise ValueError(f"exchange is {exchange!r}; expected one of {', '.join(EXCHANGES)}")
         self.owned, self.exchange = Owned(packed.num_experts, mesh), exchange
         biases = {name: bias for name in PROJECTIONS if (bias := getattr(packed, f"{name}_bias")) is not None}
-        gate_up, down = (packed.packed_weights(name) for name in PROJECTIONS)
+        gate_up, down = (packed.packed_weights(name).repack(MXLayout.FWD) for name in PROJECTIONS)
         super().__init__(gate_up, down, packed._activation, biases)
+        self._rows = None  # parts are kept as a checkpoint's
         for name, parameter in list(self.named_parameters(recurse=False)):
             self.register_parameter(name, self._divided(parameter))
         if packed.rank:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.parallel.agreement import failing_together
 from mxref.kernels.parallel.experts import ShardedExperts, shard_experts
 
@@ -47,6 +48,9 @@ def shard_model(
     if "ep" in names:
         shard_experts(model, mesh["ep"], exchange)
     sharded = [module for module in model.modules() if isinstance(module, ShardedExperts)]
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.arrange(None)
     if "fsdp" in names:
         placements = {module: _placements(module, mesh["fsdp"].size()) for module in sharded}
         for module, placement in placements.items():

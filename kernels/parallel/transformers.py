@@ -70,6 +70,8 @@ def distribute_model(model: Any, config: Any) -> Any:
                 f"{name} has {module.num_experts} experts, which ep_size = {config.ep_size} does not divide; "
                 "mxref.kernels.parallel.sharding.shard_model divides them unevenly"
             )
+    for module in experts.values():
+        module.arrange(None)  # parts are kept as a checkpoint's
     model._tp_plan, ep_plan = plans_without(model, experts)
     model._ep_plan = ep_plan | packed_plan(model)
     config, _, mesh = type(model).prepare_distribute_model(config)

@@ -28,7 +28,7 @@ import pretended_gpu as gpu
 from mxref.kernels.device import slots
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.models.adapters import LoRA
-from mxref.kernels.models.experts import Projection, routed_experts
+from mxref.kernels.models.routed import Projection, routed_experts
 from mxref.weights import MXLayout
 
 gpu.pretend()
