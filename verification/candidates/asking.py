@@ -124,7 +124,7 @@ def _pinned(candidate: Candidate, sample: Sample) -> tuple[dict[str, Candidate],
     """The candidate under each configuration that it names, or the error that it raises instead."""
     assert candidate.configs is not None
     try:
-        return {str(config): candidate.pinned(config) for config in candidate.configs(sample.problem.dtype)}, []
+        return {str(config): candidate.pinned(config) for config in candidate.configs_for(sample)}, []
     except Exception as error:
         return {}, [Answer({}, "configurations", error)]
 

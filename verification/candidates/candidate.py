@@ -32,7 +32,7 @@ from mxref.verification.candidates.answer import UnusableAnswerError
 from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 OPERAND_OF = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 """Gradient -> operand."""
@@ -71,6 +71,13 @@ class Candidate:
     def pinned(self, config: object) -> Candidate:
         """This candidate held to one of its `configs`, whatever the batch."""
         return replace(self, call=partial(self.call, config=config))
+
+    def configs_for(self, sample: Sample) -> list[Any]:
+        """Its `configs` that take a sample's weights: those without an attribute `layout`, or with the weights' own."""
+        assert self.configs is not None
+        layout = getattr(sample.problem.expert_weights, "layout", MXLayout.FWD)
+        reads = (None, layout if isinstance(layout, MXLayout) else MXLayout.FWD)
+        return [each for each in self.configs(sample.problem.dtype) if getattr(each, "layout", None) in reads]
 
     def run(self, sample: Sample) -> dict[str, Tensor | None]:
         """One forward and one backward pass on copies of the sample's operands.

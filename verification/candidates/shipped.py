@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ import mxref
 from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.starting_point import layer
-from mxref.weights import MXWeights, decode_mxfp4
+from mxref.weights import MXLayout, MXWeights, decode_mxfp4
 
 
 def golden() -> Candidate:
@@ -30,7 +32,8 @@ def shipped(device: torch.device) -> Candidate:
         return kernels.dequantize_experts(weights, torch.arange(weights.E, device=weights.device), dtype)
 
     def configs(dtype: torch.dtype) -> list[kernels.Config]:
-        return kernels.reachable_configs(architecture(device), dtype)
+        each = (kernels.reachable_configs(architecture(device), dtype, layout) for layout in MXLayout)
+        return list(dict.fromkeys(chain.from_iterable(each)))
 
     how, call = default_accumulation(device), kernels.parallel_linear_lora
     return Candidate("mxref.kernels", call, (), how, decode, configs=configs, operators=kernels)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxref.problem import Problem
 from mxref.verification.cases.call import Call
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 Routing = Literal[
     "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "descending", "sentinels", "all_sentinels",
@@ -65,8 +65,9 @@ class Case:
         fan_out: k, rows that each input row feeds; None for top_k (1 with `grouped_in`).
         grouped_out, use_fused_dX, use_fused_gather: passed to the call.
         dense: the weights are decoded already, a view [E, K, N] of the activation dtype.
+        layout: of packed weights, in memory; N a multiple of 32 for FRAGMENTS.
         quantised_from: what packed weights say that they were quantised from, which changes nothing.
-        scale_bytes: of `nonfinite` data.
+        scale_bytes: of `nonfinite` data, and of `elements` where they are not every finite one.
         call: how the caller calls.
         covers: (dimension, class) of each dimension of the domain that the case was made for, see `domain`.
     """
@@ -97,6 +98,7 @@ class Case:
     use_fused_dX: bool = False
     use_fused_gather: bool = False
     dense: bool = False
+    layout: MXLayout = MXLayout.FWD
     quantised_from: torch.dtype = torch.bfloat16
     scale_bytes: tuple[int, ...] = ()
     call: Call = field(default_factory=Call)

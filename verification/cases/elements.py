@@ -47,6 +47,13 @@ def one_hot_elements(dtype: torch.dtype) -> Case:
     return replace(case, use_fused_dX=True, use_fused_gather=True)
 
 
+def elements_to_128(dtype: torch.dtype) -> Case:
+    """`element_cases` of the bytes that one exact product decodes in 16 bits."""
+    every = element_cases(dtype, nonfinite=False)[0]
+    name = f"every element of bytes to 128, {_name(dtype)}"
+    return replace(every, name=name, N=160, scale_bytes=tuple(range(129)))
+
+
 def every_element(dtype: torch.dtype) -> Case:
     """`all_elements` as weights and no rows, for a decoder by itself."""
     K = MX_BLOCK_SIZE * _CODES // _EXPERTS
@@ -106,7 +113,7 @@ def _nonfinite_cases(dtype: torch.dtype) -> list[Case]:
 
 def _finite(case: Case) -> Sample:
     """Each expert has K = 256 rows; x picks the rows of W, and dOut its columns (p mod N)."""
-    bytes_ = finite_bytes(case.dtype)
+    bytes_ = list(case.scale_bytes) or finite_bytes(case.dtype)
     weights = _weights(torch.tensor(bytes_ + bytes_[: case.N - len(bytes_)]))
     E, K, N = weights.E, weights.K, weights.N
     x = torch.eye(K, dtype=case.dtype).repeat(E, 1)

@@ -33,10 +33,11 @@ def as_asked(sample: Sample) -> Sample:
         operands["expert_weights"] = replace(weights, orig_dtype=case.quantised_from)
     sample = _not_finite(_overflowing(sample.changed(**operands)))
     weights = sample.problem.expert_weights
-    if case.dense and isinstance(weights, MXWeights):
-        decoded = decode_mxfp4(weights, problem.dtype).mT
-        sample = sample.changed(expert_weights=_alike(decoded, case.call.weights))
-    return sample
+    if not isinstance(weights, MXWeights):
+        return sample
+    if case.dense:
+        return sample.changed(expert_weights=_alike(decode_mxfp4(weights, problem.dtype).mT, case.call.weights))
+    return sample.changed(expert_weights=weights.repack(case.layout))
 
 
 def repeated(case: Case, problem: Problem, grad_out: Tensor) -> tuple[Problem, Tensor]:

@@ -10,18 +10,21 @@ lie on the bf16 grid; rounding to 16 bits is judged on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from mxref.fragments import TILE
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import domain_cases
-from mxref.verification.cases.elements import element_cases, every_element
+from mxref.verification.cases.elements import element_cases, elements_to_128, every_element
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.small import FULL_OF_COLUMNS
+from mxref.weights import MXLayout
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -87,6 +90,27 @@ def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
     ]
 
 
+def fragment_cases(scope: Scope) -> list[Case]:
+    """Exact fixtures on weights in the layout FRAGMENTS: every code and byte, every option, on a GPU the domain too."""
+    dtype = small.usual_dtype(scope.device_type)
+    if scope.suite == "small":
+        return in_fragments([*small.integer_cases(scope.device_type), elements_to_128(dtype)])
+    decode = [elements_to_128(dtype), *decode_cases("quick", scope.device_type)]
+    integers = integer_cases("quick", scope.device_type)
+    if scope.device_type == "cpu":
+        return in_fragments([*decode, *_some(integers)])
+    return in_fragments([*decode, *integers, *(case for case in _domain(scope) if case.exact)])
+
+
+def in_fragments(cases: Iterable[Case]) -> list[Case]:
+    """The cases whose packed weights can have the layout FRAGMENTS, so that they have it."""
+    return [
+        replace(case, name=f"{case.name}, in fragments", layout=MXLayout.FRAGMENTS, covers=())
+        for case in cases
+        if not case.dense and case.N % TILE == 0
+    ]
+
+
 def exact_cases(scope: Scope) -> list[Case]:
     """Fixtures that are exact in any order of summation: those that cover the domain, and what lies beyond it.
 
@@ -94,12 +118,16 @@ def exact_cases(scope: Scope) -> list[Case]:
     """
     named = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
-        kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates")
-        named = [case for case in named if any(word in case.name for word in kept)]
+        named = _some(named)
     large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
     beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
     named += [*large, *beyond]
     return [*named, *(case for case in _domain(scope) if case.exact)]
+
+
+def _some(cases: Iterable[Case]) -> list[Case]:
+    kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates")
+    return [case for case in cases if any(word in case.name for word in kept)]
 
 
 def ordinary_cases(scope: Scope) -> list[Case]:
@@ -157,7 +185,9 @@ def configuration_cases(suite: Suite, device_type: str) -> list[Case]:
     odd = Case("configurations", 4, 416, 352, 131, 2, 20, torch.bfloat16, bias=True, gate_slots=2, use_fused_dX=True)
     fixtures = integer_cases("quick", device_type)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return [*fixtures, *(replace(odd, name=f"configurations, {tag}", dtype=dtype) for tag, dtype in dtypes.items())]
+    drawn = [replace(odd, name=f"configurations, {tag}", dtype=dtype) for tag, dtype in dtypes.items()]
+    repacked = in_fragments(case for case in (*fixtures, *drawn) if case.dtype == torch.bfloat16)
+    return [*fixtures, *drawn, *repacked]
 
 
 def _quick(device_type: str) -> list[Case]:

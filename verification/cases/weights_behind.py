@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxref.formats import E2M1_VALUES, E8M0_BIAS
 from mxref.verification.cases.case import Sample
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 _MOST = 4  # terms worth naming
 
@@ -40,8 +40,9 @@ class Weight:
 
 def weight_at(weights: MXWeights, expert: int, k: int, n: int, factor: float = 1.0) -> Weight:
     """The packed weight at one place."""
-    byte = int(weights.packed[expert, n, k // 2])
-    return Weight(expert, k, n, byte >> 4 if k % 2 else byte & 15, int(weights.scales[expert, n, k // 32]), factor)
+    own = weights.select(torch.tensor([expert])).repack(MXLayout.FWD)
+    byte = int(own.packed[0, n, k // 2])
+    return Weight(expert, k, n, byte >> 4 if k % 2 else byte & 15, int(own.scales[0, n, k // 32]), factor)
 
 
 def weights_behind(sample: Sample, tensor: str, coordinate: tuple[int, ...]) -> list[Weight]:

@@ -97,6 +97,9 @@ def _named(cases: Callable[[Suite, str], list[Case]]) -> Cases:
 
 
 _drawn, _behaviour = suites.ordinary_cases, _named(suites.behaviour_cases)
+_guarded = lambda device_type: [  # noqa: E731
+    *small.integer_cases(device_type), *suites.in_fragments(small.integer_cases(device_type))
+]  # fmt: skip
 _operators: Cases = lambda scope: [small.operator_case(scope.device_type)]  # noqa: E731
 
 CHECKS: tuple[Check, ...] = (
@@ -111,6 +114,12 @@ CHECKS: tuple[Check, ...] = (
         "The same on weights that are decoded already, on an N that no tile divides, and with gates beyond fp16's "
         "range.",
         "one run", Asked.OWN, _named(suites.own_integer_cases), asking.once, equal,
+    ),
+    Check(
+        "fragments",
+        "The same on packed weights in the order in which tensor cores take them, to which the loaders bring them on "
+        "Hopper: every code under every scale byte, every option.",
+        "one run", Asked.OWN, suites.fragment_cases, asking.once, equal,
     ),
     Check(
         "decode",
@@ -264,7 +273,7 @@ CHECKS: tuple[Check, ...] = (
         "guard pages",
         "Every tensor ends right before addresses that nothing is mapped to: a load behind its end, whose value a mask "
         "would drop, faults. A fault ends the use of the GPU in its process, so this comes last.",
-        "one run", Asked.OWN_ON_GPU, _small(small.integer_cases), asking_kernels.at_guard_pages, equal,
+        "one run", Asked.OWN_ON_GPU, _small(_guarded), asking_kernels.at_guard_pages, equal,
     ),
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS, Cases, Check
 from mxref.verification.gate.problem import problem_of, weights_of
 from mxref.verification.gate.projections import Projections
+from mxref.weights import MXLayout
 
 Drawn = Sample | TableSample | ActivationSample
 
@@ -91,6 +92,8 @@ def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item
         together = tuple(alike)
         for case in together[0].cases(scope):
             if isinstance(case, Case):
+                if not own and case.layout != MXLayout.FWD:
+                    continue  # this project's own layouts
                 if not scope.subset.holds(case):
                     continue
                 case = scope.subset.of(case)

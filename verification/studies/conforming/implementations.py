@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxref.fragments import TILE
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Order, Product
 from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.candidates.answer import Answer
+from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import shipped, torch_composite
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.domain_cases import domain_cases
@@ -26,6 +29,7 @@ from mxref.verification.checks.expectation import Expectation, slopes_of
 from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.studies.conforming.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
+from mxref.weights import MXLayout, MXWeights
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _SM90, _SM80, _ANY = (ACCUMULATIONS[name] for name in ("tensor-core-sm90", "tensor-core-sm80", "undeclared"))
@@ -147,10 +151,20 @@ def on_gpu(device: torch.device) -> list[Honest]:
     assert candidate.accumulation is not None
 
     return [
-        Honest(f"{_short(dtype)}, {config}", dtype, candidate.pinned(config).run, candidate.accumulation)
+        Honest(f"{_short(dtype)}, {config}", dtype, partial(_pinned, candidate, config), candidate.accumulation)
         for dtype in (_BF16, _FP16, _FP32)
         for config in candidate.configs(dtype)
     ]
+
+
+def _pinned(candidate: Candidate, config: Any, sample: Sample) -> Mapping[str, Tensor | None]:
+    """Under one configuration, on weights in the layout that it is for; where they cannot have it, under dispatch."""
+    weights = sample.problem.expert_weights
+    if isinstance(weights, MXWeights) and config.layout == MXLayout.FRAGMENTS:
+        if weights.N % TILE:
+            return candidate.run(sample)
+        sample = sample.changed(expert_weights=weights.repack(MXLayout.FRAGMENTS))
+    return candidate.pinned(config).run(sample)
 
 
 def judge(implementations: Sequence[Honest], sample: Sample) -> Iterator[tuple[Honest, list[Finding]]]:
