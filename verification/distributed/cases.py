@@ -5,13 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Literal
 
 import torch
 
 from mxref.verification.cases.case import Routing
 
-__all__ = ["CASES", "Shares", "StepCase"]
+__all__ = ["CASES", "Shares", "StepCase", "StepItem"]
 
 Shares = Literal["even", "uneven", "one empty", "last has all"]
 
@@ -70,6 +71,20 @@ class StepCase:
     def dealt(self, ranks: int) -> tuple[tuple[int, ...], ...] | None:
         """The ranks of each group, dealt like cards, as a mesh's columns are; None where they cannot be dealt alike."""
         return None if ranks % self.groups else tuple(tuple(range(g, ranks, self.groups)) for g in range(self.groups))
+
+
+@dataclass(frozen=True)
+class StepItem:
+    """One case in a world of so many ranks, drawn with a seed."""
+
+    case: StepCase
+    ranks: int
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Eight digits, the same in every run that asks this."""
+        return sha256(f"{self.case} {self.ranks} {self.seed}".encode()).hexdigest()[:8]
 
 
 CASES: Sequence[StepCase] = (

@@ -1,4 +1,4 @@
-"""Every check of a step on several ranks, in the order in which findings are told."""
+"""Every check of a step on several ranks, in the order in which findings are told; and this project's steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from mxref.verification.checks.finding import Finding
 from mxref.verification.distributed import checks
 from mxref.verification.distributed.checks import Answers
 
-__all__ = ["CHECKS", "ENDS", "StepCheck", "why"]
+__all__ = ["CHECKS", "ENDS", "OWN", "StepCheck", "why"]
+
+OWN = {
+    "experts-in-parallel": "mxref.verification.distributed.shipped:ExpertsInParallel",
+    "fully-sharded": "mxref.verification.distributed.shipped:FullySharded",
+    "two-dimensions": "mxref.verification.distributed.shipped:OnTwoDimensions",
+}
+"""This project's steps by name, and where each is defined."""
 
 
 @dataclass(frozen=True)
