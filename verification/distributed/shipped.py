@@ -62,7 +62,7 @@ class FullySharded:
 
     mxref_loss = "sum"
     mxref_reduction = "float32"
-    mxref_covers = "experts>=ranks, one group"  # torch's checkpoints are saved by the whole world
+    mxref_covers = "experts>=ranks"
     dimension = "fsdp"
 
     def __call__(self, model: Model, batches: Sequence[Batch], group: ProcessGroup, folder: Path) -> Trained:
@@ -72,7 +72,7 @@ class FullySharded:
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         optimiser = torch.optim.SGD(trained, lr=model.learning_rate)
         steps = tuple(_step(block, optimiser, batch, group, ranks) for batch in batches)
-        save_training(folder, block, optimiser)
+        save_training(folder, block, optimiser, group)
         lora_A, lora_B = _adapters(block.experts, [p.detach() for p in _own(block.experts)])
         packed, scales = _whole(block.experts.down_proj_blocks).flatten(-2), _whole(block.experts.down_proj_scales)
         router = None if block.router is None else _whole(block.router.detach())
@@ -102,8 +102,10 @@ class ExpertsInParallel(FullySharded):
 class OnTwoDimensions(FullySharded):
     """Experts are divided among pairs of ranks, whose parts FSDP2 shards over the pairs."""
 
+    mxref_covers = "experts>=ranks, one group"  # torch makes a mesh's groups by all ranks of the world together
+
     def mesh(self, group: ProcessGroup, device_type: str) -> DeviceMesh:
-        """The whole world: torch makes a mesh's groups together."""
+        """The whole world."""
         ranks = dist.get_world_size(group)
         pair = 1 if ranks % 2 else 2
         return init_device_mesh(device_type, (ranks // pair, pair), mesh_dim_names=("fsdp", "ep"))
