@@ -44,6 +44,8 @@ def serve(rank: int, size: int, device_type: str, folder: Path, questions: Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(number) for name, number in here.items()}  # as torchrun sets them
     device = torch.device(device_type if device_type == "cpu" else f"cuda:{rank}")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -11,7 +11,7 @@ from ranks_questions import Ask
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.distributed import world as world_module
 from mxref.verification.distributed.ranks import Raised
-from mxref.verification.distributed.world import Lost, World, innermost
+from mxref.verification.distributed.world import GRACE, Lost, World, innermost
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,6 @@ def test_threads_that_only_wake_up_do_nothing_together(
     threads: dict[str, float] = dict.fromkeys(map(str, range(100)), 0.0)
     monkeypatch.setattr(world_module, "thread_seconds", lambda process: dict(threads))
     monkeypatch.setattr(world_module, "processor_seconds", lambda process: sum(threads.values()))
-    watch = world_module._Watch([SimpleNamespace(process=None)], Limits(processor=60.0, silence=1.0))  # type: ignore[list-item]
+    watch = world_module._Watch([SimpleNamespace(process=None)], Limits(processor=60.0, silence=1.0), GRACE)  # type: ignore[list-item]
     threads |= dict.fromkeys(threads, 0.01) | {"0": busiest}
     assert bool(watch.hung([0], hopeless=False)) == hung
