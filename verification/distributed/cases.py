@@ -23,7 +23,8 @@ class StepCase:
 
     Attributes:
         name: unique; it also seeds the draw.
-        exact: small integers: every sum is exact in any order and any partition; otherwise ordinary numbers, in fp32.
+        exact: small integers: every sum is exact in any order and any partition; otherwise ordinary numbers. Those in
+            16 bits have a power of two of tokens, so that a mean's factor rounds nothing, and gates without a router.
         experts, K, N, tokens, top_k, rank: sizes; `tokens` over all ranks. K = N, as of a whole block of experts.
         dtype: activation dtype.
         batches: steps, one a batch.
@@ -103,5 +104,9 @@ CASES: Sequence[StepCase] = (
     StepCase("float16", dtype=torch.float16, shares="uneven"),
     StepCase("ordinary numbers", exact=False, tokens=30, shares="uneven", bias=True, repeat=True),
     StepCase("softmax router", exact=False, tokens=30, router=True),
+    StepCase(
+        "rounded to bfloat16", exact=False, tokens=32, dtype=torch.bfloat16, shares="uneven", bias=True, repeat=True
+    ),
+    StepCase("rounded to float16", exact=False, tokens=32, top_k=3, dtype=torch.float16, shares="one empty"),
 )
 """What every step is asked, in this order."""

@@ -77,7 +77,8 @@ CHECKS: tuple[StepCheck, ...] = (
         "interval",
         "Ordinary numbers, a mean over tokens, a softmax router. For every element the interval is derived in which "
         "fp32 arithmetic lies in any order, and what the sum over ranks adds in the dtype and order that the step "
-        "declares: a sum in bf16 declared as fp32 lies outside, and so does a router without its softmax's own term.",
+        "declares: a sum in bf16 declared as fp32 lies outside, and so does a router without its softmax's own term. "
+        "In bf16 and fp16 each rounding point of the layer is accounted for, and one more on the way shows.",
         "one run", lambda answers: not _exact(answers), checks.inside,
     ),
     StepCheck(

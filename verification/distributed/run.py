@@ -86,6 +86,7 @@ def run_gate(
         with World(size, device_type, limits) as world:
             declared = describe(world, step.make)
             result.declares = (("loss", declared.loss), ("sums over ranks", str(declared.reduction)))
+            result.declares += (("slots of a token", declared.outputs),)
             result.declares += (("checkpoint", "read back" if declared.saves else "none (no mxref_load)"),)
             result.narrowed = ", ".join(filter(None, [*declared.covers, narrowed]))
             for item in own:
