@@ -7,6 +7,7 @@ computes without end. Neither depends on how busy the machine is.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -31,6 +32,8 @@ LIMITS = Limits(processor=900.0, silence=30.0)
 anything. A rank that has nothing to wait for always does something."""
 GRACE = 3.0
 """The latter, once a rank has died or raised: the others wait for it, or notice."""
+GPU_GRACE = 30.0
+"""The same where ranks wait for GPUs: that uses a processor, and so looks like work."""
 _TICK = 0.1
 _SERVER = get_context("forkserver")
 
@@ -85,7 +88,7 @@ class World:
         for rank, question in zip(self._ranks, questions, strict=True):
             rank.connection.send_bytes(pickle.dumps(question))
         answers: dict[int, Any] = {}
-        watch = _Watch(self._ranks, self._limits, self._grace)
+        watch = _Watch(self._ranks, self._limits, self._grace, GPU_GRACE if self._device_type == "cuda" else math.inf)
         while len(answers) < self.size:
             pending = [number for number in range(self.size) if number not in answers]
             wait([self._ranks[number].connection for number in pending], timeout=_TICK)
@@ -154,8 +157,9 @@ class World:
 class _Watch:
     """Whether ranks that owe an answer still do something."""
 
-    def __init__(self, ranks: Sequence[_Rank], limits: Limits, grace: float) -> None:
+    def __init__(self, ranks: Sequence[_Rank], limits: Limits, grace: float, busy_grace: float = math.inf) -> None:
         self._processes, self._limits, self._grace = [rank.process for rank in ranks], limits, grace
+        self._busy_grace, self._hopeless = busy_grace, math.inf
         self._first = [processor_seconds(process) for process in self._processes]
         self._marked = [thread_seconds(process) for process in self._processes]
         self._since = time.monotonic()
@@ -173,7 +177,11 @@ class _Watch:
                 number: f"computed without end: no result in {seconds:.0f} s of processor time"
                 if seconds > self._limits.processor else "waited meanwhile" for number, seconds in used.items()
             }  # fmt: skip
-        silent, limit = time.monotonic() - self._since, self._limits.silence
+        clock = time.monotonic()
+        self._hopeless = min(self._hopeless, clock) if hopeless else math.inf
+        if clock - self._hopeless > self._busy_grace:
+            return dict.fromkeys(owing, f"waited for its GPU, {self._busy_grace:.0f} s behind another rank's end")
+        silent, limit = clock - self._since, self._limits.silence
         if silent < (min(self._grace, limit) if hopeless else limit):
             return {}
         now = [thread_seconds(process) for process in self._processes]

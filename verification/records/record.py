@@ -49,35 +49,35 @@ class Kind:
     gpu_only: bool = True
 
 
-KINDS = (
-    {
-        "gate": Kind("mxref gate --require-gpu --record", "the gate's verdict on the kernels"),
-        "bench": Kind("mxref bench --large --record", "how fast they are"),
-        "history": Kind("mxref bench --large --record", "the ratios of one benchmark, for `mxref history`"),
-        "scoreboard": Kind(
-            "mxref scoreboard --device cuda --record", "implementations from elsewhere by the same checks"
-        ),
-        "pytest": Kind("pytest -m gpu --require-gpu --record-evidence", "the tests that need a GPU"),
-        "finetune": Kind("python notebooks/04_finetune_gpt_oss.py --record", "training beside the dequantised model"),
-        "mutants": Kind("mxref mutants --all --record", "planted bugs and the checks that notice them", gpu_only=False),
-        "calls": Kind("mxref calls --record", "planted bugs of how a layer is called", gpu_only=False),
-        "sanitize": Kind("mxref sanitize --record", "what compute-sanitizer and ConSan see in the kernels"),
-        "ulp_baseline": Kind("mxref gate --accept-baseline", "accepted errors, in ulp", gpu_only=False),
-        "rows": Kind("mxref bench --rows --record", "forward and dX over rows per expert"),
-        "host": Kind("mxref bench --host --record", "host time of one eager step"),
-    }
-    | {
-        name: Kind(f"mxref bench --model {name} --profile --record", f"{name} trained whole")
-        for name in MODELS
-        if name != TINY.name
-    }
-    | {
+_PUBLISHED = [name for name in MODELS if name != TINY.name]
+KINDS: dict[str, Kind] = {
+    "gate": Kind("mxref gate --require-gpu --record", "the gate's verdict on the kernels"),
+    "bench": Kind("mxref bench --large --record", "how fast they are"),
+    "history": Kind("mxref bench --large --record", "the ratios of one benchmark, for `mxref history`"),
+    "scoreboard": Kind("mxref scoreboard --device cuda --record", "implementations from elsewhere by the same checks"),
+    "pytest": Kind("pytest -m gpu --require-gpu --record-evidence", "the tests that need a GPU"),
+    "finetune": Kind("python notebooks/04_finetune_gpt_oss.py --record", "training beside the dequantised model"),
+    "mutants": Kind("mxref mutants --all --record", "planted bugs and the checks that notice them", gpu_only=False),
+    "calls": Kind("mxref calls --record", "planted bugs of how a layer is called", gpu_only=False),
+    "sanitize": Kind("mxref sanitize --record", "what compute-sanitizer and ConSan see in the kernels"),
+    "ulp_baseline": Kind("mxref gate --accept-baseline", "accepted errors, in ulp", gpu_only=False),
+    "rows": Kind("mxref bench --rows --record", "forward and dX over rows per expert"),
+    "host": Kind("mxref bench --host --record", "host time of one eager step"),
+    **{name: Kind(f"mxref bench --model {name} --profile --record", f"{name} trained whole") for name in _PUBLISHED},
+    **{
+        f"{name}-parallel": Kind(
+            f"mxref bench --model {name} --parallel fsdp --parallel experts --record",
+            f"{name} trained by several ranks",
+        )
+        for name in _PUBLISHED
+    },
+    **{
         f"steps-{name}": Kind(
             f"mxref gate --distributed --step {name} --record", f"the gate's verdict on steps, {name}", gpu_only=False
         )
         for name in OWN
-    }
-)
+    },
+}
 
 
 def write(
