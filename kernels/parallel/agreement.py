@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 __all__ = ["WAIT", "check_ranks_agree", "exchange", "failing_together"]
@@ -22,7 +23,8 @@ WAIT = 300.0
 """Seconds that ranks wait for each other unless they are told otherwise."""
 
 _LIBRARIES = ("mxref", "torch", "triton", "transformers", "accelerate", "peft")
-_calls = itertools.count()
+_calls: dict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)
+"""Calls of `exchange` so far, by the ranks of the group."""
 
 
 def check_ranks_agree(model: nn.Module, *, seed: bool = False, wait: float = WAIT) -> None:
@@ -51,27 +53,30 @@ def check_ranks_agree(model: nn.Module, *, seed: bool = False, wait: float = WAI
         raise ValueError(f"the ranks differ in {len(different)} things: {shown}")
 
 
-def exchange(facts: Mapping[str, str], wait: float = WAIT) -> list[dict[str, str]]:
-    """Every rank's facts, in the order of ranks; a collective through the store, so that none waits forever.
+def exchange(facts: Mapping[str, str], wait: float = WAIT, group: ProcessGroup | None = None) -> list[dict[str, str]]:
+    """Every rank's facts, in the order of a group's ranks; a collective through the store, so that none waits forever.
 
     Raises:
         TimeoutError: on every rank that is there; which ranks are not.
     """
     store = distributed.distributed_c10d._get_default_store()
-    call, size = next(_calls), distributed.get_world_size()
-    keys = [f"mxref/{call}/{rank}" for rank in range(size)]
-    store.set(keys[distributed.get_rank()], json.dumps(dict(facts)))
+    ranks = distributed.get_process_group_ranks(group)
+    call = next(_calls[tuple(ranks)])
+    keys = [f"mxref/{ranks}/{call}/{rank}" for rank in ranks]
+    store.set(keys[distributed.get_rank(group)], json.dumps(dict(facts)))
     try:
         store.wait(keys, timedelta(seconds=wait))
     except RuntimeError as error:  # what stores raise when time is up
-        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise TimeoutError(f"ranks {absent} of {size} did not come within {wait:g} s; see their own output") from error
+        absent = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+        raise TimeoutError(
+            f"ranks {absent} of {len(ranks)} did not come within {wait:g} s; see their own output"
+        ) from error
     return [json.loads(store.get(key)) for key in keys]
 
 
 @contextmanager
-def failing_together(wait: float = WAIT) -> Iterator[None]:
-    """What some ranks do alone, such as writing a file: if one of them fails, all do.
+def failing_together(wait: float = WAIT, group: ProcessGroup | None = None) -> Iterator[None]:
+    """What some ranks do alone, such as writing a file: if one of them fails, all of the group do.
 
     Raises:
         RuntimeError: on every rank that did not fail itself; which ranks did, and why.
@@ -82,10 +87,11 @@ def failing_together(wait: float = WAIT) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    answers = exchange({} if error is None else {"error": f"{type(error).__name__}: {error}"}, wait)
+    answers = exchange({} if error is None else {"error": f"{type(error).__name__}: {error}"}, wait, group)
     if error is not None:
         raise error
-    if failed := [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if answer]:
+    of_ranks = zip(distributed.get_process_group_ranks(group), answers, strict=True)
+    if failed := [f"rank {rank}: {answer['error']}" for rank, answer in of_ranks if answer]:
         raise RuntimeError("; ".join(failed))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -17,27 +18,35 @@ from mxref.kernels.parallel.agreement import failing_together
 __all__ = ["load_training", "save_training"]
 
 
-def save_training(directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Write parameters, packed bytes among them, and the optimiser's state; every rank its part. Collective."""
-    save(_state(model, optimiser), checkpoint_id=str(directory))
+def save_training(
+    directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, group: ProcessGroup | None = None
+) -> None:
+    """Write parameters, packed bytes among them, and the optimiser's state; every rank its part.
+
+    Collective over `group`, the ranks that train this model: several groups, each with a model and a directory of its
+    own, save side by side. None for all ranks.
+    """
+    save(_state(model, optimiser), checkpoint_id=str(directory), process_group=group)
 
 
-def load_training(directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+def load_training(
+    directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, group: ProcessGroup | None = None
+) -> None:
     """Read what `save_training` wrote on any number of ranks, in place; every rank its part; no gradient is left.
 
     Experts that are divided (`shard_experts`) and those that are not keep their adapters in different layouts, so each
-    resumes on its own kind; adapters saved as PEFT's go from any to any. Collective.
+    resumes on its own kind; adapters saved as PEFT's go from any to any. Collective over `group`, as `save_training`.
 
     Raises:
         FileNotFoundError: on the ranks that miss files of it; RuntimeError on the others. Nothing has been read then.
         CheckpointException: on every rank, if it does not hold what the model needs.
     """
     directory = Path(directory)
-    with failing_together():
+    with failing_together(group=group):
         _check_complete(directory)
     optimiser.zero_grad()  # beside gradients, torch takes an optimiser without state for one that needs none
     state = _state(model, optimiser)
-    load(state, checkpoint_id=str(directory))
+    load(state, checkpoint_id=str(directory), process_group=group)
     set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
 
 

@@ -1,22 +1,13 @@
-"""Ranks that do not fit together, and checkpoints that are not complete: named on every rank, in bounded time."""
+"""Ranks that do not fit together, and checkpoints that are not complete: named on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import bad_ranks
 import mesh_training
 import world
-
-
-def errors(work: Callable[..., None], ranks: int, *arguments: Any) -> list[str]:
-    """The last line of every rank's error; each must have ended with an exit code that is not 0."""
-    outcomes = world.outcomes_of(work, ranks, *arguments)
-    assert all(outcome.exitcode == 1 for outcome in outcomes), "\n".join(map(str, outcomes))
-    return [outcome.error.strip().rpartition("\n")[2] for outcome in outcomes]
-
+from world import errors
 
 DIFFERENCES = {
     "weight": "layers.0.experts.down_proj_blocks: ranks 0 have",
@@ -44,17 +35,9 @@ def test_ranks_that_differ_end_with_an_error() -> None:
 
 
 def test_a_rank_that_stays_away() -> None:
-    here, gone = world.outcomes_of(bad_ranks.stay_away, 2)
-    assert gone.exitcode == 3
-    assert "TimeoutError: ranks [1] of 2 did not come within 3 s" in here.error
-
-
-def test_a_rank_that_hangs() -> None:
-    """The world of these tests itself: it ends, and says who did not."""
-    waiting, hanging = world.outcomes_of(bad_ranks.hang, 2, leave=2)
-    assert waiting.exitcode == 1
-    assert hanging.failed
-    assert "rank 1 was still running and was ended" in str(hanging)
+    here, gone = world.run(bad_ranks.stay_away, 2)
+    assert here == "ranks [1] of 2 did not come within 3 s; see their own output"
+    assert not gone
 
 
 def test_more_ranks_than_experts() -> None:

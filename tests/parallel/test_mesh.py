@@ -73,6 +73,23 @@ def test_training_resumes_on_another_mesh(tmp_path: Path) -> None:
             assert torch.equal(found[name], value), (shape, name)
 
 
+def test_two_groups_save_and_resume_side_by_side(tmp_path: Path) -> None:
+    """Each as if it were alone."""
+    found = world.run(mesh_training.side_by_side, 4, str(tmp_path), 5, [1.0, -2.0], [4.0])
+    for number in (0, 1):
+        scales = [(1 + number) * scale for scale in (1.0, -2.0, 4.0)]
+        [expected] = world.run(mesh_training.train, 1, str(tmp_path / f"whole {number}"), 5, (1,), False, scales)
+        for trained in (found[number], found[number + 2]):
+            assert len(trained) == 5
+            for name, value in trained.items():
+                own = expected[name]
+                if name.endswith("_lora_A"):
+                    value = value.flatten(0, 1)
+                if name.endswith("_lora_B"):
+                    value = value.transpose(0, 1).flatten(1)
+                assert torch.equal(own, value), name
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["ep of 2", "fsdp × ep"])
 def test_saved_once_and_whole(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """A packed checkpoint and PEFT's adapter, which one process loads: every tensor, bytes among them, as it was.

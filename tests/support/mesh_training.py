@@ -10,7 +10,7 @@ from moe_models import tiny_gpt_oss
 from parallel_models import Batch, integer_experts
 from sharded_training import Layer
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mxref.kernels.models.adapter_files import save_adapters
 from mxref.kernels.models.packing import pack_experts
@@ -34,9 +34,12 @@ class Model(nn.Module):
         return out
 
 
-def model_of(num_experts: int, shape: tuple[int, ...], exchange: str = "all-to-all", recompute: bool = False) -> Any:
-    names = {2: ("fsdp", "ep"), 1: ("ep",)}[len(shape)]
-    mesh, model = init_device_mesh("cpu", shape, mesh_dim_names=names), Model(num_experts, recompute)
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", shape, mesh_dim_names={2: ("fsdp", "ep"), 1: ("ep",)}[len(shape)])
+
+
+def model_of(num_experts: int, mesh: DeviceMesh, exchange: str = "all-to-all", recompute: bool = False) -> Any:
+    model = Model(num_experts, recompute)
     return shard_model(model, mesh, model.layers, exchange, reshard_after_forward=True)
 
 
@@ -53,7 +56,7 @@ def steps(num_experts: int, shape: tuple[int, ...], recompute: bool) -> dict[str
 
 def step(num_experts: int, shape: tuple[int, ...], exchange: str, recompute: bool) -> dict[str, Any]:
     """One step of SGD: this rank's loss and gradient of x, and on rank 0 the state after it."""
-    rank, model = distributed.get_rank(), model_of(num_experts, shape, exchange, recompute)
+    rank, model = distributed.get_rank(), model_of(num_experts, mesh_of(shape), exchange, recompute)
     group = rank if exchange == "all-to-all" else rank // shape[-1]  # ranks of one sum have the same tokens
     batch = Batch.of(group, num_experts)
     loss = batch.loss(model)
@@ -68,7 +71,25 @@ def train(
     directory: str, num_experts: int, shape: tuple[int, ...], resume: bool, scales: list[float]
 ) -> dict[str, Tensor]:
     """Steps of AdamW by multiples of one exact gradient; before them state from `directory`, or after them to it."""
-    model = model_of(num_experts, shape)
+    return gathered(trained_on(mesh_of(shape), directory, num_experts, resume, scales))
+
+
+def side_by_side(directory: str, num_experts: int, saved: list[float], resumed: list[float]) -> dict[str, Tensor]:
+    """Two groups of a world of four, each with a model, multiples and a directory of its own; the first one loads once
+    more often. Every rank's own model, whole."""
+    number = distributed.get_rank() % 2
+    groups = [distributed.new_group([first, first + 2]) for first in (0, 1)]
+    mesh = DeviceMesh.from_group(groups[number], "cpu", mesh_dim_names=("ep",))
+    own, scales = f"{directory}/{number}", [[(1 + number) * scale for scale in each] for each in (saved, resumed)]
+    trained_on(mesh, own, num_experts, False, scales[0])
+    for _ in range(2 - number):
+        model = trained_on(mesh, own, num_experts, True, scales[1])
+    return {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_on(mesh: DeviceMesh, directory: str, num_experts: int, resume: bool, scales: list[float]) -> Any:
+    """The model after these steps."""
+    model, group = model_of(num_experts, mesh), mesh.get_group() if mesh.ndim == 1 else None
     Batch.of(0, num_experts).loss(model).backward()  # the same tokens on every rank
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in trained]
@@ -76,14 +97,14 @@ def train(
     if resume:
         for parameter in model.parameters():
             parameter.data.zero_()  # nothing may be left of what is not loaded
-        load_training(directory, model, optimiser)
+        load_training(directory, model, optimiser, group)
     for scale in scales:
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient * scale
         optimiser.step()
     if not resume:
-        save_training(directory, model, optimiser)
-    return gathered(model)
+        save_training(directory, model, optimiser, group)
+    return model
 
 
 def save(directory: str, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from mxref.verification.cli import bench_parallel
 from mxref.verification.cli.keeping import keep, show
 from mxref.verification.cli.options import choose_device, made, positive, terminal
 from mxref.verification.cli.usage import UsageError
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--from-disk", metavar="DIR", type=Path, help="write the packed model there as a checkpoint, load it, train it"
     )
+    bench_parallel.add_arguments(group)
     group.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of whole models (default: cuda)")
     group.add_argument(
         "--timeout", metavar="SECONDS", type=positive, default=300, help="that a side may stay silent (default: 300)"
@@ -60,7 +62,7 @@ def check_unused(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: one is given.
     """
-    for name in ("batch", "attention", "largest_batch", "profile", "from_disk"):
+    for name in ("batch", "attention", "largest_batch", "profile", "from_disk", "parallel", "world", "layers"):
         if getattr(arguments, name):
             raise UsageError(f"--{name.replace('_', '-')} is for whole models: give --model NAME too")
 
@@ -77,12 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, require_gpu=arguments.device == "cuda")
     if arguments.record is not None and (device.type == "cpu" or any(m.name not in KINDS for m in models)):
         raise UsageError("--record keeps what a GPU saw of a published model; leave it out")
+    bench_parallel.check(arguments, device)
     tasks = [_tasks(model, arguments) for model in models]
     console = terminal(160)
     if wrong := _found_wrong(device, arguments.timeout):
         console.print("\n".join(wrong), style="red", markup=False)
         console.print("[bold red]The gate is red: nothing was timed.[/]")
         return 1
+    if arguments.parallel:
+        return max([bench_parallel.run(model, arguments, device, console) for model in models])
     return max([_one(each, arguments, device, console) for each in tasks])
 
 

@@ -167,7 +167,11 @@ def _report(result: GateResult, arguments: argparse.Namespace, device: torch.dev
     if accepted is not None:
         options.note(console, "baseline", accepted)
     if arguments.record is not None:
-        options.note(console, "evidence", record.write("gate", gate_summary(result), device, arguments.record))
+        if arguments.distributed:
+            kept = gate_distributed.keep(result, arguments, device)
+        else:
+            kept = record.write("gate", gate_summary(result), device, arguments.record)
+        options.note(console, "evidence", kept)
     return result.exit_code
 
 

@@ -26,10 +26,11 @@ def keep(
     device: torch.device,
     page: Callable[[Entry], str] | None = None,
     chart: Callable[[Entry], Figure] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, Path]:
     """Write what was found to `--out`, and as a record if `--record` asks for it: what it is, and where.
 
-    What failed is no evidence. See `records.record.write` for `kind`, `page` and `chart`.
+    What failed is no evidence. See `records.record.write` for `kind`, `page`, `chart` and `texts`.
     """
     out = made(arguments.out)
     kept = {"data": write_json(out / f"{kind}.json", found)}
@@ -37,7 +38,7 @@ def keep(
         kept["chart"] = out / f"{kind}.png"
         chart(dict(found)).savefig(kept["chart"], dpi=150)
     if arguments.record is not None and found["passed"]:
-        kept["evidence"] = write(kind, found, device, arguments.record, page=page, chart=chart)
+        kept["evidence"] = write(kind, found, device, arguments.record, page=page, chart=chart, texts=texts)
         if arguments.record.resolve() == EVIDENCE:
             kept["README"] = update_readme()
     return kept

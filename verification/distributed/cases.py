@@ -5,13 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Literal
 
 import torch
 
 from mxref.verification.cases.case import Routing
 
-__all__ = ["CASES", "Shares", "StepCase"]
+__all__ = ["CASES", "Shares", "StepCase", "StepItem"]
 
 Shares = Literal["even", "uneven", "one empty", "last has all"]
 
@@ -22,7 +23,8 @@ class StepCase:
 
     Attributes:
         name: unique; it also seeds the draw.
-        exact: small integers: every sum is exact in any order and any partition; otherwise ordinary numbers, in fp32.
+        exact: small integers: every sum is exact in any order and any partition; otherwise ordinary numbers. Those in
+            16 bits have a power of two of tokens, so that a mean's factor rounds nothing, and gates without a router.
         experts, K, N, tokens, top_k, rank: sizes; `tokens` over all ranks. K = N, as of a whole block of experts.
         dtype: activation dtype.
         batches: steps, one a batch.
@@ -72,6 +74,20 @@ class StepCase:
         return None if ranks % self.groups else tuple(tuple(range(g, ranks, self.groups)) for g in range(self.groups))
 
 
+@dataclass(frozen=True)
+class StepItem:
+    """One case in a world of so many ranks, drawn with a seed."""
+
+    case: StepCase
+    ranks: int
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Eight digits, the same in every run that asks this."""
+        return sha256(f"{self.case} {self.ranks} {self.seed}".encode()).hexdigest()[:8]
+
+
 CASES: Sequence[StepCase] = (
     StepCase("two steps", batches=2, repeat=True),
     StepCase("uneven tokens", shares="uneven", bias=True),
@@ -88,5 +104,9 @@ CASES: Sequence[StepCase] = (
     StepCase("float16", dtype=torch.float16, shares="uneven"),
     StepCase("ordinary numbers", exact=False, tokens=30, shares="uneven", bias=True, repeat=True),
     StepCase("softmax router", exact=False, tokens=30, router=True),
+    StepCase(
+        "rounded to bfloat16", exact=False, tokens=32, dtype=torch.bfloat16, shares="uneven", bias=True, repeat=True
+    ),
+    StepCase("rounded to float16", exact=False, tokens=32, top_k=3, dtype=torch.float16, shares="one empty"),
 )
 """What every step is asked, in this order."""

@@ -77,12 +77,12 @@ def once(answers: Answers) -> list[Finding]:
                     index = (own, slice(None)) if tensor == "dA" else (slice(None), own)
                     if (factor := _factor(got[index].double(), right[index])) is not None:
                         wrong.setdefault(factor, []).append(f"expert {expert} on rank {rank}")
-        reason, status = "every expert's gradient counts once", Status.PASS
+        reason, status, patterns = "every expert's gradient counts once", Status.PASS, tuple[str, ...]()
         if wrong:
             said = "; ".join(f"{factor} ({', '.join(dict.fromkeys(places))})" for factor, places in wrong.items())
-            reason, status = f"a gradient is {said}", Status.FAIL
-        count = case.experts * len(answers.trained)
-        findings.append(Finding("", answers.name, tensor, status, reason, count, sum(map(len, wrong.values()))))
+            reason, status, patterns = f"a gradient is {said}", Status.FAIL, (said,)
+        count, number = case.experts * len(answers.trained), sum(map(len, wrong.values()))
+        findings.append(Finding("", answers.name, tensor, status, reason, count, number, patterns=patterns))
     return findings
 
 

@@ -49,7 +49,7 @@ def draw(case: StepCase, seed: int, declared: Declared) -> Fixture:
     """Draw a case, on the CPU.
 
     Integer cases are drawn until the reference rounds nowhere, and until every sum is exact in any order and any
-    partition: in fp32, and sums of gradients over ranks in the dtype that the step declares for them.
+    partition: in fp32, and sums over ranks in the dtypes that the step declares for them.
 
     Raises:
         ValueError: no draw is exact.
@@ -60,7 +60,7 @@ def draw(case: StepCase, seed: int, declared: Declared) -> Fixture:
         return Fixture(case, *_ordinary(case, generator), scale)
     for nonzeros, every in (density for density in _DENSITIES for _ in range(_ATTEMPTS)):
         fixture = Fixture(case, *_integers(case, generator, nonzeros, every), scale)
-        if _is_exact(fixture, declared.reduction.dtype):
+        if _is_exact(fixture, declared):
             return fixture
     raise ValueError(
         f"{case.name}: no draw of seed {seed} is exact in {case.dtype} with sums in {declared.reduction.dtype}"
@@ -109,13 +109,13 @@ def absolute(problem: Problem) -> Problem:
     )
 
 
-def _is_exact(fixture: Fixture, reduction: torch.dtype) -> bool:
+def _is_exact(fixture: Fixture, declared: Declared) -> bool:
     """Whether neither the reference nor any honest sum rounds, in any step."""
     model = fixture.model
     for batch in fixture.batches:
         problem, dOut = problem_of(model, batch), batch.targets * fixture.scale
         points = RoundingPoints.contract(batch.x.dtype)
-        if not is_exact_everywhere(problem, dOut, points) or not _sums_are_exact(problem, dOut, reduction):
+        if not is_exact_everywhere(problem, dOut, points) or not _sums_are_exact(problem, dOut, declared):
             return False
         bwd = backward(problem, forward(problem, points), dOut, points)
         assert bwd.dA is not None
@@ -124,7 +124,7 @@ def _is_exact(fixture: Fixture, reduction: torch.dtype) -> bool:
     return True
 
 
-def _sums_are_exact(problem: Problem, dOut: Tensor, reduction: torch.dtype) -> bool:
+def _sums_are_exact(problem: Problem, dOut: Tensor, declared: Declared) -> bool:
     """Whether Σ|terms| is at most 2^p units of the last place that a term can have: then no partial sum rounds."""
     assert problem.gates is not None
     points = RoundingPoints.exact()
@@ -138,9 +138,10 @@ def _sums_are_exact(problem: Problem, dOut: Tensor, reduction: torch.dtype) -> b
     assert bwd.v is not None
     in_fp32 = ((fwd.z, z), (fwd.y, y), (fwd.out, g * y), (bwd.v, v), (bwd.d, d), (bwd.dx, d), (bwd.dgates, y * t))
     over_ranks = ((bwd.dA, s * v * x), (bwd.dB, s * g * t * z))
+    outputs = ((fwd.out, g * y), (bwd.dx, d)) if declared.outputs == "summed" else ()
     return all(
         point is None or float(point.exact.max()) <= 2.0 ** precision_bits(dtype) * unit
-        for dtype, sums in ((torch.float32, in_fp32), (reduction, over_ranks))
+        for dtype, sums in ((torch.float32, in_fp32), (declared.reduction.dtype, over_ranks), (problem.dtype, outputs))
         for point, unit in sums
     )
 
@@ -182,13 +183,17 @@ def _ordinary(case: StepCase, draw: torch.Generator) -> tuple[Model, tuple[Batch
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw)
 
+    targets = normal(M, N)
+    if case.dtype != torch.float32:  # multiples of 2^-6, so that fp16 holds them divided by M too
+        targets = (512 * targets).to(case.dtype).round() / 64
+
     packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
     scales = torch.randint(122, 126, (E, N, K // 32), generator=draw, dtype=torch.uint8)
-    bias = normal(E, N) if case.bias else None
+    bias = normal(E, N).to(case.dtype) if case.bias else None
     router = normal(E, K) / K**0.5 if case.router else None
     model = Model(packed, scales, normal(E * r, K) / 8, normal(N, E * r) / 2, 0.5, 0.5, bias, router)
-    gates = None if case.router else torch.rand(M, case.top_k, generator=draw)
-    return model, (Batch(normal(M, K), _choice(case, draw), normal(M, N), gates),)
+    gates = None if case.router else torch.rand(M, case.top_k, generator=draw).to(case.dtype)
+    return model, (Batch(normal(M, K).to(case.dtype), _choice(case, draw), targets, gates),)
 
 
 def _choice(case: StepCase, draw: torch.Generator) -> Tensor:

@@ -13,12 +13,15 @@ E experts, M tokens of this rank (0 too), k slots a token, r the adapters' rank.
     Y     = Σ_slots gate · (x·W_e + s·(x·A_eᵀ)·B_eᵀ + bias_e)        (nothing of a slot whose id is outside 0..E−1)
     loss  = Σ over all tokens of all ranks of ⟨Y, targets⟩           (declared "mean": divided by these tokens)
 
-Products accumulate in fp32; rounding points are those of `mxref.parallel_linear_lora`. What the step declares, as
-attributes of the callable:
+Products accumulate in fp32; rounding points are those of `mxref.parallel_linear_lora`, and in 16 bits a mean divides
+the targets, before anything is rounded. What the step declares, as attributes of the callable:
 
     train_step.mxref_loss = "mean"                   # or "sum", which is meant where it declares nothing
     train_step.mxref_reduction = "bfloat16, tree"    # dtype and order of the sums of gradients over ranks, see
                                                      # `arithmetic.reduction`; absent: "float32, any"
+    train_step.mxref_outputs = "summed"              # each rank adds up and rounds the slots of its own experts, and
+                                                     # Y, dX and dgates are summed over ranks in the activation dtype;
+                                                     # absent: "whole", a token's slots meet in fp32 in one place
     train_step.mxref_load = load                     # folder -> Saved, where the step saves a checkpoint: reads it
                                                      # back in one process, without a group
     train_step.mxref_covers = "experts>=ranks"       # what it supports of COVERS, separated by commas
@@ -38,7 +41,11 @@ from mxref.verification.arithmetic.reduction import Reduction, parse_reduction
 
 __all__ = ["COVERS", "Batch", "Declared", "Model", "Saved", "Step", "TrainStep", "Trained", "declared"]
 
-COVERS = {"experts>=ranks": "no rank without an expert", "one group": "no groups that train side by side"}
+COVERS = {
+    "experts>=ranks": "no rank without an expert",
+    "one group": "no groups that train side by side",
+    "rounded in fp32": "ordinary numbers in fp32 alone: interpreted kernels do not round to 16 bits",
+}
 """What a step may declare to support alone, and what it is then not asked about."""
 
 
@@ -141,6 +148,7 @@ class Declared:
     reduction: Reduction = field(default_factory=Reduction)
     saves: bool = False
     covers: tuple[str, ...] = ()
+    outputs: Literal["whole", "summed"] = "whole"
 
 
 def declared(step: Callable[..., Any]) -> Declared:
@@ -153,9 +161,12 @@ def declared(step: Callable[..., Any]) -> Declared:
     reduction: Any = getattr(step, "mxref_reduction", "float32")
     if loss not in ("sum", "mean"):
         raise ValueError(f"mxref_loss is {loss!r}; expected 'sum' or 'mean'")
+    outputs: Any = getattr(step, "mxref_outputs", "whole")
+    if outputs not in ("whole", "summed"):
+        raise ValueError(f"mxref_outputs is {outputs!r}; expected 'whole' or 'summed'")
     if not isinstance(reduction, str):
         raise ValueError(f"mxref_reduction is {type(reduction).__name__}; expected text such as 'bfloat16, tree'")
     covers = tuple(part.strip() for part in getattr(step, "mxref_covers", "").split(",") if part.strip())
     if unknown := set(covers) - set(COVERS):
         raise ValueError(f"mxref_covers holds {sorted(unknown)}; expected some of {', '.join(COVERS)}")
-    return Declared(loss, parse_reduction(reduction), callable(getattr(step, "mxref_load", None)), covers)
+    return Declared(loss, parse_reduction(reduction), callable(getattr(step, "mxref_load", None)), covers, outputs)

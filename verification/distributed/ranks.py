@@ -8,6 +8,7 @@ import pickle
 import resource
 import signal
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from traceback import TracebackException
@@ -21,6 +22,10 @@ from mxref.verification.candidates.processes import die_with_parent
 from mxref.verification.distributed.questions import Place
 
 __all__ = ["Raised", "serve"]
+
+NCCL_TIMEOUT = timedelta(seconds=300)
+"""Of a collective: who asks cannot see that a rank waits, for it uses a processor while its GPU does. Ranks with cold
+caches compile all the same kernels meanwhile, each for itself."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ def serve(rank: int, size: int, device_type: str, folder: Path, questions: Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(number) for name, number in here.items()}  # as torchrun sets them
     device = torch.device(device_type if device_type == "cpu" else f"cuda:{rank}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -51,7 +58,10 @@ def serve(rank: int, size: int, device_type: str, folder: Path, questions: Conne
         faulthandler.enable(stack, all_threads=False)
         faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
         backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, f"file://{folder}/meeting", rank=rank, world_size=size)
+        dist.init_process_group(
+            backend, f"file://{folder}/meeting", rank=rank, world_size=size,
+            timeout=NCCL_TIMEOUT if device_type == "cuda" else None,
+        )  # fmt: skip
         place = Place(rank, device, {})
         while True:
             try:

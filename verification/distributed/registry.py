@@ -1,4 +1,4 @@
-"""Every check of a step on several ranks, in the order in which findings are told."""
+"""Every check of a step on several ranks, in the order in which findings are told; and this project's steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from mxref.verification.checks.finding import Finding
 from mxref.verification.distributed import checks
 from mxref.verification.distributed.checks import Answers
 
-__all__ = ["CHECKS", "ENDS", "StepCheck", "why"]
+__all__ = ["CHECKS", "ENDS", "OWN", "StepCheck", "why"]
+
+OWN = {
+    "experts-in-parallel": "mxref.verification.distributed.shipped:ExpertsInParallel",
+    "fully-sharded": "mxref.verification.distributed.shipped:FullySharded",
+    "two-dimensions": "mxref.verification.distributed.shipped:OnTwoDimensions",
+}
+"""This project's steps by name, and where each is defined."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ CHECKS: tuple[StepCheck, ...] = (
         "interval",
         "Ordinary numbers, a mean over tokens, a softmax router. For every element the interval is derived in which "
         "fp32 arithmetic lies in any order, and what the sum over ranks adds in the dtype and order that the step "
-        "declares: a sum in bf16 declared as fp32 lies outside, and so does a router without its softmax's own term.",
+        "declares: a sum in bf16 declared as fp32 lies outside, and so does a router without its softmax's own term. "
+        "In bf16 and fp16 each rounding point of the layer is accounted for, and one more on the way shows.",
         "one run", lambda answers: not _exact(answers), checks.inside,
     ),
     StepCheck(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import find
 from mxref.verification.candidates.processes import Limits
-from mxref.verification.distributed.cases import StepCase
+from mxref.verification.distributed.cases import StepItem
 from mxref.verification.distributed.judging import describe, judge
 from mxref.verification.distributed.questions import MakeStep
 from mxref.verification.distributed.registry import why
@@ -49,49 +51,52 @@ def _found(spec: str, known: str) -> Any:
 
 def run_gate(
     step: Named,
-    cases: Sequence[StepCase],
-    worlds: Sequence[int],
+    items: Sequence[StepItem],
     device_type: str,
     *,
-    seed: int,
     strict: bool = False,
     limits: Limits = LIMITS,
     fail_fast: bool = False,
     narrowed: str = "",
-    on_case: Callable[[str], None] = lambda name: None,
+    on_item: Callable[[str], None] = lambda name: None,
 ) -> GateResult:
     """Judge one step.
 
     Args:
         step: what to judge.
-        cases: what it is asked.
-        worlds: numbers of ranks; each asks every case.
+        items: what it is asked, at least one; those of a world one behind the other, all drawn with one seed.
         device_type: "cpu" (gloo) or "cuda" (NCCL, a GPU a rank).
-        seed: of every draw.
         strict: see `GateResult.exit_code`.
         limits: see `distributed.world`.
-        fail_fast: stop behind the first case that fails.
+        fail_fast: stop behind the first item that fails.
         narrowed: see `GateResult`.
-        on_case: called behind each case.
+        on_item: called behind each item.
 
     Raises:
         NoStepError: there is no such step, or what it declares is not understood.
     """
-    nobody, sizes = Candidate(step.name, _elsewhere), ", ".join(map(str, worlds))
-    device, suite = describe_device(torch.device(device_type)), f"steps on {sizes} ranks"
+    seed, worlds = items[0].seed, [str(size) for size in dict.fromkeys(item.ranks for item in items)]
+    nobody, device = Candidate(step.name, _elsewhere), describe_device(torch.device(device_type))
+    suite = f"steps on {', '.join(worlds)} ranks"
     result = GateResult(nobody, ACCUMULATIONS["undeclared"], device, suite, seed, strict, narrowed=narrowed, why=why())
+    words = ["--step", step.name, "--world", ",".join(worlds), "--device", device_type, "--seed", str(seed)]
+    result.command = shlex.join(["mxref", "gate", "--distributed", *words])
     start = time.monotonic()
-    for size in worlds:
+    for size, own in groupby(items, key=lambda item: item.ranks):
         with World(size, device_type, limits) as world:
             declared = describe(world, step.make)
             result.declares = (("loss", declared.loss), ("sums over ranks", str(declared.reduction)))
+            result.declares += (("slots of a token", declared.outputs),)
             result.declares += (("checkpoint", "read back" if declared.saves else "none (no mxref_load)"),)
             result.narrowed = ", ".join(filter(None, [*declared.covers, narrowed]))
-            for case in cases:
-                result.findings += judge(world, step.make, declared, case, seed)
-                on_case(f"{case.name}, {size} ranks")
-                if fail_fast and not all(finding.ok for finding in result.findings):
+            for item in own:
+                found = judge(world, step.make, declared, item.case, seed)
+                result.findings += [replace(finding, id=item.id) for finding in found]
+                on_item(f"{item.case.name}, {size} ranks")
+                if fail_fast and not all(finding.ok for finding in found):
                     break
+        if fail_fast and not all(finding.ok for finding in result.findings):
+            break
     result.seconds = time.monotonic() - start
     return result
 

@@ -6,6 +6,7 @@ keeps it, so that what is judged is the second one with everything around it: ex
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,8 @@ from mxref.verification.distributed.protocol import Batch, Model, Saved, Step, T
 from mxref.weights import MXWeights, encode_mxfp4
 
 __all__ = ["ExpertsInParallel", "FullySharded", "OnTwoDimensions"]
+
+_COVERS = "experts>=ranks" + (", rounded in fp32" if os.environ.get("TRITON_INTERPRET") == "1" else "")
 
 
 class _Block(nn.Module):
@@ -62,7 +65,7 @@ class FullySharded:
 
     mxref_loss = "sum"
     mxref_reduction = "float32"
-    mxref_covers = "experts>=ranks, one group"  # torch's checkpoints are saved by the whole world
+    mxref_covers = _COVERS
     dimension = "fsdp"
 
     def __call__(self, model: Model, batches: Sequence[Batch], group: ProcessGroup, folder: Path) -> Trained:
@@ -72,7 +75,7 @@ class FullySharded:
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         optimiser = torch.optim.SGD(trained, lr=model.learning_rate)
         steps = tuple(_step(block, optimiser, batch, group, ranks) for batch in batches)
-        save_training(folder, block, optimiser)
+        save_training(folder, block, optimiser, group)
         lora_A, lora_B = _adapters(block.experts, [p.detach() for p in _own(block.experts)])
         packed, scales = _whole(block.experts.down_proj_blocks).flatten(-2), _whole(block.experts.down_proj_scales)
         router = None if block.router is None else _whole(block.router.detach())
@@ -102,27 +105,32 @@ class ExpertsInParallel(FullySharded):
 class OnTwoDimensions(FullySharded):
     """Experts are divided among pairs of ranks, whose parts FSDP2 shards over the pairs."""
 
+    mxref_covers = f"{_COVERS}, one group"  # torch makes a mesh's groups by all ranks of the world together
+
     def mesh(self, group: ProcessGroup, device_type: str) -> DeviceMesh:
-        """The whole world: torch makes a mesh's groups together."""
+        """The whole world."""
         ranks = dist.get_world_size(group)
         pair = 1 if ranks % 2 else 2
         return init_device_mesh(device_type, (ranks // pair, pair), mesh_dim_names=("fsdp", "ep"))
 
 
 def _step(block: Any, optimiser: torch.optim.Optimizer, batch: Batch, group: ProcessGroup, ranks: int) -> Step:
-    """Gradients come as means over ranks: that of `ranks` times the loss is the sum."""
+    """Gradients come as means over ranks; their sums are `ranks` times that."""
     optimiser.zero_grad()
     x, gates = batch.x.clone().requires_grad_(), None if batch.gates is None else batch.gates.clone().requires_grad_()
     Y = block(x, batch.experts, gates)
     loss = (Y.float() * batch.targets.float()).sum()
-    (ranks * loss).backward()
+    loss.backward()
+    for parameter in block.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= ranks
     total = loss.detach().clone()
     dist.all_reduce(total, group=group)
     assert x.grad is not None
     dA, dB = _adapters(block.experts, [p.grad for p in _own(block.experts)])
     drouter = None if block.router is None else _whole(block.router.grad)
-    dgates = None if gates is None or gates.grad is None else gates.grad / ranks
-    step = Step(total, Y, x.grad / ranks, dA, dB, dgates, drouter)
+    dgates = None if gates is None else gates.grad
+    step = Step(total, Y, x.grad, dA, dB, dgates, drouter)
     optimiser.step()
     return step
 

@@ -7,6 +7,7 @@ computes without end. Neither depends on how busy the machine is.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -24,13 +25,15 @@ from typing import Any
 from mxref.verification.candidates.processes import WAITS, Ended, Limits, processor_seconds, thread_seconds
 from mxref.verification.distributed.ranks import Raised, serve
 
-__all__ = ["LIMITS", "Lost", "World", "innermost"]
+__all__ = ["GRACE", "LIMITS", "Lost", "World", "innermost"]
 
 LIMITS = Limits(processor=900.0, silence=30.0)
 """What a question may take: processor time of one rank, and time by the clock in which no rank that owes an answer does
 anything. A rank that has nothing to wait for always does something."""
-_GRACE = 3.0
+GRACE = 3.0
 """The latter, once a rank has died or raised: the others wait for it, or notice."""
+GPU_GRACE = 30.0
+"""The same where ranks wait for GPUs: that uses a processor, and so looks like work."""
 _TICK = 0.1
 _SERVER = get_context("forkserver")
 
@@ -56,14 +59,15 @@ class World:
         size: how many.
         device_type: "cpu" (gloo), or "cuda" (NCCL, a GPU each).
         limits: see `LIMITS`.
+        grace: see `GRACE`.
 
     Attributes:
         size: as given.
         failures: of questions so far; whoever judges the answers counts them.
     """
 
-    def __init__(self, size: int, device_type: str = "cpu", limits: Limits = LIMITS) -> None:
-        self.size, self._device_type, self._limits = size, device_type, limits
+    def __init__(self, size: int, device_type: str = "cpu", limits: Limits = LIMITS, grace: float = GRACE) -> None:
+        self.size, self._device_type, self._limits, self._grace = size, device_type, limits, grace
         self.failures = 0
         self._ranks: list[_Rank] = []
         self._folder: TemporaryDirectory[str] | None = None
@@ -84,7 +88,7 @@ class World:
         for rank, question in zip(self._ranks, questions, strict=True):
             rank.connection.send_bytes(pickle.dumps(question))
         answers: dict[int, Any] = {}
-        watch = _Watch(self._ranks, self._limits)
+        watch = _Watch(self._ranks, self._limits, self._grace, GPU_GRACE if self._device_type == "cuda" else math.inf)
         while len(answers) < self.size:
             pending = [number for number in range(self.size) if number not in answers]
             wait([self._ranks[number].connection for number in pending], timeout=_TICK)
@@ -129,7 +133,7 @@ class World:
                 answers[number] = pickle.loads(rank.connection.recv_bytes())
                 return
         except (EOFError, OSError):
-            rank.process.join(timeout=_GRACE)  # its end of the pipe is closed: it dies
+            rank.process.join(timeout=GRACE)  # its end of the pipe is closed: it dies
             alive = False
         if not alive:
             answers[number] = Lost(_died(Ended(rank.process.exitcode or 0)), self._read(number))
@@ -139,7 +143,7 @@ class World:
         pid = self._ranks[number].process.pid
         if pid is not None and self._ranks[number].process.is_alive():
             os.kill(pid, signal.SIGUSR1)
-            deadline = time.monotonic() + _GRACE
+            deadline = time.monotonic() + GRACE
             while not self._read(number) and time.monotonic() < deadline:
                 time.sleep(_TICK / 10)
         return self._read(number)
@@ -153,8 +157,9 @@ class World:
 class _Watch:
     """Whether ranks that owe an answer still do something."""
 
-    def __init__(self, ranks: Sequence[_Rank], limits: Limits) -> None:
-        self._processes, self._limits = [rank.process for rank in ranks], limits
+    def __init__(self, ranks: Sequence[_Rank], limits: Limits, grace: float, busy_grace: float = math.inf) -> None:
+        self._processes, self._limits, self._grace = [rank.process for rank in ranks], limits, grace
+        self._busy_grace, self._hopeless = busy_grace, math.inf
         self._first = [processor_seconds(process) for process in self._processes]
         self._marked = [thread_seconds(process) for process in self._processes]
         self._since = time.monotonic()
@@ -172,8 +177,12 @@ class _Watch:
                 number: f"computed without end: no result in {seconds:.0f} s of processor time"
                 if seconds > self._limits.processor else "waited meanwhile" for number, seconds in used.items()
             }  # fmt: skip
-        silent, limit = time.monotonic() - self._since, self._limits.silence
-        if silent < (min(_GRACE, limit) if hopeless else limit):
+        clock = time.monotonic()
+        self._hopeless = min(self._hopeless, clock) if hopeless else math.inf
+        if clock - self._hopeless > self._busy_grace:
+            return dict.fromkeys(owing, f"waited for its GPU, {self._busy_grace:.0f} s behind another rank's end")
+        silent, limit = clock - self._since, self._limits.silence
+        if silent < (min(self._grace, limit) if hopeless else limit):
             return {}
         now = [thread_seconds(process) for process in self._processes]
         if all(self._busiest(number, now[number]) < WAITS * silent for number in owing):

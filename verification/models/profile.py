@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -80,7 +80,9 @@ class Shares:
         )
 
 
-def profiled(model: nn.Module, side: str, attention: str, batch: Batch, device: torch.device) -> Shares:
+def profiled(
+    model: nn.Module, side: str, attention: str, batch: Batch, device: torch.device, kinds: Sequence[Kind] = KINDS
+) -> Shares:
     """Profile one more training step, with moments of the optimiser that are there already."""
     config: Any = model.config
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -93,7 +95,7 @@ def profiled(model: nn.Module, side: str, attention: str, batch: Batch, device: 
         with profile(activities=activities) as profiler:
             training_step(model, optimiser, ids)
             finish(device)
-    return Shares(side, attention, str(batch), shares(profiler.events() or (), device.type == "cuda"))
+    return Shares(side, attention, str(batch), shares(profiler.events() or (), device.type == "cuda", kinds))
 
 
 @contextmanager
@@ -118,16 +120,17 @@ def _under(forward: Any, part: str) -> Any:
     return marked
 
 
-def shares(events: Iterable[Any], on_device: bool) -> dict[str, float]:
+def shares(events: Iterable[Any], on_device: bool, kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
     """Seconds by kind, and their sum as "total".
 
     Args:
         events: torch's FunctionEvents.
         on_device: count kernels; otherwise what operators take on the processor themselves.
+        kinds: the first that holds decides.
     """
-    found = dict.fromkeys([*(kind.name for kind in KINDS), ELSE], 0.0)
+    found = dict.fromkeys([*(kind.name for kind in kinds), ELSE], 0.0)
     for kernel, part, microseconds in _launched(list(events)) if on_device else _computed(list(events)):
-        kind = next((kind.name for kind in KINDS if kind.holds(kernel, part)), ELSE)
+        kind = next((kind.name for kind in kinds if kind.holds(kernel, part)), ELSE)
         found[kind] += microseconds / 1e6
     return {"total": sum(found.values())} | found
 

@@ -1,7 +1,8 @@
-"""The sources that decide what the kernels compute: a record made from others is stale."""
+"""The sources that decide what the kernels, or steps on several ranks, compute: a record made from others is stale."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import mxref
@@ -25,7 +26,16 @@ def kernel_sources() -> dict[str, str]:
 
     So jitted functions, configurations, launchers, autograd and containers count; models, the gate and reports do not.
     """
-    texts, waiting = dict[str, str](), list(_ROOTS)
+    return _with_imports(_ROOTS)
+
+
+def step_sources() -> dict[str, str]:
+    """The same of this project's training steps: exchange, sharding, checkpoints and packed experts besides."""
+    return _with_imports(["verification.distributed.shipped"])
+
+
+def _with_imports(modules: Iterable[str]) -> dict[str, str]:
+    texts, waiting = dict[str, str](), list(modules)
     while waiting:
         path = PACKAGE / f"{waiting.pop().replace('.', '/')}.py"
         name = path.relative_to(PACKAGE).as_posix()

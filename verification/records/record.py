@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxref.verification.distributed.registry import OWN
 from mxref.verification.models.sizes import MODELS, TINY
 from mxref.verification.records.kernel_sources import kernel_sources
 from mxref.verification.records.sources import digest, digests
@@ -48,7 +49,8 @@ class Kind:
     gpu_only: bool = True
 
 
-KINDS = {
+_PUBLISHED = [name for name in MODELS if name != TINY.name]
+KINDS: dict[str, Kind] = {
     "gate": Kind("mxref gate --require-gpu --record", "the gate's verdict on the kernels"),
     "bench": Kind("mxref bench --large --record", "how fast they are"),
     "history": Kind("mxref bench --large --record", "the ratios of one benchmark, for `mxref history`"),
@@ -61,10 +63,20 @@ KINDS = {
     "ulp_baseline": Kind("mxref gate --accept-baseline", "accepted errors, in ulp", gpu_only=False),
     "rows": Kind("mxref bench --rows --record", "forward and dX over rows per expert"),
     "host": Kind("mxref bench --host --record", "host time of one eager step"),
-} | {
-    name: Kind(f"mxref bench --model {name} --profile --record", f"{name} trained whole")
-    for name in MODELS
-    if name != TINY.name
+    **{name: Kind(f"mxref bench --model {name} --profile --record", f"{name} trained whole") for name in _PUBLISHED},
+    **{
+        f"{name}-parallel": Kind(
+            f"mxref bench --model {name} --parallel fsdp --parallel experts --record",
+            f"{name} trained by several ranks",
+        )
+        for name in _PUBLISHED
+    },
+    **{
+        f"steps-{name}": Kind(
+            f"mxref gate --distributed --step {name} --record", f"the gate's verdict on steps, {name}", gpu_only=False
+        )
+        for name in OWN
+    },
 }
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS
+from mxref.verification.distributed.registry import CHECKS as STEP_CHECKS
 from mxref.verification.report.words import tensor_order
 
 _LAST = ("drift", "exponent", "sign", "interval")
 """Checks of ordinary numbers name a bug less plainly than exact ones; of these, the best first."""
 _SEVERAL = 3
 """Items whose problems have something in common that is more than chance."""
-_NAMING = [check.name for check in CHECKS if check.name not in _LAST] + list(_LAST)
+_NAMED = [check.name for check in STEP_CHECKS] + [check.name for check in CHECKS]
+_NAMING = [name for name in _NAMED if name not in _LAST] + list(_LAST)
 
 
 @dataclass(frozen=True)

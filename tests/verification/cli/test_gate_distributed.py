@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mxref.verification.cli import main
+from mxref.verification.cli import gate_distributed, main
+from mxref.verification.distributed.cases import CASES
+from mxref.verification.records.freshness import survey
+from mxref.verification.records.kernel_sources import step_sources
 
 SUMS = "mxref.verification.studies.steps.sums"
 
@@ -38,6 +41,36 @@ def test_a_wrong_step_fails_and_is_told_why(tmp_path: Path, capsys: pytest.Captu
 def test_what_is_no_answer_is_the_step_s_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gate(tmp_path, "ranks_questions:returns_nothing") == 1
     assert "returned NoneType; expected Trained" in capsys.readouterr().out
+
+
+def test_a_failed_item_is_asked_again_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(tmp_path, f"{SUMS}:Narrow") == 1
+    kept = json.loads((tmp_path / "gate.json").read_text())
+    [(case, identifier)] = {(f["case"], f["id"]) for f in kept["findings"] if f["status"] == "fail"}
+    command = f"mxref gate --distributed --step {SUMS}:Narrow --world 2 --device cpu --seed 0 --rerun {identifier}"
+    assert command in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert main([*command.split()[1:], "--out", str(tmp_path)]) == 1
+    again = json.loads((tmp_path / "gate.json").read_text())
+    assert {finding["case"] for finding in again["findings"]} == {case}
+    assert main([*command.split()[1:-1], "00000000"]) == 2
+
+
+def test_a_whole_run_of_an_own_step_is_kept_as_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_distributed, "CASES", CASES[:1])
+    monkeypatch.setattr(gate_distributed, "_WORLDS", (2,))
+    command = ["gate", "--distributed", "--device", "cpu", "--out", str(tmp_path), "--record", str(tmp_path)]
+    assert main([*command, "--step", "fully-sharded"]) == 0
+    [state] = survey(tmp_path)
+    assert (state.kind, state.folder, state.fresh) == ("steps-fully-sharded", "interpreter-cpu", True)
+    assert (state.entry["worlds"], state.entry["backend"], state.entry["passed"]) == ([2], "gloo", True)
+    [stale] = survey(tmp_path, step_sources() | {"kernels/parallel/sharding.py": "other = 1"})
+    assert stale.changed == ("kernels/parallel/sharding.py",)
+
+
+@pytest.mark.parametrize("narrowed", [["--step", "plain"], ["--world", "2"], ["--case", "two"], ["--rerun", "0"]])
+def test_a_part_is_no_evidence(tmp_path: Path, narrowed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gate", "--distributed", "--device", "cpu", "--record", str(tmp_path), *narrowed]) == 2
+    assert "--record keeps every case" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

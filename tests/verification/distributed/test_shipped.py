@@ -20,6 +20,15 @@ def world() -> Iterator[World]:
         yield world
 
 
+@pytest.mark.parametrize("make", [ExpertsInParallel, FullySharded])
+def test_two_groups_side_by_side_pass(make: type[FullySharded]) -> None:
+    [case] = [case for case in CASES if case.groups > 1]
+    with World(4) as world:
+        findings = judge(world, make, describe(world, make), case, 0)
+    assert not [str(finding) for finding in findings if not finding.ok]
+    assert "saved" in {finding.check for finding in findings}
+
+
 @pytest.mark.parametrize("make", [ExpertsInParallel, FullySharded, OnTwoDimensions])
 def test_they_pass(world: World, make: type[FullySharded]) -> None:
     declared = describe(world, make)

@@ -11,7 +11,7 @@ from ranks_questions import Ask
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.distributed import world as world_module
 from mxref.verification.distributed.ranks import Raised
-from mxref.verification.distributed.world import Lost, World, innermost
+from mxref.verification.distributed.world import GRACE, Lost, World, innermost
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,23 @@ def test_a_rank_that_takes_its_time_is_waited_for() -> None:
         assert world.ask([Ask("computes")] * 2) == [1.0, "late"]
 
 
+def test_ranks_that_wait_for_their_gpu_are_not_waited_for_once_another_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are busy, as NCCL waits."""
+    passed = iter(range(0, 1000, 4))
+    monkeypatch.setattr(world_module, "time", SimpleNamespace(monotonic=lambda: next(passed)))
+    used = iter(range(0, 1000, 4))
+    monkeypatch.setattr(world_module, "thread_seconds", lambda process: {"0": next(used)})
+    monkeypatch.setattr(world_module, "processor_seconds", lambda process: 0.0)
+    rank = SimpleNamespace(process=None)
+    watch = world_module._Watch([rank], Limits(processor=60.0, silence=1.0), GRACE, busy_grace=30.0)  # type: ignore[list-item]
+    assert not any(watch.hung([0], hopeless=False) for _ in range(20))
+    found = [watch.hung([0], hopeless=True) for _ in range(10)]
+    assert [bool(each) for each in found].index(True) == 4
+    assert found[-1][0].startswith("waited for its GPU")
+
+
 @pytest.mark.parametrize(("busiest", "hung"), [(0.0, True), (0.5, False)])
 def test_threads_that_only_wake_up_do_nothing_together(
     monkeypatch: pytest.MonkeyPatch, busiest: float, hung: bool
@@ -89,6 +106,6 @@ def test_threads_that_only_wake_up_do_nothing_together(
     threads: dict[str, float] = dict.fromkeys(map(str, range(100)), 0.0)
     monkeypatch.setattr(world_module, "thread_seconds", lambda process: dict(threads))
     monkeypatch.setattr(world_module, "processor_seconds", lambda process: sum(threads.values()))
-    watch = world_module._Watch([SimpleNamespace(process=None)], Limits(processor=60.0, silence=1.0))  # type: ignore[list-item]
+    watch = world_module._Watch([SimpleNamespace(process=None)], Limits(processor=60.0, silence=1.0), GRACE)  # type: ignore[list-item]
     threads |= dict.fromkeys(threads, 0.01) | {"0": busiest}
     assert bool(watch.hung([0], hopeless=False)) == hung

@@ -32,7 +32,7 @@ class Runtime:
     """A training step; each call has an instance of its own.
 
     Attributes:
-        mxref_loss, mxref_reduction: declared, see `distributed.protocol`.
+        mxref_loss, mxref_reduction, mxref_outputs: declared, see `distributed.protocol`.
         model, group: as given.
         A, B, router: trained, whole.
         own: the experts whose packed weights this rank keeps.
@@ -41,6 +41,7 @@ class Runtime:
 
     mxref_loss = "sum"
     mxref_reduction = "float32, any"
+    mxref_outputs = "whole"
 
     def __call__(self, model: Model, batches: Sequence[Batch], group: ProcessGroup, folder: Path) -> Trained:
         """See `distributed.protocol`."""
@@ -228,6 +229,8 @@ class Exchanged(Runtime):
 
 class Masked(Runtime):
     """Tokens of all ranks on every rank."""
+
+    mxref_outputs = "summed"
 
     def layer(self, x: Tensor, experts: Tensor, gates: Tensor, dOut: Tensor) -> Results:
         """Ids of other ranks' experts are sentinels, whose results are zero; the sum over ranks fills them in."""

@@ -112,6 +112,23 @@ class Narrow(Replicated):
         return summed(partial.bfloat16(), self.group).float()
 
 
+@fault("parts in bf16", "hands gradients to the sum in the dtype of the activations",
+       check="interval", case="rounded to bfloat16")  # fmt: skip
+class NarrowParts(Replicated):
+    """The sum itself is in fp32, as declared."""
+
+    def reduced(self, partial: Tensor) -> Tensor:
+        return super().reduced(partial.bfloat16().float())
+
+
+@fault("outputs summed in bf16", "adds up rounded parts of Y and dX over ranks, and declares them whole",
+       check="interval", case="rounded to bfloat16")  # fmt: skip
+class UndeclaredSum(Masked):
+    """One rounding more than one process has."""
+
+    mxref_outputs = "whole"
+
+
 @fault("fp16 declared as bf16", "sums in fp16, whose small numbers are gone, and declares bf16",
        check="interval", case="softmax router", ranks=4)  # fmt: skip
 class Underflow(Replicated):

@@ -126,6 +126,42 @@ class NarrowTokens(Exchanged):
         return super().returned(rows.bfloat16().to(rows.dtype), slots, count)
 
 
+class _Returned(Exchanged):
+    """Keeps the rows that came back: outputs, then gradients."""
+
+    def layer(self, x: Tensor, experts: Tensor, gates: Tensor, dOut: Tensor) -> Results:
+        self.home = list[Tensor]()
+        return super().layer(x, experts, gates, dOut)
+
+    def returned(self, rows: Tensor, slots: Tensor, count: int) -> Tensor:
+        self.home.append(super().returned(rows, slots, count))
+        return self.home[-1]
+
+
+@fault("gates before the way back", "weights rows where their experts are, and rounds them for the way",
+       check="interval", case="rounded to bfloat16")  # fmt: skip
+class GatesAway(_Returned):
+    """One rounding a slot more."""
+
+    def layer(self, x: Tensor, experts: Tensor, gates: Tensor, dOut: Tensor) -> Results:
+        found = super().layer(x, experts, gates, dOut)
+        weighted = gates[..., None] * self.home[0].view(*experts.shape, dOut.shape[1])
+        return found | {"Y": weighted.float().sum(1).to(x.dtype)}
+
+
+@fault("slots added up in fp16", "adds each row that came back to its token's gradient, in the activation dtype",
+       check="interval", case="rounded to float16")  # fmt: skip
+class SlotBySlot(_Returned):
+    """Rounds behind every slot."""
+
+    def layer(self, x: Tensor, experts: Tensor, gates: Tensor, dOut: Tensor) -> Results:
+        found = super().layer(x, experts, gates, dOut)
+        total = torch.zeros_like(x)
+        for row in self.home[1].view(*experts.shape, x.shape[1]).unbind(1):
+            total = total + row
+        return found | {"dX": total}
+
+
 @fault("second slot to the first one's rank", "sends a token once, to the rank of its first expert",
        check="gradients", case="an expert twice", ranks=4)  # fmt: skip
 class SentOnce(Exchanged):
