@@ -15,20 +15,16 @@ import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from importlib import import_module
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxref.formats import MXFP4
 from mxref.kernels.compiled.machine_code import Resources, disassemble, hazards, resources
+from mxref.kernels.compiled.units import Unit, units_of
 from mxref.kernels.device.activation import activate, activate_backward
 from mxref.kernels.device.configs import SHARED_MEMORY, Config, reachable_configs
 from mxref.kernels.device.dequant import dequantize_experts
@@ -38,59 +34,6 @@ from mxref.swiglu import GPT_OSS, SILU, SwiGLU
 from mxref.weights import MXLayout, MXWeights
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-
-_POINTER = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One compilation: a kernel of this package, specialised as its launch would specialise it; picklable.
-
-    Attributes:
-        architecture: such as "sm_90".
-        label: what the launch does, for the report.
-        module, kernel: where the jitted function lives.
-        signature: argument name -> Triton type, "constexpr" for constants.
-        constants: argument name -> value.
-        divisible: indices of the arguments that are multiples of 16.
-        options: compile options by name.
-    """
-
-    architecture: str
-    label: str
-    module: str
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
-    options: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
-        """Specialise one launch the way Triton's run time does."""
-        signature, constants, divisible = [], [], []
-        for index, parameter in enumerate(launch.kernel.params):
-            name, value = parameter.name, launch.arguments[parameter.name]
-            number = isinstance(value, int) and not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (number and value == 1):
-                signature.append((name, "constexpr"))
-                constants.append((name, value))
-                continue
-            signature.append((name, _type_of(value)))
-            if not parameter.do_not_specialize_on_alignment and (
-                isinstance(value, Tensor) or (number and value % 16 == 0)
-            ):
-                divisible.append(index)
-        module, kernel = launch.kernel.fn.__module__, launch.kernel.fn.__name__
-        arguments = tuple(signature), tuple(constants), tuple(divisible)
-        return cls(architecture, label, module, kernel, *arguments, tuple(launch.options.items()))
 
 
 @dataclass(frozen=True)
@@ -123,12 +66,7 @@ class Compiled:
 
 def units(architecture: str) -> Iterator[Unit]:
     """Every distinct compilation of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
-    seen = set[str]()
-    for label, launch in (*_of_products(architecture), *_of_activations(architecture)):
-        unit = Unit.of(architecture, label, launch)
-        if (work := str(replace(unit, label=""))) not in seen:
-            seen.add(work)
-            yield unit
+    return units_of(architecture, chain(_of_products(architecture), _of_activations(architecture)))
 
 
 def _of_products(architecture: str) -> Iterator[tuple[str, Launch]]:
@@ -215,38 +153,11 @@ def _launches(
     return recorder.launches
 
 
-def _type_of(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return _POINTER[value.dtype]
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_POINTER[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _function(unit: Unit) -> Any:
-    return getattr(import_module(unit.module), unit.kernel)
-
-
-def build(unit: Unit) -> Any:
-    """Triton's compiled kernel, from the module that is imported under the unit's name."""
-    function = _function(unit)
-    source = (GluonASTSource if function.is_gluon() else ASTSource)(
-        function,
-        dict(unit.signature),
-        dict(unit.constants),
-        {(index,): [["tt.divisibility", 16]] for index in unit.divisible},
-    )
-    target = GPUTarget("cuda", int(unit.architecture.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=dict(unit.options))
-
-
 def compile_unit(unit: Unit) -> Compiled:
     """Compile one unit for its architecture and read the compiler's own resource account."""
-    compiled = build(unit)
+    compiled = unit.build()
     cubin = compiled.asm["cubin"]
-    found = hazards(disassemble(cubin), waits_by_hand=_function(unit).is_gluon())
+    found = hazards(disassemble(cubin), waits_by_hand=unit.function.is_gluon())
     if ".ftz" in compiled.asm["ptx"]:
         found.append("flushes subnormals to zero")
     return Compiled(unit, resources(cubin), compiled.metadata.shared, tuple(found))
@@ -269,7 +180,7 @@ def main() -> int:
     table = Table(*columns, title=f"triton {triton.__version__}: {len(results)} compilations")
     for result in results:
         unit = result.unit
-        tile = " ".join(f"{n[6:]}{v}" for n, v in unit.constants if n.startswith("BLOCK_"))
+        tile = " ".join(f"{n[6:]}{v}" for n, v in unit.arguments if n.startswith("BLOCK_"))
         options = dict(unit.options)
         cells = (unit.architecture, unit.kernel, unit.label, tile, options["num_warps"], options["num_stages"])
         account = (result.resources.registers, result.resources.stack, result.shared)

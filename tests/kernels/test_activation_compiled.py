@@ -15,7 +15,7 @@ for architecture in ("sm_80", "sm_90", "sm_100"):
         unit = aot.Unit.of(architecture, label, launch)
         if label.endswith("float16") and "bfloat16" not in label:
             continue
-        cubin = aot.build(unit).asm["cubin"]
+        cubin = unit.build().asm["cubin"]
         assert machine_code.resources(cubin).stack == 0
         sass = machine_code.disassemble(cubin)
         assert not machine_code.hazards(sass, waits_by_hand=False)

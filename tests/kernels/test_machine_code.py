@@ -8,10 +8,10 @@ SCRIPT = """
 from mxref.kernels.compiled import ahead_of_time as aot
 from mxref.kernels.compiled import machine_code
 hopper = [u for u in aot.units("sm_90") if u.kernel == "packed_matmul_kernel"]
-unit = next(u for u in hopper if ("HEIGHTS", (16,)) in u.constants)
-boxed = next(u for u in hopper if dict(u.signature)["rows_box"] != "constexpr")
+unit = next(u for u in hopper if ("HEIGHTS", (16,)) in u.arguments)
+boxed = next(u for u in hopper if dict(u.arguments).get("rows_box"))
 assert not aot.compile_unit(unit).violations
-sass = machine_code.disassemble(aot.build(unit).asm["cubin"])
+sass = machine_code.disassemble(unit.build().asm["cubin"])
 assert "HGMMA" in sass and not machine_code.touched_in_flight(sass)
 last = "WARPGROUP.DEPBAR.LE gsb0, 0x0 "
 assert machine_code.touched_in_flight(sass.replace(last, last.replace("0x0", "0x1")))
@@ -24,7 +24,7 @@ for wait in waits:
 hasty = sass.replace("DEPBAR.LE SB0, 0x1 ;", "DEPBAR.LE SB0, 0x2 ;")
 assert hasty != sass and machine_code.unwaited_copies(hasty) and not machine_code.unwaited_copies(sass)
 assert machine_code.unseen_copies(sass.replace("FENCE.VIEW.ASYNC", "NOP")) and not machine_code.unseen_copies(sass)
-boxes = machine_code.disassemble(aot.build(boxed).asm["cubin"])
+boxes = machine_code.disassemble(boxed.build().asm["cubin"])
 assert "UTMALDG" in boxes and not aot.compile_unit(boxed).violations
 assert machine_code.unseen_copies(boxes.replace("SYNCS.PHASECHK", "NOP"))
 assert machine_code.lasting_barriers(boxes.replace("SYNCS.CCTL.IV", "NOP")) == 3

@@ -82,10 +82,10 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
 def _digests(folder: Path) -> Iterator[tuple[str, Any]]:
     """A digest of each launch's code, and the launch, in a fresh import of the kernels in `folder`."""
     import_kernels(folder)
-    from mxref.kernels.compiled.ahead_of_time import build, units
+    from mxref.kernels.compiled.ahead_of_time import units
 
     for unit in units(_ARCHITECTURE):
-        text = f"{unit.kernel}\0{unit.signature}\0{unit.constants}\0{build(unit).asm['ptx']}"
+        text = f"{unit.kernel}\0{unit.key}\0{unit.build().asm['ptx']}"
         yield hashlib.sha256(text.encode()).hexdigest(), unit
 
 

@@ -1,0 +1,122 @@
+"""One kernel to compile, as Triton's own run time would compile it at a launch, in whatever process.
+
+Triton makes the key of a compilation from a launch's arguments: their types, which of them are 1 or multiples of 16,
+the constants, the options. Nothing here makes such a key again. A recorded launch goes through the same function of
+Triton's as one on a GPU does, asked to compile and not to start, and so it leaves in Triton's cache what a launch will
+look for there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import MockTensor
+
+from mxref.kernels.device.launch import Launch
+
+__all__ = ["Unit", "units_of"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: a kernel of this package with a launch's arguments; picklable.
+
+    Attributes:
+        architecture: such as "sm_90".
+        label: what the launch does, for a report.
+        module, kernel: where the jitted function lives.
+        arguments: argument name -> value; a tensor is its dtype alone, beginning at a multiple of 16 bytes.
+        options: compile options by name.
+        key: Triton's, which equal compilations of a kernel share.
+    """
+
+    architecture: str
+    label: str
+    module: str
+    kernel: str
+    arguments: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+    key: str
+
+    @classmethod
+    def of(cls, architecture: str, label: str, launch: Launch) -> Unit:
+        """What a launch has Triton compile."""
+        arguments = {name: _without_memory(value) for name, value in launch.arguments.items()}
+        keys = list[str]()
+
+        def note(key: str, **_: Any) -> bool:
+            keys.append(key)
+            return True  # it is not to be compiled yet
+
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.jit_cache_hook = note
+            _compile(architecture, launch.kernel, arguments, launch.options)
+        function = launch.kernel.fn
+        named = tuple(arguments.items()), tuple(launch.options.items())
+        return cls(architecture, label, function.__module__, function.__name__, *named, *keys)
+
+    @property
+    def function(self) -> Any:
+        """The jitted function, of the module that is imported under its name."""
+        return getattr(import_module(self.module), self.kernel)
+
+    def build(self) -> Any:
+        """Triton's compiled kernel, from its cache if it is there."""
+        return _compile(self.architecture, self.function, dict(self.arguments), dict(self.options))
+
+
+def units_of(architecture: str, launches: Iterable[tuple[str, Launch]]) -> Iterator[Unit]:
+    """The compilations that launches with their labels need, each once."""
+    seen = set[tuple[str, str, str]]()
+    for label, launch in launches:
+        unit = Unit.of(architecture, label, launch)
+        if (work := (unit.module, unit.kernel, unit.key)) not in seen:
+            seen.add(work)
+            yield unit
+
+
+def _compile(architecture: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+    with _driver_of(GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)):
+        return kernel.run(*arguments.values(), grid=None, warmup=True, **options)
+
+
+def _without_memory(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return MockTensor(value.dtype)
+    return replace(value, base=MockTensor(value.base.dtype)) if isinstance(value, TensorDescriptor) else value
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles. Kernels are kept by device: here the target is the device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_device(self) -> GPUTarget:
+        return self._target
+
+    def get_current_stream(self, device: GPUTarget) -> None:
+        return None
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+@contextmanager
+def _driver_of(target: GPUTarget) -> Iterator[None]:
+    """Within this context Triton believes that the target is this machine's GPU."""
+    drivers = triton.runtime.driver
+    before = drivers._active  # `active` would look for a GPU
+    drivers.set_active(_Driver(target))
+    try:
+        yield
+    finally:
+        drivers.set_active(before)
