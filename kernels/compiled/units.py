@@ -56,9 +56,9 @@ class Unit:
             keys.append(key)
             return True  # it is not to be compiled yet
 
-        with triton.knobs.runtime.scope():
+        with triton.knobs.runtime.scope(), _gpu(architecture, "asks for keys"):
             triton.knobs.runtime.jit_cache_hook = note
-            _compile(architecture, launch.kernel, arguments, launch.options)
+            _run(launch.kernel, arguments, launch.options)
         function = launch.kernel.fn
         named = tuple(arguments.items()), tuple(launch.options.items())
         return cls(architecture, label, function.__module__, function.__name__, *named, *keys)
@@ -70,7 +70,8 @@ class Unit:
 
     def build(self) -> Any:
         """Triton's compiled kernel, from its cache if it is there."""
-        return _compile(self.architecture, self.function, dict(self.arguments), dict(self.options))
+        with _gpu(self.architecture, "compiles"):
+            return _run(self.function, dict(self.arguments), dict(self.options))
 
 
 def units_of(architecture: str, launches: Iterable[tuple[str, Launch]]) -> Iterator[Unit]:
@@ -83,9 +84,8 @@ def units_of(architecture: str, launches: Iterable[tuple[str, Launch]]) -> Itera
             yield unit
 
 
-def _compile(architecture: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
-    with _driver_of(GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)):
-        return kernel.run(*arguments.values(), grid=None, warmup=True, **options)
+def _run(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+    return kernel.run(*arguments.values(), grid=None, warmup=True, **options)
 
 
 def _without_memory(value: Any) -> Any:
@@ -95,27 +95,30 @@ def _without_memory(value: Any) -> Any:
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles. Kernels are kept by device: here the target is the device."""
+    """What Triton asks of a driver before it compiles."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
+    def __init__(self, architecture: str, purpose: str) -> None:
+        self._target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        self._purpose = purpose
 
-    def get_current_device(self) -> GPUTarget:
-        return self._target
+    def get_current_device(self) -> tuple[GPUTarget, str]:
+        """A key: what was compiled is kept by device, and a kernel that is there already would not be asked for."""
+        return self._target, self._purpose
 
-    def get_current_stream(self, device: GPUTarget) -> None:
-        return None
+    def get_current_stream(self, device: object) -> None:
+        """None is needed to compile."""
 
     def get_current_target(self) -> GPUTarget:
+        """The GPU that is compiled for."""
         return self._target
 
 
 @contextmanager
-def _driver_of(target: GPUTarget) -> Iterator[None]:
-    """Within this context Triton believes that the target is this machine's GPU."""
+def _gpu(architecture: str, purpose: str) -> Iterator[None]:
+    """Within this context Triton takes this machine's GPU to be of the architecture."""
     drivers = triton.runtime.driver
     before = drivers._active  # `active` would look for a GPU
-    drivers.set_active(_Driver(target))
+    drivers.set_active(_Driver(architecture, purpose))
     try:
         yield
     finally:

@@ -47,7 +47,7 @@ PACKED_ALONG_J = tl.constexpr(2)  # blocks run along the output: dX
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E"])
 def grouped_matmul_kernel(
     out,
     rows_in,

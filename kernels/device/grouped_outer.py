@@ -27,7 +27,7 @@ Layout = tuple[int, int | None, int, int, int]
 """J, the fan, and the output's strides."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E"])
 def grouped_outer_kernel(
     positions,
     offsets,
@@ -111,7 +111,7 @@ def outer_tile(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def grouped_sum_kernel(out, wide, positions, offsets, P, J, fan, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """One program sums BLOCK_N columns over one expert's rows, each step of BLOCK_K rows first within itself."""
     blocks = tl.cdiv(J, BLOCK_N)

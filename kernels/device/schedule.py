@@ -41,7 +41,7 @@ def expert_rows(offsets, expert, P):
     return tl.minimum(tl.maximum(begin, 0), P), tl.minimum(tl.maximum(end, 0), P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "bound"])
 def tables_kernel(
     positions,
     offsets,
@@ -121,8 +121,11 @@ def tile_bound(rows: int, experts: int, block_m: int) -> int:
 
 @lru_cache(4096)
 def _tables(P: int, E: int, block_m: int, with_inverse: bool) -> PreparedLaunch:
-    """The launch that makes a routing's tables; a sixteenth of the inverse is a program's, or as much as pays."""
-    span = max(4096, triton.cdiv(P, 16))
+    """The launch that makes a routing's tables; a sixteenth of the inverse is a program's, or as much as pays.
+
+    Always a multiple of 16 entries, so that it is filled 16 bytes at a time and by one kernel.
+    """
+    span = max(4096, 16 * triton.cdiv(P, 256))
     programs = E + 1 + (triton.cdiv(P, span) if with_inverse else 0)
     return PreparedLaunch(
         tables_kernel,

@@ -20,7 +20,7 @@ from mxref.kernels.device.schedule import Routing, source_rows
 __all__ = ["combine", "spread"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def combine_kernel(out, rows_in, inverse, gates, tokens, slots, J, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
     """One program sums the slots, in ascending order in fp32, for BLOCK_T tokens and BLOCK_N columns."""
     blocks = tl.cdiv(J, BLOCK_N)
@@ -38,7 +38,7 @@ def combine_kernel(out, rows_in, inverse, gates, tokens, slots, J, BLOCK_T: tl.c
     tl.store(out + t[:, None] * J + j, acc.to(out.dtype.element_ty), mask=(t < tokens)[:, None] & (j < J))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E"])
 def spread_kernel(
     out,
     dgates,
