@@ -27,7 +27,7 @@ from mxref.kernels.models.packing import ADAPTERS_KEY, experts_modules, pack_exp
 from mxref.kernels.models.saving import Origin, save_packed_model
 from mxref.kernels.models.stored_names import Renaming
 
-__all__ = ["load_packed_model", "save_packed_model"]
+__all__ = ["empty_model", "load_packed_model", "read_config", "save_packed_model"]
 
 
 def load_packed_model(
@@ -58,17 +58,10 @@ def load_packed_model(
     """
     dtype, lora_dtype = _dtype("dtype", dtype), _dtype("lora_dtype", lora_dtype) or torch.float32
     directory = resolve(directory)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}; expected the directory of a transformers checkpoint")
+    config = read_config(directory)
     checkpoint = open_checkpoint(directory)  # says what is wrong with the files before a model is built
-    config = AutoConfig.from_pretrained(directory)
     alpha = _check_adapters(checkpoint, config, rank, alpha)
-    with (
-        torch.device("cpu"),
-        init_empty_weights(include_buffers=False),
-    ):  # buffers are computed, or stored and then replaced
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
-    model.requires_grad_(False)
+    model = empty_model(config, dtype)
     renaming = Renaming(model)
     checkpoint = checkpoint.renamed(_names_in(model, renaming, checkpoint))
     pack_experts(model, checkpoint, rank, alpha, lora_dtype=lora_dtype, device=device)
@@ -77,6 +70,32 @@ def load_packed_model(
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.to(device).eval()  # what is left to move are the computed buffers
+
+
+def read_config(directory: str | Path) -> Any:
+    """The configuration of a checkpoint, which may be the id of a model in the local Hugging Face cache.
+
+    Raises:
+        FileNotFoundError: `directory` or its config.json does not exist.
+        ValueError: transformers does not know such a model.
+    """
+    directory = resolve(directory)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {directory}; expected the directory of a transformers checkpoint")
+    return AutoConfig.from_pretrained(directory)
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """The frozen causal language model of a configuration on the meta device; its buffers are on the CPU.
+
+    Args:
+        config: of transformers.
+        dtype: of its parameters; the configuration's by default, or else bf16.
+        options: of transformers' `from_config`.
+    """
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):  # buffers are computed, or stored
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16, **options)
+    return model.requires_grad_(False)
 
 
 def _dtype(name: str, given: Any) -> torch.dtype | None:

@@ -14,11 +14,10 @@ from typing import Any
 
 import peft
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
+from mxref.kernels.models import loading
 from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.packing import experts_modules, matrix_shape, put_packed
 from mxref.kernels.models.peft import get_peft_model
@@ -41,9 +40,7 @@ def empty_model(config: Any, attention: str = "eager") -> Any:
     Raises:
         ValueError, ImportError: transformers does not run this model with this attention here.
     """
-    with torch.device("cpu"), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-    return model.requires_grad_(False)
+    return loading.empty_model(config, torch.bfloat16, attn_implementation=attention)
 
 
 def filled(model: Any, device: torch.device, packed: bool) -> Any:
