@@ -8,10 +8,12 @@ look for there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from multiprocessing import get_context
 from typing import Any
 
 import triton
@@ -22,7 +24,7 @@ from triton.runtime.jit import MockTensor
 
 from mxref.kernels.device.launch import Launch
 
-__all__ = ["Unit", "units_of"]
+__all__ = ["Unit", "compile_units", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,25 @@ def units_of(architecture: str, launches: Iterable[tuple[str, Launch]]) -> Itera
         if (work := (unit.module, unit.kernel, unit.key)) not in seen:
             seen.add(work)
             yield unit
+
+
+def compile_units(units: Sequence[Unit], jobs: int) -> Iterator[tuple[Unit, bool]]:
+    """Compile into Triton's cache, in `jobs` processes at once: each unit when it is done, and whether it was new.
+
+    The processes are forks of this one, so that they need not import anything; they use no GPU.
+    """
+    with ProcessPoolExecutor(min(jobs, len(units)) or 1, get_context("fork")) as pool:
+        futures = {pool.submit(_build_if_new, unit): unit for unit in units}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _build_if_new(unit: Unit) -> bool:
+    found = list[bool]()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
+        unit.build()
+    return found == [False]
 
 
 def _run(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:

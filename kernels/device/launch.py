@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 __all__ = [
     "INTERPRETED",
@@ -26,6 +27,8 @@ __all__ = [
     "aligned",
     "architecture",
     "compute_dtype",
+    "generation",
+    "passed_on",
     "recording",
 ]
 
@@ -82,10 +85,20 @@ def _generation(device: torch.device) -> str:
             f"the operands lie on {device}, where Triton kernels cannot run; move them to a CUDA GPU, or set "
             "TRITON_INTERPRET=1 before mxref.kernels is imported to interpret the kernels on CPU tensors"
         )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        raise RuntimeError(f"{device} has compute capability {capability}; bf16 products need at least (8, 0)")
-    return "sm_80" if capability < (9, 0) else "sm_90" if capability < (10, 0) else "sm_100"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(f"{device} has compute capability {major, minor}; bf16 products need at least (8, 0)")
+    return generation(10 * major + minor)
+
+
+def generation(capability: int) -> str:
+    """The key of the configuration table for a compute capability of 80 or more, such as 89."""
+    return "sm_80" if capability < 90 else "sm_90" if capability < 100 else "sm_100"
+
+
+def passed_on(x: Tensor) -> bool:
+    """Whether a call with `x` goes to PyTorch as an operator: where it is traced, or only shapes are asked for."""
+    return torch.compiler.is_compiling() or ((x.is_meta or isinstance(x, FakeTensor)) and _recorder.get() is None)
 
 
 def compute_dtype(activation: torch.dtype) -> torch.dtype:

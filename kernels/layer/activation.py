@@ -12,11 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from mxref.kernels.device.activation import activate, activate_backward
-from mxref.kernels.device.launch import architecture, compute_dtype
+from mxref.kernels.device.launch import architecture, compute_dtype, passed_on
 from mxref.kernels.layer.operands import operand
 from mxref.swiglu import SwiGLU
 
@@ -45,7 +44,7 @@ def gated(gate_up: Tensor, form: SwiGLU) -> Tensor:
         raise TypeError(f"gate_up is {gate_up.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
     if gate_up.ndim != 2:
         raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}; expected [P, 2I]")
-    if torch.compiler.is_compiling() or gate_up.is_meta or isinstance(gate_up, FakeTensor):
+    if passed_on(gate_up):
         return cast(Tensor, gated_activation(gate_up, form.interleaved, form.alpha, form.limit, form.offset))
     return cast(Tensor, _Gated.apply(gate_up, form))  # type: ignore[no-untyped-call]
 

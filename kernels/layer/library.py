@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from mxref.kernels.device.launch import compute_dtype
+from mxref.kernels.device.launch import compute_dtype, passed_on
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.kernels.layer.operands import frozen_weights
@@ -72,7 +71,7 @@ def expert_linear(
         k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling, expert_biases, gates,
         grouped_in, grouped_out, use_fused_dX, use_fused_gather,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+    if passed_on(x):
         out: Tensor = scattermoe_lora(x, weight, scales, *operands, int(layout), scales_to_128)[0]
         return out
     return parallel_linear_lora(x, frozen_weights(weight, scales, layout, scales_to_128), *operands, routing=routing)

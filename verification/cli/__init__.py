@@ -23,6 +23,7 @@ COMMANDS = {
     "steps": "judge training steps on several ranks with planted mistakes: the checks must name each",
     "honest": "judge implementations that are right: no check may reject one",
     "sanitize": "run the kernels under compute-sanitizer and Triton's ConSan (needs a GPU)",
+    "warm": "compile a model's kernels in parallel, before its first training step",
     "inspect": "count the blocks of a packed checkpoint",
     "bench": "time the kernels beside the composite (needs a GPU)",
     "tune": "time every tiling beside the table's choice (needs a GPU)",
@@ -86,7 +87,8 @@ def _choose_interpreter(argv: list[str]) -> None:
 
     wanted = argv[argv.index("--device") + 1 :][:1] if "--device" in argv else []
     wanted += [word.partition("=")[2] for word in argv if word.startswith("--device=")]
-    if wanted == ["cpu"] or not cuda.is_available():
+    compiles = argv[0] == "warm"  # also where there is no GPU
+    if wanted == ["cpu"] or not (compiles or cuda.is_available()):
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
