@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxref.formats import MXFP4
 from mxref.kernels.compiled.units import Unit, compile_units, units_of
-from mxref.kernels.device.configs import shape_class
+from mxref.kernels.device.configs import layout_for, shape_class
 from mxref.kernels.device.launch import INTERPRETED, Launch, generation, recording
 from mxref.kernels.layer.activation import gated
 from mxref.kernels.models.activation import form_of
@@ -27,6 +27,7 @@ from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.packing import experts_modules, matrix_shape
 from mxref.kernels.models.routed import Projection, routed_experts
 from mxref.swiglu import SwiGLU
+from mxref.weights import MXLayout
 
 __all__ = ["Experts", "experts_of", "step_units", "warm"]
 
@@ -43,6 +44,8 @@ class Experts:
         form: the activation; None is the model's own function.
         dtype: of the activations.
         lora_dtype: of the adapters and their gradients.
+        sharded: the bytes keep a checkpoint's layout; elsewhere they lie as `PackedExperts.arrange` has them, and no
+            scale byte is above 128.
     """
 
     E: int
@@ -54,6 +57,7 @@ class Experts:
     form: SwiGLU | None = None
     dtype: torch.dtype = torch.bfloat16
     lora_dtype: torch.dtype = torch.float32
+    sharded: bool = False
 
     def launches(self, tokens: int, architecture: str) -> list[Launch]:
         """What training steps of so many tokens start on a GPU: where x and gates need gradients, and where not.
@@ -61,7 +65,7 @@ class Experts:
         Some routers give gates in fp32 and some in the dtype of x; both are taken.
         """
         with recording(architecture) as recorder, torch.device("meta"):
-            both = self._projection(self.H, 2 * self.I), self._projection(self.I, self.H)
+            both = self._projection(architecture, self.H, 2 * self.I), self._projection(architecture, self.I, self.H)
             index = torch.empty(tokens, self.k, dtype=torch.int64)
             for of_gates, trains in ((self.dtype, True), (torch.float32, True), (self.dtype, False)):
                 x = torch.empty(tokens, self.H, dtype=self.dtype, requires_grad=trains)
@@ -81,20 +85,23 @@ class Experts:
             found.setdefault((shape_class(rows, self.E, self.dtype), rows % 16 == 0), tokens)
         return sorted(found.values(), reverse=True)  # the tallest tiles take longest to compile
 
-    def _projection(self, K: int, N: int) -> Projection:
+    def _projection(self, architecture: str, K: int, N: int) -> Projection:
         shapes = MXFP4.packed_shape(self.E, N, K), MXFP4.scales_shape(self.E, N, K)
         codes, scales = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
         columns = self.E * self.rank
         A, B = (torch.empty(s, dtype=self.lora_dtype, requires_grad=True) for s in ((columns, K), (N, columns)))
         bias = torch.empty(self.E, N, dtype=self.dtype) if self.biased else None
-        return Projection(codes, scales, bias, LoRA(A, B, 1.0))
+        layout = MXLayout.FWD if self.sharded else layout_for(architecture, self.dtype, N)
+        return Projection(codes, scales, bias, LoRA(A, B, 1.0), layout, layout != MXLayout.FWD)
 
     def _activation(self, gate_up: Tensor) -> Tensor:
         return gate_up[:, : self.I] if self.form is None else gated(gate_up, self.form)
 
 
-def experts_of(model: Any, rank: int, lora_dtype: torch.dtype = torch.float32) -> list[Experts]:
+def experts_of(model: Any, rank: int, lora_dtype: torch.dtype = torch.float32, sharded: bool = False) -> list[Experts]:
     """The experts of a transformers model that is to be packed, each kind once; its weights may be on the meta device.
+
+    `rank`, `lora_dtype` and `sharded` as in `Experts`.
 
     Raises:
         TypeError, ValueError: as `experts_modules`; also if the configuration has no number of experts a token.
@@ -103,15 +110,12 @@ def experts_of(model: Any, rank: int, lora_dtype: torch.dtype = torch.float32) -
     slots = next((k for name in ("num_experts_per_tok", "top_k_experts") if (k := getattr(config, name, None))), None)
     if not isinstance(slots, int):
         raise ValueError(f"the configuration of {type(model).__name__} has no num_experts_per_tok")
-    found = (_experts(module, slots, rank, lora_dtype) for module in experts_modules(model).values())
+    found = []
+    for module in experts_modules(model).values():
+        (E, H, _), (_, inner, _) = (matrix_shape(module, name) for name in PROJECTIONS)
+        biased, dtype = getattr(module, "down_proj_bias", None) is not None, module.down_proj.dtype
+        found.append(Experts(E, slots, H, inner, rank, biased, form_of(module), dtype, lora_dtype, sharded))
     return list(dict.fromkeys(found))
-
-
-def _experts(module: nn.Module, slots: int, rank: int, lora_dtype: torch.dtype) -> Experts:
-    (E, H, _), (_, inner, _) = (matrix_shape(module, name) for name in PROJECTIONS)
-    biased = getattr(module, f"{PROJECTIONS[0]}_bias", None) is not None
-    dtype = getattr(module, PROJECTIONS[0]).dtype
-    return Experts(E, slots, H, inner, rank, biased, form_of(module), dtype, lora_dtype)
 
 
 def step_units(experts: Iterable[Experts], architecture: str, tokens: Iterable[int] = ()) -> list[Unit]:

@@ -18,11 +18,14 @@ import torch, triton
 support, folder = sys.argv[1:]
 sys.path.insert(0, support)
 import pretended_gpu as gpu
+from mxref.kernels.device.configs import layout_for
+from mxref.kernels.models import experts
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.peft import get_peft_model
 import peft
 
 gpu.pretend()
+experts.preferred_layout = lambda stored, dtype, N: layout_for("sm_90", dtype, N)
 torch.manual_seed(0)
 new = []
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or new.append(src.fn.__name__)
@@ -39,7 +42,7 @@ def step(model, sequences, tokens):
     model.train()
     ids = torch.randint(0, 64, (sequences, tokens))
     started = gpu.started(lambda: model(input_ids=ids, labels=ids).loss.backward())
-    return {"started": len(started), "compiled": new[before:]}
+    return {"started": started, "compiled": new[before:]}
 
 
 own, theirs = load_packed_model(folder, rank=16), of_peft(16)
@@ -47,9 +50,13 @@ own.gradient_checkpointing_enable()
 own.enable_input_require_grads()
 batches = [(1, 2), (1, 7), (2, 16), (3, 27), (4, 32), (5, 41), (1, 200)]
 steps = [step(model, *batch) for model in (own, theirs) for batch in batches]
+divided = load_packed_model(folder, rank=16)
+for module in divided.modules():
+    if isinstance(module, experts.PackedExperts):
+        module.arrange(None)
 theirs.enable_input_require_grads()  # before, nothing in front of the first layer's experts trained
 steps.append(step(theirs, 4, 32))
-print(json.dumps({"warmed": steps, "another rank": step(of_peft(8), 4, 32)}))
+print(json.dumps({"warmed": steps, "divided": step(divided, 4, 32), "another rank": step(of_peft(8), 4, 32)}))
 """
 
 KEYS = """
@@ -59,7 +66,8 @@ from mxref.swiglu import GPT_OSS
 import torch
 
 kinds = [Experts(E=4, k=2, H=64, I=96, rank=16, biased=True, form=GPT_OSS), Experts(E=3, k=1, H=2880, I=32, rank=5),
-         Experts(E=64, k=16, H=64, I=64, rank=16), Experts(E=4, k=3, H=96, I=64, rank=8, dtype=torch.float32)]
+         Experts(E=64, k=16, H=64, I=64, rank=16, sharded=True),
+         Experts(E=4, k=3, H=96, I=64, rank=8, dtype=torch.float32)]
 missing = []
 for kind in kinds:
     for architecture in ("sm_90", "sm_89", "sm_100"):
@@ -83,6 +91,8 @@ def warmed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         command = ("-m", "mxref.verification.cli", "warm", str(folder), "--architecture", "sm_90", "--jobs", "2")
         said = run_python(*command)
         assert said.returncode == 0, said.stderr[-3000:]
+        sharded = run_python(*command, "--sharded", "--tokens", "4x32")
+        assert sharded.returncode == 0, sharded.stderr[-3000:]
         trained = run_python("-c", TRAIN, str(request.config.rootpath / "tests" / "support"), str(folder))
         assert trained.returncode == 0, trained.stderr[-3000:]
         again = run_python(*command)
@@ -90,9 +100,10 @@ def warmed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 def test_a_step_compiles_nothing(warmed: Any) -> None:
-    """Of any number of tokens, by the model's own adapters and by PEFT's."""
-    for step in warmed["warmed"]:
-        assert step["started"] >= 30, "both layers, forward and backward"
+    """Of any number of tokens, by the model's own adapters and by PEFT's, and with a checkpoint's layout."""
+    products = [(step, "fragments_matmul_kernel") for step in warmed["warmed"]]
+    for step, product in (*products, (warmed["divided"], "packed_matmul_kernel")):
+        assert step["started"].count(product) >= 7, "both layers, forward and backward"
         assert step["compiled"] == []
 
 

@@ -5,7 +5,7 @@ memory, compiles every kernel that they would start in several processes, and le
 (TRITON_CACHE_DIR). A step finds them there if it runs under the same versions of Triton and of this package, the same
 environment variables of Triton, and adapters in fp32, as PEFT and load_packed_model make them. Not known here, and
 compiled when they are first met: kernels of other libraries, adapters of another rank or dtype, several adapters at
-once, experts divided among GPUs.
+once, weights with a scale byte above 128, experts divided among GPUs.
 
 examples:
   mxref warm ./gpt-oss-20b                         a directory with config.json; nothing else of it is read
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_architecture,
         help="a GPU by its compute capability (default: this one)",
     )
+    parser.add_argument("--sharded", action="store_true", help="the model is to be sharded over GPUs, as by FSDP2")
     add_jobs(parser, "processes that compile")
 
 
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mxref.kernels.compiled.units import compile_units
     from mxref.kernels.models.warming import step_units
 
-    experts = _experts(arguments.model, arguments.rank)
+    experts = _experts(arguments.model, arguments.rank, arguments.sharded)
     units = step_units(experts, architecture, arguments.tokens)
     with Meter(len(units)) as meter:
         new = 0
@@ -89,13 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _experts(model: str, rank: int) -> list[Experts]:
+def _experts(model: str, rank: int, sharded: bool) -> list[Experts]:
     from mxref.kernels.models.loading import empty_model, read_config
     from mxref.kernels.models.warming import experts_of
 
     try:
         config: Any = MODELS[model].config() if model in MODELS else read_config(model)
-        return experts_of(empty_model(config), rank)
+        return experts_of(empty_model(config), rank, sharded=sharded)
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from None
 
