@@ -1,7 +1,8 @@
 """Every kernel that a model's experts start in training, compiled into Triton's cache before the first step.
 
-    from mxref.kernels.models.warming import experts_of, warm
-    for _ in warm(experts_of(model, rank=16), "sm_90", jobs=16): ...
+    from mxref.kernels.compiled.units import compile_units
+    from mxref.kernels.models.warming import experts_of, step_units
+    for unit, new in compile_units(step_units(experts_of(model, rank=16), "sm_90"), jobs=16): ...
 
 The experts' own forward and backward pass run on tensors without memory, and what they would start is compiled. So no
 GPU is needed, and nothing here lists kernels.
@@ -9,7 +10,7 @@ GPU is needed, and nothing here lists kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mxref.formats import MXFP4
-from mxref.kernels.compiled.units import Unit, compile_units, units_of
+from mxref.kernels.compiled.units import Unit, units_of
 from mxref.kernels.device.configs import layout_for, shape_class
 from mxref.kernels.device.launch import INTERPRETED, Launch, generation, recording
 from mxref.kernels.layer.activation import gated
@@ -29,7 +30,7 @@ from mxref.kernels.models.routed import Projection, routed_experts
 from mxref.swiglu import SwiGLU
 from mxref.weights import MXLayout
 
-__all__ = ["Experts", "experts_of", "step_units", "warm"]
+__all__ = ["Experts", "experts_of", "step_units"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,16 @@ def experts_of(model: Any, rank: int, lora_dtype: torch.dtype = torch.float32, s
 
 
 def step_units(experts: Iterable[Experts], architecture: str, tokens: Iterable[int] = ()) -> list[Unit]:
-    """The compilations of training steps of so many tokens, by default of any number; see `warm`."""
+    """The compilations of training steps; a step finds them in Triton's cache under the same versions and environment.
+
+    Args:
+        experts: of `experts_of`, or by hand.
+        architecture: such as "sm_90", the GPU's compute capability.
+        tokens: of a step, sequences times tokens in each; by default what any number needs.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET was set when this package was imported.
+    """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set; unset it, interpreted kernels cannot be compiled")
     table, given = generation(int(architecture.removeprefix("sm_"))), list(tokens)
@@ -130,23 +140,3 @@ def step_units(experts: Iterable[Experts], architecture: str, tokens: Iterable[i
         for launch in kind.launches(count, table)
     )
     return list(units_of(architecture, recorded))
-
-
-def warm(
-    experts: Iterable[Experts], architecture: str, jobs: int, tokens: Iterable[int] = ()
-) -> Iterator[tuple[Unit, bool]]:
-    """Compile what training steps start, in `jobs` processes: each unit when it is done, and whether it was new.
-
-    A step finds it if it runs under the same versions and environment variables of Triton. Nothing is known of kernels
-    of other libraries.
-
-    Args:
-        experts: of `experts_of`, or by hand.
-        architecture: such as "sm_90", the GPU's compute capability.
-        jobs: processes at once. They are forks of this one and use no GPU.
-        tokens: of a step, sequences times tokens in each; by default what any number needs.
-
-    Raises:
-        RuntimeError: TRITON_INTERPRET was set when this package was imported.
-    """
-    return compile_units(step_units(experts, architecture, tokens), jobs)

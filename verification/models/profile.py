@@ -45,8 +45,8 @@ class Kind:
 
 
 KINDS = (
-    Kind("our products", r"^(grouped_matmul|packed_matmul|grouped_outer)_kernel"),
-    Kind("our other kernels", r"^(tiles|inverse|combine|spread|grouped_sum|dequantize|activation(_backward)?)_kernel"),
+    Kind("our products", r"^(grouped_matmul|packed_matmul|fragments_matmul|grouped_outer)_kernel"),
+    Kind("our other kernels", r"^(tables|combine|spread|grouped_sum|dequantize|activation(_backward)?)_kernel"),
     Kind("others' products of the experts", r"(?i)gemm|nvjet|cutlass|aten::\w*mm\b", ("experts",)),
     Kind("self-attention", parts=("attention",)),
     Kind("elementwise of the block", parts=("experts", "block")),

@@ -70,7 +70,7 @@ def test_a_kernel_belongs_to_the_part_that_launched_it() -> None:
             Event("aten::softmax", 1, attention, [Kernel("softmax_warp_forward", 1e6)]),
             Event("aten::mul", 4, experts, [Kernel("vectorized_elementwise_kernel", 2e6)]),
             Event("aten::_grouped_mm", 5, experts, [Kernel("void cutlass::device_kernel<Gemm>", 3e6)]),
-            Event("mxref::linear", 6, experts, [Kernel("packed_matmul_kernel", 4e6), Kernel("tiles_kernel", 5e6)]),
+            Event("mxref::linear", 6, experts, [Kernel("packed_matmul_kernel", 4e6), Kernel("tables_kernel", 5e6)]),
             Event("aten::topk", 7, block, [Kernel("gatherTopK", 6e6)]),
             Event("aten::_fused_adamw_", 10, optimiser, [Kernel("multi_tensor_apply_kernel", 7e6)]),
             Event("aten::mm", 11, None, [Kernel("nvjet_tst_128x256", 8e6)]),
