@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,6 +21,10 @@ from mxref.kernels.parallel.agreement import failing_together
 from mxref.kernels.parallel.experts import ShardedExperts, shard_experts
 
 __all__ = ["clip_grad_norm_", "shard_model", "whole_model"]
+
+_TORCH = Version("2.13")
+"""The oldest torch that was seen to shard parameters of bytes: fully_shard of 2.11 makes them require gradients, see
+PyTorch's issue 177844."""
 
 
 def shard_model(
@@ -38,12 +43,18 @@ def shard_model(
         options: of `fully_shard`, such as `mp_policy`, `reshard_after_forward`, `offload_policy`.
 
     Raises:
+        RuntimeError: this torch cannot shard parameters of bytes; experts in parallel alone ("ep") need no newer one.
         ValueError: as `shard_experts`; also if the mesh has other dimensions, or an expert's tensor has no dimension
             that the ranks of "fsdp" divide. Nothing has changed then, but the experts may be divided.
     """
     names = mesh.mesh_dim_names or ()
     if not names or set(names) - {"fsdp", "ep"}:
         raise ValueError(f"mesh has dimensions {names or 'without names'}; expected 'fsdp' and 'ep', either or both")
+    if "fsdp" in names and Version(torch.__version__) < _TORCH:
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot shard packed experts, whose parameters are bytes: FSDP2 does so from "
+            f"torch {_TORCH} on. A mesh of 'ep' alone divides experts among ranks with any torch that is supported here"
+        )
     everything = mesh if mesh.ndim == 1 else mesh._flatten("fsdp_ep")
     if "ep" in names:
         shard_experts(model, mesh["ep"], exchange)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import sharded_training as training
 import torch
 import world
 from parallel_models import Batch, integer_experts
-from torch import Tensor
+from torch import Tensor, nn
+
+from mxref.kernels.parallel.sharding import shard_model
 
 RANKS = 2
 
@@ -73,3 +77,10 @@ def test_training_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(found[name], value), (ranks, name)
+
+
+def test_an_older_torch_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    mesh: Any = SimpleNamespace(mesh_dim_names=("fsdp",))
+    with pytest.raises(RuntimeError, match=r"torch 2.11.0\+cu130 cannot shard packed experts.*from torch 2.13 on"):
+        shard_model(nn.Linear(2, 2), mesh, [])

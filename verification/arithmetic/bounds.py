@@ -26,7 +26,7 @@ from mxref.scattermoe import (
     owned_rows,
 )
 from mxref.verification.arithmetic.accumulation import UNDERFLOW, Accumulation, Accumulator, Product, U, gamma
-from mxref.verification.arithmetic.interval import Error, Estimate, Interval, rho
+from mxref.verification.arithmetic.interval import Estimate, Interval, rho
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
 
@@ -51,31 +51,38 @@ def intervals(
     Returns:
         From "Y", "dX", "dA", "dB", "dbias", "dgates" to intervals in the caller's layout, on the problem's device.
     """
-    judge = _Propagation(problem, fwd, grad_out.detach().double(), points, accumulation)
+    judge = Propagation(problem, fwd, grad_out.detach().double(), points, accumulation)
     return judge.output() if bwd is None else judge.output() | judge.gradients(bwd)
 
 
-class _Propagation:
-    """Walks one call in the order of its data, expert by expert: one decoded weight matrix is alive at a time."""
+class Propagation:
+    """Walks one call in the order of its data, expert by expert: one decoded weight matrix is alive at a time.
+
+    Attributes:
+        z, v: what Z and V can be, [P, r] in expert order; None without LoRA, V also before `gradients`.
+        dy: what dY can be, likewise.
+    """
 
     def __init__(
         self, problem: Problem, fwd: Forward, grad_out: Tensor, points: RoundingPoints, how: Accumulation
     ) -> None:
         self.problem, self.fwd, self.grad_out, self.points, self.how = problem, fwd, grad_out, points, how
         self.x = expert_order_inputs(problem)
-        self.y_error = Error.zeros_like(fwd.y.exact)
-        self.z_radius = None if fwd.z is None else torch.zeros_like(fwd.z.exact)
+        self.y_error = torch.zeros_like(fwd.y.exact)
+        self.z = None if fwd.z is None else Estimate.zeros_like(fwd.z.exact)
+        self.v: Estimate | None = None
+        self.dy: Estimate | None = None
         for e, start, end in problem.segments():
             self._forward(e, slice(start, end))
         self.y = self._rows_of_y()
 
-    def accumulator(self, rows: int, columns: int) -> Accumulator:
+    def _accumulator(self, rows: int, columns: int) -> Accumulator:
         return Accumulator(self.how, self.problem.dtype, rows, columns, self.x.device)
 
-    def product(
+    def _product(
         self, name: Product, P: Tensor, Q: Tensor, P_radius: Tensor | None = None, Q_radius: Tensor | None = None
     ) -> Accumulator:
-        accumulator = self.accumulator(P.shape[0], Q.shape[1])
+        accumulator = self._accumulator(P.shape[0], Q.shape[1])
         accumulator.dot(P, Q, name, P_radius, Q_radius)
         return accumulator
 
@@ -86,7 +93,7 @@ class _Propagation:
             return A, self.points.R(self.problem.scaling * B).value, 1.0
         return A, B, self.problem.scaling
 
-    def inner(self, q: Tensor, e: Tensor) -> Estimate:
+    def _inner(self, q: Tensor, e: Tensor) -> Estimate:
         """Z or V after its rounding point, if it has one."""
         dtype = self.points.dtype if self.points.z else None
         return Estimate(round_to(q, dtype), rho(q, e, dtype))
@@ -96,25 +103,23 @@ class _Propagation:
         x, problem = self.x[rows], self.problem
         bias = None if problem.expert_biases is None else problem.expert_biases[e].detach().double()[None, :]
         low = None
-        if self.fwd.z is not None and self.z_radius is not None:
+        if self.fwd.z is not None and self.z is not None:
             A, B, s = self.adapters(e)
-            z = self.inner(self.fwd.z.exact[rows], self.product("Z", x, A.T).radius())
-            self.z_radius[rows] = z.radius
+            z = self._inner(self.fwd.z.exact[rows], self._product("Z", x, A.T).radius())
+            self.z.set(rows, z)
             low = (z, B.T, s)
-        self.y_error.set(rows, *self.chain("Y", (x, problem.expert_weight(e), None), low, bias))
+        self.y_error[rows] = self._chain("Y", (x, problem.expert_weight(e), None), low, bias)
 
-    def chain(
+    def _chain(
         self,
         name: Product,
-        base: tuple[Tensor, Tensor, Estimate | None],
+        base: tuple[Tensor, Tensor, Tensor | None],
         low: tuple[Estimate, Tensor, float] | None,
         bias: Tensor | None = None,
-    ) -> Error:
-        """Of Y or D before its rounding: the base product and LoRA's, brought together as declared."""
-        P, Q, estimate = base
-        P_radius = None if estimate is None else estimate.radius
-        shared = torch.zeros_like(P[:, :1] * Q[:1]) if estimate is None else estimate.draws @ Q.abs()
-        main = self.accumulator(P.shape[0], Q.shape[1])
+    ) -> Tensor:
+        """Radius of Y or D before its rounding: the base product and LoRA's, brought together as declared."""
+        P, Q, P_radius = base
+        main = self._accumulator(P.shape[0], Q.shape[1])
         inside = self.how.bias_inside and bias is not None
         if low is None:
             if inside and bias is not None:
@@ -122,9 +127,8 @@ class _Propagation:
             main.dot(P, Q, name, P_radius)
         else:
             inner, factor, s = low
-            shared = shared + abs(s) * (inner.draws @ factor.abs())
             first = self.how.lora == "first" and not self.points.lora_after_output
-            side = main if first else self.accumulator(P.shape[0], Q.shape[1])
+            side = main if first else self._accumulator(P.shape[0], Q.shape[1])
             side.dot(inner.centre, factor, None, inner.radius)
             if first:
                 side.scale(s)
@@ -134,13 +138,13 @@ class _Propagation:
             if self.points.lora_after_output:
                 if bias is not None and not inside:
                     main.add(bias)
-                return Error(self._rounded_apart(main, side, s), Q.shape[1] ** 0.5 * shared)
+                return self._rounded_apart(main, side, s)
             if not first:
                 side.scale(s)
                 main.add(side)
         if bias is not None and not inside:
             main.add(bias)
-        return Error(main.radius(), Q.shape[1] ** 0.5 * shared)
+        return main.radius()
 
     def _rounded_apart(self, main: Accumulator, side: Accumulator, s: float) -> Tensor:
         """Declared: R(base) + R(s·R(low)), one fp32 addition of two values of the activation dtype."""
@@ -155,36 +159,38 @@ class _Propagation:
         """Y as the gates meet it."""
         y = self.fwd.y
         if self.points.gates_before_output:
-            return Estimate(y.exact, self.y_error.radius)
-        return Estimate(y.value, rho(y.exact, self.y_error.radius, self.points.dtype))
+            return Estimate(y.exact, self.y_error)
+        return Estimate(y.value, rho(y.exact, self.y_error, self.points.dtype))
 
     def output(self) -> dict[str, Interval]:
         """The caller's output; with gates Σ|g|·r_Y + γ_(g+1)·Σ|g·Y|, a product and g − 1 additions a slot."""
         problem, error = self.problem, self.y_error
         if problem.gates is None:
-            error = error if problem.grouped_out else error.each(self.by_position)
+            error = error if problem.grouped_out else self._by_position(error)
         else:
-            gates, shape = expert_order_gates(problem).abs()[:, None], (*problem.gates.shape, problem.N)
-            radius = gates * (self.y.radius + gamma(problem.gates.shape[1] + 1) * self.y.reach) + UNDERFLOW
-            owned = Error(radius, gates * error.shared).each(owned_rows(problem)[:, None].mul)
-            error = owned.each(lambda rows: self.by_position(rows).view(shape).sum(1))
-        return {"Y": self.accept(self.fwd.out, error, self.points.dtype)}
+            gates = expert_order_gates(problem).abs()[:, None]
+            slots = problem.gates.shape[1]
+            each = gates * (self.y.radius + gamma(slots + 1) * self.y.reach) + UNDERFLOW
+            each = torch.where(owned_rows(problem)[:, None], each, 0.0)
+            error = self._by_position(each).view(*problem.gates.shape, problem.N).sum(1)
+        return {"Y": self._accept(self.fwd.out, error, self.points.dtype)}
 
     def gradients(self, bwd: Backward) -> dict[str, Interval]:
         """Every gradient that the problem has."""
         problem, points = self.problem, self.points
         dy, results = self._split(bwd)
-        d_error = Error.zeros_like(bwd.d.exact)
+        self.v = None if bwd.v is None else Estimate.zeros_like(bwd.v.exact)
+        self.dy = dy
+        d_error = torch.zeros_like(bwd.d.exact)
         errors = {
-            name: None if rounded is None else Error.zeros_like(rounded.exact)
+            name: None if rounded is None else torch.zeros_like(rounded.exact)
             for name, rounded in (("dA", bwd.dA), ("dB", bwd.dB), ("dbias", bwd.dbias))
         }
         for e, start, end in problem.segments():
             rows = slice(start, end)
             self._backward(e, rows, dy[rows], bwd, d_error, errors)
-        d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error.radius, points.dtype))
-        fan_out = Error(*map(self._sum_over_fan_out, (d.radius + self._adding(d), d_error.shared)))
-        results["dX"] = self.accept(bwd.dx, fan_out, points.dtype)
+        d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
+        results["dX"] = self._accept(bwd.dx, self._sum_over_fan_out(d), points.dtype)
         for name, rounded, parameter in (
             ("dA", bwd.dA, problem.lora_A),
             ("dB", bwd.dB, problem.lora_B),
@@ -192,7 +198,7 @@ class _Propagation:
         ):
             error = errors[name]
             if rounded is not None and parameter is not None and error is not None:
-                results[name] = self.accept(rounded, error, self.stored(parameter))
+                results[name] = self._accept(rounded, error, self._stored(parameter))
         return results
 
     def _split(self, bwd: Backward) -> tuple[Estimate, dict[str, Interval]]:
@@ -203,64 +209,58 @@ class _Propagation:
         owned = owned_rows(problem)[:, None]
         incoming = self.grad_out[problem.row_positions() // problem.gates.shape[1]].abs()
         each = incoming * (self.y.radius + gamma(problem.N + 1) * self.y.reach) + UNDERFLOW
-        radius = self.by_position(torch.where(owned, each, 0.0).sum(1)).view(problem.gates.shape)
+        radius = self._by_position(torch.where(owned, each, 0.0).sum(1)).view(problem.gates.shape)
         dy = Estimate(bwd.dy.value, rho(bwd.dy.exact, U * bwd.dy.exact.abs() + UNDERFLOW, self.points.dtype))
-        return dy, {"dgates": self.accept(bwd.dgates, Error(radius, radius), self.stored(problem.gates))}
+        return dy, {"dgates": self._accept(bwd.dgates, radius, self._stored(problem.gates))}
 
     def _backward(
-        self, e: int, rows: slice, dy: Estimate, bwd: Backward, d_error: Error, errors: dict[str, Error | None]
+        self, e: int, rows: slice, dy: Estimate, bwd: Backward, d_error: Tensor, errors: dict[str, Tensor | None]
     ) -> None:
         """V, D and the parameters of one expert; its share of `d_error` and `errors` is filled."""
-        problem, points, x = self.problem, self.points, self.x[rows]
+        problem, x = self.problem, self.x[rows]
         dbias, dA, dB = errors["dbias"], errors["dA"], errors["dB"]
         n = dy.centre.shape[0]
         if dbias is not None:
-            dbias.set(slice(e, e + 1), dy.radius.sum(0) + gamma(n) * dy.reach.sum(0), dy.draws.sum(0))
+            dbias[e] = dy.radius.sum(0) + gamma(n) * dy.reach.sum(0)
         low = None
-        if bwd.v is not None and self.fwd.z is not None and self.z_radius is not None:
+        if bwd.v is not None and self.z is not None and self.v is not None:
             A, B, s = self.adapters(e)
-            v = self.inner(bwd.v.exact[rows], self.product("V", dy.centre, B, dy.radius).radius())
+            v = self._inner(bwd.v.exact[rows], self._product("V", dy.centre, B, dy.radius).radius())
+            self.v.set(rows, v)
             low = (v, A, s)
             own = slice(e * problem.rank, (e + 1) * problem.rank)
             if dA is not None:
-                of_A = self.product("dA", v.centre.T, x, v.radius.T)
+                of_A = self._product("dA", v.centre.T, x, v.radius.T)
                 of_A.scale(s)
-                dA.set(own, of_A.radius(), problem.K**0.5 * abs(s) * (v.draws.T @ x.abs()))
+                dA[own] = of_A.radius()
             if dB is not None:
-                z_dtype = points.dtype if points.z else None
-                z = Estimate(round_to(self.fwd.z.exact[rows], z_dtype), self.z_radius[rows])
-                of_B = self.product("dB", dy.centre.T, z.centre, dy.radius.T, z.radius)
+                z = self.z[rows]
+                of_B = self._product("dB", dy.centre.T, z.centre, dy.radius.T, z.radius)
                 of_B.scale(problem.scaling)
-                of_dy, of_z = dy.draws.T @ z.reach, dy.centre.abs().T @ z.draws
-                shared = problem.rank**0.5 * of_dy + problem.N**0.5 * of_z
-                dB.set((slice(None), own), of_B.radius(), abs(problem.scaling) * shared)
-        d_error.set(rows, *self.chain("D", (dy.centre, problem.expert_weight(e).T, dy), low))
+                dB[:, own] = of_B.radius()
+        d_error[rows] = self._chain("D", (dy.centre, problem.expert_weight(e).T, dy.radius), low)
 
-    def _adding(self, d: Estimate) -> Tensor | float:
-        """k·u·|D|, where the D of k slots are added up."""
-        alone = self.problem.grouped_in or self.problem.k == 1
-        return 0.0 if alone else gamma(self.problem.k) * d.reach
-
-    def _sum_over_fan_out(self, rows: Tensor) -> Tensor:
-        """From the slots' rows of D, in expert order, to the rows of dX."""
+    def _sum_over_fan_out(self, d: Estimate) -> Tensor:
+        """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where there is anything to add up."""
         problem = self.problem
-        if problem.grouped_in:
-            return rows
-        return self.by_position(rows).view(problem.inputs.shape[0], problem.k, problem.K).sum(1)
+        if problem.grouped_in or problem.k == 1:
+            return d.radius if problem.grouped_in else self._by_position(d.radius)
+        each = self._by_position(d.radius + gamma(problem.k) * d.reach)
+        return each.view(problem.inputs.shape[0], problem.k, problem.K).sum(1)
 
-    def by_position(self, rows: Tensor) -> Tensor:
+    def _by_position(self, rows: Tensor) -> Tensor:
         """From expert order to position order."""
         scattered = torch.empty_like(rows)
         scattered[self.problem.row_positions()] = rows
         return scattered
 
-    def stored(self, parameter: Tensor) -> torch.dtype | None:
+    def _stored(self, parameter: Tensor) -> torch.dtype | None:
         """The dtype that a parameter's gradient is rounded to; None where that is fp32 or where nothing is rounded."""
         narrow = parameter.dtype in (torch.bfloat16, torch.float16)
         return parameter.dtype if narrow and self.points.dtype is not None else None
 
     @staticmethod
-    def accept(rounded: Rounded, error: Error, dtype: torch.dtype | None) -> Interval:
+    def _accept(rounded: Rounded, error: Tensor, dtype: torch.dtype | None) -> Interval:
         """[R(q − e), R(q + e)] around a reference value."""
-        exact, e = rounded.exact, error.radius
-        return Interval(round_to(exact - e, dtype), round_to(exact + e, dtype), exact, e, error.shared)
+        exact = rounded.exact
+        return Interval(round_to(exact - error, dtype), round_to(exact + error, dtype), exact, error)

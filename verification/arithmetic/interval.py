@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +17,12 @@ class Interval:
 
     exact: the reference before the output's own rounding. Where it is NaN or infinite the class decides, not the ends.
     radius: how far an honest implementation can be from `exact` before that rounding; None where equality is asked for.
-    shared: what of it comes from errors of Z, V and dY, each of which is one draw for many elements: times √n for n.
     """
 
     low: Tensor
     high: Tensor
     exact: Tensor
     radius: Tensor | None = None
-    shared: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.low.shape == self.high.shape == self.exact.shape
@@ -48,6 +44,15 @@ class Estimate:
     centre: Tensor
     radius: Tensor
 
+    @classmethod
+    def zeros_like(cls, x: Tensor) -> Estimate:
+        """Nothing yet, to be filled by `set`."""
+        return cls(torch.zeros_like(x), torch.zeros_like(x))
+
+    def set(self, index: slice, part: Estimate) -> None:
+        """Fill in a part."""
+        self.centre[index], self.radius[index] = part.centre, part.radius
+
     @property
     def reach(self) -> Tensor:
         """The largest magnitude that it may have."""
@@ -60,23 +65,3 @@ class Estimate:
 
     def __getitem__(self, index: slice | Tensor) -> Estimate:
         return Estimate(self.centre[index], self.radius[index])
-
-
-class Error(NamedTuple):
-    """Of a sum of products: `radius` and `shared` of an `Interval`."""
-
-    radius: Tensor
-    shared: Tensor
-
-    @classmethod
-    def zeros_like(cls, x: Tensor) -> Error:
-        """No error."""
-        return cls(torch.zeros_like(x), torch.zeros_like(x))
-
-    def set(self, index: slice | tuple[slice, slice], radius: Tensor, shared: Tensor) -> None:
-        """Fill in a part."""
-        self.radius[index], self.shared[index] = radius, shared
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> Error:
-        """Both through a function that is linear."""
-        return Error(function(self.radius), function(self.shared))

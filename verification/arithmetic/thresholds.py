@@ -61,19 +61,15 @@ ANY: FEW products or less. Their error follows from a few mantissas, over and ov
 FEW = 3
 
 
-def residual_variance(ulp: Tensor, radius: Tensor, shared: Tensor, rounding: Tensor | float = UNIFORM) -> Tensor:
+def residual_variance(ulp: Tensor, radius: Tensor, rounding: Tensor | float = UNIFORM) -> Tensor:
     """Largest honest variance of an output's residual: its rounding's plus its accumulation's; fp64, elementwise.
-
-    An error of Z, V or dY is one draw for n elements. If it is at most t·ε in an element, it adds (Σ a·t)²·ε² to the
-    variance of a slope Σ a·residual: at most n·Σ a²·t²·ε² (Cauchy–Schwarz), as if each element drew √n·t·ε on its own.
 
     Args:
         ulp: h, spacing of the output's format at each element.
         radius: how far the accumulator can be from the exact value; its standard deviation is at most that.
-        shared: what of the radius comes from such errors, times √n.
         rounding: variance of the rounding in units of h², one of UNIFORM, ON_A_GRID, ANY for each element.
     """
-    return ulp.square() * rounding + radius.square() + shared.square()
+    return ulp.square() * rounding + radius.square()
 
 
 def copies(exact: Tensor) -> Tensor:

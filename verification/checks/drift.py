@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mxref.problem import Problem
 from mxref.rounding import round_to
-from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs, owned_rows
+from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.metrics import ratio_statistics, ulp
@@ -37,6 +37,7 @@ from mxref.verification.candidates.answer import Answer
 from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
+from mxref.verification.checks.inherited import Draws, draws, shared_by_ranks
 from mxref.verification.checks.ratios import log2_counts
 
 _BASE, _LORA, _TOTAL = range(3)
@@ -60,23 +61,60 @@ def no_drift(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows that are judged together, an expert's or all; terms and residual in units of the residual's σ, [R, C]."""
+    """Rows that are judged together, an expert's or all; terms and residual in units of the residual's σ, [R, C].
+
+    Attributes:
+        label: in words.
+        base, lora: the terms.
+        residual: what the output is off by.
+        inverse: 1/σ.
+        inherited: what its errors share.
+        rows: routed rows: terms in a sum over them.
+    """
 
     label: str
     base: Tensor
     lora: Tensor | None
     residual: Tensor
-    rows: int  # routed rows: terms in a sum over them
+    inverse: Tensor
+    inherited: list[Draws]
+    rows: int
 
-    def sums(self) -> Tensor:
-        """Σbase², Σbase·lora, Σlora², Σbase·residual, Σlora·residual by column tile, then of all: fp64 [5, T+1]."""
-        lora = torch.zeros_like(self.base) if self.lora is None else self.lora
-        pairs = (
-            (self.base, self.base), (self.base, lora), (lora, lora), (self.base, self.residual), (lora, self.residual)
-        )  # fmt: skip
-        columns = torch.stack([(a * b).sum(0) for a, b in pairs])
-        tiles = torch.nn.functional.pad(columns, (0, -columns.shape[1] % TILE)).view(len(pairs), -1, TILE).sum(2)
-        return torch.cat((tiles, tiles.sum(1, keepdim=True)), 1)
+    def slopes(self) -> Tensor:
+        """Slopes by column tile, then of all columns, with their variances: fp64 [2, T+1, 3], NaN where nothing fits.
+
+        Weighted least squares: a slope is Σ a·residual, a = α·base + β·LoRA. Elements' own errors are a draw each, of
+        variance 1, and give it the variance Σa²; inherited ones add theirs.
+        """
+        base, residual = self.base, self.residual
+        lora = torch.zeros_like(base) if self.lora is None else self.lora
+        products = ((base, base), (base, lora), (lora, lora), (base, residual), (lora, residual))
+        bb, bl, ll, bq, lq = _tiled(torch.stack([(a * b).sum(0) for a, b in products]))
+        determinant = bb * ll - bl.square()
+        determinant = torch.where(determinant > SINGULAR * bb * ll, determinant, torch.nan)
+        total = bb + 2 * bl + ll
+        both = 1 / torch.where(total > 0, total, torch.nan)
+        weights = ((ll / determinant, -bl / determinant), (-bl / determinant, bb / determinant), (both, both))
+        found = []
+        for α, β in weights:
+            own = α.square() * bb + 2 * α * β * bl + β.square() * ll
+            found.append(torch.stack((α * bq + β * lq, own + self._inherited(α, β, lora))))
+        return torch.stack(found, -1)
+
+    def _inherited(self, α: Tensor, β: Tensor, lora: Tensor) -> Tensor | float:
+        """The variance of inherited errors by column tile, then of all columns."""
+        if not self.inherited:
+            return 0.0
+        columns = self.base.shape[1]
+        of_tiles, of_all = (x[:-1].repeat_interleave(TILE)[:columns] for x in (α, β)), (α[-1], β[-1])
+        tiles, together = (self.inverse * (a * self.base + b * lora) for a, b in (of_tiles, of_all))
+        return sum(each.variance(tiles, together) for each in self.inherited)
+
+
+def _tiled(columns: Tensor) -> Tensor:
+    """Sums over each tile of columns, then over all: [R, T+1]."""
+    tiles = torch.nn.functional.pad(columns, (0, -columns.shape[1] % TILE)).view(columns.shape[0], -1, TILE).sum(2)
+    return torch.cat((tiles, tiles.sum(1, keepdim=True)), 1)
 
 
 @dataclass(frozen=True)
@@ -170,10 +208,11 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     """Every stratum's slopes; None for a problem without a routed row."""
     interval, problem = expected.accepted[tensor], expected.sample.problem
     assert interval.radius is not None
-    assert interval.shared is not None
     dtype = got.dtype if got.dtype in (torch.bfloat16, torch.float16) else torch.float32
     rounding = _rounding(problem, tensor, expected.points)
-    variance = residual_variance(ulp(interval.exact, dtype), interval.radius, interval.shared, rounding)
+    variance = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding)
+    if tensor == "dB":
+        variance += torch.as_tensor(shared_by_ranks(expected)).square()
     sigma = (variance * copies(interval.exact)).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
     # Held against the rounded reference: a sum that hardly leaves the grid (a bias and next to nothing, equal rows
@@ -182,17 +221,20 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     residual = torch.where(usable, (got.double() - nearest) / sigma, 0.0)
     inverse = torch.where(usable, 1 / sigma, 0.0)
     make = _gradient_groups if tensor in ("dA", "dB") else _row_groups
-    labels, sums, losses = [], [], []
+    labels, fits, losses, skipped = [], [], [], 0
     for group in make(tensor, expected, inverse, residual):
         labels.append(group.label)
-        sums.append(group.sums().cpu())
+        fits.append(group.slopes().cpu())
         losses.append(_losses(problem, tensor, group.rows, expected.how))
-    if not sums:
+        if group.lora is not None:
+            skipped += int((fits[-1][0, :, _TOTAL].isfinite() & fits[-1][0, :, _LORA].isnan()).sum())
+    if not fits:
         return None
-    loss = torch.tensor(losses, dtype=torch.float64)[:, None, :] + rounding_pull(dtype)
     C = got.shape[0] if tensor == "dB" else got.shape[1]
     columns = [f"columns {c}–{min(c + TILE, C) - 1}" for c in range(0, C, TILE)] + ["all columns"]
-    return _solve(labels, columns, torch.stack(sums), loss)
+    slope, variance = torch.stack(fits, 1)
+    loss = torch.tensor(losses, dtype=torch.float64)[:, None, :] + rounding_pull(dtype)
+    return _Fit(labels, columns, slope, variance.sqrt(), loss.expand_as(slope), skipped)
 
 
 def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor | float:
@@ -204,20 +246,6 @@ def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor |
     rows = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1))
     by_expert = torch.where(rows <= FEW, ANY, UNIFORM).double().repeat_interleave(problem.rank)
     return by_expert[:, None] if tensor == "dA" else by_expert
-
-
-def _solve(groups: list[str], columns: list[str], sums: Tensor, loss: Tensor) -> _Fit:
-    """Weighted least squares from the normal equations [G, 5, T+1] of all strata at once."""
-    bb, bl, ll, bq, lq = sums.unbind(1)
-    determinant = bb * ll - bl.square()
-    joint = determinant > SINGULAR * bb * ll
-    determinant = torch.where(joint, determinant, torch.nan)
-    total = bb + 2 * bl + ll
-    total = torch.where(total > 0, total, torch.nan)
-    slope = torch.stack(((ll * bq - bl * lq) / determinant, (bb * lq - bl * bq) / determinant, (bq + lq) / total), -1)
-    error = torch.stack(((ll / determinant).sqrt(), (bb / determinant).sqrt(), total.rsqrt()), -1)
-    skipped = int((~joint & (bb > 0) & (ll > 0)).sum())
-    return _Fit(groups, columns, slope, error, loss.expand_as(slope), skipped)
 
 
 def _losses(problem: Problem, tensor: str, rows: int, how: Accumulation) -> tuple[float, float, float]:
@@ -241,13 +269,15 @@ def _gradient_groups(tensor: str, expected: Expectation, inverse: Tensor, residu
     if tensor == "dB":
         exact, inverse, residual = exact.T, inverse.T, residual.T
     scaled = torch.where(inverse > 0, exact * inverse, 0.0)
-    r, most = problem.rank, 0
+    r, most, every = problem.rank, 0, list[Draws]()
     for e, start, end in problem.segments():
-        own = slice(e * r, (e + 1) * r)
-        yield _Group(f"expert {e}", scaled[own], None, residual[own], end - start)
+        own, rows = slice(e * r, (e + 1) * r), torch.arange(r, device=scaled.device)
+        inherited = list(draws(tensor, expected, e, start, end, rows))
+        yield _Group(f"expert {e}", scaled[own], None, residual[own], inverse[own], inherited, end - start)
+        every += [replace(each, rows=each.rows + e * r) for each in inherited]
         most = max(most, end - start)
     if most:
-        yield _Group("all experts", scaled, None, residual, most)
+        yield _Group("all experts", scaled, None, residual, inverse, every, most)
 
 
 def _row_groups(tensor: str, expected: Expectation, inverse: Tensor, residual: Tensor) -> Iterator[_Group]:
@@ -265,10 +295,10 @@ def _row_groups(tensor: str, expected: Expectation, inverse: Tensor, residual: T
     if tensor == "Y" and problem.gates is not None:
         gates = expert_order_gates(problem)[:, None]
         base, lora = gates * base, None if lora is None else gates * lora
-    groups = [(f"expert {e}", torch.arange(start, end, device=x.device)) for e, start, end in problem.segments()]
-    if groups:
-        groups.append(("all experts", owned_rows(problem).nonzero()[:, 0]))
-    for label, rows in groups:
+    segments = list(problem.segments())
+    groups = [(f"expert {e}", [(e, start, end)]) for e, start, end in segments]
+    for label, parts in [*groups, *([("all experts", segments)] if segments else [])]:
+        rows = torch.cat([torch.arange(start, end, device=x.device) for _, start, end in parts])
         into, slot = torch.unique(target[rows], return_inverse=True)
         scale = inverse[into]
 
@@ -276,7 +306,10 @@ def _row_groups(tensor: str, expected: Expectation, inverse: Tensor, residual: T
             summed = torch.zeros_like(scale).index_add_(0, slot, term[rows])
             return torch.where(scale > 0, summed * scale, 0.0)
 
-        yield _Group(label, share(base), None if lora is None else share(lora), residual[into], rows.numel())
+        own = slot.split([end - start for _, start, end in parts])
+        inherited = [each for part, at in zip(parts, own, strict=True) for each in draws(tensor, expected, *part, at)]
+        shares = share(base), None if lora is None else share(lora)
+        yield _Group(label, *shares, residual[into], scale, inherited, rows.numel())
 
 
 def _targets(problem: Problem, tensor: str) -> Tensor:

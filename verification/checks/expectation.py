@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxref.scattermoe import Backward, Forward, RoundingPoints, backward, forward
 from mxref.verification.arithmetic.accumulation import Accumulation
-from mxref.verification.arithmetic.bounds import intervals
+from mxref.verification.arithmetic.bounds import Propagation
 from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.thresholds import ALPHA, TILE, critical_z
 from mxref.verification.cases.case import Case, Sample
@@ -61,9 +61,21 @@ class Expectation:
     @cached_property
     def accepted(self) -> dict[str, Interval]:
         """The accepted interval of every tensor that is asked for."""
-        problem, dOut = self.sample.problem, self.sample.grad_out
-        bwd = self.bwd if self.sample.case.call.mode == "grad" else None
-        return self._asked_for(intervals(problem, self.fwd, bwd, dOut, self.points, self.how))
+        return self._asked_for(self._bounds[1])
+
+    @property
+    def propagation(self) -> Propagation:
+        """How errors travel through the call, to its end."""
+        return self._bounds[0]
+
+    @cached_property
+    def _bounds(self) -> tuple[Propagation, dict[str, Interval]]:
+        dOut = self.sample.grad_out.detach().double()
+        bounds = Propagation(self.sample.problem, self.fwd, dOut, self.points, self.how)
+        found = bounds.output()
+        if self.sample.case.call.mode == "grad":
+            found |= bounds.gradients(self.bwd)
+        return bounds, found
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:

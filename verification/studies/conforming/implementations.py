@@ -71,7 +71,7 @@ def data_cases(dtype: torch.dtype) -> list[Case]:
         base,
         replace(base, name="long sums", K=512, N=64, experts=2, tokens=10, data="balanced", scaling=2.0, gate_slots=0),
         replace(square, name="cancelling sums", data="cancelling", tokens=10),
-        replace(square, name="all positive", K=256, data="positive", tokens=8, gate_slots=2),
+        replace(square, name="all positive", K=256, data="positive", tokens=32, gate_slots=2),
         replace(base, name="LoRA above all", data="lora", rank=20, K=64),
         replace(base, name="bias above all", data="bias", routing="empty_experts", experts=5),
         replace(base, name="wide scales", K=128, data="wide", grouped_in=True, gate_slots=0),
