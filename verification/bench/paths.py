@@ -20,7 +20,9 @@ from torch import Tensor
 
 from mxref.fragments import TILE
 from mxref.kernels import dequantize_experts, parallel_linear_lora
+from mxref.kernels.device.configs import layout_for
 from mxref.kernels.device.dequant import active_or_sentinel
+from mxref.kernels.device.launch import architecture
 from mxref.kernels.device.schedule import Routing
 from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
 from mxref.verification.candidates import foreign
@@ -134,12 +136,15 @@ def every_path(installed: bool = True, tuning: float = TUNING) -> list[Path]:
 def our_paths() -> list[Path]:
     """This project's kernels."""
     fused = partial(parallel_linear_lora, use_fused_dX=True, use_fused_gather=True)
+    repacked = Path("repacked", "the same on weights in the layout FRAGMENTS", parallel_linear_lora, _repacked)
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = here.type == "cpu" or layout_for(architecture(here), torch.bfloat16, TILE) == MXLayout.FRAGMENTS
     return [
         Path("dense", "our kernels on bf16 weights", parallel_linear_lora, _dense, 2.0),
         Path("strategy A", "decode the active experts, then our kernels on bf16", _strategy_a, bytes_per_weight=2.0),
         Path("strategy B", "decode inside both products", fused),
         Path("automatic", "parallel_linear_lora with nothing chosen", parallel_linear_lora),
-        Path("repacked", "the same on weights in the layout FRAGMENTS", parallel_linear_lora, _repacked),
+        *([repacked] if loaded else []),  # where no loader has them so, nobody has
         Path("dequantize_experts", "strategy A's decoding alone", _decode, _decode_operands, parts=("decode",)),
     ]  # fmt: skip
 

@@ -30,10 +30,11 @@ def summary(entry: Mapping[str, Any]) -> list[str]:
         f"driver {v['driver']}, kernels `{entry['digest'][:12]}`. In the same run: bf16 matmul "
         f"{ceilings['matmul_flops'] / 1e12:.0f} TFLOP/s, copy {ceilings['copy_bytes'] / 1e12:.2f} TB/s.",
     ]
-    lines += _eager_beside_graph(rows)
+    ours = "repacked" if any(path == "repacked" for _, _, path in rows) else "automatic"
+    lines += _eager_beside_graph(rows, ours)
     lines += _every_way(rows, "step", "Whole step: forward, dX, dA, dB")
     lines += _every_way(rows, "base", "Base products alone: forward, dX")
-    lines += _single_products(rows)
+    lines += _single_products(rows, ours)
     told = once(entry)
     return [*lines, "", " ".join(told)] if told else lines
 
@@ -53,12 +54,15 @@ def once(entry: Mapping[str, Any]) -> list[str]:
     return [*told, f"Extra memory of the dense shape's step, beyond {BEYOND}: {said}."] if said else told
 
 
-def _eager_beside_graph(rows: Rows) -> list[str]:
-    """A line a shape: the step as most trainers run it, launch by launch, beside the same step as a CUDA graph."""
-    shapes = _unique(shape for m, shape, path in rows if (m, path) == ("step", "automatic"))
+def _eager_beside_graph(rows: Rows, ours: str) -> list[str]:
+    """A line a shape: the step as most trainers run it, launch by launch, beside the same step as a CUDA graph.
+
+    `ours`: the way that is ours, the layout that the loaders choose on that GPU.
+    """
+    shapes = _unique(shape for m, shape, path in rows if (m, path) == ("step", ours))
     cells = []
     for shape in shapes:
-        sides = [rows.get(("step", shape, path)) for path in ("composite", "automatic")]
+        sides = [rows.get(("step", shape, path)) for path in ("composite", ours)]
         timed = [row for row in sides if row is not None and row["status"] == "ok"]
         if len(timed) == len(sides):
             times = [milliseconds_and_ratio([row[how] for row in timed]) for how in ("eager", "median")]
@@ -66,7 +70,8 @@ def _eager_beside_graph(rows: Rows) -> list[str]:
             cells[-1][-1] += eager_mark(timed[1])
     if not cells:
         return []
-    title = "**Whole step, eager and as a CUDA graph**, in ms: the composite, ours, ours over the composite's"
+    about = " (repacked, as the loaders lay weights out on this GPU)" if ours == "repacked" else ""
+    title = f"**Whole step, eager and as a CUDA graph**, in ms: the composite, ours{about}, ours over the composite's"
     both = ("composite", "ours", "ratio")
     columns = ["shape", *(f"{how}: {what}" for how in ("eager", "graph") for what in both)]
     return ["", title, "", *markdown_table(columns, cells), "", _CAPTURED]
@@ -90,7 +95,7 @@ def _every_way(rows: Rows, measure: str, title: str) -> list[str]:
     return [*heading, *markdown_table(["shape", "composite, ms", *paths], rows_of)]
 
 
-def _single_products(rows: Rows) -> list[str]:
+def _single_products(rows: Rows, ours: str) -> list[str]:
     """A line a shape: the forward product and dX over the best of others, decoding over a copy; and over the limit."""
     others = _unique(
         path for (m, _, path), row in rows.items() if m == "base dX" and not row["ours"] and path != "composite"
@@ -98,13 +103,13 @@ def _single_products(rows: Rows) -> list[str]:
     if not others:
         return []
     title = (
-        f"**Single base products**; automatic's time over the best of {' and '.join(others)} (over the limit). "
+        f"**Single base products**; {ours}'s time over the best of {' and '.join(others)} (over the limit). "
         "**Decoding** the active experts; over a copy of as many bytes (over the limit)"
     )
     cells = []
     for shape in _unique(shape for m, shape, _ in rows if m == "base dX"):
         products = [
-            _over_best(rows.get((m, shape, "automatic")), [rows.get((m, shape, path)) for path in others])
+            _over_best(rows.get((m, shape, ours)), [rows.get((m, shape, path)) for path in others])
             for m in ("base forward", "base dX")
         ]
         cells.append([shape, *products, _ratios(rows.get(("decode", shape, "dequantize_experts")))])
