@@ -60,7 +60,8 @@ class Propagation:
 
     Attributes:
         z, v: what Z and V can be, [P, r] in expert order; None without LoRA, V also before `gradients`.
-        dy: what dY can be, likewise.
+        y: what the rows of Y can be as the gates meet them, [P, N].
+        dy, d: what dY and the rows of D can be; None before `gradients`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Propagation:
         self.z = None if fwd.z is None else Estimate.zeros_like(fwd.z.exact)
         self.v: Estimate | None = None
         self.dy: Estimate | None = None
+        self.d: Estimate | None = None
         for e, start, end in problem.segments():
             self._forward(e, slice(start, end))
         self.y = self._rows_of_y()
@@ -189,8 +191,8 @@ class Propagation:
         for e, start, end in problem.segments():
             rows = slice(start, end)
             self._backward(e, rows, dy[rows], bwd, d_error, errors)
-        d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
-        results["dX"] = self._accept(bwd.dx, self._sum_over_fan_out(d), points.dtype)
+        self.d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
+        results["dX"] = self._accept(bwd.dx, self._sum_over_fan_out(self.d), points.dtype)
         for name, rounded, parameter in (
             ("dA", bwd.dA, problem.lora_A),
             ("dB", bwd.dB, problem.lora_B),

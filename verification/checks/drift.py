@@ -37,7 +37,7 @@ from mxref.verification.candidates.answer import Answer
 from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
-from mxref.verification.checks.inherited import Draws, draws, shared_by_ranks
+from mxref.verification.checks.inherited import Draws, RowDraws, draws, shared_by_ranks, tiled
 from mxref.verification.checks.ratios import log2_counts
 
 _BASE, _LORA, _TOTAL = range(3)
@@ -77,7 +77,7 @@ class _Group:
     lora: Tensor | None
     residual: Tensor
     inverse: Tensor
-    inherited: list[Draws]
+    inherited: list[Draws | RowDraws]
     rows: int
 
     def slopes(self) -> Tensor:
@@ -89,7 +89,7 @@ class _Group:
         base, residual = self.base, self.residual
         lora = torch.zeros_like(base) if self.lora is None else self.lora
         products = ((base, base), (base, lora), (lora, lora), (base, residual), (lora, residual))
-        bb, bl, ll, bq, lq = _tiled(torch.stack([(a * b).sum(0) for a, b in products]))
+        bb, bl, ll, bq, lq = tiled(torch.stack([(a * b).sum(0) for a, b in products]))
         determinant = bb * ll - bl.square()
         determinant = torch.where(determinant > SINGULAR * bb * ll, determinant, torch.nan)
         total = bb + 2 * bl + ll
@@ -109,12 +109,6 @@ class _Group:
         of_tiles, of_all = (x[:-1].repeat_interleave(TILE)[:columns] for x in (α, β)), (α[-1], β[-1])
         tiles, together = (self.inverse * (a * self.base + b * lora) for a, b in (of_tiles, of_all))
         return sum(each.variance(tiles, together) for each in self.inherited)
-
-
-def _tiled(columns: Tensor) -> Tensor:
-    """Sums over each tile of columns, then over all: [R, T+1]."""
-    tiles = torch.nn.functional.pad(columns, (0, -columns.shape[1] % TILE)).view(columns.shape[0], -1, TILE).sum(2)
-    return torch.cat((tiles, tiles.sum(1, keepdim=True)), 1)
 
 
 @dataclass(frozen=True)
@@ -269,7 +263,7 @@ def _gradient_groups(tensor: str, expected: Expectation, inverse: Tensor, residu
     if tensor == "dB":
         exact, inverse, residual = exact.T, inverse.T, residual.T
     scaled = torch.where(inverse > 0, exact * inverse, 0.0)
-    r, most, every = problem.rank, 0, list[Draws]()
+    r, most, every = problem.rank, 0, list[Draws | RowDraws]()
     for e, start, end in problem.segments():
         own, rows = slice(e * r, (e + 1) * r), torch.arange(r, device=scaled.device)
         inherited = list(draws(tensor, expected, e, start, end, rows))

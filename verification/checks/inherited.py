@@ -1,8 +1,9 @@
 """Errors that a slope inherits: Z, V and dY are rounded before the last product, and each reaches many elements of it.
 
 An error of one of them is one draw. It moves a slope Σ a·residual by what it adds up to along its row, which the last
-product says exactly: (a @ factorᵀ) · error. One value that occurs n times, of operands expanded from one column, has
-one error n times over: n of them are one draw, see `copies`.
+product says exactly: (a @ factorᵀ) · error. Where rows of Y or D are rounded to 16 bits before they are summed up, such
+an error moves a few elements by a whole spacing and no other one at all: then a row is taken for one draw. A value that
+occurs n times, of operands expanded from one column, has one error n times over: n are one draw, see `copies`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mxref.scattermoe import expert_order_gates, expert_order_inputs
+from mxref.verification.arithmetic.interval import Estimate
 from mxref.verification.arithmetic.thresholds import TILE, copies
 from mxref.verification.checks.expectation import Expectation
 
@@ -46,26 +48,66 @@ class Draws:
         return (moved * self.deviation).square().sum((1, 2))
 
 
-def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows: Tensor) -> Iterator[Draws]:
+@dataclass(frozen=True)
+class RowDraws:
+    """Rows of a group's elements whose errors are one draw each.
+
+    Attributes:
+        rows: the group's rows [m] that they are in.
+        deviation: at most their standard deviations, [m, C].
+    """
+
+    rows: Tensor
+    deviation: Tensor
+
+    def variance(self, of_tiles: Tensor, of_all: Tensor) -> Tensor:
+        """As `Draws.variance`."""
+        tiles, together = (tiled(a[self.rows].abs() * self.deviation) for a in (of_tiles, of_all))
+        return torch.cat((tiles[:, :-1], together[:, -1:]), 1).square().sum(0)
+
+
+def tiled(columns: Tensor) -> Tensor:
+    """Sums over each tile of columns, then over all: [R, T+1]."""
+    tiles = torch.nn.functional.pad(columns, (0, -columns.shape[1] % TILE)).view(columns.shape[0], -1, TILE).sum(2)
+    return torch.cat((tiles, tiles.sum(1, keepdim=True)), 1)
+
+
+def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows: Tensor) -> Iterator[Draws | RowDraws]:
     """The draws in one expert's part of Y, dX, dA or dBᵀ; `rows`: where in the group its routed rows, or ranks, are."""
     problem, own, bounds = expected.sample.problem, slice(start, end), expected.propagation
+    rounded = expected.points.dtype is not None
+    if tensor == "Y" and problem.gates is not None and rounded and not expected.points.gates_before_output:
+        yield RowDraws(rows, _finite(expert_order_gates(problem)[own, None].abs() * bounds.y.radius[own]))
+        return
+    if tensor == "dX" and bounds.d is not None and problem.k > 1 and not problem.grouped_in and rounded:
+        yield RowDraws(rows, _finite(bounds.d.radius[own]))
+        return
     if bounds.z is not None:
         A, B, s = bounds.adapters(e)
-        of_z = s * (bounds.z.radius * copies(bounds.z.centre).sqrt())[own]
+        of_z = _deviation(bounds.z)[own]
         if tensor == "Y":
             gates = 1.0 if problem.gates is None else expert_order_gates(problem)[own, None]
-            yield Draws(rows, B.T, gates * of_z)
+            yield Draws(rows, _finite(B.T), s * gates * of_z)
         if tensor == "dB":
-            yield Draws(rows, expected.bwd.dy.value[own], of_z.T)
+            yield Draws(rows, _finite(expected.bwd.dy.value[own]), problem.scaling * of_z.T)
     if bounds.v is not None:
-        of_v = s * (bounds.v.radius * copies(bounds.v.centre).sqrt())[own]
+        of_v = s * _deviation(bounds.v)[own]
         if tensor == "dX":
-            yield Draws(rows, A, of_v)
+            yield Draws(rows, _finite(A), of_v)
         if tensor == "dA":
-            yield Draws(rows, expert_order_inputs(problem)[own], of_v.T)
+            yield Draws(rows, _finite(expert_order_inputs(problem)[own]), of_v.T)
     if tensor == "dX" and bounds.dy is not None and problem.gates is not None:
-        of_dy = (bounds.dy.radius * copies(bounds.dy.centre).sqrt())[own]
-        yield Draws(rows, problem.expert_weight(e).T, of_dy)
+        yield Draws(rows, _finite(problem.expert_weight(e).T), _deviation(bounds.dy)[own])
+
+
+def _deviation(x: Estimate) -> Tensor:
+    """At most the standard deviation, where n equal elements count as one draw."""
+    return _finite(x.radius * copies(x.centre).sqrt())
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Without what is NaN or infinite: no element that it reaches is judged."""
+    return torch.where(torch.isfinite(x), x, 0.0)
 
 
 def shared_by_ranks(expected: Expectation) -> Tensor | float:

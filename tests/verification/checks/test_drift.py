@@ -18,7 +18,7 @@ from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulati
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.call import Call
-from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.case import Case, Sample, Special
 from mxref.verification.cases.draw import draw
 from mxref.verification.checks.expectation import Expectation, slopes_of
 from mxref.verification.checks.finding import DriftMap, Finding, Status
@@ -297,6 +297,19 @@ def test_errors_that_many_elements_share_are_no_drift(case: Case) -> None:
         expected = Expectation(sample, RoundingPoints.contract(case.dtype), how)
         findings = judge(expected, composite.run(sample))
         assert [str(finding) for finding in findings.values() if not finding.ok] == []
+
+
+@pytest.mark.parametrize("special", ["inf row", "nan row", "inf dOut", "nan expert"])
+def test_drift_is_seen_beside_what_is_not_finite(special: Special) -> None:
+    """In Y, dX, dA and dB each: what is not finite takes its own rows out, or its own expert, and no other."""
+    sample = draw(replace(BALANCED, experts=4, tokens=64, special=special, gate_slots=2), "cpu", 1)
+    expected = expect(sample)
+    outputs = {name: x * (1 + 2.0**-6) for name, x in honest_values(expected, BF16).items()}
+    findings = judge(expected, outputs)
+    assert {tensor for check, tensor in broken(findings) if check == "drift"} == {"Y", "dX", "dA", "dB"}
+    for tensor in ("Y", "dX", "dA", "dB"):
+        of_all_experts = drift_map(findings, tensor).z[-1]
+        assert bool((abs(of_all_experts) > RUN**0.25).all()), tensor
 
 
 def test_a_row_that_adds_one_value_to_itself_is_no_drift() -> None:
