@@ -214,12 +214,21 @@ DEQUANTISED = Path(
 
 def peers(tuning: float = TUNING) -> list[Path]:
     """What others wrote, where it is installed; `tuning`: seconds that an autotuner gets for each kernel and shape."""
-    found: list[Path] = []
-    for find in (partial(_axolotl, tuning), _unsloth, _humming):
+    return [path for found in _found(tuning).values() if isinstance(found, list) for path in found]
+
+
+def absent_peers() -> dict[str, str]:
+    """Why those that `peers` leaves out cannot be timed, by the name of what others wrote."""
+    return {name: f"not timed, {error}" for name, error in _found(TUNING).items() if isinstance(error, ImportError)}
+
+
+def _found(tuning: float) -> dict[str, list[Path] | ImportError]:
+    found: dict[str, list[Path] | ImportError] = {}
+    for name, find in (("axolotl", partial(_axolotl, tuning)), ("unsloth", _unsloth), ("humming", _humming)):
         try:
-            found += find()
-        except ImportError:
-            continue
+            found[name] = find()
+        except ImportError as error:
+            found[name] = error
     return found
 
 

@@ -33,7 +33,7 @@ from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
 from mxref.verification.bench.first_call import first_call
 from mxref.verification.bench.history import ratios_of
 from mxref.verification.bench.pairs import Effort
-from mxref.verification.bench.paths import TUNING, about_peers, every_path
+from mxref.verification.bench.paths import TUNING, about_peers, absent_peers, every_path
 from mxref.verification.bench.report import as_json, as_markdown, print_bench
 from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
 from mxref.verification.bench.timing import EventClock, measure_ceilings
@@ -115,7 +115,8 @@ def _measure(arguments: argparse.Namespace, shapes: tuple[Shape, ...], device: t
         paths = [path for path in paths if path.name in ("automatic", "repacked") or path.package == "humming-kernels"]
     with Meter(len(shapes)) as meter:
         meter.show("gate: " + ", ".join(path.name for path in paths if path.ours))
-        bench = Bench(describe_device(device), gate_paths(paths, device), Effort(), peers=about_peers(paths))
+        others = about_peers(paths) | ({} if arguments.no_peers else absent_peers())
+        bench = Bench(describe_device(device), gate_paths(paths, device), Effort(), peers=others)
         if bench.green and not arguments.rows:
             meter.show("timing the first step of a fresh process")
             bench.first_call = first_call(DENSE, device)
