@@ -27,7 +27,7 @@ _KNOWN = OWN | {"plain": "mxref.verification.studies.steps.honest:Exchanged"}
 _WORLDS = (1, 2, 4)
 _OF_ONE_PROCESS = (
     "points", "accumulation", "covers", "full", "weights", "layers", "experts", "list", "shape", "dtype",
-    "accept_baseline",
+    "accept_baseline", "processes",
 )  # fmt: skip
 """Options that say nothing of a step."""
 _NARROWING = ("world", "case", "rerun", "fail_fast")

@@ -100,6 +100,7 @@ def test_no_such_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], step: 
         ["--distributed", "--kernel", "golden"],
         ["--distributed", "--covers", "forward"],
         ["--distributed", "--case", "nobody"],
+        ["--distributed", "--case", "two steps", "--processes", "2"],
         ["--distributed", "--world", "0,2"],
         ["--distributed", "--world", "two"],
     ],
