@@ -86,12 +86,17 @@ class PackedExperts(nn.Module):
             self.register_parameter(f"{name}_bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         _register_with_peft()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As nn.Module does, for copies and pickles; copies of parameters know nothing of their bytes' layout."""
+        return self.__dict__ | {"_layouts": {name: self._known(name) for name in self._layouts}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As nn.Module does, for copies and pickles."""
+        """As nn.Module does, for copies and pickles; another process may share the memory."""
         restore: Any = super().__setstate__
         restore(state)
         for name, stored in self._layouts.items():
             self._note(name, *stored)
+            self._lend(name)
         _register_with_peft()
 
     def add_lora(self, rank: int, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> None:
@@ -150,13 +155,13 @@ class PackedExperts(nn.Module):
         return E, 2 * blocks * half, N
 
     def packed_weights(self, name: str) -> MXWeights:
-        """A projection's packed weights, sharing its memory.
+        """A projection's packed weights, sharing its memory: what they are until the module is cast or arranged.
 
         Raises:
             ValueError: `name` is no projection.
         """
         _, K, N = self.shape(name)
-        blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
+        blocks, scales = (parameter.detach() for parameter in self._bytes(name))
         layout, to_128 = self._stored_as(name)
         return MXWeights(blocks.flatten(-2), scales, K, N, layout, scales_to_128=to_128)
 
@@ -172,9 +177,11 @@ class PackedExperts(nn.Module):
         """
         self._rows = dtype
         for name in PROJECTIONS:
-            blocks, (_, _, N) = getattr(self, f"{name}_blocks"), self.shape(name)
+            (blocks, scales), (_, _, N) = self._bytes(name), self.shape(name)
             if blocks.is_meta:
                 self._note(name, MXLayout.FWD, False)
+            elif blocks.device != scales.device:
+                continue  # one is still to come, of a state that is loaded in parts
             elif (layout := MXLayout.FWD if dtype is None else preferred_layout(blocks, dtype, N)) is not None:
                 self._repack(name, layout)
 
@@ -205,40 +212,60 @@ class PackedExperts(nn.Module):
 
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
         # detached: what backward reads are these bytes, whatever the parameters hold by then
-        blocks, scales = (getattr(self, f"{name}_{part}").detach() for part in ("blocks", "scales"))
+        blocks, scales = (parameter.detach() for parameter in self._bytes(name))
         return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora, *self._stored_as(name))
 
     def _repack(self, name: str, layout: MXLayout) -> None:
         """Bring a projection's bytes into another layout."""
-        if layout == self._layouts[name][0]:
+        if layout == self._known(name)[0]:
             return
-        blocks, scales = (getattr(self, f"{name}_{part}") for part in ("blocks", "scales"))
         after = self.packed_weights(name).repack(layout)
-        if getattr(blocks, "in_own_memory", False):
-            blocks.copy_(after.packed.view_as(blocks))
-            scales.copy_(after.scales)
-        else:
-            blocks.data, scales.data, blocks.in_own_memory = after.packed.view_as(blocks), after.scales, True
+        for parameter, arranged in zip(self._bytes(name), (after.packed, after.scales), strict=True):
+            if getattr(parameter, "in_own_memory", False):
+                parameter.copy_(arranged.view_as(parameter))
+            else:
+                parameter.data, parameter.in_own_memory = arranged.view_as(parameter), True
         self._note(name, layout, after.scales_to_128)
 
-    def _note(self, name: str, layout: MXLayout, scales_to_128: bool) -> None:
-        """Remember how the bytes lie, here and, unless as in a checkpoint, on the parameter that holds them."""
-        self._layouts[name] = layout, scales_to_128
-        if layout != MXLayout.FWD:
-            getattr(self, f"{name}_blocks").layout_noted = int(layout)
+    def _bytes(self, name: str) -> tuple[Any, Any]:
+        """The parameters of a projection's codes and scales."""
+        return getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
 
-    def _is_noted(self, name: str) -> bool:
-        layout, _ = self._layouts[name]
-        return layout == MXLayout.FWD or getattr(getattr(self, f"{name}_blocks"), "layout_noted", None) == layout
+    def _note(self, name: str, layout: MXLayout, scales_to_128: bool) -> None:
+        """Remember how the bytes lie: here and, unless they always lay as in a checkpoint, on the parameters."""
+        self._layouts[name] = layout, scales_to_128
+        for parameter in self._bytes(name):
+            if layout != MXLayout.FWD or _noted(parameter) is not None:
+                parameter.stored_as = int(layout), scales_to_128
+
+    def _known(self, name: str) -> tuple[MXLayout, bool]:
+        """Layout and `scales_to_128`: as the parameters say, which other modules may own and arrange too."""
+        noted = _noted(self._bytes(name)[0])
+        return self._layouts[name] if noted is None else (MXLayout(noted[0]), noted[1])
+
+    def _replaced(self, name: str) -> str:
+        """The parameter that others put here while bytes had another layout, so that nobody knows its own; or ""."""
+        codes, scales = (_noted(parameter) for parameter in self._bytes(name))
+        if codes is None and scales is None:
+            replaced = self._layouts[name][0] != MXLayout.FWD
+        else:
+            replaced = (codes or _AS_STORED)[0] != (scales or _AS_STORED)[0]
+        return f"{name}_{'blocks' if codes is None else 'scales'}" if replaced else ""
+
+    def _lend(self, name: str) -> None:
+        """Someone else sees this memory too: the bytes have to move before they are rearranged."""
+        for parameter in self._bytes(name):
+            if hasattr(parameter, "in_own_memory"):
+                del parameter.in_own_memory
 
     def _stored_as(self, name: str) -> tuple[MXLayout, bool]:
-        """Layout and `scales_to_128`; what shards or offloads puts other parameters here, whose bytes nobody knows."""
-        if not self._is_noted(name):
+        """As `_known`, of bytes that are known."""
+        if replaced := self._replaced(name):
             raise RuntimeError(
-                f"{name}_blocks was replaced, by sharding or offloading, while its bytes had the layout "
-                f"{self._layouts[name][0].name}: call arrange(None) on the experts before that"
+                f"{replaced} was replaced, by sharding or offloading, while its bytes had the layout "
+                f"{MXLayout.FRAGMENTS.name}: call arrange(None) on the experts before that"
             )
-        return self._layouts[name]
+        return self._known(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """What `to`, `half`, `type`, `cuda` and the like go through; refused before anything has changed."""
@@ -251,10 +278,10 @@ class PackedExperts(nn.Module):
             )
         dtype = self._rows and fn(torch.zeros(0, dtype=self._rows, device=device)).dtype
         apply: Any = super()._apply
-        noted = [name for name in PROJECTIONS if self._is_noted(name)]
+        known = {name: self._known(name) for name in PROJECTIONS if not self._replaced(name)}
         apply(fn, recurse)
-        for name in noted:  # torch may have made other parameters, of the same bytes
-            self._note(name, *self._layouts[name])
+        for name, stored in known.items():  # torch may have made other parameters, of the same bytes
+            self._note(name, *stored)
         self.arrange(dtype)
         return self
 
@@ -262,8 +289,11 @@ class PackedExperts(nn.Module):
         """As nn.Module does, in a checkpoint's layout."""
         save: Any = super()._save_to_state_dict
         save(destination, prefix, keep_vars)
-        for name, (layout, _) in self._layouts.items():
-            if layout != MXLayout.FWD:  # a GPU that holds a model seldom holds it twice
+        for name in PROJECTIONS:
+            if self._known(name)[0] == MXLayout.FWD:
+                if self._rows is not None:  # the state is a view of this memory, which is someone else's from now on
+                    self._lend(name)
+            else:  # a GPU that holds a model seldom holds it twice
                 copies = self.packed_weights(name).repack(MXLayout.FWD).to_gpt_oss()
                 for part, copied in zip(("blocks", "scales"), copies, strict=True):
                     destination[f"{prefix}{name}_{part}"] = copied.cpu()
@@ -275,6 +305,13 @@ class PackedExperts(nn.Module):
             if stored is not None and stored.dtype != torch.uint8:
                 raise TypeError(f"{prefix}{name} is {stored.dtype}; expected torch.uint8 bytes, as a view if need be")
         with checkpoint_layout(self):
+            for name in _PACKED:
+                layout, _ = _noted(state_dict.get(prefix + name)) or _AS_STORED
+                if layout != MXLayout.FWD:
+                    raise ValueError(
+                        f"{prefix}{name} is a parameter of experts that have the layout {MXLayout(layout).name}; give "
+                        "their state_dict(), which has a checkpoint's bytes"
+                    )
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -282,9 +319,9 @@ class PackedExperts(nn.Module):
 def checkpoint_layout(model: nn.Module) -> Iterator[None]:
     """For its duration all packed experts of a model hold a checkpoint's bytes, without a second copy of any stack."""
     packed = [(module, module._rows) for module in model.modules() if isinstance(module, PackedExperts)]
-    for module, _ in packed:
-        module.arrange(None)
     try:
+        for module, _ in packed:
+            module.arrange(None)
         yield
     finally:
         for module, rows in packed:
@@ -292,6 +329,15 @@ def checkpoint_layout(model: nn.Module) -> Iterator[None]:
 
 
 _PACKED = tuple(f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales"))
+
+
+_AS_STORED = int(MXLayout.FWD), False
+
+
+def _noted(parameter: Any) -> tuple[int, bool] | None:
+    """What a parameter of codes says of its bytes, see `PackedExperts._note`."""
+    noted: tuple[int, bool] | None = getattr(parameter, "stored_as", None)
+    return noted
 
 
 def _register_with_peft() -> None:

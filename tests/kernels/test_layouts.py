@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,3 +220,85 @@ def test_parts_are_kept_as_a_checkpoints(plain: PackedExperts, fragments: Packed
         assert_same(whole.state_dict(), plain.state_dict())
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", ["before", "after"])
+def test_parameters_of_two_modules_have_one_layout(tied: str, plain: PackedExperts, fragments: PackedExperts) -> None:
+    """Whichever of them is arranged, moved, cast or copied: both give the same numbers."""
+    first, second = fragments if tied == "after" else copy.deepcopy(plain), copy.deepcopy(plain)
+    for name in PROJECTIONS:
+        for part in ("blocks", "scales"):
+            setattr(second, f"{name}_{part}", getattr(first, f"{name}_{part}"))
+    both, expected = nn.ModuleList([first, second]), step(plain)
+    for change in (
+        both.float,
+        lambda: second.arrange(torch.float16),
+        both.float,
+        lambda: first.arrange(None),
+        lambda: second.arrange(torch.float32),
+    ):
+        change()
+        for module in (first, second, *copy.deepcopy(both)):
+            assert all(map(torch.equal, step(module), expected))
+            assert_same(module.state_dict(), plain.state_dict())
+
+
+def test_parameters_are_no_state(plain: PackedExperts, fragments: PackedExperts) -> None:
+    """Their bytes lie in another layout than a checkpoint's."""
+    other = packed_experts()
+    for assign in (False, True):
+        with pytest.raises(ValueError, match=r"gate_up_proj_blocks is a parameter of experts .* FRAGMENTS"):
+            other.load_state_dict(dict(fragments.named_parameters()), assign=assign)
+    assert_same(other.state_dict(), plain.state_dict())
+
+
+def test_a_state_that_comes_in_parts(plain: PackedExperts, fragments: PackedExperts) -> None:
+    """As of several files: codes are there before their scales."""
+    fragments.to("meta")
+    for name, tensor in plain.state_dict().items():
+        fragments.load_state_dict({name: tensor.clone()}, strict=False, assign=True)
+    assert layouts(fragments) == [MXLayout.FRAGMENTS] * 2
+    assert all(map(torch.equal, step(fragments), step(plain)))
+
+
+def test_a_state_keeps_its_bytes(plain: PackedExperts, fragments: PackedExperts) -> None:
+    fragments.arrange(torch.float16)
+    state = fragments.state_dict()
+    fragments.float()
+    assert layouts(fragments) == [MXLayout.FRAGMENTS] * 2
+    assert_same(state, plain.state_dict())
+
+
+def test_experts_that_cannot_be_arranged_leave_the_others(fragments: PackedExperts) -> None:
+    replaced = copy.deepcopy(fragments)
+    replaced.gate_up_proj_blocks = nn.Parameter(replaced.gate_up_proj_blocks.detach(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="was replaced"), checkpoint_layout(nn.ModuleList([fragments, replaced])):
+        pass
+    assert layouts(fragments) == [MXLayout.FRAGMENTS] * 2
+
+
+def test_parameters_that_come_back_know_their_layout(plain: PackedExperts, fragments: PackedExperts) -> None:
+    """As what offloads them brings them back, past the module."""
+    kept = dict(fragments._parameters)
+    fragments.to("meta")
+    fragments._parameters.update(kept)
+    assert all(map(torch.equal, step(fragments), step(plain)))
+
+
+def test_another_process_leaves_shared_bytes_alone(plain: PackedExperts, fragments: PackedExperts) -> None:
+    """Processes to which a module is sent have its memory, not a copy."""
+    fragments.arrange(torch.float16)
+    fragments.float().share_memory()
+    other = pickle.loads(bytes(ForkingPickler.dumps(fragments)))
+    other.half()
+    assert all(map(torch.equal, step(fragments), step(plain)))
+
+
+def test_scales_that_are_given_alone_are_left_alone(plain: PackedExperts, fragments: PackedExperts) -> None:
+    state = {"down_proj_scales": plain.down_proj_scales.detach().clone()}
+    fragments.load_state_dict(state, strict=False, assign=True)
+    assert torch.equal(state["down_proj_scales"], plain.down_proj_scales)
+    assert_same(fragments.state_dict(), plain.state_dict())
+    fragments.down_proj_scales = nn.Parameter(plain.down_proj_scales.detach(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="down_proj_scales was replaced"):
+        step(fragments)

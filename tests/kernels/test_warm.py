@@ -135,6 +135,8 @@ def test_steps_of_any_number_of_tokens_need_nothing_else() -> None:
         (["tiny", "--architecture", "sm_75"], "no GPU of compute capability 8.0 or later"),
         (["tiny", "--tokens", "512"], "no batch"),
         (["dense"], "no experts module"),
+        (["gpt-oss-20b", "--rank", "129"], "rank is 129; the kernels take ranks 1 to 128"),
+        (["gpt-oss-20b", "--tokens", "1x4", "--jobs", "1", "--architecture", "sm_199"], "compiler knows no such GPU"),
     ],
 )
 def test_wrong_use(arguments: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +154,12 @@ def test_wrong_use(arguments: list[str], reason: str, tmp_path: Path, monkeypatc
     last = done.stderr.splitlines()[-1]
     assert last.startswith("mxref: error: ")
     assert reason in last
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    command = ("-m", "mxref.verification.cli", "warm", "gpt-oss-20b")
+    done = run_python(*command, "--architecture", "sm_90", "--tokens", "1x4")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"mxref: error: TRITON_CACHE_DIR {tmp_path / 'file'}: ")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mxref.rounding import round_to
-from mxref.verification.arithmetic.thresholds import copies
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,6 @@ class Estimate:
     def reach(self) -> Tensor:
         """The largest magnitude that it may have."""
         return self.centre.abs() + self.radius
-
-    @property
-    def draws(self) -> Tensor:
-        """Its radius where equal elements, whose errors are the same, shall count as one draw: see `copies`."""
-        return self.radius * copies(self.centre).sqrt()
 
     def __getitem__(self, index: slice | Tensor) -> Estimate:
         return Estimate(self.centre[index], self.radius[index])

@@ -37,7 +37,7 @@ from mxref.verification.candidates.answer import Answer
 from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
-from mxref.verification.checks.inherited import Draws, RowDraws, draws, shared_by_ranks, tiled
+from mxref.verification.checks.inherited import Draws, RowDraws, draws, shared_by_ranks, tiled, unrounded
 from mxref.verification.checks.ratios import log2_counts
 
 _BASE, _LORA, _TOTAL = range(3)
@@ -207,7 +207,7 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     variance = residual_variance(ulp(interval.exact, dtype), interval.radius, rounding)
     if tensor == "dB":
         variance += torch.as_tensor(shared_by_ranks(expected)).square()
-    sigma = (variance * copies(interval.exact)).sqrt()
+    sigma = (variance * copies(unrounded(tensor, expected))).sqrt()
     usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
     # Held against the rounded reference: a sum that hardly leaves the grid (a bias and next to nothing, equal rows
     # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's.

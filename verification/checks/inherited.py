@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxref.scattermoe import expert_order_gates, expert_order_inputs
+from mxref.scattermoe import Rounded, expert_order_gates, expert_order_inputs
 from mxref.verification.arithmetic.interval import Estimate
 from mxref.verification.arithmetic.thresholds import TILE, copies
 from mxref.verification.checks.expectation import Expectation
@@ -82,27 +82,41 @@ def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows
     if tensor == "dX" and bounds.d is not None and problem.k > 1 and not problem.grouped_in and rounded:
         yield RowDraws(rows, _finite(bounds.d.radius[own]))
         return
-    if bounds.z is not None:
+    if bounds.z is not None and expected.fwd.z is not None:
         A, B, s = bounds.adapters(e)
-        of_z = _deviation(bounds.z)[own]
+        of_z = _deviation(bounds.z, expected.fwd.z)[own]
         if tensor == "Y":
             gates = 1.0 if problem.gates is None else expert_order_gates(problem)[own, None]
             yield Draws(rows, _finite(B.T), s * gates * of_z)
         if tensor == "dB":
             yield Draws(rows, _finite(expected.bwd.dy.value[own]), problem.scaling * of_z.T)
-    if bounds.v is not None:
-        of_v = s * _deviation(bounds.v)[own]
+    if bounds.v is not None and expected.bwd.v is not None:
+        of_v = s * _deviation(bounds.v, expected.bwd.v)[own]
         if tensor == "dX":
             yield Draws(rows, _finite(A), of_v)
         if tensor == "dA":
             yield Draws(rows, _finite(expert_order_inputs(problem)[own]), of_v.T)
     if tensor == "dX" and bounds.dy is not None and problem.gates is not None:
-        yield Draws(rows, _finite(problem.expert_weight(e).T), _deviation(bounds.dy)[own])
+        yield Draws(rows, _finite(problem.expert_weight(e).T), _deviation(bounds.dy, expected.bwd.dy)[own])
 
 
-def _deviation(x: Estimate) -> Tensor:
-    """At most the standard deviation, where n equal elements count as one draw."""
-    return _finite(x.radius * copies(x.centre).sqrt())
+def _deviation(x: Estimate, value: Rounded) -> Tensor:
+    """At most the standard deviation, where n equal elements count as one draw: equal before they were rounded."""
+    return _finite(x.radius * copies(value.exact).sqrt())
+
+
+def unrounded(tensor: str, expected: Expectation) -> Tensor:
+    """An output's exact values without the rounding of the rows that are summed up in it.
+
+    Rounded to 16 bits, values become equal by chance, whose errors have nothing in common; these tell copies apart.
+    """
+    problem, exact = expected.sample.problem, expected.accepted[tensor].exact
+    if tensor == "dX":
+        return torch.zeros_like(exact).index_add_(0, problem.row_sources(), expected.bwd.d.exact)
+    if tensor == "Y" and problem.gates is not None:
+        rows = expert_order_gates(problem)[:, None] * expected.fwd.y.exact
+        return torch.zeros_like(exact).index_add_(0, problem.row_positions() // problem.gates.shape[1], rows)
+    return exact
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ _KNOWN = OWN | {"plain": "mxref.verification.studies.steps.honest:Exchanged"}
 _WORLDS = (1, 2, 4)
 _OF_ONE_PROCESS = (
     "points", "accumulation", "covers", "full", "weights", "layers", "experts", "list", "shape", "dtype",
-    "accept_baseline",
+    "accept_baseline", "processes",
 )  # fmt: skip
 """Options that say nothing of a step."""
 _NARROWING = ("world", "case", "rerun", "fail_fast")
@@ -70,13 +70,12 @@ def judge(arguments: argparse.Namespace, device: torch.device) -> GateResult:
     """
     items = [StepItem(case, size, arguments.seed) for size in _sizes(arguments, device) for case in CASES]
     patterns, identifiers = arguments.case or (), arguments.rerun or ()
-    items = [
-        item for item in items
-        if matches(item.case.name, patterns) and (not identifiers or item.id in identifiers)
-    ]  # fmt: skip
+    items = [item for item in items if matches(item.case.name, patterns)]
     if not items:
-        cases = ", ".join(case.name for case in CASES)
-        raise UsageError(f"no case, or none of this --seed and --world for --rerun, matches; choose from {cases}")
+        raise UsageError(f"--case {' '.join(patterns)} matches nothing; choose from {', '.join(c.name for c in CASES)}")
+    if unknown := [identifier for identifier in identifiers if identifier not in {item.id for item in items}]:
+        raise UsageError(f"--rerun {' '.join(unknown)} matches nothing of this --seed, --world and --case")
+    items = [item for item in items if not identifiers or item.id in identifiers]
     narrowed = [f"cases matching {' or '.join(patterns)}"] if patterns else []
     narrowed += [f"item {' and '.join(identifiers)}"] if identifiers else []
     with Meter(len(items)) as meter:

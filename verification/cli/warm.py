@@ -21,13 +21,15 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
-from mxref.verification.cli.options import add_jobs, positive, terminal
+from mxref.verification.cli.options import add_jobs, made, positive, terminal
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.models.sizes import MODELS
@@ -62,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     """The subcommand; its exit code.
 
     Raises:
-        UsageError: there is no GPU and none was named, or the model cannot be read or is not covered.
+        UsageError: there is no GPU and none was named, the compiler does not know the named one, the model cannot be
+            read or is not covered, or Triton's cache cannot be written.
     """
     begin = time.monotonic()
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
@@ -73,11 +76,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     experts = _experts(arguments.model, arguments.rank, arguments.sharded)
     units = step_units(experts, architecture, arguments.tokens)
+    cache = made(Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR")
     with Meter(len(units)) as meter:
         new = 0
-        for unit, compiled in compile_units(units, arguments.jobs):
-            new += compiled
-            meter.advance(f"{unit.kernel}, {unit.label}")
+        try:
+            for unit, compiled in compile_units(units, arguments.jobs):
+                new += compiled
+                meter.advance(f"{unit.kernel}, {unit.label}")
+        except BrokenProcessPool:  # as LLVM ends a process that asks for what it does not know
+            what = f"a process that compiled for {architecture} has died"
+            raise UsageError(f"{what}: the compiler knows no such GPU, or memory ran out (--jobs)") from None
     console = terminal()
     for kind in experts:
         what = f"{kind.E} experts, {kind.k} a token, {kind.H} → {2 * kind.I}, {kind.I} → {kind.H}"
@@ -86,15 +94,17 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = f"{time.monotonic() - begin:.1f} s"
     told = f"{len(units)} kernels for {architecture}: {new} compiled, {len(units) - new} were there · {seconds}"
     console.print(f"{told}, {arguments.jobs} processes at once", highlight=False)
-    console.print(f"cache: {triton.knobs.cache.dir}", style="bright_black", soft_wrap=True, highlight=False)
+    console.print(f"cache: {cache}", style="bright_black", soft_wrap=True, highlight=False)
     return 0
 
 
 def _experts(model: str, rank: int, sharded: bool) -> list[Experts]:
+    from mxref.kernels.models.adapters import check_adapter
     from mxref.kernels.models.loading import empty_model, read_config
     from mxref.kernels.models.warming import experts_of
 
     try:
+        check_adapter(rank)
         config: Any = MODELS[model].config() if model in MODELS else read_config(model)
         return experts_of(empty_model(config), rank, sharded=sharded)
     except (OSError, ValueError, TypeError) as error:

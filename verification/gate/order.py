@@ -97,7 +97,7 @@ class Order:
         """What the candidate is asked; `interpreted`: its kernels run in Triton's interpreter.
 
         Raises:
-            ValueError: nothing is left to ask.
+            ValueError: nothing is left to ask, or `rerun` names an item that is not among those.
         """
         scope = Scope(self.suite, self.device_type, self.seed, interpreted, candidate.covers)
         if self.projections is not None:
@@ -106,8 +106,10 @@ class Order:
             items = plan_problem(self.shape, self.dtype, scope)
         else:
             items = plan(scope, own=candidate.operators is not None)
-        chosen = [item for item in items if item.fits(self.patterns) and (not self.rerun or item.id in self.rerun)]
-        if not chosen:
-            what = f"--rerun {' '.join(self.rerun)}" if self.rerun else f"--case {' '.join(self.patterns)}"
+        fitting = [item for item in items if item.fits(self.patterns)]
+        unknown = [identifier for identifier in self.rerun if identifier not in {item.id for item in fitting}]
+        chosen = [item for item in fitting if not self.rerun or item.id in self.rerun]
+        if unknown or not chosen:
+            what = f"--rerun {' '.join(unknown)}" if unknown else f"--case {' '.join(self.patterns)}"
             raise ValueError(f"{what} matches nothing that this candidate is asked; --list prints what it is asked")
         return chosen

@@ -322,3 +322,22 @@ def test_a_row_that_adds_one_value_to_itself_is_no_drift() -> None:
     expected = Expectation(sample, RoundingPoints.contract(torch.float16), HOPPER)
     findings = BY_NAME["drift"].compare([Answer(golden().run(sample))], expected)
     assert {(f.tensor, f.status) for f in findings if f.status is not Status.PASS} == set()
+
+
+def test_values_that_rounding_made_equal_count_each() -> None:
+    """A thousandth in one tile of dX is seen, whose rows in 16 bits have 128 mantissas, and in dA, as V has."""
+    sample = draw(Case("one slot", 2, 256, 128, 64, 1, 16, BF16, data="balanced"), "cpu", 3)
+    expected, factor = expect(sample), torch.ones(64, 256, dtype=torch.float64)
+    _, start, end = sample.problem.segments()[1]
+    factor[start:end, 64:128] += 1e-3
+    rows = torch.empty_like(factor)
+    rows[sample.problem.row_positions()] = round_to(factor * expected.bwd.d.exact, BF16)
+    outputs = honest_values(expected, BF16)
+    assert broken(judge(expected, outputs)) == set()
+    assert ("drift", "dX") in broken(judge(expected, outputs | {"dX": rows.to(BF16)}))
+
+    expected = expect(draw(Case("gates", 2, 256, 128, 64, 2, 16, BF16, data="balanced", gate_slots=2), "cpu", 3))
+    outputs = honest_values(expected, BF16)
+    assert broken(judge(expected, outputs)) == set()
+    larger = round_to(1.001 * expected.accepted["dA"].exact, BF16).to(BF16)
+    assert ("drift", "dA") in broken(judge(expected, outputs | {"dA": larger}))

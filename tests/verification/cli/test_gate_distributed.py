@@ -53,6 +53,8 @@ def test_a_failed_item_is_asked_again_alone(tmp_path: Path, capsys: pytest.Captu
     again = json.loads((tmp_path / "gate.json").read_text())
     assert {finding["case"] for finding in again["findings"]} == {case}
     assert main([*command.split()[1:-1], "00000000"]) == 2
+    assert main([*command.split()[1:], "--rerun", "00000000", "--out", str(tmp_path)]) == 2
+    assert "--rerun 00000000 matches nothing" in capsys.readouterr().err
 
 
 def test_a_whole_run_of_an_own_step_is_kept_as_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +100,7 @@ def test_no_such_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], step: 
         ["--distributed", "--kernel", "golden"],
         ["--distributed", "--covers", "forward"],
         ["--distributed", "--case", "nobody"],
+        ["--distributed", "--case", "two steps", "--processes", "2"],
         ["--distributed", "--world", "0,2"],
         ["--distributed", "--world", "two"],
     ],

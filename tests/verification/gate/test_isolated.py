@@ -151,6 +151,8 @@ def test_an_identifier_asks_one_item_again() -> None:
     assert len({entry.id for entry in entries}) == len(entries) > 1
     (again,) = list_items(Order("golden", "cpu", rerun=(entries[1].id,)))
     assert again == entries[1]
+    with pytest.raises(Refused, match="--rerun 00000000 matches nothing"):
+        list_items(Order("golden", "cpu", rerun=(entries[1].id, "00000000")))
 
 
 def test_the_process_dies_with_the_one_that_asks(folder: Path) -> None:
