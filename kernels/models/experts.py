@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module, metadata, util
 from typing import Any
 
@@ -91,12 +91,11 @@ class PackedExperts(nn.Module):
         return self.__dict__ | {"_layouts": {name: self._known(name) for name in self._layouts}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As nn.Module does, for copies and pickles; another process may share the memory."""
+        """As nn.Module does, for copies and pickles."""
         restore: Any = super().__setstate__
         restore(state)
         for name, stored in self._layouts.items():
             self._note(name, *stored)
-            self._lend(name)
         _register_with_peft()
 
     def add_lora(self, rank: int, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> None:
@@ -304,7 +303,8 @@ class PackedExperts(nn.Module):
             stored = state_dict.get(prefix + name)
             if stored is not None and stored.dtype != torch.uint8:
                 raise TypeError(f"{prefix}{name} is {stored.dtype}; expected torch.uint8 bytes, as a view if need be")
-        with checkpoint_layout(self):
+        given = any(prefix + name in state_dict for name in _PACKED)  # else, as of adapters alone, the bytes rest
+        with checkpoint_layout(self) if given else nullcontext():
             for name in _PACKED:
                 layout, _ = _noted(state_dict.get(prefix + name)) or _AS_STORED
                 if layout != MXLayout.FWD:
@@ -317,7 +317,10 @@ class PackedExperts(nn.Module):
 
 @contextmanager
 def checkpoint_layout(model: nn.Module) -> Iterator[None]:
-    """For its duration all packed experts of a model hold a checkpoint's bytes, without a second copy of any stack."""
+    """For its duration all packed experts of a model hold a checkpoint's bytes, without a second copy of any stack.
+
+    Nothing may run the model meanwhile, in another thread or process; nor is what it gives out valid afterwards.
+    """
     packed = [(module, module._rows) for module in model.modules() if isinstance(module, PackedExperts)]
     try:
         for module, _ in packed:

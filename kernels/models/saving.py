@@ -59,6 +59,9 @@ def save_packed_model(
     was loaded in its own dtype. With gpt-oss names transformers reads a gpt-oss model. Tokenizer files and generation
     settings come along.
 
+    Where experts lie in another layout (see `PackedExperts`) their bytes are rearranged in place and back: nothing may
+    run the model meanwhile, in another thread, and a graph of before cannot go backward any more, which raises.
+
     Args:
         model: a transformers model with packed experts; with PEFT adapters on it, give `model.unload()`, and save those
             with `save_pretrained`.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,13 +283,13 @@ def test_parameters_that_come_back_know_their_layout(plain: PackedExperts, fragm
     assert all(map(torch.equal, step(fragments), step(plain)))
 
 
-def test_another_process_leaves_shared_bytes_alone(plain: PackedExperts, fragments: PackedExperts) -> None:
-    """Processes to which a module is sent have its memory, not a copy."""
-    fragments.arrange(torch.float16)
-    fragments.float().share_memory()
-    other = pickle.loads(bytes(ForkingPickler.dumps(fragments)))
-    other.half()
-    assert all(map(torch.equal, step(fragments), step(plain)))
+def test_a_state_of_adapters_alone_leaves_bytes_alone(fragments: PackedExperts) -> None:
+    """Between forward and backward, say: bytes that were rearranged and are back again count as changed."""
+    packed = [parameter for parameter in fragments.parameters() if parameter.dtype == torch.uint8]
+    before = [parameter._version for parameter in packed]
+    adapters = {name: tensor for name, tensor in fragments.state_dict().items() if "_lora_" in name}
+    fragments.load_state_dict(adapters, strict=False)
+    assert [parameter._version for parameter in packed] == before
 
 
 def test_scales_that_are_given_alone_are_left_alone(plain: PackedExperts, fragments: PackedExperts) -> None:
