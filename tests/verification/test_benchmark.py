@@ -248,7 +248,7 @@ class TestDequantised:
         assert [experts.tolist() for experts in decoded] == [expected, expected]
 
     def test_is_always_timed_and_is_not_ours(self) -> None:
-        assert DEQUANTISED in every_path(installed=False)
+        assert DEQUANTISED in every_path()
         assert not DEQUANTISED.ours
 
 
@@ -261,7 +261,7 @@ class TestOnTheGPU:
         clock = EventClock(device)
         with clock.stream():
             workload = draw(self.SMALL, device)
-            for path in (reference(measure), *every_path(installed=False)):
+            for path in (reference(measure), *every_path()):
                 if path.covers(measure) and path is not COPY:
                     run = runnable(workload, measure, path)
                     expected = [result.clone() for result in run()]

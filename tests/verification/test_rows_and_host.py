@@ -17,7 +17,7 @@ from mxref.verification.bench import paths
 from mxref.verification.bench.benchmark import run_benchmark
 from mxref.verification.bench.host import host_times
 from mxref.verification.bench.pairs import time_shape
-from mxref.verification.bench.paths import about_peers, absent_peers, peers
+from mxref.verification.bench.paths import about_peers, peers
 from mxref.verification.bench.report import as_json, as_markdown
 from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
 from mxref.verification.bench.workloads import Workload
@@ -180,7 +180,8 @@ def fake_humming(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.mark.usefixtures("fake_humming")
 def test_humming_gets_our_bytes_and_computes_the_forward_product() -> None:
-    (peer,) = [path for path in peers() if path.package == "humming-kernels"]
+    found, absent = peers()
+    (peer,) = [path for path in found if path.package == "humming-kernels"]
     rows = time_shape(TINY, [peer], CPU, FakeClock(), EFFORT, PRODUCTS)
     assert [(row.measure, row.path, row.status) for row in rows] == [
         ("base forward", "composite", "ok"),
@@ -190,10 +191,11 @@ def test_humming_gets_our_bytes_and_computes_the_forward_product() -> None:
     assert about_peers([peer, GOLDEN]) == {
         "humming, MXFP4": "humming-kernels 0.1.19, its packed MXFP4 product, forward only"
     }
-    assert "humming" not in absent_peers()
+    assert "humming" not in absent
 
 
 def test_a_peer_that_cannot_be_timed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "humming", None)
-    assert peers() == []
-    assert absent_peers()["humming"].startswith("not timed, No module named 'humming")
+    found, absent = peers()
+    assert found == []
+    assert absent["humming"].startswith("not timed, No module named 'humming")

@@ -128,9 +128,9 @@ def reference(measure: Measure) -> Path:
     return next(path for path in REFERENCES if path.covers(measure))
 
 
-def every_path(installed: bool = True, tuning: float = TUNING) -> list[Path]:
-    """All that is timed beside the references; `installed`: what others wrote, too, tuned as `peers` says."""
-    return [*our_paths(), DEQUANTISED, *(peers(tuning) if installed else [])]
+def every_path(others: Iterable[Path] = ()) -> list[Path]:
+    """All that is timed beside the references; `others`: what others wrote, of `peers`."""
+    return [*our_paths(), DEQUANTISED, *others]
 
 
 def our_paths() -> list[Path]:
@@ -212,24 +212,18 @@ DEQUANTISED = Path(
 )
 
 
-def peers(tuning: float = TUNING) -> list[Path]:
-    """What others wrote, where it is installed; `tuning`: seconds that an autotuner gets for each kernel and shape."""
-    return [path for found in _found(tuning).values() if isinstance(found, list) for path in found]
+def peers(tuning: float = TUNING) -> tuple[list[Path], dict[str, str]]:
+    """What others wrote, and why the rest of it cannot be timed, by name.
 
-
-def absent_peers() -> dict[str, str]:
-    """Why those that `peers` leaves out cannot be timed, by the name of what others wrote."""
-    return {name: f"not timed, {error}" for name, error in _found(TUNING).items() if isinstance(error, ImportError)}
-
-
-def _found(tuning: float) -> dict[str, list[Path] | ImportError]:
-    found: dict[str, list[Path] | ImportError] = {}
+    `tuning`: seconds that an autotuner gets for each kernel and shape.
+    """
+    found, absent = list[Path](), dict[str, str]()
     for name, find in (("axolotl", partial(_axolotl, tuning)), ("unsloth", _unsloth), ("humming", _humming)):
         try:
-            found[name] = find()
+            found += find()
         except ImportError as error:
-            found[name] = error
-    return found
+            absent[name] = f"not timed, {error}"
+    return found, absent
 
 
 def about_peers(paths: Iterable[Path]) -> dict[str, str]:

@@ -40,10 +40,7 @@ class Draws:
         Args:
             of_tiles, of_all: the a of the group's elements [R, C], for slopes of a tile each and for that of all.
         """
-        columns = torch.nn.functional.pad
-        C, pad = self.factor.shape[1], (0, -self.factor.shape[1] % TILE)
-        shape = (-1, -(-C // TILE), TILE)
-        tiles, factor = (columns(x, pad).view(shape).transpose(0, 1) for x in (of_tiles[self.rows], self.factor))
+        tiles, factor = (_by_tile(x).transpose(0, 1) for x in (of_tiles[self.rows], self.factor))
         moved = torch.cat((tiles @ factor.mT, (of_all[self.rows] @ self.factor.T)[None]))
         return (moved * self.deviation).square().sum((1, 2))
 
@@ -68,8 +65,14 @@ class RowDraws:
 
 def tiled(columns: Tensor) -> Tensor:
     """Sums over each tile of columns, then over all: [R, T+1]."""
-    tiles = torch.nn.functional.pad(columns, (0, -columns.shape[1] % TILE)).view(columns.shape[0], -1, TILE).sum(2)
+    tiles = _by_tile(columns).sum(2)
     return torch.cat((tiles, tiles.sum(1, keepdim=True)), 1)
+
+
+def _by_tile(x: Tensor) -> Tensor:
+    """[R, C] with zeros behind, as [R, T, TILE]."""
+    C = x.shape[1]
+    return torch.nn.functional.pad(x, (0, -C % TILE)).view(x.shape[0], -(-C // TILE), TILE)
 
 
 def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows: Tensor) -> Iterator[Draws | RowDraws]:

@@ -33,7 +33,7 @@ from mxref.verification.bench.benchmark import Bench, gate_paths, run_benchmark
 from mxref.verification.bench.first_call import first_call
 from mxref.verification.bench.history import ratios_of
 from mxref.verification.bench.pairs import Effort
-from mxref.verification.bench.paths import TUNING, about_peers, absent_peers, every_path
+from mxref.verification.bench.paths import TUNING, about_peers, every_path, peers
 from mxref.verification.bench.report import as_json, as_markdown, print_bench
 from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
 from mxref.verification.bench.timing import EventClock, measure_ceilings
@@ -110,13 +110,14 @@ def _shapes(arguments: argparse.Namespace) -> tuple[Shape, ...]:
 
 
 def _measure(arguments: argparse.Namespace, shapes: tuple[Shape, ...], device: torch.device) -> Bench:
-    paths, clock = every_path(not arguments.no_peers, arguments.peer_tuning), EventClock(device)
+    others, absent = ([], {}) if arguments.no_peers else peers(arguments.peer_tuning)
+    paths, clock = every_path(others), EventClock(device)
     if arguments.rows:
         paths = [path for path in paths if path.name in ("automatic", "repacked") or path.package == "humming-kernels"]
     with Meter(len(shapes)) as meter:
         meter.show("gate: " + ", ".join(path.name for path in paths if path.ours))
-        others = about_peers(paths) | ({} if arguments.no_peers else absent_peers())
-        bench = Bench(describe_device(device), gate_paths(paths, device), Effort(), peers=others)
+        told = about_peers(paths) | absent
+        bench = Bench(describe_device(device), gate_paths(paths, device), Effort(), peers=told)
         if bench.green and not arguments.rows:
             meter.show("timing the first step of a fresh process")
             bench.first_call = first_call(DENSE, device)
