@@ -33,7 +33,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mxref.kernels.device.configs import Config, padded_rank
 from mxref.kernels.device.decode import load_mxfp4_tile, narrow
 from mxref.kernels.device.hopper import HEIGHTS, ROWS_LAYOUT, TALLEST, packed_matmul_kernel
-from mxref.kernels.device.hopper_fragments import FRAGMENT_HEIGHTS, TALLEST_FRAGMENTS, fragments_matmul_kernel
+from mxref.kernels.device.hopper_fragments import (
+    FRAGMENT_HEIGHTS,
+    TALLEST_FRAGMENTS,
+    fragments_matmul_kernel,
+    half_left,
+)
 from mxref.kernels.device.launch import PreparedLaunch, aligned
 from mxref.kernels.device.schedule import Routing, source_rows, tile_bound
 from mxref.kernels.device.stack import PackedMatrix, Stack
@@ -285,6 +290,7 @@ def _fragments(product: _Product, transposed: bool, one_multiply: bool) -> Prepa
         TRANSPOSED=transposed,
         EVEN=product.C % config.BLOCK_K == 0,
         ONE_MULTIPLY=one_multiply,
+        HALF_LEFT=half_left(product.J, config),
         HEIGHTS=FRAGMENT_HEIGHTS[config.BLOCK_M],
         STAGES=config.num_stages,
         WARPS=config.num_warps,

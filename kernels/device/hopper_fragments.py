@@ -3,6 +3,10 @@
 Each warp copies its own tiles of codes, 16 bytes a thread, and reads them back whole: 32 columns of the output, whose
 two fragments of 16 are two instructions' left operands. A program of 4 warps has 128 columns, one of 8 has 256 and
 reads the rows of x half as often. A step is one tile of 32; an iteration takes four.
+
+Where the last program of a row tile would have at most 128 columns of its 256 left, its two groups of 4 warps take
+these columns both, and half the rows each: the tallest tiles are bound by the tensor cores, which then do half the
+work.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
+from mxref.kernels.device.configs import Config
 from mxref.kernels.device.hopper import (
     ROWS_LAYOUT,
     barrier,
@@ -24,13 +29,18 @@ from mxref.kernels.device.hopper import (
 from mxref.kernels.device.hopper_decode import STEP
 from mxref.kernels.device.hopper_unpack import column_of_row, rows_to_columns, unpack_tile
 
-__all__ = ["FRAGMENT_HEIGHTS", "TALLEST_FRAGMENTS", "fragments_matmul_kernel"]
+__all__ = ["FRAGMENT_HEIGHTS", "TALLEST_FRAGMENTS", "fragments_matmul_kernel", "half_left"]
 
 FRAGMENT_HEIGHTS = {128: (128, 64, 32, 16), 64: (64, 32, 16), 16: (16,)}
 """BLOCK_M -> heights of the row tiles among which a program chooses, by the rows that its tile really has."""
 
 TALLEST_FRAGMENTS = max(FRAGMENT_HEIGHTS)
 """BLOCK_M of the tiles that boxes fill."""
+
+
+def half_left(J: int, config: Config) -> bool:
+    """Whether the last program of a row tile has at most half its columns, and its groups of warps share them."""
+    return config.BLOCK_M == TALLEST_FRAGMENTS and 0 < J % config.BLOCK_N <= config.BLOCK_N // 2
 
 
 @gluon.jit
@@ -106,21 +116,26 @@ def fragments_tile(
     BLOCK_R: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
-    """One tile: at most BLOCK_M rows of one expert, 32·WARPS columns; arguments as in `fragments_matmul_kernel`."""
+    """One tile: at most BLOCK_M rows of one expert, 32·WARPS columns; arguments as in `fragments_matmul_kernel`.
+
+    GROUPS of as many warps take the same columns, and a part of the rows each.
+    """
     COLUMNS: gl.constexpr = 32 * WARPS
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    ALL_WARPS: gl.constexpr = WARPS * GROUPS
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, GROUPS], [16, BLOCK_M // GROUPS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    x_threads: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    w_threads: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+    x_threads: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [ALL_WARPS, 1], [1, 0])
+    w_threads: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, ALL_WARPS, 1], [2, 1, 0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    s_threads: gl.constexpr = gl.BlockedLayout([1, 1, 1], [4, 1, 8], [1, WARPS, 1], [2, 1, 0])
+    s_threads: gl.constexpr = gl.BlockedLayout([1, 1, 1], [4, 1, 8], [1, ALL_WARPS, 1], [2, 1, 0])
 
     acc = gl.zeros([COLUMNS, BLOCK_M], gl.float32, mma)
     if low is not None:
         acc = lora_product(
             hopper.warpgroup_mma_init(acc), low, factor, expert, begin, end, j0, J, RANK, s,
-            stride_fe, stride_fr, stride_fj, operand, column_of_row, WARPS, BLOCK_M, BLOCK_R, COLUMNS, WARPS,
+            stride_fe, stride_fr, stride_fj, operand, column_of_row, WARPS, BLOCK_M, BLOCK_R, COLUMNS, ALL_WARPS,
         )  # fmt: skip
 
     # A stack is a matrix of tiles for each expert, [N/32, K/32]; an iteration takes four along the contraction.
@@ -176,7 +191,7 @@ def fragments_tile(
             mbarrier.wait(filled.index(stage), phase)
         for t in gl.static_range(4):
             codes, factors = w_ring.index(stage).slice(t, 1), s_ring.index(stage).slice(t, 1)
-            weight = unpack_tile(codes, factors, operand, TRANSPOSED, ONE_MULTIPLY)
+            weight = unpack_tile(codes, factors, operand, TRANSPOSED, ONE_MULTIPLY, GROUPS)
             if t == 0 and rows_box is None:
                 hopper.fence_async_shared()  # here, where the loads that it waits for have long arrived
             x = (x0 if t < 2 else x1).index(stage).slice(t % 2 * 32, 32, dim=1)
@@ -211,9 +226,9 @@ def fragments_tile(
         j = j0 + column_of_row(gl.arange(0, COLUMNS, gl.SliceLayout(1, mma)), WARPS)
         acc += gl.load(bias + expert * J + j, mask=j < J, other=0.0).to(gl.float32)[:, None]
 
-    y_threads: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    y_threads: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [ALL_WARPS, 1], [1, 0])
     y = gl.convert_layout(rows_to_columns(acc.to(gl.bfloat16).permute([1, 0]), BLOCK_M, WARPS), y_threads)
-    store_rows(out, y, positions, begin, end, j0, P, J, fan_out, BLOCK_M, WARPS)
+    store_rows(out, y, positions, begin, end, j0, P, J, fan_out, BLOCK_M, ALL_WARPS)
 
 
 @gluon.jit
@@ -225,6 +240,7 @@ def in_smallest_height(
     TRANSPOSED: gl.constexpr,
     EVEN: gl.constexpr,
     ONE_MULTIPLY: gl.constexpr,
+    HALF_LEFT: gl.constexpr,
     HEIGHTS: gl.constexpr,
     H: gl.constexpr,
     BLOCK_R: gl.constexpr,
@@ -233,15 +249,29 @@ def in_smallest_height(
 ):
     """`fragments_tile` in the last of HEIGHTS, from number H on, that holds the tile's rows; boxes fill the first."""
     LESS: gl.constexpr = HEIGHTS[H + 1] if len(HEIGHTS) > H + 1 else 0
-    begin, end = operands[7], operands[8]
+    begin, end, j0, J = operands[7], operands[8], operands[9], operands[12]
     if end - begin > LESS:
-        fragments_tile(
-            out, rows_in, rows_box, *operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HEIGHTS[H], BLOCK_R, STAGES, WARPS
-        )
+        if HALF_LEFT and H == 0:
+            if J - j0 <= 16 * WARPS:
+                fragments_tile(
+                    out, rows_in, rows_box, *operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HEIGHTS[H], BLOCK_R, STAGES,
+                    WARPS // 2, 2,
+                )  # fmt: skip
+            else:
+                fragments_tile(
+                    out, rows_in, rows_box, *operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HEIGHTS[H], BLOCK_R, STAGES,
+                    WARPS, 1,
+                )  # fmt: skip
+        else:
+            fragments_tile(
+                out, rows_in, rows_box, *operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HEIGHTS[H], BLOCK_R, STAGES,
+                WARPS, 1,
+            )  # fmt: skip
     elif len(HEIGHTS) > H + 1:
         in_smallest_height(
-            out, rows_in, None, operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HEIGHTS, H + 1, BLOCK_R, STAGES, WARPS
-        )
+            out, rows_in, None, operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HALF_LEFT, HEIGHTS, H + 1, BLOCK_R, STAGES,
+            WARPS,
+        )  # fmt: skip
 
 
 @gluon.jit(
@@ -273,6 +303,7 @@ def fragments_matmul_kernel(
     TRANSPOSED: gl.constexpr,
     EVEN: gl.constexpr,
     ONE_MULTIPLY: gl.constexpr,
+    HALF_LEFT: gl.constexpr,
     HEIGHTS: gl.constexpr,
     BLOCK_R: gl.constexpr,
     STAGES: gl.constexpr,
@@ -281,7 +312,7 @@ def fragments_matmul_kernel(
     """One program computes one row tile times 32·WARPS columns, in the smallest tile height that holds its rows.
 
     Args as in `packed_matmul_kernel`, and: packed, scales: in the layout FRAGMENTS, aligned to 16 bytes; 32 divides C
-    and J. ONE_MULTIPLY: every scale byte is at most 128. WARPS: 4 or 8, the program's.
+    and J. ONE_MULTIPLY: every scale byte is at most 128. HALF_LEFT: see `half_left`. WARPS: 4 or 8, the program's.
     """
     columns = gl.cdiv(J, 32 * WARPS)
     tile = gl.program_id(0) // columns
@@ -302,5 +333,5 @@ def fragments_matmul_kernel(
         stride_fe, stride_fr, stride_fj,
     )  # fmt: skip
     in_smallest_height(
-        out, rows_in, rows_box, operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HEIGHTS, 0, BLOCK_R, STAGES, WARPS
+        out, rows_in, rows_box, operands, TRANSPOSED, EVEN, ONE_MULTIPLY, HALF_LEFT, HEIGHTS, 0, BLOCK_R, STAGES, WARPS
     )

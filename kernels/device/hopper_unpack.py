@@ -27,22 +27,27 @@ _PLACEMENT = gl.constexpr(0x7E807E80)  # 2^126 twice, in bf16
 
 
 @constexpr_function
-def _words(transposed: bool, warps: int) -> Any:
-    """Words [warp, 128] of the warps' tiles, as a thread takes them."""
+def _warps(warps: int, groups: int) -> list[list[int]]:
+    return [[0, 1 << bit, 0] for bit in range(warps.bit_length() - 1)] + [[0, 0, 0]] * (groups.bit_length() - 1)
+
+
+@constexpr_function
+def _words(transposed: bool, warps: int, groups: int) -> Any:
+    """Words [warp, 128] of the warps' tiles, as a thread takes them; every group of warps takes them all."""
     lanes, registers = [4, 8, 16, 32, 64], [1, 2]  # t, τ, b; i, j
     if transposed:
         lanes, registers = [16, 32, 4, 8, 2], [1, 64]  # τ, t, j; i, b
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, word] for word in registers],
         lane_bases=[[0, 0, word] for word in lanes],
-        warp_bases=[[0, 1 << bit, 0] for bit in range(warps.bit_length() - 1)],
+        warp_bases=_warps(warps, groups),
         block_bases=[],
         shape=[1, warps, 128],
     )
 
 
 @constexpr_function
-def _scale_words(transposed: bool, warps: int) -> Any:
+def _scale_words(transposed: bool, warps: int, groups: int) -> Any:
     """Scales [warp, (τ, b)] of the warps' tiles, four bytes a word."""
     lanes, registers = [0, 0, 2, 4, 1], []  # t, t, τ, b
     if transposed:
@@ -50,7 +55,7 @@ def _scale_words(transposed: bool, warps: int) -> Any:
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, word] for word in registers],
         lane_bases=[[0, 0, word] for word in lanes],
-        warp_bases=[[0, 1 << bit, 0] for bit in range(warps.bit_length() - 1)],
+        warp_bases=_warps(warps, groups),
         block_bases=[],
         shape=[1, warps, 8],
     )
@@ -116,17 +121,19 @@ _CODES_D = gl.constexpr((_code_program(True, False), _code_program(True, True)))
 
 
 @gluon.jit
-def unpack_tile(w, scales, operand: gl.constexpr, TRANSPOSED: gl.constexpr, ONE_MULTIPLY: gl.constexpr):
-    """One tile for each warp as the left operand [32·warps, 32].
+def unpack_tile(
+    w, scales, operand: gl.constexpr, TRANSPOSED: gl.constexpr, ONE_MULTIPLY: gl.constexpr, GROUPS: gl.constexpr
+):
+    """One tile for each warp of a group as the left operand [32·warps, 32], the same in every group.
 
     Args:
         w: shared memory, uint32 [1, warps, 128]: codes.
         scales: shared memory, uint32 [1, warps, 8]: their scales, four bytes a word.
     """
     WARPS: gl.constexpr = w.shape[1]
-    pairs = w.load(_words(TRANSPOSED, WARPS)).reshape([WARPS, 2, 4, 4, 2, 2])  # [warp, b, τ, t, j, i]
+    pairs = w.load(_words(TRANSPOSED, WARPS, GROUPS)).reshape([WARPS, 2, 4, 4, 2, 2])  # [warp, b, τ, t, j, i]
     w0, w1 = gl.split(pairs)
-    word = scales.load(_scale_words(TRANSPOSED, WARPS))
+    word = scales.load(_scale_words(TRANSPOSED, WARPS, GROUPS))
     if TRANSPOSED:
         s = gl.inline_asm_elementwise(
             _SCALES_D[ONE_MULTIPLY], "=&r,=&r,r", [word], dtype=(gl.uint32,) * 2, is_pure=True, pack=1

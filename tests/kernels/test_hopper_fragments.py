@@ -12,7 +12,7 @@ import torch
 from uninterpreted import run_python
 
 from mxref.kernels import Config, parallel_linear_lora
-from mxref.kernels.device.hopper_fragments import FRAGMENT_HEIGHTS, fragments_matmul_kernel
+from mxref.kernels.device.hopper_fragments import FRAGMENT_HEIGHTS, fragments_matmul_kernel, half_left
 from mxref.kernels.device.hopper_unpack import unpack_tile
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXLayout, MXWeights, decode_mxfp4
@@ -39,7 +39,7 @@ def test_every_code_with_every_scale_is_decoded_to_the_bit(largest: int, transpo
         codes, scales = (x.numpy().reshape(-1).view(np.uint32) for x in (fragments.packed, fragments.scales))
         found = on_numpy.function(unpack_tile)(
             on_numpy.Shared(codes.reshape(1, 4, 128)), on_numpy.Shared(scales.reshape(1, 4, 8)), None, transposed,
-            largest == 128,
+            largest == 128, 1,
         )  # fmt: skip
         m = np.arange(128)
         f, warp, h, g = m // 64, m // 16 % 4, m // 8 % 2, m % 8
@@ -89,7 +89,9 @@ def product(
         packed=fragments.packed, scales=fragments.scales, low=low, factor=factor, bias=bias, positions=positions,
         tiles=torch.tensor(tiles, dtype=torch.int32), P=P, E=E, C=C, J=J, RANK=4, s=0.5, fan_in=fan, fan_out=fan,
         stride_fe=4 * J, stride_fr=J, stride_fj=1, TRANSPOSED=transposed, EVEN=C % 128 == 0,
-        ONE_MULTIPLY=fragments.scales_to_128, HEIGHTS=FRAGMENT_HEIGHTS[BLOCK_M], BLOCK_R=16, STAGES=STAGES, WARPS=WARPS,
+        ONE_MULTIPLY=fragments.scales_to_128,
+        HALF_LEFT=half_left(J, Config(BLOCK_M, 32 * WARPS, 128, WARPS, STAGES, fragments=True)),
+        HEIGHTS=FRAGMENT_HEIGHTS[BLOCK_M], BLOCK_R=16, STAGES=STAGES, WARPS=WARPS,
     )  # fmt: skip
     W = decode_mxfp4(weights, torch.bfloat16).double()
     expected = torch.zeros(P, J, dtype=torch.float64)
@@ -178,7 +180,10 @@ def products(rows, ordered, small, N=192, E=2, K=96):
         given, name = launch.arguments, launch.kernel.fn.__name__
         if name == "fragments_matmul_kernel":
             box, limit = given["rows_box"] and given["rows_box"].block_shape, launch.options.get("maxnreg")
-            yield given["TRANSPOSED"], given["ONE_MULTIPLY"], given["WARPS"], given["HEIGHTS"][0], box, limit
+            yield (
+                given["TRANSPOSED"], given["ONE_MULTIPLY"], given["HALF_LEFT"], given["WARPS"], given["HEIGHTS"][0],
+                box, limit,
+            )  # fmt: skip
         elif name == "grouped_matmul_kernel":
             yield name
 
@@ -194,10 +199,10 @@ def test_what_the_host_hands_over() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     box = [128, 64]
     assert json.loads(done.stdout) == [
-        [[False, True, 8, 128, box, None], [True, True, 8, 128, box, None]],
-        [[False, False, 8, 128, box, None], [True, False, 8, 128, box, None]],
-        [[False, False, 4, 16, None, None], [True, False, 4, 16, None, None]],
-        [[False, True, 8, 64, None, 128], [True, True, 8, 64, None, 128]],
+        [[False, True, False, 8, 128, box, None], [True, True, True, 8, 128, box, None]],
+        [[False, False, False, 8, 128, box, None], [True, False, True, 8, 128, box, None]],
+        [[False, False, False, 4, 16, None, None], [True, False, False, 4, 16, None, None]],
+        [[False, True, False, 8, 64, None, 128], [True, True, False, 8, 64, None, 128]],
     ]
 
 
