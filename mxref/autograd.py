@@ -52,9 +52,13 @@ class ScatterMoELoRA(torch.autograd.Function):
 
 
 def _tensors(problem: Problem) -> tuple[Tensor | None, ...]:
-    """Every tensor of a problem, packed weights as two, so that autograd keeps them: `_problem` is the inverse."""
+    """Every tensor of a problem, packed weights as three, so that autograd keeps them: `_problem` is the inverse."""
     weights = problem.expert_weights
-    packed = (weights.packed, weights.scales) if isinstance(weights, MXWeights) else (weights, None)
+    packed: tuple[Tensor | None, ...]
+    if isinstance(weights, MXWeights):
+        packed = weights.packed, weights.scales, weights.stored
+    else:
+        packed = weights, None, None
     routing = (problem.sorted_expert_idxs, problem.sorted_scattered_idxs, problem.expert_offsets)
     return problem.inputs, *packed, *routing, problem.lora_A, problem.lora_B, problem.expert_biases, problem.gates
 
@@ -62,8 +66,8 @@ def _tensors(problem: Problem) -> tuple[Tensor | None, ...]:
 def _problem(
     tensors: tuple[Any, ...], rebuild: Any, k: int, scaling: float, grouped_in: bool, grouped_out: bool
 ) -> Problem:
-    x, weight, scales, experts, positions, offsets, A, B, biases, gates = tensors
-    weights = weight if scales is None else rebuild(weight, scales)
+    x, weight, scales, stored, experts, positions, offsets, A, B, biases, gates = tensors
+    weights = weight if scales is None else rebuild(weight, scales, stored)
     return Problem(x, weights, k, experts, positions, offsets, A, B, scaling, biases, gates, grouped_in, grouped_out)
 
 

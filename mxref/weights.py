@@ -14,7 +14,7 @@ from torch import Tensor
 from mxref.formats import MX_BLOCK_SIZE, MXFP4, Format, decode_blocks, encode_blocks, pack_codes, unpack_codes
 from mxref.fragments import from_fragments, to_fragments
 
-__all__ = ["MXLayout", "MXWeights", "decode_mxfp4", "encode_mxfp4"]
+__all__ = ["MXLayout", "MXWeights", "decode_mxfp4", "encode_mxfp4", "stored_as"]
 
 _ELEMENTS_AT_ONCE = 2**19
 _ONE_PRODUCT = 128  # the largest byte b whose 2^(b − 1) is a bf16
@@ -100,10 +100,17 @@ class MXWeights:
         return self.packed.numel() + self.scales.numel()
 
     @property
-    def rebuild(self) -> Callable[[Tensor, Tensor], MXWeights]:
-        """How to make these weights again from `packed` and `scales`: it holds neither, so that autograd can."""
-        about: dict[str, Any] = {"K": self.K, "N": self.N, "layout": self.layout, "orig_dtype": self.orig_dtype}
-        return partial(MXWeights, **about, scales_to_128=self.scales_to_128)
+    def stored(self) -> Tensor:
+        """How the bytes lie: `layout` and `scales_to_128`, int64 [2] on the CPU, for autograd to save beside them.
+
+        A checkpointed region that is computed again may find other buffers than before, in another layout.
+        """
+        return stored_as(self.layout, self.scales_to_128)
+
+    @property
+    def rebuild(self) -> Callable[[Tensor, Tensor, Tensor], MXWeights]:
+        """How to make these weights again from `packed`, `scales` and `stored`: it holds none, so that autograd can."""
+        return partial(_rebuilt, self.K, self.N, self.orig_dtype)
 
     def require_layout(self, layout: MXLayout, reader: str) -> None:
         """Raise a ValueError that names both if the buffers are not arranged as `reader` reads them."""
@@ -223,6 +230,23 @@ class MXWeights:
             act_quant_kwargs=None,
             is_swizzled_scales=False,
         )
+
+
+def stored_as(layout: MXLayout, scales_to_128: bool) -> Tensor:
+    """`MXWeights.stored` of weights that are stored so; not to be written to."""
+    return _STORED[layout, scales_to_128]
+
+
+_STORED = {
+    (layout, small): torch.tensor([layout, small], dtype=torch.int64, device="cpu")
+    for layout in MXLayout
+    for small in (False, True)
+}
+
+
+def _rebuilt(K: int, N: int, orig_dtype: torch.dtype, packed: Tensor, scales: Tensor, stored: Tensor) -> MXWeights:
+    layout, small = stored.tolist()
+    return MXWeights(packed, scales, K, N, layout, orig_dtype=orig_dtype, scales_to_128=bool(small))
 
 
 def decode_mxfp4(weights: MXWeights, dtype: torch.dtype = torch.bfloat16) -> Tensor:

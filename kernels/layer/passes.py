@@ -26,7 +26,7 @@ from mxref.kernels.layer.operands import (
     rows_by_expert,
 )
 from mxref.problem import Problem
-from mxref.weights import MXLayout, MXWeights
+from mxref.weights import MXLayout, MXWeights, stored_as
 
 __all__ = ["Call", "Needs", "Plan", "Saved", "gradients"]
 
@@ -44,7 +44,7 @@ class Needs(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that the backward pass reads; None where no gradient that is needed reads it.
 
-    positions, offsets: the routing. rows: x. weight, scales: codes and scales, or dense weights without scales.
+    positions, offsets: the routing. rows: x. weight, scales, stored: of an `MXWeights`, or dense weights alone.
     A, B: lora_A and lora_B. gate: the gates. z, y: the forward's Z and, in expert order, Y.
     """
 
@@ -53,6 +53,7 @@ class Saved(NamedTuple):
     rows: Tensor | None
     weight: Tensor | None
     scales: Tensor | None
+    stored: Tensor | None
     A: Tensor | None
     B: Tensor | None
     gate: Tensor | None
@@ -71,7 +72,7 @@ class Plan:
         fan_in: finds x's row of a routed row.
         in_order: dOut is in expert order.
         use_fused_dX, use_fused_gather: see `parallel_linear_lora`.
-        layout, scales_to_128: of packed weights; FWD and False of dense ones, where nothing reads them.
+        layout: of packed weights; FWD of dense ones, where nothing reads it.
         operands: shape and dtype of each operand of `Needs` that was given.
     """
 
@@ -83,7 +84,6 @@ class Plan:
     use_fused_dX: bool
     use_fused_gather: bool
     layout: MXLayout
-    scales_to_128: bool
     operands: dict[str, tuple[torch.Size, torch.dtype]]
 
     def gradient(self, name: str, like: Tensor) -> Tensor:
@@ -118,9 +118,8 @@ class Plan:
             problem = Problem(*operands)
             tiling = check_problem(problem, validate, config)
         if plan is None:
-            weights, layout, to_128 = problem.expert_weights, MXLayout.FWD, False
-            if isinstance(weights, MXWeights):
-                layout, to_128 = weights.layout, weights.scales_to_128
+            weights = problem.expert_weights
+            layout = weights.layout if isinstance(weights, MXWeights) else MXLayout.FWD
             given = {name: x for name in Needs._fields if (x := getattr(problem, name)) is not None}
             plan = cls(
                 tiling,
@@ -131,7 +130,6 @@ class Plan:
                 use_fused_dX or tiling.fused or layout == MXLayout.FRAGMENTS,  # which products alone decode
                 use_fused_gather or tiling.fused,
                 layout,
-                to_128,
                 {name: (x.shape, x.dtype) for name, x in given.items()},
             )
             if len(_PLANS) >= 4096:
@@ -207,13 +205,16 @@ class Call(NamedTuple):
     def saved(self, needs: Needs, z: Tensor | None, y: Tensor) -> Saved:
         """What the backward pass reads, given the forward's Z and Y."""
         W = self.weight
-        weight, scales = (W.packed, W.scales) if isinstance(W, PackedMatrix) else (W.tensor, None)
+        weight, scales, stored = W.tensor if isinstance(W, Stack) else W.packed, None, None
+        if isinstance(W, PackedMatrix):
+            scales, stored = W.scales, stored_as(W.layout, W.scales_to_128)
         return Saved(
             self.routing.positions,
             self.routing.offsets,
             rows=self.rows if needs.lora_A else None,
             weight=weight if needs.inputs else None,
             scales=scales if needs.inputs else None,
+            stored=stored if needs.inputs else None,
             A=self.A if needs.inputs else None,
             B=self.B if needs.inputs or needs.lora_A else None,
             gate=self.gate,
@@ -276,17 +277,16 @@ def _input_gradient(
     plan: Plan, routing: Routing, saved: Saved, dy: Tensor, fan: int | None, v: Tensor | None
 ) -> Tensor:
     """dX: every routed row's D, then the sum over the slots that read the same row of x."""
-    weight, scales = saved.weight, saved.scales
-    assert weight is not None
+    assert saved.weight is not None
     matrix: Stack | PackedMatrix
-    if scales is None:
-        matrix = Stack.of(weight).transposed
-    elif plan.use_fused_dX:
-        matrix = PackedMatrix(weight, scales, plan.dtype, plan.layout, plan.scales_to_128, transposed=True)
+    if saved.scales is None:
+        matrix = Stack.of(saved.weight).transposed
     else:
-        stack = MXWeights(weight, scales, 2 * weight.shape[2], weight.shape[1])
-        decoded = dequantize_experts(stack, active_or_sentinel(routing), plan.dtype)
-        matrix = Stack.of(operand(decoded))
+        matrix = _packed_as_planned(plan, saved)
+        if not plan.use_fused_dX:
+            _, N, K = matrix.shape
+            stack = MXWeights(matrix.packed, matrix.scales, K, N)
+            matrix = Stack.of(operand(dequantize_experts(stack, active_or_sentinel(routing), plan.dtype)))
     lora = None
     if v is not None and saved.A is not None:
         lora = LowRank(v, rows_by_expert(saved.A, routing.E), plan.scaling)
@@ -294,3 +294,17 @@ def _input_gradient(
     one_slot = plan.fan_in in (None, 1)
     grouped_matmul(dy, matrix, routing, plan.config, d, fan, plan.fan_in if one_slot else None, lora)
     return d if one_slot else combine(d, routing, plan.gradient("inputs", d))
+
+
+def _packed_as_planned(plan: Plan, saved: Saved) -> PackedMatrix:
+    """The packed matrices of dX in the plan's layout, which they need not have if the forward was computed again."""
+    packed, scales, stored = saved.weight, saved.scales, saved.stored
+    assert packed is not None
+    assert scales is not None
+    assert stored is not None
+    layout, to_128 = stored.tolist()
+    if layout != plan.layout:
+        K, N = 2 * packed.shape[2], packed.shape[1]
+        found = MXWeights(packed, scales, K, N, MXLayout(layout), scales_to_128=bool(to_128)).repack(plan.layout)
+        packed, scales, to_128 = found.packed, found.scales, found.scales_to_128
+    return PackedMatrix(packed, scales, plan.dtype, plan.layout, bool(to_128), transposed=True)

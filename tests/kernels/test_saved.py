@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import mxref
 from mxref import MXWeights, Problem, kernels
 from mxref.kernels.layer.library import scattermoe_lora
+from mxref.weights import MXLayout
 
 
 def operator(
@@ -202,3 +203,24 @@ def test_recycled_weights_under_checkpointing(sample: Any, layer: Layer) -> None
     x = drawn[0].problem.inputs
     results = [torch.autograd.grad(pair(x, recycle).sum(), x)[0] for recycle in (False, True)]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("layer", [mxref.parallel_linear_lora, kernels.parallel_linear_lora], ids=["golden", "kernels"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("first", list(MXLayout))
+def test_another_layout_when_a_region_is_computed_again(
+    sample: Any, layer: Layer, first: MXLayout, fused: bool
+) -> None:
+    """Weights that are repacked for good between the passes: their bytes are others, their gradients are not."""
+    drawn = sample(gates=True, bias=True, K=64, N=64)
+    plain = drawn.problem.expert_weights
+    held = [plain.repack(first)]
+
+    def region(x: Tensor) -> Tensor:
+        problem = replace(drawn.problem, inputs=x, expert_weights=held[0])
+        return layer(**problem.arguments(), use_fused_dX=fused)
+
+    y: Tensor = checkpoint(region, drawn.problem.inputs, use_reentrant=False)
+    held[0] = plain.repack(MXLayout.FRAGMENTS if first == MXLayout.FWD else MXLayout.FWD)
+    (dx,) = torch.autograd.grad(y, drawn.problem.inputs, drawn.grad_out)
+    assert torch.equal(dx, drawn.run(layer)["inputs"])

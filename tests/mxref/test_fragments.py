@@ -89,7 +89,7 @@ def test_repacking_notes_whether_all_scales_are_small(largest: int, small: bool)
     fragments = weights.repack(MXLayout.FRAGMENTS)
     assert not weights.scales_to_128
     assert fragments.scales_to_128 is small
-    assert fragments.rebuild(fragments.packed, fragments.scales).scales_to_128 is small
+    assert fragments.rebuild(fragments.packed, fragments.scales, fragments.stored).scales_to_128 is small
     assert fragments.to("cpu").layout == fragments.select(torch.tensor([0])).layout == MXLayout.FRAGMENTS
     assert fragments.repack(MXLayout.FRAGMENTS) is fragments
 
