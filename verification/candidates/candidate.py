@@ -193,7 +193,7 @@ def _settled(outputs: Mapping[str, Tensor | None]) -> None:
     Raises:
         UnusableAnswerError: an output changed in between, as when another stream still computes it.
     """
-    here = {name: x for name, x in outputs.items() if x is not None and x.device.type == "cuda"}
+    here = {name: x for name, x in outputs.items() if x is not None and x.numel() and x.device.type == "cuda"}
     if not here:
         return
     copies = {name: x.clone() for name, x in here.items()}

@@ -72,7 +72,7 @@ def _compare(
             reason = "no gradient, alike" if same else f"other bits {circumstance}: no such tensor, or of another form"
             findings.append(Finding("", case, tensor, Status.PASS if same else Status.FAIL, reason, 0, 0))
             continue
-        different = (_bytes_of(x) != _bytes_of(again)).any(-1)
+        different = (bytes_of(x) != bytes_of(again)).any(-1)
         count = int(different.sum())
         if not count:
             reason = f"the same bits {circumstance}"
@@ -104,6 +104,8 @@ def _same(a: Outputs, b: Outputs) -> bool:
     return all(finding.ok for finding in _compare("", a, b, ""))
 
 
-def _bytes_of(x: Tensor) -> Tensor:
+def bytes_of(x: Tensor) -> Tensor:
     """The bytes of each element: uint8, one dimension more."""
+    if not x.numel():  # whose strides may be any, and torch would want the last to be 1
+        return x.new_empty(*x.shape, x.element_size(), dtype=torch.uint8)
     return x.detach().flatten().view(torch.uint8).view(*x.shape, x.element_size())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE
 from mxref.verification.arithmetic.interval import Interval
+from mxref.verification.checks.bits import bytes_of
 from mxref.verification.checks.elements import compare
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.patterns import Axis
@@ -174,7 +175,7 @@ def _alike(
     findings: dict[str, Finding] = {}
     for who, one, other in pairs:
         for (name, x), (_, y) in zip(tensors(one), tensors(other), strict=False):
-            differing = int((_bits(x) != _bits(y)).any(-1).sum()) if _form(x) == _form(y) else x.numel()
+            differing = int((bytes_of(x) != bytes_of(y)).any(-1).sum()) if _form(x) == _form(y) else x.numel()
             status, reason = Status.PASS, "the same bits"
             if differing or len(one.steps) != len(other.steps):
                 status, reason = Status.FAIL, f"other bits: {who}, {differing} of {x.numel()} elements"
@@ -185,11 +186,6 @@ def _alike(
 
 def _form(x: Tensor) -> tuple[object, ...]:
     return tuple(x.shape), x.dtype
-
-
-def _bits(x: Tensor) -> Tensor:
-    """The bytes of each element: uint8, one dimension more."""
-    return x.contiguous().view(-1).view(torch.uint8).view(*x.shape, x.element_size())
 
 
 def _dtypes(tensor: str, activation: torch.dtype) -> tuple[torch.dtype, ...]:

@@ -2,14 +2,16 @@
 
 A process (see `process`) makes the candidate and the items from an order, and sends the findings of one item after the
 other. It is ended when it takes too much processor time for one item, or is silent for too long. If it is lost, the
-item it was lost in has failed, and another process goes on behind that item.
+item it was lost in has failed, and another process goes on behind that item. An item for which the GPU has too little
+memory beside the others' is asked again when they are done.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +25,18 @@ from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.process import Asking, Entry, Fault, Judged, Lost, Planned, Refused, elsewhere, work
+from mxref.verification.gate.process import (
+    Asking,
+    Entry,
+    Fault,
+    Judged,
+    Lost,
+    Planned,
+    Refused,
+    Short,
+    elsewhere,
+    work,
+)
 from mxref.verification.gate.result import GateResult
 
 LOADING = "loading"
@@ -62,8 +75,9 @@ def judge_apart(
     """
     start, run = time.monotonic(), _Run(order, suite, strict)
     limits = Limits(timeout, _PATIENCE * timeout)
-    with TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
-        parts = [_Part(order, first, processes, Path(folder) / str(first)) for first in range(processes)]
+
+    def ask(parts: Sequence[_Part]) -> bool:
+        """Ask for every part's items; whether that came to its end."""
         pool.waiting.extend(part.job(limits) for part in parts)
         for job, message in pool:
             if isinstance(message, Ended):
@@ -74,7 +88,14 @@ def judge_apart(
             if isinstance(message, Asking) and not message.compared:
                 on_item(run.entries[message.number], len(run.found), len(run.entries))
             if fail_fast and not all(finding.ok for findings in run.found.values() for finding in findings):
-                break
+                return False
+        return True
+
+    with TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
+        shares = (range(first, sys.maxsize, processes) for first in range(processes))
+        parts = [_Part(order, share, processes, Path(folder) / str(share.start)) for share in shares]
+        if ask(parts) and run.short:
+            ask([_Part(order, run.short, 1, Path(folder) / "alone")])
     run.close()
     run.result.seconds = time.monotonic() - start
     return run.result
@@ -87,7 +108,8 @@ def list_items(order: Order) -> list[Entry]:
         Refused: the order cannot be carried out, or the candidate ends the process that loads it.
     """
     with TemporaryDirectory() as folder, Pool[_Part](1, "spawn") as pool:
-        pool.waiting.append(_Part(order, 0, 1, Path(folder) / "0").job(Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
+        part = _Part(order, range(sys.maxsize), 1, Path(folder) / "0")
+        pool.waiting.append(part.job(Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
         for _, message in pool:
             if isinstance(message, Planned):
                 return message.entries
@@ -102,23 +124,34 @@ class _Part:
 
     Attributes:
         order: what they are made from.
-        at: number of the next item to be asked, or of the one that is being asked.
-        step: from there to the next one.
+        numbers: the items' numbers; those that no item has are left out.
+        sharing: processes that run at once.
         crash: the file for a crash's traceback.
+        done: how many of the numbers are done.
         compared: whether the candidate has answered for that item.
         lost_for: why the process says that it cannot go on.
     """
 
     order: Order
-    at: int
-    step: int
+    numbers: Sequence[int]
+    sharing: int
     crash: Path
+    done: int = 0
     compared: bool = False
     lost_for: str = ""
 
+    @property
+    def at(self) -> int:
+        """The item that is asked next, or is being asked; behind all items if none is left."""
+        return self.numbers[self.done] if self.done < len(self.numbers) else sys.maxsize
+
     def job(self, limits: Limits) -> Job[_Part]:
         """A process for what is left."""
-        return Job(self, work, (self.order, self.at, self.step, self.crash), limits)
+        return Job(self, work, (self.order, self.numbers[self.done :], self.sharing, self.crash), limits)
+
+    def next(self) -> None:
+        """The item is done."""
+        self.done, self.compared, self.lost_for = self.done + 1, False, ""
 
     def trace(self) -> str:
         """What the faulthandler wrote."""
@@ -133,6 +166,7 @@ class _Run:
         entries: what is asked.
         found: findings by the item's number, before all items those of the loading.
         losses: processes that were lost.
+        short: items for which the GPU had too little memory beside the other processes.
     """
 
     def __init__(self, order: Order, suite: str, strict: bool) -> None:
@@ -143,6 +177,7 @@ class _Run:
         self.entries: list[Entry] = []
         self.found: dict[int, list[Finding]] = {}
         self.losses = 0
+        self.short: list[int] = []
 
     def hear(self, part: _Part, message: Any) -> None:
         """Take a message in."""
@@ -154,10 +189,13 @@ class _Run:
                 result.candidate, result.accumulation, result.device = message.candidate, message.how, message.device
                 self.entries = message.entries
             case Asking():
-                part.at, part.compared = message.number, message.compared
+                part.compared = message.compared
             case Judged():
                 self.found[message.number] = message.findings
-                part.at, part.compared = message.number + part.step, False
+                part.next()
+            case Short():
+                self.short.append(message.number)
+                part.next()
             case Fault():
                 result.faults.append(message.what)
             case Lost():
@@ -179,7 +217,7 @@ class _Run:
         if part.compared and ended.from_outside:
             self.result.faults.append(f"{entry.case}: {reason} while the reference was computed")
             self.found[part.at] = []
-        part.at, part.compared, part.lost_for = part.at + part.step, False, ""
+        part.next()
         return part.at < len(self.entries)
 
     def close(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import faulthandler
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import describe_device
-from mxref.verification.gate.run import judge
+from mxref.verification.gate.run import SharedMemoryError, judge
 
 
 class Refused(ValueError):  # noqa: N818
@@ -66,6 +67,13 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Short:
+    """An item could not be judged for want of GPU memory, of which other processes have some."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Fault:
     """A fault that is not the candidate's."""
 
@@ -84,12 +92,15 @@ def elsewhere(**operands: Any) -> Any:
     raise RuntimeError("the candidate's callables stay in its own process")
 
 
-def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash: Path) -> None:
-    """Every `step`-th item from `first` on, a message before and after each; a crash's traceback goes to a file."""
+def work(send: Callable[[Any], None], order: Order, numbers: Sequence[int], sharing: int, crash: Path) -> None:
+    """The items of these numbers, a message before and after each; a crash's traceback goes to a file.
+
+    `sharing` processes run at once.
+    """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(max(torch.get_num_threads() // step, 1))  # processes share the machine
+    torch.set_num_threads(max(torch.get_num_threads() // sharing, 1))  # processes share the machine
     with crash.open("w") as file:
         faulthandler.enable(file, all_threads=False)
         code = OwnCode.now()
@@ -108,8 +119,8 @@ def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash
         send(Planned(bare, how, describe_device(order.device, interpreted), entries))
         slopes = slopes_in(items)
         asked = replace(candidate, accumulation=None) if order.lenient else candidate
-        ask = partial(judge, candidate=asked, how=how, slopes=slopes, code=code)
-        for number in range(first, len(items), step):
+        ask = partial(judge, candidate=asked, how=how, slopes=slopes, code=code, shared_memory=sharing > 1)
+        for number in takewhile(lambda number: number < len(items), numbers):
             if not _judge(send, number, items[number], ask):
                 return
             items[number] = replace(items[number])  # without its sample, which nobody needs any more
@@ -122,6 +133,11 @@ def _judge(send: Callable[[Any], None], number: int, item: Item, ask: Callable[.
         findings = ask(item, answered=lambda: send(Asking(number, compared=True)))
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # other processes want it
+    except SharedMemoryError:
+        torch.cuda.empty_cache()
+        send(Short(number))
+        return True
     except torch.AcceleratorError as error:  # the GPU answers this process no more
         send(Lost(f"its process could not go on: {str(error).splitlines()[0]}"))
         return False

@@ -26,6 +26,10 @@ _SECOND_CHANCE = (
 )
 
 
+class SharedMemoryError(RuntimeError):
+    """The GPU had too little memory, of which other processes have some."""
+
+
 def run_gate(
     candidate: Candidate, items: Sequence[Item], device: torch.device, *, suite: str, seed: int, strict: bool = False
 ) -> GateResult:
@@ -55,6 +59,7 @@ def judge(
     slopes: int | None = None,
     answered: Callable[[], None] = lambda: None,
     code: OwnCode | None = None,
+    shared_memory: bool = False,
 ) -> list[Finding]:
     """What the checks of one item find: the candidate is run once for all of them.
 
@@ -69,13 +74,24 @@ def judge(
             the candidate gets has held it.
         code: the code that judges, as it was before the candidate was loaded; None for as it is now, with whatever the
             caller has replaced in it.
+        shared_memory: other processes use the same GPU.
+
+    Raises:
+        SharedMemoryError: it had too little memory for the candidate or for the reference; with `shared_memory` only.
     """
     sample, before, code = item.sample, GlobalState.now(), code or OwnCode.now()
     answers = item.checks[0].ask(candidate, sample)
     changes = [*GlobalState.now().changes(before).values(), *code.restore()]
     before.restore()
+    if shared_memory and any(isinstance(answer.error, torch.OutOfMemoryError) for answer in answers):
+        raise SharedMemoryError
     answered()
-    findings = _compare(item.checks, answers, _expectation(sample, candidate, how, slopes))
+    try:
+        findings = _compare(item.checks, answers, _expectation(sample, candidate, how, slopes))
+    except torch.OutOfMemoryError:
+        if shared_memory:
+            raise SharedMemoryError from None
+        raise
     by_interval = any(check.name == "interval" for check in item.checks)
     if by_interval and candidate.accumulation is None and not all(finding.ok for finding in findings):
         order_free = _expectation(sample, candidate, ACCUMULATIONS["undeclared"], slopes)

@@ -42,6 +42,12 @@ def spin():
 def nothing():
     pass
 
+def lacks_memory_once():
+    if not Path("asked").exists():
+        Path("asked").touch()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+short = without_lora(lacks_memory_once)
 ends = without_lora(lambda: os._exit(0))
 crashes = without_lora(lambda: os.kill(os.getpid(), signal.SIGSEGV))
 killed = without_lora(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -126,10 +132,22 @@ def test_fail_fast_stops_at_the_first_failure() -> None:
     assert everything.left_out == ""
 
 
+def test_what_found_too_little_memory_beside_others_is_asked_again_alone() -> None:
+    order = Order("candidates.py:short", "cpu", patterns=TWO)
+    result = judge_apart(order, suite="two cases", processes=2)
+    assert (result.exit_code, failed(result), result.left_out) == (0, [], "")
+    assert {finding.case for finding in result.findings} >= set(TWO)
+
+
+def test_too_little_memory_alone_is_a_failure() -> None:
+    (finding,) = failed(judged("short"))
+    assert "raised OutOfMemoryError" in finding.reason
+
+
 def test_a_fault_of_ours_is_not_the_candidate_s() -> None:
     run = isolated._Run(Order("golden", "cpu"), "", False)
     run.entries = [Entry("00000000", ("integer",), "a"), Entry("00000001", ("integer",), "b")]
-    part = isolated._Part(Order("golden", "cpu"), 0, 1, Path("crash"))
+    part = isolated._Part(Order("golden", "cpu"), range(2), 1, Path("crash"))
     for message in (Asking(0), Fault("integer, a: OutOfMemoryError"), Judged(0, []), Asking(1, compared=True)):
         run.hear(part, message)
     assert not run.lost(part, isolated.Ended(-signal.SIGKILL))

@@ -64,7 +64,7 @@ class _Access(ctypes.Structure):
     _fields_ = (("location", _Location), ("flags", ctypes.c_int))
 
 
-_PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3
+_PINNED, _ON_DEVICE, _READ_WRITE, _OUT_OF_MEMORY = 1, 1, 3, 2
 _Address, _Size = ctypes.c_ulonglong, ctypes.c_size_t
 
 
@@ -102,8 +102,10 @@ def _driver(function: str, *arguments: Any) -> None:
     """Call CUDA's driver.
 
     Raises:
-        RuntimeError: it returns an error.
+        torch.OutOfMemoryError: there is too little memory.
+        RuntimeError: it returns another error.
     """
     error: int = getattr(ctypes.CDLL("libcuda.so.1"), function)(*arguments)
     if error:
-        raise RuntimeError(f"{function} failed with CUDA error {error}")
+        kind = torch.OutOfMemoryError if error == _OUT_OF_MEMORY else RuntimeError
+        raise kind(f"{function} failed with CUDA error {error}")
