@@ -18,7 +18,6 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
-from mxref.verification.candidates.processes import die_with_parent
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, slopes_in
@@ -86,7 +85,6 @@ def elsewhere(**operands: Any) -> Any:
 
 def work(send: Callable[[Any], None], order: Order, first: int, step: int, crash: Path) -> None:
     """Every `step`-th item from `first` on, a message before and after each; a crash's traceback goes to a file."""
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(max(torch.get_num_threads() // step, 1))  # processes share the machine
