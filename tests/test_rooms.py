@@ -23,7 +23,9 @@ def _load(path: Path) -> ModuleType:
 
 rooms = _load(ROOT / "docs" / "draw_rooms.py")
 
-CONTAINERS = {f"mxref.{name}" for name in ("formats", "fragments", "weights", "routing", "problem", "swiglu")}
+CONTAINERS = {
+    f"mxref.{name}" for name in ("formats", "fragments", "weights", "routing", "problem", "swiglu", "subnormals")
+}
 """What the kernels may import of the golden model: what data looks like, never how results come about."""
 
 ALSO = {"kernels/models": "mxref.checkpoints"}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mxref.kernels.models.adapters import LoRA, check_adapter
 from mxref.kernels.models.layouts import preferred_layout
 from mxref.kernels.models.routed import Projection, routed_experts
+from mxref.subnormals import warn_if_flushed
 from mxref.weights import MXLayout, MXWeights
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -196,6 +197,7 @@ class PackedExperts(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit the weights, see `parallel_linear_lora`.
         """
+        warn_if_flushed(hidden_states.device)
         for name, adapter in (adapters or {}).items():
             _check_projection(name)
             if not isinstance(adapter, LoRA):

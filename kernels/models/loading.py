@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mxref.checkpoints import Checkpoint, open_checkpoint
-from mxref.checkpoints.files import resolve
+from mxref.checkpoints.files import read_json, resolve
 from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
 from mxref.kernels.models.packing import ADAPTERS_KEY, experts_modules, pack_experts
 from mxref.kernels.models.saving import Origin, save_packed_model
@@ -68,6 +68,7 @@ def load_packed_model(
     stored = _fill(model, renaming, checkpoint, torch.device(device), dtype)
     model.stored_as = Origin.of(checkpoint, stored)
     if (directory / "generation_config.json").is_file():
+        read_json(directory / "generation_config.json")
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.to(device).eval()  # what is left to move are the computed buffers
 
@@ -77,11 +78,14 @@ def read_config(directory: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: `directory` or its config.json does not exist.
-        ValueError: transformers does not know such a model.
+        ValueError: it is no JSON object, or transformers does not know such a model.
     """
     directory = resolve(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {directory}; expected the directory of a transformers checkpoint")
+    said = read_json(directory / "config.json").get("quantization_config") or {}
+    if not isinstance(said, dict):
+        raise ValueError(f"quantization_config in {directory}/config.json is {said!r}; expected a JSON object")
     return AutoConfig.from_pretrained(directory)
 
 

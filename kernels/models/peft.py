@@ -1,9 +1,9 @@
 """PEFT adapters whose base is `PackedExperts`.
 
-Importing this module makes PEFT's LoRA know packed experts, by whichever door: `peft.get_peft_model`, a trainer's
-`peft_config`, `PeftModel.from_pretrained`, a model's own `add_adapter` and `load_adapter`. Packed experts import it by
-themselves. In PEFT's table of tuners the entry for LoRA becomes `LoraModel`, a subclass that treats every other model
-as PEFT does.
+Importing this module makes PEFT's LoRA know packed experts, by whichever door: `peft.get_peft_model`, also with
+`mixed=True`, a trainer's `peft_config`, `PeftModel.from_pretrained`, a model's own `add_adapter` and `load_adapter`.
+Packed experts import it by themselves. In PEFT's table of tuners the entry for LoRA becomes `LoraModel`, and its tuner
+of several methods becomes `MixedModel`: subclasses that treat every other model as PEFT does.
 
     from mxref.kernels.models.peft import get_peft_model
     model = get_peft_model(pack_experts(model, rank=0), LoraConfig(
@@ -16,8 +16,7 @@ refuses for dense parameters (lora_dropout, DoRA, lora_bias, …) it refuses her
 cannot take a low-rank sum; `mxref.kernels.models.merging.merge_adapters` quantises it again, on request, and reports
 the loss.
 
-Not known to packed experts: `get_peft_model(mixed=True)` and X-LoRA, which name PEFT's own tuner; they leave the
-experts without adapters, and PEFT warns that no parameter was matched.
+X-LoRA raises, as it does with adapters on dense parameters.
 """
 
 from __future__ import annotations
@@ -30,9 +29,10 @@ from typing import Any, NoReturn
 
 import peft
 import torch
+from peft import mixed_model, tuners
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora import model as lora_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -83,8 +83,8 @@ def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> 
     return adapted
 
 
-class LoraModel(lora_model.LoraModel):
-    """PEFT's tuner, which gives adapters to packed experts and refuses to merge before it starts."""
+class _KnowsPackedExperts(BaseTuner):
+    """A tuner that gives LoRA to packed experts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
         """One more adapter.
@@ -98,22 +98,30 @@ class LoraModel(lora_model.LoraModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """PEFT's last step before it wraps anything, after it has brought old names up to date."""
         super()._prepare_model(peft_config, model)
-        _check_config(model, peft_config)
+        if isinstance(peft_config, peft.LoraConfig):
+            _check_config(model, peft_config)
+
+
+class LoraModel(_KnowsPackedExperts, lora_model.LoraModel):
+    """PEFT's tuner, which gives adapters to packed experts and refuses to merge before it starts."""
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, PackedExperts):
-            return ParamWrapper(target, adapter_name, config=lora_config, **options)
-        as_peft_does: Any = lora_model.LoraModel._create_new_module
-        module: nn.Module = as_peft_does(lora_config, adapter_name, target, **options)
-        return module
+        return _wrapped(lora_model.LoraModel, lora_config, adapter_name, target, **options)
 
     def _check_merge_allowed(self) -> None:
         as_peft_does: Any = super()._check_merge_allowed
         as_peft_does()
         if any(isinstance(module, ParamWrapper) for module in self.model.modules()):
             raise ValueError(_NO_MERGE)
+
+
+class MixedModel(_KnowsPackedExperts, tuners.MixedModel):
+    """PEFT's tuner of several methods at once, of which LoRA can be on packed experts."""
+
+    @staticmethod
+    def _create_new_module(config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+        return _wrapped(tuners.MixedModel, config, adapter_name, target, **options)
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -149,6 +157,15 @@ class ParamWrapper(lora_layer.ParamWrapper):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused."""
         raise ValueError(_NO_MERGE)
+
+
+def _wrapped(tuner: Any, config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+    """A tuner's wrapper around a module; around packed experts, ours."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, PackedExperts) and isinstance(config, peft.LoraConfig):
+        return ParamWrapper(target, adapter_name, config=config, **options)
+    module: nn.Module = tuner._create_new_module(config, adapter_name, target, **options)
+    return module
 
 
 def _packed(model: nn.Module) -> dict[str, PackedExperts]:
@@ -213,7 +230,8 @@ def _check_all_found(argument: str, targets: Iterable[str], names: list[str], hi
         if _reaches(target, names):
             continue
         parts = target.count(".") + 1
-        suffixes = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names)
+        known = (name for name in names if not name.endswith(("_blocks", "_scales")))  # packed bytes are no target
+        suffixes = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in known)
         near = difflib.get_close_matches(target, suffixes, n=3)
         told = f"; the nearest names are {near}" if near else ""
         raise ValueError(f"{argument} holds {target!r}, which nothing in the model is called{told}{hint}")
@@ -239,3 +257,4 @@ def _visible_to_peft(model: nn.Module) -> Iterator[None]:
 
 
 peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = LoraModel
+mixed_model.MixedModel = MixedModel  # type: ignore[misc]

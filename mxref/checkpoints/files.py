@@ -221,6 +221,8 @@ def _opened(file: Path) -> Iterator[Any]:
 def _diagnosis(file: Path) -> str:
     if not file.exists():
         return "is a link to nowhere; the download is incomplete"
+    if file.is_dir():
+        return "is a directory; expected a safetensors file"
     with file.open("rb") as stream:
         start = stream.read(64)
     if not start:

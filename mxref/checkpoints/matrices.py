@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxref.checkpoints.convention import Convention
 from mxref.checkpoints.files import Files
+from mxref.subnormals import warn_if_flushed
 from mxref.weights import MXWeights, decode_mxfp4
 
 _FP8_SCALES = (".scale", ".weight_scale_inv", ".weight_scale")
@@ -38,6 +39,7 @@ class Matrix:
                 raise ValueError(f"{files.where(self.tensor)} is {entry.dtype} without scales; its values are unknown")
             return next(files.read([self.tensor])).clone()
         codes, scales = files.read([self.tensor, self.scales])
+        warn_if_flushed(codes.device)
         if entry.dtype == _FP8:
             return _dequantised(codes, scales, _block(files, self.tensor, tuple(scales.shape)))
         codes, scales = codes.view(torch.uint8), scales.view(torch.uint8)

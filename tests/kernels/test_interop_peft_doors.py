@@ -52,6 +52,7 @@ def injected(wrap: Callable[[Any, peft.LoraConfig], Any], model: Any, **options:
 
 DOORS: dict[str, Callable[[Any, peft.LoraConfig], Any]] = {
     "get_peft_model": peft.get_peft_model,
+    "get_peft_model, mixed": lambda model, config: peft.get_peft_model(model, config, mixed=True),
     "inject_adapter_in_model": lambda model, config: peft.inject_adapter_in_model(config, model),
     "add_adapter": lambda model, config: model.add_adapter(config),
 }
@@ -106,6 +107,18 @@ def test_adapters_made_here_are_read_by_plain_peft(family: str, tmp_path: Path) 
     assert_near(logits(peft.PeftModel.from_pretrained(dense, tmp_path)), logits(ours))
 
 
+def test_another_method_beside_lora() -> None:
+    outcomes = []
+    for model in packed_and_dense():
+        adapted = injected(DOORS["get_peft_model, mixed"], model)
+        adapted.add_adapter("loha", peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False))
+        adapted.set_adapter(["default", "loha"])
+        outcomes.append(logits(adapted))
+    assert_near(*outcomes)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        injected(DOORS["get_peft_model, mixed"], packed_and_dense()[0]).merge_and_unload()
+
+
 def test_a_second_adapter_without_experts() -> None:
     models = []
     for model in packed_and_dense():
@@ -144,6 +157,7 @@ BEFORE_WRAPPING: list[tuple[dict[str, Any], str]] = [
         r"'mlp\.experts\.gate_up_prj'.*nearest.*experts\.gate_up_proj",
     ),
     ({"target_parameters": ["experts.up_proj"]}, r"nearest names are \['experts\.gate_up_proj'"),
+    ({"target_parameters": ["mlp.experts.down_prj"]}, r"are \['mlp\.experts\.down_proj', .*gate_up_proj'\]$"),
     ({"target_modules": ["q_proj", "gate_up_proj"], "target_parameters": None}, r"'gate_up_proj'.*target_parameters"),
     ({"r": 129}, r"experts\.gate_up_proj: rank is 129; the kernels take ranks 1 to 128"),
     ({"rank_pattern": {"down_proj": 200}}, r"down_proj: rank is 200"),

@@ -171,6 +171,27 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[" * 20000, "nested too deeply"),
+        ("config.json", "null", "holds a NoneType; expected a JSON object"),
+        (
+            "config.json",
+            '{"model_type": "gpt_oss", "quantization_config": "mxfp4"}',
+            "is 'mxfp4'; expected a JSON object",
+        ),
+        ("generation_config.json", "[" * 20000, "nested too deeply"),
+        ("generation_config.json", "{", "is not JSON"),
+    ],
+)
+def test_settings_that_cannot_be_read(tmp_path: Path, name: str, text: str, message: str) -> None:
+    make_gpt_oss_checkpoint(tmp_path, layers=1)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_packed_model(tmp_path)
+
+
 def test_dtypes_by_name(tmp_path: Path) -> None:
     make_gpt_oss_checkpoint(tmp_path, layers=1)
     model = load_packed_model(tmp_path, rank=1, dtype="float32", lora_dtype="torch.bfloat16")

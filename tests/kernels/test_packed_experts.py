@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -236,6 +237,23 @@ def test_weights_that_change_in_place_between_the_passes() -> None:
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(adapted_model(), recycled)
+
+
+def test_subnormal_numbers_that_are_flushed_are_told() -> None:
+    """Set by a library, which changes what the smallest scales decode to, for good where weights are quantised."""
+    experts: Any = pack_experts(nn.ModuleDict({"experts": make("qwen3_experts")}), rank=0)["experts"]
+    call = torch.randn(3, HIDDEN), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    torch.set_flush_denormal(True)
+    try:
+        with pytest.warns(RuntimeWarning, match="set_flush_denormal"):
+            experts(*call)
+        with pytest.warns(RuntimeWarning, match="set_flush_denormal"):
+            pack_experts(nn.ModuleDict({"experts": make("qwen3_experts")}), rank=0)
+    finally:
+        torch.set_flush_denormal(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        experts(*call)
 
 
 def test_experts_offloaded_by_accelerate() -> None:

@@ -191,6 +191,10 @@ class TestRefuses:
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
         self.check(file, "is a Git LFS pointer, not the file itself; fetch it with git lfs pull")
 
+    def test_a_directory_under_a_file_s_name(self, tmp_path):
+        (tmp_path / "model.safetensors").mkdir()
+        self.check(tmp_path, "is a directory; expected a safetensors file")
+
     def test_a_directory_of_another_format(self, tmp_path):
         (tmp_path / "pytorch_model.bin").touch()
         self.check(tmp_path, r"no \.safetensors file \(but pytorch_model\.bin, which is not read\)")

@@ -149,6 +149,7 @@ class Pool(Generic[T]):
 
 
 def _work(work: Callable[..., None], messages: Connection, arguments: tuple[Any, ...]) -> None:
+    die_with_parent()
     work(messages.send, *arguments)
 
 

@@ -12,11 +12,11 @@ examples:
   mxref bench --host                  how long the host is busy with one eager step
 
 whole models:
-  mxref bench --model gpt-oss-20b --profile --record     LoRA steps, packed beside dense; where their time goes
-  mxref bench --model gpt-oss-120b --batch 1x512 --largest-batch
+  mxref bench --model gpt-oss-20b --profile              LoRA steps, packed beside dense; where their time goes
+  mxref bench --model gpt-oss-120b --profile --batch 1x512 --largest-batch --record
   mxref bench --model gpt-oss-20b --attention eager --attention flex_attention
   mxref bench --model gpt-oss-20b --parallel fsdp --parallel experts    on two GPUs, beside one
-  mxref bench --model gpt-oss-20b --side packed --from-disk /scratch/model
+  mxref bench --model gpt-oss-20b --profile --from-disk /scratch --record
 
 exit codes: 0 timed, 1 the gate is red or one of our ways failed, 2 wrong use
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", metavar="NAME", action="append", help="eager (default), flex_attention, …; may repeat"
     )
     group.add_argument("--steps", metavar="N", type=positive, default=5, help="measured steps a batch (default: 5)")
-    group.add_argument("--rank", metavar="R", type=positive, default=16, help="of the adapters (default: 16)")
+    group.add_argument(
+        "--rank", metavar="R", type=positive, help="of the adapters (default: 16; 8 for gpt-oss-120b, to fit 80 GB)"
+    )
+    group.add_argument("--layers", metavar="N", type=positive, help="only so many layers (default: all, or what fits)")
     group.add_argument("--largest-batch", action="store_true", help="double the last batch until it does not fit")
     group.add_argument("--profile", action="store_true", help="where a step's time goes; the MoE block and its limit")
     group.add_argument(
@@ -62,7 +66,8 @@ def check_unused(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: one is given.
     """
-    for name in ("batch", "attention", "largest_batch", "profile", "from_disk", "parallel", "world", "layers"):
+    others = ("batch", "rank", "layers", "attention", "largest_batch", "profile", "from_disk", "parallel", "world")
+    for name in others:
         if getattr(arguments, name):
             raise UsageError(f"--{name.replace('_', '-')} is for whole models: give --model NAME too")
 
@@ -79,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, require_gpu=arguments.device == "cuda")
     if arguments.record is not None and (device.type == "cpu" or any(m.name not in KINDS for m in models)):
         raise UsageError("--record keeps what a GPU saw of a published model; leave it out")
+    if arguments.record is not None and arguments.layers is not None:
+        raise UsageError("--record keeps whole models, or as many layers as fit; leave --layers out")
     bench_parallel.check(arguments, device)
     tasks = [_tasks(model, arguments) for model in models]
     console = terminal(160)
@@ -88,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if arguments.parallel:
         return max([bench_parallel.run(model, arguments, device, console) for model in models])
-    return max([_one(each, arguments, device, console) for each in tasks])
+    return max([_one(*each, arguments, device, console) for each in zip(models, tasks, strict=True)])
 
 
 def _found_wrong(device: torch.device, seconds: float) -> list[str]:
@@ -109,23 +116,24 @@ def _models(names: list[str]) -> list[Model]:
     return [MODELS[name] for name in dict.fromkeys(asked)]
 
 
-def _one(tasks: list[Task], arguments: argparse.Namespace, device: torch.device, console: Console) -> int:
-    """Train one model, show it, keep it; the exit code."""
+def _one(model: Model, tasks: list[Task], arguments: argparse.Namespace, device: torch.device, console: Console) -> int:
+    """Train one model, show it, keep it, also when it is interrupted; the exit code."""
     from mxref.verification.models.run import ModelRun, run_model
 
-    model = tasks[0].model
-    found = ModelRun(model.name, model.source, model.layers, arguments.rank, describe_device(device))
+    found = ModelRun(model.name, model.source, model.layers, tasks[0].rank, describe_device(device))
     data = made(arguments.out) / f"{model.name}.json"
 
     def news(text: str) -> None:
         print(f"mxref: {model.name}: {text}", file=sys.stderr, flush=True)
         write_json(data, found.as_json())  # at once: what comes later may not come
 
-    run_model(found, tasks, arguments.timeout, news)
-    seen = found.as_json()
-    console.print(f"{model.name} on {found.device}", style="bold", highlight=False)
-    console.print(Markdown("\n".join(figures(seen))))
-    show(keep(model.name, seen, arguments, device, page=as_page), console)
+    try:
+        run_model(found, tasks, arguments.timeout, news)
+    finally:
+        seen = found.as_json()
+        console.print(f"{model.name} on {found.device}", style="bold", highlight=False)
+        console.print(Markdown("\n".join(figures(seen))))
+        show(keep(model.name, seen, arguments, device, page=as_page), console)
     return found.exit_code
 
 
@@ -138,18 +146,37 @@ def _tasks(model: Model, arguments: argparse.Namespace) -> list[Task]:
     except ValueError as error:
         raise UsageError(f"--batch {error}") from None
     sides: tuple[Any, ...] = ("packed", "dense") if arguments.side == "both" else (arguments.side,)
+    attentions, rank = list(dict.fromkeys(arguments.attention or ["eager"])), arguments.rank or model.rank
+    trained = model if arguments.layers is None else model.shortened(arguments.layers)
     tasks = [
         Task(
-            model, side, batches, attention, arguments.device, arguments.steps, arguments.rank,
-            arguments.largest_batch, arguments.profile,
+            trained, side, batches, attention, arguments.device, arguments.steps, rank, arguments.largest_batch,
+            arguments.profile,
         )
-        for attention in dict.fromkeys(arguments.attention or ["eager"])
+        for attention in attentions
         for side in sides
     ]  # fmt: skip
     if arguments.from_disk is not None:
-        place = made(arguments.from_disk, "--from-disk") / model.name
-        first = arguments.attention[0] if arguments.attention else "eager"
+        place = _place(trained, arguments.from_disk)
         tasks.append(
-            Task(model, "packed", batches, first, arguments.device, arguments.steps, arguments.rank, folder=str(place))
+            Task(trained, "packed", batches, attentions[0], arguments.device, arguments.steps, rank, folder=place)
         )
     return tasks
+
+
+def _place(model: Model, folder: Path) -> str:
+    """Where the checkpoint of a model goes.
+
+    Raises:
+        UsageError: it does not fit there, or no card holds the model that would be written.
+    """
+    from mxref.verification.models.build import empty_model, needs
+
+    if model.as_many_layers:
+        raise UsageError(f"--from-disk writes a whole model, and no card holds {model.name}: give --layers too")
+    needed = needs(empty_model(model.config()), model, rank=0, packed=True).total
+    place = made(folder, "--from-disk") / model.name
+    if (free := shutil.disk_usage(folder).free) < needed:
+        told = f"{needed / 2**30:.1f} GiB, and there are {free / 2**30:.1f}"
+        raise UsageError(f"--from-disk {folder}: a checkpoint of {model.name} takes {told}")
+    return str(place)

@@ -39,20 +39,19 @@ def add_arguments(group: argparse._ActionsContainer) -> None:
         help="train by several ranks, sharded by FSDP2 or with experts in parallel, beside one; may repeat",
     )
     group.add_argument("--world", metavar="N", type=positive, help="with --parallel: ranks, a GPU each (default: 2)")
-    group.add_argument("--layers", metavar="N", type=positive, help="with --parallel: so many layers (default: all)")
 
 
 def check(arguments: argparse.Namespace, device: torch.device) -> None:
     """Raise a UsageError if the options do not fit each other or the machine."""
     a = arguments
     if not a.parallel:
-        if a.world is not None or a.layers is not None:
-            raise UsageError("--world and --layers are for several ranks: give --parallel too")
+        if a.world is not None:
+            raise UsageError("--world is for several ranks: give --parallel too")
         return
     if a.attention or a.largest_batch or a.profile or a.from_disk is not None:
         raise UsageError("--attention, --largest-batch, --profile and --from-disk are for one process: leave them out")
-    if a.record is not None and (a.layers is not None or a.side != "both"):
-        raise UsageError("--record keeps whole models, packed beside dense; leave out --layers and --side")
+    if a.record is not None and a.side != "both":
+        raise UsageError("--record keeps packed beside dense; leave out --side")
     if device.type == "cuda" and torch.cuda.device_count() < (a.world or 2):
         present = torch.cuda.device_count()
         raise UsageError(f"--world {a.world or 2}: torch sees {present} CUDA GPUs, and each rank needs one of its own")
@@ -70,7 +69,7 @@ def run(model: Model, arguments: argparse.Namespace, device: torch.device, conso
         "model": model.name,
         "source": model.source,
         "of_layers": model.layers,
-        "rank": arguments.rank,
+        "rank": arguments.rank or model.rank,
         "on": describe_device(device),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "rows": rows,
@@ -105,7 +104,7 @@ def _questions(model: Model, arguments: argparse.Namespace) -> Iterator[tuple[To
         for way, side in order:
             layers = min(arguments.layers or model.layers, model.layers)
             ranks = 1 if way == "one rank" else arguments.world or 2
-            yield Together(model, side, way, layers, batch, arguments.steps, arguments.rank), ranks
+            yield Together(model, side, way, layers, batch, arguments.steps, arguments.rank or model.rank), ranks
 
 
 def _page(entry: dict[str, Any]) -> str:

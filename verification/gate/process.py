@@ -19,7 +19,6 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
-from mxref.verification.candidates.processes import die_with_parent
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, slopes_in
@@ -97,7 +96,6 @@ def work(send: Callable[[Any], None], order: Order, numbers: Sequence[int], shar
 
     `sharing` processes run at once.
     """
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(max(torch.get_num_threads() // sharing, 1))  # processes share the machine

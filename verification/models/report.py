@@ -39,6 +39,7 @@ def figures(entry: Row) -> list[str]:
     counts = {f"{row['trainable']:,}" for row in entry["steps"] if row["status"] == "ok"}
     told = [f"Trained parameters: {' or '.join(sorted(counts))}."] if counts else []
     told += [f"{row['side']}, {row['attention']}: {row['status']}." for row in entry["steps"] if ":" in row["status"]]
+    told += [f"Interrupted: {side} was not seen to its end." for side in entry["missing"]]
     told += [*_largest(entry["steps"]), *map(_block, entry["blocks"]), *_stored(entry["stored"])]
     return [*lines, "", " ".join(told)] if told else lines
 

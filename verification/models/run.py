@@ -32,6 +32,7 @@ class ModelRun:
         rank: of the adapters.
         device: in words.
         steps, shares, blocks, stored: in the order in which they came.
+        missing: sides that were asked for and have not come to their end.
         started: UTC, ISO 8601.
         packages: versions of what takes part besides torch and triton.
     """
@@ -45,6 +46,7 @@ class ModelRun:
     shares: list[Shares] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     stored: list[Stored] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
     packages: dict[str, str] = field(default_factory=lambda: {name: metadata.version(name) for name in _PACKAGES})
 
@@ -69,6 +71,7 @@ class ModelRun:
             "rank": self.rank,
             "device": self.device,
             "packages": self.packages,
+            "missing": self.missing,
             "steps": [_plain(row) for row in self.steps],
             "shares": [_plain(row, **row.seconds) for row in self.shares],
             "blocks": [_plain(row) for row in self.blocks],
@@ -105,22 +108,31 @@ def run_model(run: ModelRun, tasks: Sequence[Task], seconds: float, on_news: Cal
 
     Args:
         run: what is found goes there as it comes.
-        tasks: one process each; before a task with a folder another process writes the checkpoint.
+        tasks: one process each, one after the other; before a task with a folder another one writes the checkpoint.
         seconds: that a process may stay silent, waiting or computing.
         on_news: told what was found, in words.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a card that is nearly full
-    jobs: list[Job[Task]] = []
+    run.missing = [f"{task.name}, {task.attention}" for task in tasks]
     for task in tasks:
-        jobs += [Job(task, store, (task,))] if task.folder else []
-        jobs.append(Job(task, train, (task,)))
-    for job, message in _messages(jobs, seconds):
-        if not isinstance(message, Ended):
-            run.take(message)
-            on_news(str(message))
-        elif not message.well:
-            run.take(job.about.row(0, f"failed: {message}"))
-            on_news(str(run.steps[-1]))
+        for work in (store, train) if task.folder else (train,):
+            if not _carried_out(run, Job(task, work, (task,)), seconds, on_news):
+                break  # a checkpoint that could not be written is not read: what lies there may be another one
+        del run.missing[0]
+
+
+def _carried_out(run: ModelRun, job: Job[Task], seconds: float, on_news: Callable[[str], None]) -> bool:
+    """Take what a process finds into `run`; whether all of it went well."""
+    well = True
+    for _, message in _messages([job], seconds):
+        if isinstance(message, Ended):
+            if message.well:
+                continue
+            message = job.about.row(0, f"failed: {message}")
+        run.take(message)
+        on_news(str(message))
+        well &= not isinstance(message, Steps) or message.ok
+    return well
 
 
 def _messages(jobs: Iterable[Job[Any]], seconds: float) -> Iterator[tuple[Job[Any], Any]]:

@@ -121,13 +121,25 @@ def judge(send: Send, device: str) -> None:
 
 
 def store(send: Send, task: Task) -> None:
-    """Make a packed model and write it as a checkpoint into the task's folder."""
+    """Make a packed model and write it as a checkpoint into the task's folder: to the disk itself."""
     device = torch.device(task.device)
-    model = filled(empty_model(task.model.config()), device, packed=True)
-    finish(device)
-    begin = time.perf_counter()
-    save_packed_model(model, task.folder)
-    send(_stored("written", time.perf_counter() - begin, task, device))
+    try:
+        model = filled(empty_model(task.model.config()), device, packed=True)
+        finish(device)
+        begin = time.perf_counter()
+        save_packed_model(model, task.folder)
+        _out_of_the_cache(Path(task.folder))
+        send(_stored("written", time.perf_counter() - begin, task, device))
+    except Exception as error:
+        send(task.row(0, _told(error)))
+
+
+def _out_of_the_cache(folder: Path) -> None:
+    """Write out what the system keeps of these files in memory, and let it go: who reads them waits for the disk."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def train(send: Send, task: Task) -> None:
@@ -150,17 +162,26 @@ def _train(send: Send, task: Task) -> None:
     if not layers:
         return
     model = _made(send, task, layers, device)
-    waiting, fitting = list(task.batches), list[Batch]()
-    for batch in waiting:  # grows while the largest batch is sought
-        row = _fitted(model, task, batch, device, fresh=batch is waiting[0])
+    fitting = list[Batch]()
+    for batch in task.batches:
+        row = _fitted(model, task, batch, device, fresh=batch is task.batches[0])
         send(row)
-        if row.ok:
-            fitting.append(batch)
-            if task.largest and batch is waiting[-1] and batch.sequences < _MOST_SEQUENCES:
-                waiting.append(batch.doubled())
+        fitting += [batch] if row.ok else []
+    if task.largest and fitting[-1:] == [*task.batches[-1:]]:
+        _seek_largest(send, model, task, device)
     for batch in fitting if task.profile else ():
-        if batch in task.batches:
-            _explain(send, model, task, batch, device)
+        _explain(send, model, task, batch, device)
+
+
+def _seek_largest(send: Send, model: peft.PeftModel, task: Task, device: torch.device) -> None:
+    """Double the last batch until the model as it is, no layer less, does not train on it."""
+    batch, layers = task.batches[-1].doubled(), len(decoder_layers(model))
+    while batch.sequences <= _MOST_SEQUENCES:
+        row = time_steps(model, batch, task.count, device, task.row(layers))
+        send(row)
+        if not row.ok:
+            return
+        batch = batch.doubled()
 
 
 def _layers(send: Send, task: Task, device: torch.device) -> int:

@@ -6,7 +6,7 @@ Nothing here imports transformers before a configuration is asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["EXPERT_TARGETS", "MODELS", "TINY", "Model"]
@@ -27,6 +27,8 @@ class Model:
         targets: PEFT's `target_modules`: what gives queries and values.
         settings: what differs from the configuration's defaults.
         as_many_layers: it is larger than any one card, so as many of its layers as fit are trained.
+        rank: of the adapters, by default.
+        recorded_with: options of the command that writes its record.
     """
 
     name: str
@@ -36,6 +38,12 @@ class Model:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     settings: Mapping[str, Any] = field(default_factory=dict)
     as_many_layers: bool = False
+    rank: int = 16
+    recorded_with: str = "--profile"
+
+    def shortened(self, layers: int) -> Model:
+        """With so many layers at most, no fewer where they do not fit."""
+        return replace(self, layers=min(layers, self.layers), as_many_layers=False)
 
     def config(self, layers: int | None = None) -> Any:
         """Its configuration with its first `layers` layers, by default all.
@@ -57,6 +65,7 @@ _GPT_OSS_20B = Model(
     "GptOssConfig",
     24,
     settings={"num_local_experts": 32},
+    recorded_with="--profile --from-disk DIR",
 )
 _GPT_OSS_120B = Model(
     "gpt-oss-120b",
@@ -64,6 +73,8 @@ _GPT_OSS_120B = Model(
     "GptOssConfig",
     36,
     settings={"num_local_experts": 128},
+    rank=8,  # at 16 weights, adapters and moments take 77 GiB, and a card of 80 GB has no room to train
+    recorded_with="--profile --batch 1x512 --largest-batch",
 )
 _DEEPSEEK_V4_FLASH = Model(
     "deepseek-v4-flash",

@@ -63,7 +63,10 @@ KINDS: dict[str, Kind] = {
     "ulp_baseline": Kind("mxref gate --accept-baseline", "accepted errors, in ulp", gpu_only=False),
     "rows": Kind("mxref bench --rows --record", "forward and dX over rows per expert"),
     "host": Kind("mxref bench --host --record", "host time of one eager step"),
-    **{name: Kind(f"mxref bench --model {name} --profile --record", f"{name} trained whole") for name in _PUBLISHED},
+    **{
+        name: Kind(f"mxref bench --model {name} {MODELS[name].recorded_with} --record", f"{name} trained whole")
+        for name in _PUBLISHED
+    },
     **{
         f"{name}-parallel": Kind(
             f"mxref bench --model {name} --parallel fsdp --parallel experts --record",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from mxref.verification.cli import bench_models, main
 from mxref.verification.models.block import Block
+from mxref.verification.models.build import empty_model, needs
 from mxref.verification.models.profile import ELSE, Shares
 from mxref.verification.models.report import as_page, figures
 from mxref.verification.models.run import ModelRun
-from mxref.verification.models.side import Stored
+from mxref.verification.models.side import Stored, Task
+from mxref.verification.models.sizes import MODELS
 from mxref.verification.models.training import Steps
 from mxref.verification.records.readme import blocks
 from mxref.verification.records.record import KINDS, read, write
@@ -115,6 +118,50 @@ def test_wrong_use(
     monkeypatch.setattr(bench_models, "_found_wrong", lambda *_: pytest.fail("the gate takes long, and comes later"))
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "free", "message"),
+    [
+        (["--model", "gpt-oss-120b"], 60 * GIB, "a checkpoint of gpt-oss-120b takes 60.8 GiB, and there are 60.0"),
+        (["--model", "deepseek-v4-flash"], 999 * GIB, "no card holds deepseek-v4-flash: give --layers too"),
+        (["--model", "deepseek-v4-flash", "--layers", "9"], 10 * GIB, "a checkpoint of deepseek-v4-flash takes 3"),
+    ],
+)
+def test_a_checkpoint_has_to_fit(
+    arguments: list[str], free: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bench_models, "_found_wrong", lambda *_: pytest.fail("the gate takes long, and comes later"))
+    monkeypatch.setattr(bench_models.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
+    assert main(["bench", "--device", "cpu", "--from-disk", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_was_found_before_an_interruption_is_shown_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mxref.verification.models import run as running
+
+    def interrupted(found: ModelRun, tasks: list[Task], seconds: float, on_news: Callable[[str], None]) -> None:
+        found.missing = ["dense, eager"]
+        found.take(Steps("packed", "eager", "1 × 8", 2, median=0.5))
+        raise KeyboardInterrupt
+
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(bench_models, "_found_wrong", lambda *_: [])
+    monkeypatch.setattr(bench_models, "keep", lambda _, seen, *__, **___: kept.append(seen) or {})
+    monkeypatch.setattr(running, "run_model", interrupted)
+    assert main(["bench", "--model", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert [len(seen["steps"]) for seen in kept] == [1]
+    assert "Interrupted: dense, eager was not seen to its end." in capsys.readouterr().out
+
+
+def test_ranks_of_adapters_with_which_a_card_of_80_gb_has_room_to_train() -> None:
+    model = MODELS["gpt-oss-120b"]
+    empty, card = empty_model(model.config()), 78 * GIB
+    assert needs(empty, model, model.rank, packed=True).total < card - 8 * GIB
+    assert needs(empty, model, 2 * model.rank, packed=True).total > card - 2 * GIB
 
 
 def test_the_command_trains_and_keeps(

@@ -104,7 +104,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--layers", "1"], "--world and --layers are for several ranks"),
+        (["--world", "2"], "--world is for several ranks"),
         (["--parallel", "fsdp", "--profile"], "are for one process"),
         (["--parallel", "fsdp", "--batch", "8"], "'8' is no batch"),
     ],

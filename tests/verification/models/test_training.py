@@ -149,6 +149,31 @@ def test_as_many_layers_as_fit_and_fewer_where_training_needs_more(monkeypatch: 
     assert (row.status, row.layers, row.fresh) == ("ok", 2, False)
 
 
+def test_the_largest_batch_is_that_of_the_layers_that_fit_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = replace(TINY, layers=3, as_many_layers=True)
+
+    def while_small(model: Any, batch: Batch, count: int, device: torch.device, about: Steps) -> Steps:
+        fits = about.layers * batch.sequences <= 4
+        return replace(about, batch=str(batch), status="ok" if fits else "out of memory")
+
+    monkeypatch.setattr(side, "time_steps", while_small)
+    rows = said(train, task(model=endless, batches=(BATCH, Batch(2, 8)), largest=True, room=2**40))
+    assert [(row.batch, row.layers, row.status) for row in rows] == [
+        ("1 × 8", 3, "ok"),
+        ("2 × 8", 2, "ok"),
+        ("4 × 8", 2, "out of memory"),
+    ]
+
+
+def test_so_many_layers_and_no_fewer() -> None:
+    endless = replace(TINY, layers=4, as_many_layers=True)
+    (row,) = said(train, task(model=endless.shortened(2), room=1000))
+    assert row.status.startswith("does not fit: ")
+    (row,) = said(train, task(model=endless.shortened(2)))
+    assert (row.status, row.layers) == ("ok", 2)
+    assert endless.shortened(9).layers == 4
+
+
 def test_what_transformers_refuses_is_told() -> None:
     (row,) = said(train, task(attention="sdpa"))
     assert row.status.startswith("failed: ValueError: GptOssForCausalLM does not support an attention implementation")
@@ -162,6 +187,29 @@ def test_a_checkpoint_is_written_read_and_trained(tmp_path: Path) -> None:
     assert [found.what for found in (written, loaded)] == ["written", "loaded"]
     assert written.octets == loaded.octets == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > 0
     assert (row.side, row.status, row.layers) == ("packed, from disk", "ok", 1)
+
+
+def test_a_checkpoint_that_could_not_be_written_is_not_read(tmp_path: Path) -> None:
+    """Another one may lie there, of a run before."""
+    said(store, task(side="packed", folder=str(tmp_path)))
+    run, lacking = ModelRun("tiny", "", 1, 4, "CPU"), replace(ONE, config_class="NoSuchConfig")
+    run_model(run, [task(model=lacking, side="packed", folder=str(tmp_path))], 100, lambda _: None)
+    assert [row.side for row in run.steps] == ["packed, from disk"]
+    assert "has no NoSuchConfig" in run.steps[0].status
+    assert not run.stored
+    assert run.exit_code == 1
+
+
+def test_what_an_interruption_leaves_out_is_named() -> None:
+    run = ModelRun("tiny", "", 1, 4, "CPU")
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_model(run, [task(), task(side="packed")], 100, interrupt)
+    assert [row.status for row in run.steps] == ["ok"]
+    assert run.missing == ["dense, eager", "packed, eager"]
 
 
 def test_a_profile_of_each_batch_that_was_asked_for() -> None:
