@@ -257,4 +257,4 @@ def _visible_to_peft(model: nn.Module) -> Iterator[None]:
 
 
 peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = LoraModel
-mixed_model.MixedModel = MixedModel  # type: ignore[misc]
+mixed_model.MixedModel = MixedModel  # type: ignore[attr-defined]

@@ -34,6 +34,11 @@ class Entry:
         """The package's version; empty when that is not known."""
         return version_of(self.package) if self.package else ""
 
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there; this one is, also in a checkout that nobody installed."""
+        return self.package in ("", "mxref") or bool(self.version())
+
 
 def version_of(package: str) -> str:
     """The version of an installed distribution; empty when it is not installed."""

@@ -9,6 +9,7 @@ from textwrap import dedent
 import pytest
 import torch
 
+from mxref.verification.candidates import known
 from mxref.verification.candidates.known import ENTRIES, entry
 from mxref.verification.checks.finding import Status
 from mxref.verification.cli import main
@@ -52,6 +53,11 @@ def test_a_process_that_dies_costs_one_item(board: Board) -> None:
     assert failure.reason == "its process ended itself with exit status 3"
     passed = {finding.case for finding in row.findings if finding.status is Status.PASS}
     assert "integer, k 8" in passed, "the items after the loss ran in a new process"
+
+
+def test_a_checkout_that_nobody_installed_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "version_of", lambda package: "")
+    assert {name for name in ENTRIES if entry(name).installed} == {"mxref.kernels", "golden"}
 
 
 def test_a_counterexample_names_code_and_scale_byte(board: Board) -> None:

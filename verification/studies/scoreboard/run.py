@@ -112,7 +112,7 @@ def run_scoreboard(
         who = entry(name)
         row = Row(name, who.about, f"{who.package} {who.version()}".strip())
         board.rows.append(row)
-        if who.package and not who.version():
+        if not who.installed:
             row.unavailable = "not installed"
         elif device.type not in who.devices:
             row.unavailable = f"needs {' or '.join(who.devices)}"
