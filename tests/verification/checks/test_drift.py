@@ -13,7 +13,7 @@ from judging import BY_NAME, quick
 from torch import Tensor
 
 from mxref.rounding import round_to
-from mxref.scattermoe import RoundingPoints, expert_order_inputs
+from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.shipped import golden, torch_composite
@@ -341,3 +341,46 @@ def test_values_that_rounding_made_equal_count_each() -> None:
     assert broken(judge(expected, outputs)) == set()
     larger = round_to(1.001 * expected.accepted["dA"].exact, BF16).to(BF16)
     assert ("drift", "dA") in broken(judge(expected, outputs | {"dA": larger}))
+
+
+SLOTS = Case("slots", 2, 256, 192, 64, 2, 16, BF16, data="balanced", gate_slots=2)
+
+
+def of_rows(expected: Expectation, tensor: str, factor: Tensor | float) -> Tensor:
+    """Y or dX [R, C] of rows, in expert order, that were multiplied before they were rounded and summed up."""
+    problem = expected.sample.problem
+    rows, gates = (expected.bwd.d, 1.0) if tensor == "dX" else (expected.fwd.y, expert_order_gates(problem)[:, None])
+    rounded = gates * round_to(factor * rows.exact, BF16)
+    return round_to(torch.zeros(64, rounded.shape[1]).double().index_add_(0, problem.row_sources(), rounded), BF16)
+
+
+@pytest.mark.parametrize("tensor", ["Y", "dX"])
+def test_three_ten_thousandths_of_rows_that_are_summed_up_are_seen_and_placed(tensor: str) -> None:
+    """In one tile of one expert, where some sums cancel to nothing but the rounding of their rows."""
+    for seed in range(3):
+        expected = expect(draw(SLOTS, "cpu", seed))
+        honest, factor = honest_values(expected, BF16), torch.ones(128, 256 if tensor == "dX" else 192).double()
+        assert torch.equal(honest[tensor].double(), of_rows(expected, tensor, 1.0))
+        _, start, end = expected.sample.problem.segments()[1]
+        factor[start:end, 64:128] += 3e-4
+        findings = judge(expected, honest | {tensor: of_rows(expected, tensor, factor).to(BF16)})
+        assert ("drift", tensor) in broken(findings)
+        assert "in expert 1, columns 64–127" in findings["drift", tensor].reason
+        resolution = findings["drift", tensor].details["resolution"]
+        assert isinstance(resolution, float)
+        larger = of_rows(expected, tensor, 1 + resolution).to(BF16)
+        assert ("drift", tensor) in broken(judge(expected, honest | {tensor: larger}))
+
+
+@pytest.mark.parametrize("tensor", ["dX", "dA", "dB"])
+def test_gates_cost_no_power(tensor: str) -> None:
+    """gate·dOut is rounded, but to the same bits by everyone: three ten-thousandths on all of a gradient are seen."""
+    for seed in range(3):
+        expected = expect(draw(SLOTS, "cpu", seed))
+        honest = honest_values(expected, BF16)
+        assert broken(judge(expected, honest)) == set()
+        exact = of_rows(expected, tensor, 1.0003) if tensor == "dX" else 1.0003 * expected.accepted[tensor].exact
+        findings = judge(expected, honest | {tensor: round_to(exact, BF16).to(BF16)})
+        assert ("drift", tensor) in broken(findings)
+        z = drift_map(findings, tensor).z
+        assert bool((abs(z[-1]) > expected.critical).all()), "all experts, in every tile"
