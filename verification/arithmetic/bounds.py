@@ -25,7 +25,8 @@ from mxref.scattermoe import (
     expert_order_inputs,
     owned_rows,
 )
-from mxref.verification.arithmetic.accumulation import UNDERFLOW, Accumulation, Accumulator, Product, U, gamma
+from mxref.verification.arithmetic.accumulation import Accumulation, Product
+from mxref.verification.arithmetic.accumulator import UNDERFLOW, Accumulator, U, gamma
 from mxref.verification.arithmetic.interval import Estimate, Interval, rho
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")

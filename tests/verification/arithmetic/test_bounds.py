@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mxref.rounding import min_exponent, precision_bits, round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Accumulator, Order, gamma
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Order
+from mxref.verification.arithmetic.accumulator import Accumulator, gamma
 from mxref.verification.arithmetic.bounds import intervals
 from mxref.verification.arithmetic.interval import Interval, rho
 from mxref.verification.cases.case import Case, Sample
