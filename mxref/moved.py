@@ -50,7 +50,7 @@ MOVED = {
     **_under(
         "mxref.verification",
         {
-            "accumulation": "arithmetic.accumulation",
+            "accumulation": "arithmetic",
             "allocations": "candidates.memory",
             "baselines": "records",
             "behaviour": "checks",

@@ -25,7 +25,8 @@ from mxref.scattermoe import (
     expert_order_inputs,
     owned_rows,
 )
-from mxref.verification.arithmetic.accumulation import UNDERFLOW, Accumulation, Accumulator, Product, U, gamma
+from mxref.verification.arithmetic.accumulation import Accumulation, Product
+from mxref.verification.arithmetic.accumulator import UNDERFLOW, Accumulator, U, gamma
 from mxref.verification.arithmetic.interval import Estimate, Interval, rho
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
@@ -61,7 +62,8 @@ class Propagation:
     Attributes:
         z, v: what Z and V can be, [P, r] in expert order; None without LoRA, V also before `gradients`.
         y: what the rows of Y can be as the gates meet them, [P, N].
-        dy, d: what dY and the rows of D can be; None before `gradients`.
+        dy: what dY can be; None where it can be one value only, and before `gradients`.
+        d: what the rows of D can be; None before `gradients`.
     """
 
     def __init__(
@@ -180,9 +182,9 @@ class Propagation:
     def gradients(self, bwd: Backward) -> dict[str, Interval]:
         """Every gradient that the problem has."""
         problem, points = self.problem, self.points
-        dy, results = self._split(bwd)
+        self.dy, results = self._split(bwd)
+        dy = Estimate(bwd.dy.value, torch.zeros_like(bwd.dy.value)) if self.dy is None else self.dy
         self.v = None if bwd.v is None else Estimate.zeros_like(bwd.v.exact)
-        self.dy = dy
         d_error = torch.zeros_like(bwd.d.exact)
         errors = {
             name: None if rounded is None else torch.zeros_like(rounded.exact)
@@ -203,16 +205,22 @@ class Propagation:
                 results[name] = self._accept(rounded, error, self._stored(parameter))
         return results
 
-    def _split(self, bwd: Backward) -> tuple[Estimate, dict[str, Interval]]:
-        """dY and, with gates, their gradient: Σ|dOut|·r_Y + γ_(N+1)·Σ|Y·dOut|, and ρ(g·dOut, u·|g·dOut|)."""
-        problem = self.problem
+    def _split(self, bwd: Backward) -> tuple[Estimate | None, dict[str, Interval]]:
+        """dY, None if known exactly, and with gates their gradient: Σ|dOut|·r_Y + γ_(N+1)·Σ|Y·dOut|.
+
+        A gate and dOut of 16 bits have 22 significant bits together at most, so fp32 holds their product, and R rounds
+        it once: dY is the same for everyone. Beyond fp32's range no less. A product of bf16 that has bits below 2^-149
+        is at most 255²·2^-150, under half of bf16's smallest number: 0 with fp32 in between as without; from 2^128 on,
+        both are infinite. Where R is the identity, a gate may meet dOut sooner or later: ±u·|g·dOut|.
+        """
+        problem, exact = self.problem, bwd.dy.exact
         if problem.gates is None or bwd.dgates is None:
-            return Estimate(bwd.dy.value, torch.zeros_like(bwd.dy.value)), {}
+            return None, {}
         owned = owned_rows(problem)[:, None]
         incoming = self.grad_out[problem.row_positions() // problem.gates.shape[1]].abs()
         each = incoming * (self.y.radius + gamma(problem.N + 1) * self.y.reach) + UNDERFLOW
         radius = self._by_position(torch.where(owned, each, 0.0).sum(1)).view(problem.gates.shape)
-        dy = Estimate(bwd.dy.value, rho(bwd.dy.exact, U * bwd.dy.exact.abs() + UNDERFLOW, self.points.dtype))
+        dy = Estimate(exact, U * exact.abs() + UNDERFLOW) if self.points.dtype is None else None
         return dy, {"dgates": self._accept(bwd.dgates, radius, self._stored(problem.gates))}
 
     def _backward(

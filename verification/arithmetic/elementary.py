@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxref.verification.arithmetic.accumulation import UNDERFLOW, U
+from mxref.verification.arithmetic.accumulator import UNDERFLOW, U
 
 __all__ = ["NUMPY", "NVIDIA", "Approximate", "Elementary", "elementary", "exp_of_minus", "reciprocal"]
 

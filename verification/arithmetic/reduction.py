@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxref.rounding import min_exponent, precision_bits
-from mxref.verification.arithmetic.accumulation import gamma
+from mxref.verification.arithmetic.accumulator import gamma
 from mxref.verification.arithmetic.interval import Estimate
 
 __all__ = ["Reduction", "parse_reduction"]

@@ -1,4 +1,4 @@
-"""What an implementation is asked: cases as data, enumerated by hand, by suite.
+"""What an implementation is asked, by suite: cases that have names, and those that cover the domain.
 
     small   seconds: what a mutant is judged by (see `small`)
     quick   what a commit is judged by: minutes interpreted on a CPU, seconds on a GPU
@@ -13,20 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from mxref.fragments import TILE
-from mxref.verification.cases import small
+from mxref.verification.cases import named, small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import domain_cases
 from mxref.verification.cases.elements import element_cases, elements_to_128, every_element
+from mxref.verification.cases.named import FUSED, like
 from mxref.verification.cases.scope import Scope, Suite
-from mxref.verification.cases.small import FULL_OF_COLUMNS
 from mxref.weights import MXLayout
 
-_FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _BEYOND_STAND_INS = (
     Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5),
@@ -40,8 +38,6 @@ _BEYOND_FP16 = Case(
 )
 """Some results round to infinity, which nothing may saturate."""
 _TAGS = {_BF16: "bf16", _FP16: "fp16", _FP32: "fp32"}
-_LONG = Case("", 2, 32, 32, 24, 1, 4, data="balanced")
-"""What one size at a time makes long, see `_crossings`."""
 
 
 def decode_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -72,9 +68,9 @@ def integer_cases(suite: Suite, device_type: str) -> list[Case]:
     if suite == "small":
         return small.integer_cases(device_type)
     if device_type == "cpu":
-        return _integers(_FP32)
-    return [_like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
-            for case in _integers(dtype)]  # fmt: skip
+        return named.integers(_FP32)
+    return [like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
+            for case in named.integers(dtype)]  # fmt: skip
 
 
 def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -84,9 +80,9 @@ def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
     base = integer_cases("quick", device_type)[0]
     sentinels = replace(base, routing="sentinels", gate_slots=2)
     return [
-        _like(sentinels, "dense weights", dense=True),
-        _like(base, "129 columns", N=129, use_fused_dX=True),
-        _like(sentinels, "gates beyond fp16", gate_exponent=20),
+        like(sentinels, "dense weights", dense=True),
+        like(base, "129 columns", N=129, use_fused_dX=True),
+        like(sentinels, "gates beyond fp16", gate_exponent=20),
     ]
 
 
@@ -116,13 +112,12 @@ def exact_cases(scope: Scope) -> list[Case]:
 
     On a GPU the named fixtures reach every tiling; interpreted there is one: the sizes beyond it, and three to ask for.
     """
-    named = integer_cases(scope.suite, scope.device_type)
+    fixtures = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
-        named = _some(named)
+        fixtures = _some(fixtures)
     large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
     beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
-    named += [*large, *beyond]
-    return [*named, *(case for case in _domain(scope) if case.exact)]
+    return [*fixtures, *large, *beyond, *(case for case in _domain(scope) if case.exact)]
 
 
 def _some(cases: Iterable[Case]) -> list[Case]:
@@ -139,8 +134,8 @@ def _rounded(scope: Scope) -> list[Case]:
     """The named cases in bf16, and long sums in fp16, for plain PyTorch on a CPU: interpreted kernels do not round."""
     if scope.suite == "small" or scope.device_type != "cpu" or scope.interpreted:
         return []
-    named = [*_grid(_BF16), *_crossings("", replace(_LONG, dtype=_FP16))]
-    return [_like(case, f"{case.name}, {_TAGS[case.dtype]}") for case in named if "tall" not in case.name]
+    cases = [*named.ordinary(_BF16), *named.crossings("", replace(named.LONG, dtype=_FP16))]
+    return [like(case, f"{case.name}, {_TAGS[case.dtype]}") for case in cases if "tall" not in case.name]
 
 
 @lru_cache(maxsize=4)
@@ -192,15 +187,15 @@ def configuration_cases(suite: Suite, device_type: str) -> list[Case]:
 
 def _quick(device_type: str) -> list[Case]:
     if device_type == "cpu":
-        return _grid(_FP32)
+        return named.ordinary(_FP32)
     both = {"odd sizes", "balanced", "boundary scales", "wide scales", "block down"}
     master = Case("fp32 parameters", 4, 256, 320, 65, 2, 16, _BF16, _FP32, bias=True, gate_slots=2)
     return [
-        *(_like(case, f"{case.name}, bf16") for case in _grid(_BF16)),
-        *(_like(case, f"{case.name}, fp16") for case in _grid(_FP16) if case.name in both),
-        *(_like(case, f"{case.name}, fp32") for case in _grid(_FP32) if case.name in both),
+        *(like(case, f"{case.name}, bf16") for case in named.ordinary(_BF16)),
+        *(like(case, f"{case.name}, fp16") for case in named.ordinary(_FP16) if case.name in both),
+        *(like(case, f"{case.name}, fp32") for case in named.ordinary(_FP32) if case.name in both),
         master,
-        _like(master, "fp32 parameters, fused", **_FUSED),
+        like(master, "fp32 parameters, fused", **FUSED),
     ]
 
 
@@ -221,9 +216,9 @@ def _full(device_type: str) -> list[Case]:
     return [
         *_quick(device_type),
         dense,
-        _like(dense, "dense E128, fused", tokens=1024, **_FUSED),
+        like(dense, "dense E128, fused", tokens=1024, **FUSED),
         sparse,
-        _like(sparse, "sparse E256, 10 active, fp16", dtype=_FP16, tokens=256, use_fused_dX=True),
+        like(sparse, "sparse E256, 10 active, fp16", dtype=_FP16, tokens=256, use_fused_dX=True),
         gpt_oss,
         Case(
             "gpt-oss down E32 K2880 N2880", 32, 2880, 2880, 256, 4, 16, _BF16, bias=True, grouped_in=True, gate_slots=4
@@ -231,83 +226,3 @@ def _full(device_type: str) -> list[Case]:
         Case("block gate_up, 512 tokens, fp16", 8, 512, 512, 512, 2, 16, _FP16, data="balanced"),
         Case("long expert", 1, 256, 256, 5000, 1, 128, _BF16, data="balanced"),
     ]
-
-
-def _grid(dtype: torch.dtype) -> list[Case]:
-    """Every routing, tail, option and kind of data once, small enough for the interpreter."""
-    odd = Case("odd sizes", 4, 96, 160, 37, 2, 16, dtype)  # K, N and M are multiples of no tile
-    small = Case("small", 4, 64, 96, 24, 2, 16, dtype)
-    edge = _like(small, "boundary scales", K=192, data="boundary", bias=True)
-    return [
-        Case("block gate_up", 8, 512, 512, 16, 2, 16, dtype, grouped_out=True),
-        Case("block down", 8, 256, 512, 16, 2, 16, dtype, grouped_in=True, gate_slots=2),
-        Case("balanced", 2, 256, 256, 24, 2, 16, dtype, data="balanced"),
-        odd,
-        _like(odd, "odd sizes, fused dX", use_fused_dX=True, bias=True),
-        _like(odd, "odd sizes, fused gather", use_fused_gather=True),
-        _like(odd, "odd sizes, fused", **_FUSED, grouped_out=True),
-        _like(small, "empty experts", experts=6, routing="empty_experts"),
-        _like(small, "one expert", tokens=40, top_k=1, routing="one_expert", bias=True),
-        _like(small, "sentinels", routing="sentinels", bias=True),
-        _like(small, "sentinels, fused", routing="sentinels", **_FUSED),
-        _like(small, "sentinels, gates", routing="sentinels", bias=True, gate_slots=2),
-        _like(small, "sentinels, grouped in", routing="sentinels", grouped_in=True, grouped_out=True),
-        edge,
-        _like(edge, "boundary scales, fused", **_FUSED),
-        _like(small, "wide scales", K=128, data="wide", bias=True, gate_slots=2),
-        _like(small, "k 1", tokens=33, top_k=1, grouped_out=True),
-        _like(small, "k 8", experts=12, tokens=6, top_k=8),
-        _like(small, "k 1, gates of 4 slots", tokens=12, top_k=4, fan_out=1, gate_slots=4, bias=True),
-        _like(small, "grouped in, by position", grouped_in=True, bias=True),
-        _like(small, "grouped in, fused", grouped_in=True, gate_slots=2, **_FUSED),
-        *(_like(small, f"rank {r}", rank=r, data="balanced") for r in (1, 3, 20, 128)),
-        _like(small, "no LoRA", rank=0, bias=True, gate_slots=2),
-        _like(small, "scaling one third", scaling=1 / 3, data="balanced"),
-        *_crossings("", replace(_LONG, dtype=dtype)),
-        _like(small, "one token", tokens=1),
-        _like(small, "no tokens", tokens=0, bias=True),
-    ]
-
-
-def _integers(dtype: torch.dtype) -> list[Case]:
-    base = Case("integer", 4, 64, 96, 20, 2, 4, dtype, data="integer", scaling=0.5, bias=True)
-    full = Case(
-        "integer, a GPU full of columns", 2, 32, FULL_OF_COLUMNS, 6, 2, 0, dtype, data="integer", routing="sentinels"
-    )
-    return [
-        base,
-        _like(base, "integer, gates", gate_slots=2, scaling=2.0),
-        _like(base, "integer, fused dX", use_fused_dX=True, scaling=1.0, routing="sentinels"),
-        _like(base, "integer, fused gather", use_fused_gather=True, scaling=0.25, grouped_out=True),
-        _like(base, "integer, fused", **_FUSED, rank=3, K=96, N=160),
-        _like(base, "integer, grouped in", grouped_in=True, gate_slots=2, routing="sentinels"),
-        _like(base, "integer, grouped through", grouped_in=True, grouped_out=True, use_fused_gather=True),
-        _like(base, "integer, k 8", experts=10, top_k=8, tokens=5, bias=False),
-        _like(base, "integer, empty experts", experts=7, routing="empty_experts", rank=16),
-        _like(base, "integer, one expert", top_k=1, tokens=33, routing="one_expert", rank=20),
-        _like(base, "integer, no LoRA", rank=0, gate_slots=2),
-        _like(base, "integer, 1032 columns", K=32, N=1032, tokens=9, use_fused_dX=True),
-        *_crossings("integer, ", replace(_LONG, dtype=dtype, data="integer")),
-        _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1, rank=128),
-        *([] if dtype == _FP32 else [full]),  # interpreted, programs run one after another
-    ]
-
-
-def _crossings(prefix: str, base: Case) -> list[Case]:
-    """One size at a time past the tiles and the byte that an implementation may have in mind, all others tiny.
-
-    And, but for the interpreter, whose tiles are never tall, tall tiles of two sizes along more steps than a ring of
-    copies holds.
-    """
-    tall = {"experts": 3, "K": 544, "N": 544, "grouped_in": True, "grouped_out": True}
-    heights = () if base.dtype == _FP32 else (300, 520)
-    return [
-        _like(base, f"{prefix}hundreds of rows an expert", experts=3, tokens=291, routing="one_expert"),
-        _like(base, f"{prefix}long K", K=1312, use_fused_dX=True),
-        _like(base, f"{prefix}long N", N=1312, use_fused_dX=True),
-        *(_like(base, f"{prefix}tall tiles in expert order, {M} rows", **tall, tokens=M) for M in heights),
-    ]
-
-
-def _like(case: Case, name: str, **changes: Any) -> Case:
-    return replace(case, name=name, **changes)

@@ -1,9 +1,10 @@
-"""Errors that a slope inherits: Z, V and dY are rounded before the last product, and each reaches many elements of it.
+"""What a slope's error is made of: elements' own errors, and those that they inherit.
 
-An error of one of them is one draw. It moves a slope Σ a·residual by what it adds up to along its row, which the last
-product says exactly: (a @ factorᵀ) · error. Where rows of Y or D are rounded to 16 bits before they are summed up, such
-an error moves a few elements by a whole spacing and no other one at all: then a row is taken for one draw. A value that
-occurs n times, of operands expanded from one column, has one error n times over: n are one draw, see `copies`.
+Z, V and dY are rounded before the last product, and each reaches many elements of it. An error of one of them is one
+draw. It moves a slope Σ a·residual by what it adds up to along its row, which the last product says exactly:
+(a @ factorᵀ) · error. Where rows of Y or D are rounded to 16 bits before they are summed up, such an error moves a few
+elements by a whole spacing and no other one at all: then a row is taken for one draw. A value that occurs n times, of
+operands expanded from one column, has one error n times over: n are one draw, see `copies`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxref.scattermoe import Rounded, expert_order_gates, expert_order_inputs
+from mxref.problem import Problem
+from mxref.scattermoe import Rounded, RoundingPoints, expert_order_gates, expert_order_inputs
 from mxref.verification.arithmetic.interval import Estimate
 from mxref.verification.arithmetic.thresholds import TILE, copies
 from mxref.verification.checks.expectation import Expectation
+
+
+@dataclass(frozen=True)
+class OwnDraws:
+    """Errors of a group's elements, one draw each; deviation: at most their standard deviations, [R, C]."""
+
+    deviation: Tensor
+
+    def variance(self, of_tiles: Tensor, of_all: Tensor) -> Tensor:
+        """What they add to the variance of Σ a·residual by column tile, then of all columns: [T+1].
+
+        Args:
+            of_tiles, of_all: the a of the group's elements [R, C], for slopes of a tile each and for that of all.
+        """
+        tiles, together = (tiled((a * self.deviation).square()) for a in (of_tiles, of_all))
+        return torch.cat((tiles[:, :-1], together[:, -1:]), 1).sum(0)
 
 
 @dataclass(frozen=True)
@@ -35,11 +53,7 @@ class Draws:
     deviation: Tensor
 
     def variance(self, of_tiles: Tensor, of_all: Tensor) -> Tensor:
-        """What they add to the variance of Σ a·residual by column tile, then of all columns: [T+1].
-
-        Args:
-            of_tiles, of_all: the a of the group's elements [R, C], for slopes of a tile each and for that of all.
-        """
+        """As `OwnDraws.variance`."""
         tiles, factor = (_by_tile(x).transpose(0, 1) for x in (of_tiles[self.rows], self.factor))
         moved = torch.cat((tiles @ factor.mT, (of_all[self.rows] @ self.factor.T)[None]))
         return (moved * self.deviation).square().sum((1, 2))
@@ -58,9 +72,12 @@ class RowDraws:
     deviation: Tensor
 
     def variance(self, of_tiles: Tensor, of_all: Tensor) -> Tensor:
-        """As `Draws.variance`."""
+        """As `OwnDraws.variance`."""
         tiles, together = (tiled(a[self.rows].abs() * self.deviation) for a in (of_tiles, of_all))
         return torch.cat((tiles[:, :-1], together[:, -1:]), 1).square().sum(0)
+
+
+Inherited = Draws | RowDraws
 
 
 def tiled(columns: Tensor) -> Tensor:
@@ -75,15 +92,14 @@ def _by_tile(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -C % TILE)).view(x.shape[0], -(-C // TILE), TILE)
 
 
-def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows: Tensor) -> Iterator[Draws | RowDraws]:
+def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows: Tensor) -> Iterator[Inherited]:
     """The draws in one expert's part of Y, dX, dA or dBᵀ; `rows`: where in the group its routed rows, or ranks, are."""
     problem, own, bounds = expected.sample.problem, slice(start, end), expected.propagation
-    rounded = expected.points.dtype is not None
-    if tensor == "Y" and problem.gates is not None and rounded and not expected.points.gates_before_output:
-        yield RowDraws(rows, _finite(expert_order_gates(problem)[own, None].abs() * bounds.y.radius[own]))
-        return
-    if tensor == "dX" and bounds.d is not None and problem.k > 1 and not problem.grouped_in and rounded:
-        yield RowDraws(rows, _finite(bounds.d.radius[own]))
+    if sums_rounded_rows(tensor, problem, expected.points):
+        if tensor == "Y":
+            yield RowDraws(rows, _finite(expert_order_gates(problem)[own, None].abs() * bounds.y.radius[own]))
+        elif bounds.d is not None:
+            yield RowDraws(rows, _finite(bounds.d.radius[own]))
         return
     if bounds.z is not None and expected.fwd.z is not None:
         A, B, s = bounds.adapters(e)
@@ -99,7 +115,7 @@ def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows
             yield Draws(rows, _finite(A), of_v)
         if tensor == "dA":
             yield Draws(rows, _finite(expert_order_inputs(problem)[own]), of_v.T)
-    if tensor == "dX" and bounds.dy is not None and problem.gates is not None:
+    if tensor == "dX" and bounds.dy is not None:
         yield Draws(rows, _finite(problem.expert_weight(e).T), _deviation(bounds.dy, expected.bwd.dy)[own])
 
 
@@ -108,18 +124,11 @@ def _deviation(x: Estimate, value: Rounded) -> Tensor:
     return _finite(x.radius * copies(value.exact).sqrt())
 
 
-def unrounded(tensor: str, expected: Expectation) -> Tensor:
-    """An output's exact values without the rounding of the rows that are summed up in it.
-
-    Rounded to 16 bits, values become equal by chance, whose errors have nothing in common; these tell copies apart.
-    """
-    problem, exact = expected.sample.problem, expected.accepted[tensor].exact
+def sums_rounded_rows(tensor: str, problem: Problem, points: RoundingPoints) -> bool:
+    """Whether an output adds up rows that are rounded to 16 bits: Y's over gates, or D's over an input row's slots."""
     if tensor == "dX":
-        return torch.zeros_like(exact).index_add_(0, problem.row_sources(), expected.bwd.d.exact)
-    if tensor == "Y" and problem.gates is not None:
-        rows = expert_order_gates(problem)[:, None] * expected.fwd.y.exact
-        return torch.zeros_like(exact).index_add_(0, problem.row_positions() // problem.gates.shape[1], rows)
-    return exact
+        return points.dtype is not None and problem.k > 1 and not problem.grouped_in
+    return tensor == "Y" and points.dtype is not None and problem.gates is not None and not points.gates_before_output
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ def _finite(x: Tensor) -> Tensor:
 def shared_by_ranks(expected: Expectation) -> Tensor | float:
     """What dB inherits from dY, one draw for the r elements of a row, so √r times in each of them: [N, E·r]."""
     problem, bounds = expected.sample.problem, expected.propagation
-    if bounds.dy is None or bounds.z is None or problem.gates is None:
+    if bounds.dy is None or bounds.z is None:
         return 0.0
     found = expected.accepted["dB"].exact.new_zeros(problem.N, problem.E * problem.rank)
     for e, start, end in problem.segments():

@@ -19,7 +19,8 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.rounding import round_to
 from mxref.scattermoe import Backward, Forward, RoundingPoints, backward, expert_order_gates, forward
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, U, gamma
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.arithmetic.accumulator import U, gamma
 from mxref.verification.arithmetic.bounds import intervals
 from mxref.verification.arithmetic.interval import Estimate, Interval, rho
 from mxref.verification.arithmetic.reduction import Reduction

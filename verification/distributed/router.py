@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mxref.verification.arithmetic.accumulation import U, gamma
+from mxref.verification.arithmetic.accumulator import U, gamma
 from mxref.verification.arithmetic.interval import Estimate
 
 __all__ = ["Gates"]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from judging import integers, quick
 from torch import Tensor
 
-from mxref.rounding import round_to
+from mxref.rounding import min_exponent, precision_bits, round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Accumulator, Order, gamma
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Order
+from mxref.verification.arithmetic.accumulator import Accumulator, gamma
 from mxref.verification.arithmetic.bounds import intervals
 from mxref.verification.arithmetic.interval import Interval, rho
 from mxref.verification.cases.case import Case, Sample
@@ -29,9 +30,10 @@ from mxref.verification.studies.conforming.emulation import (
     position,
     r32,
     tensor_core,
+    truncated,
 )
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 HONEST: dict[str, Dot] = {
     **{f"blocks of {b}, {o}, {i}": blocks(b, o, i)
@@ -337,6 +339,44 @@ def test_the_rounding_of_gated_gradients_reaches_every_sum_over_them() -> None:
         assert bool((added["dbias"][e] >= 0.99 * 2.0**-24 * dy[rows].abs().sum(0)).all())
     least = 2.0**-24 * position(problem, through).view(12, 2, 64).sum(1)
     assert bool((added["dX"] >= 0.99 * least).all())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [(BF16, (*range(-152, -130), -126, 0, *range(108, 114))), (FP16, (-36, -35, -24, -14, -6))],
+    ids=str,
+)
+def test_two_16_bit_numbers_have_one_rounded_product(dtype: torch.dtype, exponents: tuple[int, ...]) -> None:
+    """Of every two mantissas, where products leave a range and between: whoever multiplies, and however."""
+    least, integers = min_exponent(dtype) - precision_bits(dtype) + 1, torch.arange(2 ** precision_bits(dtype)).double()
+    for exponent in exponents:
+        of_gates = max(least, exponent - 5)
+        gates, dOut = integers[:, None] * 2.0**of_gates, integers * 2.0 ** (exponent - of_gates)
+        g, d, zero = gates.to(dtype), dOut.to(dtype), torch.zeros(())
+        assert torch.equal(g.double(), gates)
+        assert torch.equal(d.double(), dOut)
+        once = round_to(gates * dOut, dtype)
+        cut = truncated(gates * dOut, torch.tensor(2.0**-149).double())  # as a tensor core cuts its result
+        wide = (g.float() * d.float(), torch.addcmul(zero, d.float(), g.float()), gates * dOut, cut)
+        for product in (g * d, d * g, *wide):
+            assert torch.equal(product.to(dtype).double(), once)
+
+
+def test_gated_gradients_in_16_bits_are_known_to_the_bit() -> None:
+    """A tie of gate·dOut that is rounded to the odd neighbour shows in whatever is made of dY."""
+    case, how = Case("gated", 6, 64, 32, 12, 2, 4, BF16, gate_slots=2, bias=True), ACCUMULATIONS["tensor-core-sm90"]
+    sample, points = draw(case), RoundingPoints.contract(BF16)
+    problem, within = sample.problem, accepted(sample, points, how)
+    dy = backward(problem, forward(problem, points), sample.grad_out, points).dy
+    odd = 2 * dy.exact - dy.value
+    odd = torch.where(odd == round_to(odd, BF16), odd, dy.value)
+    assert bool((odd != dy.value).any())
+    for value, seen in ((dy.value, False), (odd, True)):
+        bare = replace(sample, problem=replace(problem, gates=None, grouped_out=True), grad_out=value.to(BF16))
+        outputs = Emulated(tensor_core(), BF16, points).run(bare)
+        made = ("dX", "dA", "dB", "dbias")
+        counts = outside({name: outputs[name] for name in made}, {name: within[name] for name in made})
+        assert [bool(count) for count in counts.values()] == [seen] * 4
 
 
 def test_accumulations_are_named_or_described() -> None:

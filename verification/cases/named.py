@@ -1,0 +1,97 @@
+"""Cases enumerated by hand, each for what its name says, small enough for the interpreter: cases as data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.small import FULL_OF_COLUMNS
+
+FUSED = {"use_fused_dX": True, "use_fused_gather": True}
+LONG = Case("", 2, 32, 32, 24, 1, 4, data="balanced")
+"""What one size at a time makes long, see `crossings`."""
+
+
+def ordinary(dtype: torch.dtype) -> list[Case]:
+    """Ordinary numbers: every routing, tail, option and kind of data once."""
+    odd = Case("odd sizes", 4, 96, 160, 37, 2, 16, dtype)  # K, N and M are multiples of no tile
+    small = Case("small", 4, 64, 96, 24, 2, 16, dtype)
+    edge = like(small, "boundary scales", K=192, data="boundary", bias=True)
+    return [
+        Case("block gate_up", 8, 512, 512, 16, 2, 16, dtype, grouped_out=True),
+        Case("block down", 8, 256, 512, 16, 2, 16, dtype, grouped_in=True, gate_slots=2),
+        Case("balanced", 2, 256, 256, 24, 2, 16, dtype, data="balanced"),
+        odd,
+        like(odd, "odd sizes, fused dX", use_fused_dX=True, bias=True),
+        like(odd, "odd sizes, fused gather", use_fused_gather=True),
+        like(odd, "odd sizes, fused", **FUSED, grouped_out=True),
+        like(small, "empty experts", experts=6, routing="empty_experts"),
+        like(small, "one expert", tokens=40, top_k=1, routing="one_expert", bias=True),
+        like(small, "sentinels", routing="sentinels", bias=True),
+        like(small, "sentinels, fused", routing="sentinels", **FUSED),
+        like(small, "sentinels, gates", routing="sentinels", bias=True, gate_slots=2),
+        like(small, "sentinels, grouped in", routing="sentinels", grouped_in=True, grouped_out=True),
+        edge,
+        like(edge, "boundary scales, fused", **FUSED),
+        like(small, "wide scales", K=128, data="wide", bias=True, gate_slots=2),
+        like(small, "k 1", tokens=33, top_k=1, grouped_out=True),
+        like(small, "k 8", experts=12, tokens=6, top_k=8),
+        like(small, "k 1, gates of 4 slots", tokens=12, top_k=4, fan_out=1, gate_slots=4, bias=True),
+        like(small, "grouped in, by position", grouped_in=True, bias=True),
+        like(small, "grouped in, fused", grouped_in=True, gate_slots=2, **FUSED),
+        *(like(small, f"rank {r}", rank=r, data="balanced") for r in (1, 3, 20, 128)),
+        like(small, "no LoRA", rank=0, bias=True, gate_slots=2),
+        like(small, "scaling one third", scaling=1 / 3, data="balanced"),
+        *crossings("", replace(LONG, dtype=dtype)),
+        like(small, "one token", tokens=1),
+        like(small, "no tokens", tokens=0, bias=True),
+    ]
+
+
+def integers(dtype: torch.dtype) -> list[Case]:
+    """Fixtures that are exact in any order of summation: every option, every routing."""
+    base = Case("integer", 4, 64, 96, 20, 2, 4, dtype, data="integer", scaling=0.5, bias=True)
+    full = Case(
+        "integer, a GPU full of columns", 2, 32, FULL_OF_COLUMNS, 6, 2, 0, dtype, data="integer", routing="sentinels"
+    )
+    return [
+        base,
+        like(base, "integer, gates", gate_slots=2, scaling=2.0),
+        like(base, "integer, fused dX", use_fused_dX=True, scaling=1.0, routing="sentinels"),
+        like(base, "integer, fused gather", use_fused_gather=True, scaling=0.25, grouped_out=True),
+        like(base, "integer, fused", **FUSED, rank=3, K=96, N=160),
+        like(base, "integer, grouped in", grouped_in=True, gate_slots=2, routing="sentinels"),
+        like(base, "integer, grouped through", grouped_in=True, grouped_out=True, use_fused_gather=True),
+        like(base, "integer, k 8", experts=10, top_k=8, tokens=5, bias=False),
+        like(base, "integer, empty experts", experts=7, routing="empty_experts", rank=16),
+        like(base, "integer, one expert", top_k=1, tokens=33, routing="one_expert", rank=20),
+        like(base, "integer, no LoRA", rank=0, gate_slots=2),
+        like(base, "integer, 1032 columns", K=32, N=1032, tokens=9, use_fused_dX=True),
+        *crossings("integer, ", replace(LONG, dtype=dtype, data="integer")),
+        like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1, rank=128),
+        *([] if dtype == torch.float32 else [full]),  # interpreted, programs run one after another
+    ]
+
+
+def crossings(prefix: str, base: Case) -> list[Case]:
+    """One size at a time past the tiles and the byte that an implementation may have in mind, all others tiny.
+
+    And, but for the interpreter, whose tiles are never tall, tall tiles of two sizes along more steps than a ring of
+    copies holds.
+    """
+    tall = {"experts": 3, "K": 544, "N": 544, "grouped_in": True, "grouped_out": True}
+    heights = () if base.dtype == torch.float32 else (300, 520)
+    return [
+        like(base, f"{prefix}hundreds of rows an expert", experts=3, tokens=291, routing="one_expert"),
+        like(base, f"{prefix}long K", K=1312, use_fused_dX=True),
+        like(base, f"{prefix}long N", N=1312, use_fused_dX=True),
+        *(like(base, f"{prefix}tall tiles in expert order, {M} rows", **tall, tokens=M) for M in heights),
+    ]
+
+
+def like(case: Case, name: str, **changes: Any) -> Case:
+    """The case with another name, and the changes."""
+    return replace(case, name=name, **changes)
