@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from importlib import import_module, metadata, util
 from typing import Any
 
@@ -290,6 +291,10 @@ class PackedExperts(nn.Module):
         """As nn.Module does, in a checkpoint's layout."""
         save: Any = super()._save_to_state_dict
         save(destination, prefix, keep_vars)
+        if _BYTES_LEFT_OUT.get():
+            for name in _PACKED:
+                del destination[prefix + name]
+            return
         for name in PROJECTIONS:
             if self._known(name)[0] == MXLayout.FWD:
                 if self._rows is not None:  # the state is a view of this memory, which is someone else's from now on
@@ -332,6 +337,18 @@ def checkpoint_layout(model: nn.Module) -> Iterator[None]:
         for module, rows in packed:
             module.arrange(rows)
 
+
+@contextmanager
+def packed_bytes_left_out() -> Iterator[None]:
+    """For its duration no state dict has packed bytes: where they would be dropped anyway, nothing is copied."""
+    before = _BYTES_LEFT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _BYTES_LEFT_OUT.reset(before)
+
+
+_BYTES_LEFT_OUT: ContextVar[bool] = ContextVar("packed bytes are left out of state dicts", default=False)
 
 _PACKED = tuple(f"{name}_{part}" for name in PROJECTIONS for part in ("blocks", "scales"))
 
