@@ -268,4 +268,4 @@ def get_peft_model_state_dict(*args: Any, **options: Any) -> Any:
 for _importer in (peft, peft.utils, peft.peft_model, save_and_load):
     _importer.get_peft_model_state_dict = get_peft_model_state_dict  # type: ignore[attr-defined]
 peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = LoraModel
-mixed_model.MixedModel = MixedModel  # type: ignore[misc]
+mixed_model.MixedModel = MixedModel  # type: ignore[attr-defined]
