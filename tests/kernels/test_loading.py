@@ -178,6 +178,22 @@ def test_settings_that_cannot_be_read(tmp_path: Path, name: str, text: str, mess
         load_packed_model(tmp_path)
 
 
+def test_a_model_of_the_hub_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's configuration names it as its base, and no folder of this machine's cache."""
+    cached = tmp_path / "models--somebody--tiny"
+    make_gpt_oss_checkpoint(cached / "snapshots/0123abcd", layers=1)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = load_packed_model("somebody/tiny", rank=0)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == "somebody/tiny"
+    (cached / "snapshots/0123abcd/tokenizer.json").write_text("{}")
+    save_packed_model(load_packed_model("somebody/tiny", rank=0), tmp_path / "again")
+    assert (tmp_path / "again/tokenizer.json").is_file()
+
+
 def test_dtypes_by_name(tmp_path: Path) -> None:
     make_gpt_oss_checkpoint(tmp_path, layers=1)
     model = load_packed_model(tmp_path, rank=1, dtype="float32", lora_dtype="torch.bfloat16")
