@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mxref.checkpoints import Checkpoint, open_checkpoint
 from mxref.checkpoints.files import read_json, resolve
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import ADAPTERS_KEY, experts_modules, pack_experts
 from mxref.kernels.models.saving import Origin, save_packed_model
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.kernels.models.stored_names import Renaming
 
 __all__ = ["empty_model", "load_packed_model", "read_config", "save_packed_model"]

@@ -39,7 +39,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from mxref.kernels.models.adapters import check_adapter, unwrap_adapters
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, packed_bytes_left_out
+from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.stacks import PROJECTIONS, packed_bytes_left_out
 
 _NO_MERGE = (
     "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, or load "

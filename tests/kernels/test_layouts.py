@@ -19,13 +19,14 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from mxref import MXLayout, MXWeights, decode_mxfp4
-from mxref.kernels.models import experts as experts_module
 from mxref.kernels.models import layouts as layouts_module
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, checkpoint_layout
+from mxref.kernels.models import stacks as stacks_module
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.layouts import preferred_layout
 from mxref.kernels.models.loading import load_packed_model, save_packed_model
 from mxref.kernels.models.merging import merge_adapters
 from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout
 from mxref.kernels.models.torchao import selective_expert_weights
 from mxref.kernels.parallel.experts import ShardedExperts
 
@@ -43,7 +44,7 @@ def fragments(plain: PackedExperts, monkeypatch: pytest.MonkeyPatch) -> PackedEx
     def preferred(stored: Tensor, dtype: torch.dtype, N: int) -> MXLayout:
         return MXLayout.FWD if dtype == torch.float16 or N % 32 else MXLayout.FRAGMENTS
 
-    monkeypatch.setattr(experts_module, "preferred_layout", preferred)
+    monkeypatch.setattr(stacks_module, "preferred_layout", preferred)
     experts = packed_experts()
     assert layouts(experts) == [MXLayout.FRAGMENTS] * 2
     return experts
@@ -168,7 +169,7 @@ def test_saved_bytes_are_those_that_were_loaded(
     stacked = convention == "gpt-oss"
     model = tiny_gpt_oss() if stacked else small_model("qwen3_moe")
     save_packed_model(pack_experts(model, rank=0), tmp_path / "plain", convention=convention)
-    monkeypatch.setattr(experts_module, "preferred_layout", lambda *_: MXLayout.FRAGMENTS)
+    monkeypatch.setattr(stacks_module, "preferred_layout", lambda *_: MXLayout.FRAGMENTS)
     loaded = load_packed_model(tmp_path / "plain", rank=0)
     assert set(layouts(loaded)) == {MXLayout.FRAGMENTS}
     before = places(loaded)

@@ -24,9 +24,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.moe_block import HFScatterMoEGatedMLP
 from mxref.kernels.models.packing import experts_modules, pack_experts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.weights import decode_mxfp4
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
