@@ -24,7 +24,11 @@ FEATURES = {
     "experts implementation, packing": ["tests/kernels/test_interop_transformers.py"],
     "MoE block layer": ["tests/kernels/test_layers.py"],
     "every family": ["tests/kernels/test_interop_families.py"],
-    "checkpoints": ["tests/kernels/test_loading.py", "tests/mxref/test_checkpoint.py"],
+    "checkpoints": [
+        "tests/kernels/test_loading.py",
+        "tests/kernels/test_loading_conventions.py",
+        "tests/mxref/test_checkpoint.py",
+    ],
     "PEFT adapters, merging": [
         "tests/kernels/test_interop_peft.py",
         "tests/kernels/test_interop_peft_doors.py",

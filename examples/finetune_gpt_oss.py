@@ -1,4 +1,4 @@
-"""Fine-tune the experts of a gpt-oss model with LoRA while their weights stay packed in MXFP4.
+"""Fine-tune attention and experts of a gpt-oss model with LoRA while the experts' weights stay packed in MXFP4.
 
     python examples/finetune_gpt_oss.py                              # a tiny random model, in seconds on a CPU
     python examples/finetune_gpt_oss.py ./gpt-oss-20b ./my-adapter   # the real one, on a GPU
@@ -26,7 +26,7 @@ from mxref.kernels import pack_experts
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.peft import get_peft_model
 
-TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, BATCH, LENGTH = 8, 2, 24
 
@@ -54,9 +54,8 @@ def packed_model(checkpoint: str | None) -> Any:
 def main(checkpoint: str | None = None, output: str | None = None) -> list[float]:
     """Train for a few steps on a fixed text and save the adapter; the losses."""
     model = packed_model(checkpoint)
-    model = get_peft_model(
-        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=TARGETS)
-    ).train()
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], target_parameters=EXPERTS)
+    model = get_peft_model(model, config).train()
     model.print_trainable_parameters()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=3e-2 if checkpoint is None else 1e-4)

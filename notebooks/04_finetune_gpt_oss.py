@@ -51,9 +51,10 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 
 from mxref import encode_mxfp4
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.peft import get_peft_model
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.verification.records.record import EVIDENCE, write
 
 parser = argparse.ArgumentParser()

@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+from gpt_oss_checkpoint import make_gpt_oss_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import mxref, mxref.kernels, mxref.verification, mxref.checkpoints.gpt_oss, mxref.blocks"
@@ -207,6 +208,15 @@ class TestReadme:
     def test_the_layer_runs(self):
         (block,) = (block for block in self.BLOCKS if "parallel_linear_lora" in block)
         run(sys.executable, "-c", block + "\nassert x.grad is not None and A.grad is not None", cwd=ROOT)
+
+    def test_a_model_is_adapted(self, tmp_path):
+        (block,) = (block for block in self.BLOCKS if "load_packed_model" in block)
+        make_gpt_oss_checkpoint(tmp_path)
+        here = block.replace('"openai/gpt-oss-20b"', repr(str(tmp_path))).replace('"cuda"', '"cpu"')
+        trained = "print([name for name, p in model.named_parameters() if p.requires_grad])"
+        said = run(sys.executable, "-c", f"{here}\n{trained}", cwd=ROOT)
+        for target in ("q_proj", "v_proj", "experts.lora_A", "experts.base_layer.lora_A"):
+            assert f"{target}." in said
 
     @pytest.mark.parametrize("block", BLOCKS)
     def test_what_it_imports_is_there(self, block):

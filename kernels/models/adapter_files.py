@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mxref.kernels.models.adapters import LoRA, rank_major, unwrap_adapters
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.peft import load_peft_model
+from mxref.kernels.models.stacks import PROJECTIONS
 
 
 def save_adapters(model: nn.Module, directory: str | Path) -> None:

@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mxref.checkpoints import Checkpoint, open_checkpoint
 from mxref.checkpoints.files import read_json, resolve
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import ADAPTERS_KEY, experts_modules, pack_experts
 from mxref.kernels.models.saving import Origin, save_packed_model
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.kernels.models.stored_names import Renaming
 
 __all__ = ["empty_model", "load_packed_model", "read_config", "save_packed_model"]
@@ -57,8 +58,7 @@ def load_packed_model(
             another shape, stored adapters are of another rank or alpha, or a dtype is none.
     """
     dtype, lora_dtype = _dtype("dtype", dtype), _dtype("lora_dtype", lora_dtype) or torch.float32
-    directory = resolve(directory)
-    config = read_config(directory)
+    config, directory = read_config(directory), resolve(directory)
     checkpoint = open_checkpoint(directory)  # says what is wrong with the files before a model is built
     alpha = _check_adapters(checkpoint, config, rank, alpha)
     model = empty_model(config, dtype)
@@ -76,17 +76,22 @@ def load_packed_model(
 def read_config(directory: str | Path) -> Any:
     """The configuration of a checkpoint, which may be the id of a model in the local Hugging Face cache.
 
+    Its `name_or_path` is that id: what PEFT writes into an adapter's configuration holds on other machines too.
+
     Raises:
         FileNotFoundError: `directory` or its config.json does not exist.
         ValueError: it is no JSON object, or transformers does not know such a model.
     """
-    directory = resolve(directory)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}; expected the directory of a transformers checkpoint")
-    said = read_json(directory / "config.json").get("quantization_config") or {}
+    found = resolve(directory)
+    if not (found / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {found}; expected the directory of a transformers checkpoint")
+    said = read_json(found / "config.json").get("quantization_config") or {}
     if not isinstance(said, dict):
-        raise ValueError(f"quantization_config in {directory}/config.json is {said!r}; expected a JSON object")
-    return AutoConfig.from_pretrained(directory)
+        raise ValueError(f"quantization_config in {found}/config.json is {said!r}; expected a JSON object")
+    config = AutoConfig.from_pretrained(found)
+    if not Path(directory).expanduser().exists():
+        config.name_or_path = str(directory)
+    return config
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:

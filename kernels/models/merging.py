@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
 from mxref.kernels.models.adapters import LoRA, unwrap_adapters
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, checkpoint_layout
+from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout
 from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
 

@@ -19,8 +19,9 @@ from mxref.checkpoints import Checkpoint, gpt_oss, open_checkpoint, read_expert_
 from mxref.formats import MX_BLOCK_SIZE, SCALE_MODES
 from mxref.kernels.models.activation import form_of
 from mxref.kernels.models.adapters import check_adapter
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.routed import Activation
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.subnormals import warn_if_flushed
 from mxref.weights import MXWeights, encode_mxfp4

@@ -24,6 +24,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,11 +34,13 @@ from peft import mixed_model, tuners
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import save_and_load
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from mxref.kernels.models.adapters import check_adapter, unwrap_adapters
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.stacks import PROJECTIONS, packed_bytes_left_out
 
 _NO_MERGE = (
     "an adapter cannot be merged into packed MXFP4 weights: the sum is no longer MXFP4. Keep it beside them, or load "
@@ -256,5 +259,14 @@ def _visible_to_peft(model: nn.Module) -> Iterator[None]:
                 module._parameters.pop(name, None)
 
 
+@wraps(save_and_load.get_peft_model_state_dict)
+def get_peft_model_state_dict(*args: Any, **options: Any) -> Any:
+    """As PEFT does, which asks for a whole state and keeps the adapters: packed bytes are not copied for that."""
+    with packed_bytes_left_out():
+        return get_peft_model_state_dict.__wrapped__(*args, **options)
+
+
+for _importer in (peft, peft.utils, peft.peft_model, save_and_load):
+    _importer.get_peft_model_state_dict = get_peft_model_state_dict  # type: ignore[attr-defined]
 peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = LoraModel
 mixed_model.MixedModel = MixedModel  # type: ignore[attr-defined]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mxref.checkpoints import CONVENTIONS, Checkpoint, Convention, gpt_oss
 from mxref.checkpoints.files import INDEX_NAME, resolve
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, checkpoint_layout
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import ADAPTERS_KEY
+from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout
 from mxref.kernels.models.stored_names import stored_expert_names, stored_tensors
 
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import experts_modules
 from mxref.kernels.models.routed import Projection, routed_experts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.kernels.models.torchao import is_mxfp4_param
 from mxref.weights import MXWeights
 

@@ -24,9 +24,9 @@ from mxref.kernels.device.launch import INTERPRETED, Launch, generation, recordi
 from mxref.kernels.layer.activation import gated
 from mxref.kernels.models.activation import form_of
 from mxref.kernels.models.adapters import LoRA
-from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.packing import experts_modules, matrix_shape
 from mxref.kernels.models.routed import Projection, routed_experts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.swiglu import SwiGLU
 from mxref.weights import MXLayout
 

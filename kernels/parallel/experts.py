@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mxref.kernels.models.adapters import LoRA
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.routed import Projection, routed_experts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.kernels.parallel.exchange import Owned, all_to_all_experts, summed_experts
 from mxref.weights import MXLayout, MXWeights
 

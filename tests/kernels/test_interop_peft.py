@@ -14,9 +14,9 @@ from peft.utils import get_peft_model_state_dict
 
 from mxref import decode_mxfp4
 from mxref.kernels.models.adapters import LoRA
-from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.packing import experts_modules, pack_experts
 from mxref.kernels.models.peft import get_peft_model, load_peft_model
+from mxref.kernels.models.stacks import PROJECTIONS
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(6)[None]

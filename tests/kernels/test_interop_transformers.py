@@ -17,8 +17,9 @@ from transformers import GptOssForCausalLM, Mxfp4Config
 
 from mxref import decode_mxfp4, encode_mxfp4
 from mxref.checkpoints.gpt_oss import write_expert_weights
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import experts_modules, pack_experts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.kernels.models.torchao import mxfp4_param
 from mxref.kernels.models.transformers import NAME, use_mxref_experts
 

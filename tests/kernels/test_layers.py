@@ -13,9 +13,9 @@ from torch import nn
 
 from mxref import decode_mxfp4, encode_mxfp4
 from mxref.kernels.models.adapters import expert_major, rank_major, unwrap_adapters
-from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.moe_block import HFScatterMoEGatedMLP
 from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.stacks import PROJECTIONS
 
 BLOCKS = ("qwen2_moe", "qwen3_moe", "deepseek_v3")
 TARGETS = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -17,14 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from mxref import MXLayout, decode_mxfp4
-from mxref.kernels.models import experts as experts_module
+from mxref import MXLayout, MXWeights, decode_mxfp4
 from mxref.kernels.models import layouts as layouts_module
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts, checkpoint_layout
+from mxref.kernels.models import stacks as stacks_module
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.layouts import preferred_layout
 from mxref.kernels.models.loading import load_packed_model, save_packed_model
 from mxref.kernels.models.merging import merge_adapters
 from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout
 from mxref.kernels.models.torchao import selective_expert_weights
 from mxref.kernels.parallel.experts import ShardedExperts
 
@@ -42,7 +44,7 @@ def fragments(plain: PackedExperts, monkeypatch: pytest.MonkeyPatch) -> PackedEx
     def preferred(stored: Tensor, dtype: torch.dtype, N: int) -> MXLayout:
         return MXLayout.FWD if dtype == torch.float16 or N % 32 else MXLayout.FRAGMENTS
 
-    monkeypatch.setattr(experts_module, "preferred_layout", preferred)
+    monkeypatch.setattr(stacks_module, "preferred_layout", preferred)
     experts = packed_experts()
     assert layouts(experts) == [MXLayout.FRAGMENTS] * 2
     return experts
@@ -167,7 +169,7 @@ def test_saved_bytes_are_those_that_were_loaded(
     stacked = convention == "gpt-oss"
     model = tiny_gpt_oss() if stacked else small_model("qwen3_moe")
     save_packed_model(pack_experts(model, rank=0), tmp_path / "plain", convention=convention)
-    monkeypatch.setattr(experts_module, "preferred_layout", lambda *_: MXLayout.FRAGMENTS)
+    monkeypatch.setattr(stacks_module, "preferred_layout", lambda *_: MXLayout.FRAGMENTS)
     loaded = load_packed_model(tmp_path / "plain", rank=0)
     assert set(layouts(loaded)) == {MXLayout.FRAGMENTS}
     before = places(loaded)
@@ -265,6 +267,22 @@ def test_a_state_keeps_its_bytes(plain: PackedExperts, fragments: PackedExperts)
     fragments.float()
     assert layouts(fragments) == [MXLayout.FRAGMENTS] * 2
     assert_same(state, plain.state_dict())
+
+
+@pytest.mark.usefixtures("fragments")
+def test_adapters_are_saved_without_a_copy_of_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT asks for a model's whole state, and keeps the adapters."""
+    model: Any = pack_experts(tiny_gpt_oss(), rank=0)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, config)
+    whole = adapted.state_dict()
+    expected = {name.replace(".default", ""): tensor for name, tensor in whole.items() if "lora_" in name}
+    monkeypatch.setattr(MXWeights, "repack", lambda *_: pytest.fail("bytes were brought into another layout"))
+    assert_same(peft.get_peft_model_state_dict(adapted), expected)
+    adapted.save_pretrained(tmp_path)
+    assert_same(load_file(tmp_path / "adapter_model.safetensors"), expected)
+    with pytest.raises(pytest.fail.Exception, match="another layout"):
+        adapted.state_dict()
 
 
 def test_experts_that_cannot_be_arranged_leave_the_others(fragments: PackedExperts) -> None:

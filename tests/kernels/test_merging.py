@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from mxref import decode_mxfp4, encode_mxfp4
 from mxref.formats import SCALE_MODES
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.merging import merge_adapters
 from mxref.kernels.models.packing import pack_experts
 from mxref.kernels.models.peft import get_peft_model
+from mxref.kernels.models.stacks import PROJECTIONS
 
 IDS = torch.arange(6)[None]
 RANK = 2

@@ -24,13 +24,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mxref.kernels.models.experts import PROJECTIONS
 from mxref.kernels.models.moe_block import HFScatterMoEGatedMLP
 from mxref.kernels.models.packing import experts_modules, pack_experts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.weights import decode_mxfp4
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
-HEADER = ("family", "experts", "packed", "HFScatterMoEGatedMLP", "PEFT on the packed model")
+HEADER = ("family", "experts", "target_parameters", "packed", "HFScatterMoEGatedMLP", "PEFT on the packed model")
 
 _MODELS = Path(transformers.__file__).parent / "models"
 _EXPERTS = re.compile(r"^class (\w*Experts)\(", re.MULTILINE)
@@ -85,10 +85,19 @@ def row(family: str) -> tuple[str, ...]:
     return (
         family,
         ", ".join(experts),
+        _target(family),
         _summary(_try_experts, experts),
         _summary(_try_block, dict(_blocks(family))),
         _summary(_try_peft, dict(_language_models(family))),
     )
+
+
+def _target(family: str) -> str:
+    """What the experts are called in a layer of the causal language model, if there is one that is covered."""
+    for model in dict(_language_models(family)).values():
+        if isinstance(model, nn.Module) and not _refusal(lambda model=model: experts_modules(model)):
+            return re.sub(r"^.*\.layers\.\d+\.", "", next(iter(experts_modules(model))))
+    return "–"
 
 
 def table() -> str:

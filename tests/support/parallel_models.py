@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.weights import MXWeights
 
 HIDDEN, INTERMEDIATE, RANK, TOP_K, TOKENS = 64, 32, 2, 2, 5

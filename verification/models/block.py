@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mxref.kernels.models.experts import PROJECTIONS, PackedExperts
+from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.verification.bench.timing import Ceilings, Clock, measure_ceilings
 from mxref.verification.bench.workloads import PACKED_BYTES
 from mxref.verification.models.training import Batch
