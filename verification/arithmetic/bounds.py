@@ -28,6 +28,7 @@ from mxref.scattermoe import (
 from mxref.verification.arithmetic.accumulation import Accumulation, Product
 from mxref.verification.arithmetic.accumulator import UNDERFLOW, Accumulator, U, gamma
 from mxref.verification.arithmetic.interval import Estimate, Interval, rho
+from mxref.verification.arithmetic.metrics import ulp
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
 
@@ -251,12 +252,23 @@ class Propagation:
         d_error[rows] = self._chain("D", (dy.centre, problem.expert_weight(e).T, dy.radius), low)
 
     def _sum_over_fan_out(self, d: Estimate) -> Tensor:
-        """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where there is anything to add up."""
-        problem = self.problem
+        """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where there is something to add up and round.
+
+        Rows in 16 bits are multiples of their finest spacing. Where Σ|D| is below 2^24 of it, fp32 holds every sum.
+        """
+        problem, dtype = self.problem, self.points.dtype
         if problem.grouped_in or problem.k == 1:
             return d.radius if problem.grouped_in else self._by_position(d.radius)
-        each = self._by_position(d.radius + gamma(problem.k) * d.reach)
-        return each.view(problem.inputs.shape[0], problem.k, problem.K).sum(1)
+
+        def slots(rows: Tensor) -> Tensor:
+            return self._by_position(rows).view(problem.inputs.shape[0], problem.k, problem.K)
+
+        radius, reach = slots(d.radius).sum(1), slots(d.reach).sum(1)
+        rounding = gamma(problem.k) * reach
+        if dtype is not None:
+            spacing = torch.where(d.reach > 0, ulp((d.centre.abs() - d.radius).clamp(min=0), dtype), torch.inf)
+            rounding = torch.where(reach < 2.0**24 * slots(spacing).amin(1), 0.0, rounding)
+        return radius + rounding
 
     def _by_position(self, rows: Tensor) -> Tensor:
         """From expert order to position order."""

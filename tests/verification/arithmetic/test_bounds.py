@@ -379,6 +379,20 @@ def test_gated_gradients_in_16_bits_are_known_to_the_bit() -> None:
         assert [bool(count) for count in counts.values()] == [seen] * 4
 
 
+def test_a_sum_of_two_rows_on_a_tie_goes_to_the_even_neighbour() -> None:
+    """Two rows of D in 16 bits have an exact sum in fp32, which lies half between two numbers every fourth time."""
+    case, points = Case("slots", 4, 128, 64, 32, 2, 8, BF16, data="balanced"), RoundingPoints.contract(BF16)
+    sample = draw(case)
+    dX = backward(sample.problem, forward(sample.problem, points), sample.grad_out, points).dx
+    within = accepted(sample, points, ACCUMULATIONS["tensor-core-sm90"])["dX"]
+    odd = 2 * dX.exact - dX.value
+    ties = (odd == round_to(odd, BF16)) & (odd != dX.value)
+    assert float(ties.double().mean()) > 0.1
+    assert not bool(((dX.value < within.low) | (dX.value > within.high)).any())
+    seen = (odd < within.low) | (odd > within.high)
+    assert float(seen[ties].double().mean()) > 0.9, "but for the rows that may themselves round otherwise"
+
+
 def test_accumulations_are_named_or_described() -> None:
     assert str(ACCUMULATIONS["fp32-blocks-64"]) == "fp32-blocks-64"
     own = Accumulation("fp32_blocks", step=48, lora="apart")
