@@ -19,13 +19,13 @@ support, folder = sys.argv[1:]
 sys.path.insert(0, support)
 import pretended_gpu as gpu
 from mxref.kernels.device.configs import layout_for
-from mxref.kernels.models import experts
+from mxref.kernels.models import experts, stacks
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.peft import get_peft_model
 import peft
 
 gpu.pretend()
-experts.preferred_layout = lambda stored, dtype, N: layout_for("sm_90", dtype, N)
+stacks.preferred_layout = lambda stored, dtype, N: layout_for("sm_90", dtype, N)
 torch.manual_seed(0)
 new = []
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or new.append(src.fn.__name__)
