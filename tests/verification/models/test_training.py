@@ -167,7 +167,8 @@ def test_the_largest_batch_is_that_of_the_layers_that_fit_the_first_one(monkeypa
 
 def test_so_many_layers_and_no_fewer() -> None:
     endless = replace(TINY, layers=4, as_many_layers=True)
-    (row,) = said(train, task(model=endless.shortened(2), room=1000))
+    needed = needs(empty_model(endless.config()), endless, 4, packed=False)
+    (row,) = said(train, task(model=endless.shortened(2), room=needed.fixed + needed.layers[0]))
     assert row.status.startswith("does not fit: ")
     (row,) = said(train, task(model=endless.shortened(2)))
     assert (row.status, row.layers) == ("ok", 2)
@@ -197,6 +198,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_read(tmp_path: Path) -> N
     assert [row.side for row in run.steps] == ["packed, from disk"]
     assert "has no NoSuchConfig" in run.steps[0].status
     assert not run.stored
+    assert not run.missing  # it has come to its end
     assert run.exit_code == 1
 
 
