@@ -10,6 +10,7 @@ from torch import Tensor
 from mxref import scattermoe
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
+from mxref.subnormals import warn_if_flushed
 from mxref.weights import MXWeights
 
 
@@ -125,6 +126,8 @@ def parallel_linear_lora(
     """
     if mode not in ("contract", "exact"):
         raise ValueError(f"mode is {mode!r}; expected 'contract' or 'exact'")
+    if isinstance(expert_weights, MXWeights):
+        warn_if_flushed(expert_weights.device)
     operands = (
         inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling,
         expert_biases, gates, grouped_in, grouped_out,
