@@ -146,12 +146,19 @@ class Candidate:
         once = sample.case.call.backward != "one by one"
         asked = [list(leaves)] if once else [[tensor] for tensor in leaves]
         named: dict[str, Tensor | None] = {}
+        held = {tensor: leaf.grad for tensor, leaf in leaves.items() if leaf.is_leaf}
         for number, tensors in enumerate(asked, 1):
             found = torch.autograd.grad(
                 y, [leaves[tensor] for tensor in tensors], incoming, retain_graph or number < len(asked),
                 sample.case.call.backward == "create_graph", allow_unused=True,
             )  # fmt: skip
             named |= {tensor: None if x is None else x.detach() for tensor, x in zip(tensors, found, strict=True)}
+        for tensor, grad in held.items():
+            if leaves[tensor].grad is not grad:
+                raise UnusableAnswerError(
+                    f"its backward pass sets {OPERAND_OF[tensor]}.grad itself; expected its gradient to be returned, "
+                    "which autograd adds to what is there"
+                )
         _settled(named)
         return named
 

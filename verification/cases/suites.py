@@ -22,14 +22,31 @@ from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import domain_cases
 from mxref.verification.cases.elements import element_cases, elements_to_128, every_element
+from mxref.verification.cases.routing import ABOUT_TILES
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.small import FULL_OF_COLUMNS
 from mxref.weights import MXLayout
 
 _FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5, bias=True)
 _BEYOND_STAND_INS = (
-    Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5),
+    _ROWS,
+    replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=2, routing="sentinels"),
+    Case(
+        "integer, gates beyond fp16",
+        4,
+        64,
+        96,
+        20,
+        2,
+        4,
+        _BF16,
+        data="integer",
+        scaling=0.5,
+        gate_slots=2,
+        gate_exponent=20,
+    ),
     Case("integer, K beyond 5760", 2, 6144, 32, 6, 2, 3, _BF16, data="integer", scaling=0.5),
     Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 3, _FP16, data="integer", scaling=0.5),
 )
@@ -40,16 +57,19 @@ _BEYOND_FP16 = Case(
 )
 """Some results round to infinity, which nothing may saturate."""
 _TAGS = {_BF16: "bf16", _FP16: "fp16", _FP32: "fp32"}
+_ABOUT_TILES = Case(
+    "integer, experts of about a tile", 17, 32, 32, sum(ABOUT_TILES), 1, 2, data="integer", scaling=0.5, bias=True,
+    routing="about_tiles",
+)  # fmt: skip
 _LONG = Case("", 2, 32, 32, 24, 1, 4, data="balanced")
 """What one size at a time makes long, see `_crossings`."""
 
 
-def decode_cases(suite: Suite, device_type: str) -> list[Case]:
-    """Every code with every scale byte, in each activation dtype that is judged on this device."""
-    if suite == "small":
-        return small.decode_cases(device_type)
-    dtypes = (_FP32,) if device_type == "cpu" else (_BF16, _FP16, _FP32)
-    return [case for dtype in dtypes for case in element_cases(dtype)]
+def decode_cases(scope: Scope) -> list[Case]:
+    """Every code with every scale byte, in each activation dtype that is judged."""
+    if scope.suite == "small":
+        return small.decode_cases(scope.device_type)
+    return [case for dtype in scope.dtypes for case in element_cases(dtype)]
 
 
 def narrow_decode_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -95,7 +115,7 @@ def fragment_cases(scope: Scope) -> list[Case]:
     dtype = small.usual_dtype(scope.device_type)
     if scope.suite == "small":
         return in_fragments([*small.integer_cases(scope.device_type), elements_to_128(dtype)])
-    decode = [elements_to_128(dtype), *decode_cases("quick", scope.device_type)]
+    decode = [elements_to_128(dtype), *decode_cases(scope)]
     integers = integer_cases("quick", scope.device_type)
     if scope.device_type == "cpu":
         return in_fragments([*decode, *_some(integers)])
@@ -120,13 +140,13 @@ def exact_cases(scope: Scope) -> list[Case]:
     if scope.suite == "quick" and scope.device_type == "cpu":
         named = _some(named)
     large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
-    beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
+    beyond = [_BEYOND_FP16, _ABOUT_TILES] if scope.suite != "small" and _FP16 in scope.dtypes else []
     named += [*large, *beyond]
     return [*named, *(case for case in _domain(scope) if case.exact)]
 
 
 def _some(cases: Iterable[Case]) -> list[Case]:
-    kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates")
+    kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates", "about")
     return [case for case in cases if any(word in case.name for word in kept)]
 
 
@@ -139,7 +159,7 @@ def _rounded(scope: Scope) -> list[Case]:
     """The named cases in bf16, and long sums in fp16, for plain PyTorch on a CPU: interpreted kernels do not round."""
     if scope.suite == "small" or scope.device_type != "cpu" or scope.interpreted:
         return []
-    named = [*_grid(_BF16), *_crossings("", replace(_LONG, dtype=_FP16))]
+    named = [*_grid(_BF16), *_crossings("", replace(_LONG, dtype=_FP16)), *_ends(_FP16)]
     return [_like(case, f"{case.name}, {_TAGS[case.dtype]}") for case in named if "tall" not in case.name]
 
 
@@ -264,8 +284,21 @@ def _grid(dtype: torch.dtype) -> list[Case]:
         _like(small, "no LoRA", rank=0, bias=True, gate_slots=2),
         _like(small, "scaling one third", scaling=1 / 3, data="balanced"),
         *_crossings("", replace(_LONG, dtype=dtype)),
+        *_ends(dtype),
         _like(small, "one token", tokens=1),
         _like(small, "no tokens", tokens=0, bias=True),
+    ]
+
+
+def _ends(dtype: torch.dtype) -> list[Case]:
+    """Numbers at both ends of a dtype's range, where every operand is there and every gradient is asked for."""
+    base = Case("", 4, 64, 96, 24, 2, 16, dtype, bias=True, gate_slots=2)
+    large = _like(base, "results beyond fp16", data="large", gate_slots=0)
+    return [
+        _like(base, "subnormal", data="subnormal"),
+        _like(base, "subnormal dOut", data="tiny dOut"),
+        _like(base, "infinity in dOut", special="inf dOut"),
+        *([large, _like(large, "results beyond fp16, gates", gate_slots=2)] if dtype == _FP16 else []),
     ]
 
 
@@ -290,6 +323,9 @@ def _integers(dtype: torch.dtype) -> list[Case]:
         *_crossings("integer, ", replace(_LONG, dtype=dtype, data="integer")),
         _like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1, rank=128),
         *([] if dtype == _FP32 else [full]),  # interpreted, programs run one after another
+        _like(
+            _ABOUT_TILES, "integer, few experts of about a tile", experts=11, tokens=sum(ABOUT_TILES[:11]), dtype=dtype
+        ),
     ]
 
 

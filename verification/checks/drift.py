@@ -34,7 +34,7 @@ from mxref.verification.arithmetic.thresholds import (
     rounding_pull,
 )
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.checks.elements import each_tensor
+from mxref.verification.checks.elements import each_tensor, stored
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.checks.inherited import Draws, RowDraws, draws, shared_by_ranks, tiled, unrounded
@@ -161,7 +161,7 @@ def _finding(case: str, tensor: str, got: Tensor, interval: Interval, fit: _Fit,
     excess = fit.excess()
     fitted, failed = int(torch.isfinite(fit.slope).sum()), int((excess > critical).sum())
     skipped = f"; {fit.skipped} strata with terms too alike for a joint fit" if fit.skipped else ""
-    lost = int((~torch.isfinite(got) & torch.isfinite(interval.exact)).sum())
+    lost = int((~torch.isfinite(got) & _bounded(interval, got.dtype)).sum())
     details: dict[str, float | str] = {"slopes": fitted, "skipped strata": fit.skipped, "critical z": critical}
     for term, name in ((_TOTAL, "resolution"), (_LORA, "resolution, LoRA")):
         resolution = fit.resolution(critical, term)
@@ -208,7 +208,7 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     if tensor == "dB":
         variance += torch.as_tensor(shared_by_ranks(expected)).square()
     sigma = (variance * copies(unrounded(tensor, expected))).sqrt()
-    usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
+    usable = _bounded(interval, got.dtype) & torch.isfinite(got) & torch.isfinite(sigma)
     # Held against the rounded reference: a sum that hardly leaves the grid (a bias and next to nothing, equal rows
     # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's.
     nearest = interval.exact.float().double() if dtype == torch.float32 else round_to(interval.exact, dtype)
@@ -229,6 +229,13 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
     slope, variance = torch.stack(fits, 1)
     loss = torch.tensor(losses, dtype=torch.float64)[:, None, :] + rounding_pull(dtype)
     return _Fit(labels, columns, slope, variance.sqrt(), loss.expand_as(slope), skipped)
+
+
+def _bounded(interval: Interval, dtype: torch.dtype) -> Tensor:
+    """Where every accepted value is finite. What may round to infinity has no error to be measured: to leave out those
+    alone that did would pull the mean of the rest down."""
+    ends = stored(interval, dtype)
+    return torch.isfinite(interval.exact) & torch.isfinite(ends.low) & torch.isfinite(ends.high)
 
 
 def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor | float:

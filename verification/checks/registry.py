@@ -125,7 +125,7 @@ CHECKS: tuple[Check, ...] = (
         "decode",
         "Every pair of an MXFP4 code and a scale byte, 16 × 256 of them, in every place of a block, is decoded through "
         "the products and compared with the value that the format defines.",
-        "one run", Asked.ANY, _named(suites.decode_cases), asking.once, equal,
+        "one run", Asked.ANY, suites.decode_cases, asking.once, equal,
     ),
     Check(
         "decode in 16 bits",

@@ -108,6 +108,17 @@ def test_a_backward_pass_may_decline_too() -> None:
     assert (finding.status, finding.reason) == (Status.NOT_COVERED, "gradients")
 
 
+def test_a_backward_pass_that_sets_a_gradient_itself_fails() -> None:
+    def assigning(lora_A: Tensor, **operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(lora_A=lora_A, **operands)
+        y.register_hook(lambda dOut: setattr(lora_A, "grad", torch.zeros_like(lora_A)))  # type: ignore[no-untyped-call]
+        return y
+
+    (finding,) = ask("interval", Candidate("assigning", assigning), draw(SMALL))
+    assert finding.status is Status.FAIL
+    assert "sets lora_A.grad itself" in finding.reason
+
+
 def test_the_candidate_works_on_copies() -> None:
     def scribble(**operands: Any) -> Tensor:
         out = mxref.parallel_linear_lora(**operands)
