@@ -89,7 +89,8 @@ class Candidate:
         Raises:
             NotCovered: the candidate declines this call.
             UnusableAnswerError: it lacks a keyword that the call needs, returned something else than a dense tensor of
-                the right shape on the sample's device, or a tensor without a graph where gradients are asked for.
+                the right shape and dtype on the sample's device (interpreted, this project's kernels return fp32), or
+                a tensor without a graph where gradients are asked for, or it sets an operand's `.grad` itself.
             Exception: whatever else the candidate raises.
         """
         y, leaves = self.trace(sample)
@@ -121,6 +122,8 @@ class Candidate:
             raise UnusableAnswerError(f"returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
         if y.shape != sample.grad_out.shape:
             raise UnusableAnswerError(f"Y has shape {tuple(y.shape)}; expected {tuple(sample.grad_out.shape)}")
+        if y.dtype != problem.dtype and not (self.operators and problem.device.type == "cpu"):
+            raise UnusableAnswerError(f"returned {y.dtype}; expected {problem.dtype}, that of inputs")
         _settled({"Y": y.detach()})
         if call.mode != "grad" and y.requires_grad:
             raise UnusableAnswerError(f"returned an output that requires a gradient, under {call.mode}")

@@ -75,12 +75,23 @@ def test_a_keyword_the_callable_lacks_is_a_failure_where_a_call_needs_it() -> No
     [
         (lambda **operands: mxref.parallel_linear_lora(**operands).detach(), "declare `--covers forward`"),
         (lambda **operands: mxref.parallel_linear_lora(**operands)[:-1], "Y has shape (8, 96); expected (9, 96)"),
+        (lambda **operands: mxref.parallel_linear_lora(**operands).half(), "torch.float16; expected torch.float32"),
     ],
 )
 def test_what_cannot_be_judged_fails(call: Any, reason: str) -> None:
     (finding,) = ask("interval", Candidate("unusable", call), draw(SMALL))
     assert finding.status is Status.FAIL
     assert reason in finding.reason
+
+
+def test_a_wider_output_is_none_either() -> None:
+    """Not even of no rows: the next operation would be another one."""
+    wide = Candidate("wide", lambda **operands: mxref.parallel_linear_lora(**operands).float())
+    for tokens in (0, 9):
+        (finding,) = ask("interval", wide, draw(replace(SMALL, dtype=torch.bfloat16, tokens=tokens)))
+        assert (finding.status, finding.reason) == (
+            Status.FAIL, "returned torch.float32; expected torch.bfloat16, that of inputs"
+        )  # fmt: skip
 
 
 def test_torch_s_own_not_implemented_error_is_no_declining() -> None:
