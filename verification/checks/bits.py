@@ -106,4 +106,4 @@ def _same(a: Outputs, b: Outputs) -> bool:
 
 def _bytes_of(x: Tensor) -> Tensor:
     """The bytes of each element: uint8, one dimension more."""
-    return x.detach().flatten().view(torch.uint8).view(*x.shape, x.element_size())
+    return x.detach().contiguous().flatten().view(torch.uint8).view(*x.shape, x.element_size())
