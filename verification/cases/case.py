@@ -178,7 +178,7 @@ class Sample:
 
         def note(name: str, x: Tensor) -> Tensor:
             content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            found.append((name, x.shape, x.dtype, zlib.crc32(content)))
+            found.append((name, x.shape, x.dtype, zlib.crc32(content.tobytes())))
             return x
 
         self.mapped(note)

@@ -280,7 +280,8 @@ CHECKS: tuple[Check, ...] = (
 STATE = Check(
     "state",
     "After each case torch's global state is what it was before: default dtype and device, gradient mode, autocast, "
-    "deterministic mode, threads, products in TF32, subnormals, and random numbers, none of which the layer draws.",
+    "deterministic mode, threads, products in TF32, subnormals, modes, tracing, and random numbers, none of which the "
+    "layer draws.",
     "no run of its own", Asked.ANY,
 )  # fmt: skip
 """Held around every asking, see `gate.run`."""
