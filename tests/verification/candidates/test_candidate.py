@@ -17,6 +17,7 @@ import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
+from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
@@ -225,3 +226,14 @@ part.mxref_covers = "gates=purple"
         file.write_text(source)
         with pytest.raises(ValueError, match="does not import"):
             load(f"{file}:layer")
+
+
+def test_the_call_that_looks_for_an_interpreter_leaves_no_state_changed() -> None:
+    """What it left would be taken for what was there before the first item."""
+
+    def leaks(**operands: Any) -> Tensor:
+        torch.use_deterministic_algorithms(True)
+        return mxref.parallel_linear_lora(**operands)
+
+    assert not runs_interpreted(Candidate("leaks", leaks), torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
