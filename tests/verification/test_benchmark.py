@@ -166,7 +166,7 @@ def test_a_peer_may_fail_and_we_may_not() -> None:
 
 
 def test_no_speed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "decode_cases", lambda suite, device_type: [])
+    monkeypatch.setattr(benchmark, "decode_cases", lambda scope: [])
     gates = gate_paths([Path("broken", "", broken)], CPU)
     bench = Bench("a test", gates, EFFORT)
     clock = FakeClock()
@@ -178,7 +178,7 @@ def test_no_speed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_gate_judges_each_of_our_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "decode_cases", lambda suite, device_type: [])
+    monkeypatch.setattr(benchmark, "decode_cases", lambda scope: [])
     results = gate_paths([GOLDEN, DECODER, Path("peer", "", unlucky, ours=False)], CPU)
     assert [result.candidate.name for result in results] == ["path: golden", "mxref.kernels"]
     assert results[0].exit_code == 0

@@ -22,6 +22,7 @@ from mxref.verification.bench.timing import Ceilings, Clock
 from mxref.verification.bench.workloads import MEASURES, Measure, Shape
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import usual_dtype
 from mxref.verification.cases.suites import decode_cases, integer_cases
 from mxref.verification.gate.plan import plan_cases
@@ -87,7 +88,7 @@ def gate_paths(paths: Iterable[Path], device: torch.device, seed: int = 0) -> li
     kernels, ours = shipped(device), [path for path in paths if path.ours and "layer" in path.parts]
     judged = [replace(kernels, name=f"path: {path.name}", call=_as_candidate(path), decode=None) for path in ours]
     items = plan_cases(cases, device, seed)
-    decoding = plan_cases(decode_cases("quick", device.type), device, seed)
+    decoding = plan_cases(decode_cases(Scope("quick", device.type)), device, seed)
     results = [run_gate(each, items, device, suite="benchmark", seed=seed, strict=True) for each in judged]
     return [*results, run_gate(kernels, decoding, device, suite="benchmark", seed=seed, strict=True)]
 

@@ -89,7 +89,8 @@ class Candidate:
         Raises:
             NotCovered: the candidate declines this call.
             UnusableAnswerError: it lacks a keyword that the call needs, returned something else than a dense tensor of
-                the right shape on the sample's device, or a tensor without a graph where gradients are asked for.
+                the right shape and dtype on the sample's device (interpreted, this project's kernels return fp32), or
+                a tensor without a graph where gradients are asked for, or it sets an operand's `.grad` itself.
             Exception: whatever else the candidate raises.
         """
         y, leaves = self.trace(sample)
@@ -121,6 +122,8 @@ class Candidate:
             raise UnusableAnswerError(f"returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
         if y.shape != sample.grad_out.shape:
             raise UnusableAnswerError(f"Y has shape {tuple(y.shape)}; expected {tuple(sample.grad_out.shape)}")
+        if y.dtype != problem.dtype and not (self.operators and problem.device.type == "cpu"):
+            raise UnusableAnswerError(f"returned {y.dtype}; expected {problem.dtype}, that of inputs")
         _settled({"Y": y.detach()})
         if call.mode != "grad" and y.requires_grad:
             raise UnusableAnswerError(f"returned an output that requires a gradient, under {call.mode}")
@@ -146,12 +149,19 @@ class Candidate:
         once = sample.case.call.backward != "one by one"
         asked = [list(leaves)] if once else [[tensor] for tensor in leaves]
         named: dict[str, Tensor | None] = {}
+        held = {tensor: leaf.grad for tensor, leaf in leaves.items() if leaf.is_leaf}
         for number, tensors in enumerate(asked, 1):
             found = torch.autograd.grad(
                 y, [leaves[tensor] for tensor in tensors], incoming, retain_graph or number < len(asked),
                 sample.case.call.backward == "create_graph", allow_unused=True,
             )  # fmt: skip
             named |= {tensor: None if x is None else x.detach() for tensor, x in zip(tensors, found, strict=True)}
+        for tensor, grad in held.items():
+            if leaves[tensor].grad is not grad:
+                raise UnusableAnswerError(
+                    f"its backward pass sets {OPERAND_OF[tensor]}.grad itself; expected its gradient to be returned, "
+                    "which autograd adds to what is there"
+                )
         _settled(named)
         return named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +25,8 @@ class GlobalState:
     random_numbers: tuple[int, ...]
     fp32_products: tuple[str, bool]
     flush_to_zero: bool
+    active_modes: tuple[int, int]
+    tracing: tuple[Any, Any]
 
     @classmethod
     def now(cls) -> GlobalState:
@@ -42,6 +45,8 @@ class GlobalState:
             tuple(hash(state.numpy().tobytes()) for state in generators),
             (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
             float(torch.tensor(_SUBNORMAL, dtype=torch.float32, device="cpu") * 1) == 0.0,
+            (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+            (sys.gettrace(), sys.getprofile()),
         )
 
     def changes(self, before: GlobalState) -> dict[str, str]:
@@ -67,6 +72,12 @@ class GlobalState:
         torch.set_autocast_enabled("cuda", self.autocast[1])
         torch.set_float32_matmul_precision(self.fp32_products[0])
         torch.set_flush_denormal(self.flush_to_zero)
+        while torch._C._len_torch_function_stack() > self.active_modes[0]:
+            torch._C._pop_torch_function_stack()
+        while torch._C._len_torch_dispatch_stack() > self.active_modes[1]:
+            torch._C._pop_torch_dispatch_stack()
+        sys.settrace(self.tracing[0])
+        sys.setprofile(self.tracing[1])
 
 
 def _plain(value: Any) -> str:

@@ -1,18 +1,21 @@
 """The code that judges: what a candidate, which shares its process, must leave in place.
 
-The golden model, the checks and the parts of torch that they call. A candidate that replaces one of them would be its
-own judge; a library that does so in passing makes every verdict in its process worthless.
+The golden model, the checks, their constants, and the parts of torch and Python that they call. A candidate that
+replaces one of them would be its own judge; a library that does so in passing makes every verdict in its process
+worthless.
 """
 
 from __future__ import annotations
 
+import builtins
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["OwnCode"]
@@ -28,7 +31,8 @@ class OwnCode:
     """One look at it.
 
     Attributes:
-        places: for every function and class: what holds it, its name there, itself and its code, if it has any.
+        places: for every name in a module, in a class and in an object that a module holds: what holds it, the name,
+            what stands there, and its code, if it has any.
     """
 
     places: tuple[tuple[Any, str, Any, CodeType | None], ...]
@@ -40,10 +44,14 @@ class OwnCode:
         places = [place for module in own for place in _places(module, vars(module))]
         classes = {value for _, _, value, _ in places if isinstance(value, type) and _is_own(value.__module__)}
         places += [place for each in classes for place in _places(each, vars(each))]
+        objects = {id(each): each for _, _, value, _ in places for each in _objects(value)}
+        places += [place for each in objects.values() for place in _places(each, vars(each))]
         called = {name for *_, code in places if code is not None for name in _names(code)}
         for holder in (torch, torch.Tensor):
             there = vars(holder)
             places += [(holder, name, there.get(name, _NOTHING), None) for name in called if hasattr(holder, name)]
+        for python in (np, math, builtins):
+            places += [(python, name, vars(python)[name], None) for name in called if name in vars(python)]
         return cls(tuple(places))
 
     def restore(self) -> list[str]:
@@ -54,7 +62,8 @@ class OwnCode:
             if now is not value:
                 if holder in (torch, torch.Tensor) and str(getattr(now, "__module__", "")).startswith("torch."):
                     continue  # torch wraps some of its own functions when it imports more of itself
-                delattr(holder, name) if value is _NOTHING else setattr(holder, name, value)
+                change = type if isinstance(holder, type) else object  # past what an enum or a frozen object refuses
+                change.__delattr__(holder, name) if value is _NOTHING else change.__setattr__(holder, name, value)
             elif code is None or _code(value) is code:
                 continue
             else:
@@ -69,8 +78,14 @@ def _is_own(module: str) -> bool:
 
 def _places(holder: Any, names: Mapping[str, Any]) -> Iterator[tuple[Any, str, Any, CodeType | None]]:
     for name, value in list(names.items()):
-        if callable(value) or isinstance(value, staticmethod | classmethod | property | cached_property):
-            yield holder, name, value, _code(value)
+        yield holder, name, value, _code(value)
+
+
+def _objects(value: Any) -> Iterator[Any]:
+    """Objects of its own classes: the value, or what it contains."""
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,):
+        if not isinstance(each, type) and _is_own(type(each).__module__) and hasattr(each, "__dict__"):
+            yield each
 
 
 def _code(value: Any) -> CodeType | None:
@@ -86,4 +101,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _name(holder: Any) -> str:
-    return holder.__name__ if not isinstance(holder, type) else f"{holder.__module__}.{holder.__qualname__}"
+    if isinstance(holder, ModuleType):
+        return holder.__name__
+    kind = holder if isinstance(holder, type) else type(holder)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -9,6 +9,7 @@ import torch
 
 from mxref.verification.candidates.answer import answered
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.global_state import GlobalState
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.small import smallest
 
@@ -16,7 +17,8 @@ from mxref.verification.cases.small import smallest
 def runs_interpreted(candidate: Candidate, device: torch.device) -> bool:
     """Whether a call on the device starts an interpreted kernel: such a candidate computes in fp32 alone.
 
-    A candidate that fails the call is taken to be plain PyTorch; what it fails at is for the checks to find.
+    A candidate that fails the call is taken to be plain PyTorch; what it fails at, or leaves changed in torch's state,
+    which is put back, is for the checks to find.
     """
     if device.type != "cpu":
         return False
@@ -32,6 +34,8 @@ def runs_interpreted(candidate: Candidate, device: torch.device) -> bool:
         started = True
         return launch(self, *args, **kwargs)
 
+    before, sample = GlobalState.now(), draw(smallest(torch.float32))
     with patch.object(GridExecutor, "__call__", noticed):
-        answered(lambda: candidate.run(draw(smallest(torch.float32))))
+        answered(lambda: candidate.run(sample))
+    before.restore()
     return started

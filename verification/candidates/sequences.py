@@ -27,7 +27,8 @@ _TURNED = ("inputs", "lora_A", "gates", "grad_out")
 """Operands whose signs b has otherwise than a."""
 
 _CHANGED = (
-    "lora_A", "lora_B", "inputs", "gates", "packed", "scales", "expert_weights", "sorted_scattered_idxs", "routing",
+    "lora_A", "lora_B", "inputs", "gates", "expert_biases", "packed", "scales", "expert_weights",
+    "sorted_scattered_idxs", "routing",
 )  # fmt: skip
 """What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
 _TURNS = "abbabaab"

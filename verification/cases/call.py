@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Layout = Literal["contiguous", "transposed", "sliced", "padded", "offset", "expanded", "one column", "one number"]
+Layout = Literal[
+    "contiguous", "transposed", "sliced", "padded", "offset", "apart", "expanded", "one column", "one number"
+]  # fmt: skip
 Mode = Literal["grad", "no_grad", "inference"]
 Context = Literal["plain", "autocast", "deterministic", "checkpoint", "saved elsewhere", "bf16 by default"]
 Owner = Literal["leaf", "parameter", "computed"]
@@ -26,7 +28,8 @@ class Call:
         x, adapters, others, weights, dOut: how an operand lies in memory, see `lay_out`; `adapters` are lora_A and
             lora_B, `others` the biases and gates (expanded: a token's slots share one), `weights` dense ones, `dOut`
             the incoming gradient.
-        index: dtype of the routing tensors; `offsets`: of expert_offsets, where it is another one.
+        index: dtype of the routing tensors; `positions`, `offsets`: of sorted_scattered_idxs and of expert_offsets,
+            where it is another one.
         owner: what needs a gradient is a leaf of the graph, an nn.Parameter (x and gates: a leaf), or the result of
             something else.
         arguments: every keyword is given, or those that hold their defaults are left out.
@@ -45,6 +48,7 @@ class Call:
     weights: Layout = "contiguous"
     dOut: Layout = "contiguous"
     index: torch.dtype = torch.int64
+    positions: torch.dtype | None = None
     offsets: torch.dtype | None = None
     owner: Owner = "leaf"
     arguments: Arguments = "spelled out"
@@ -117,9 +121,10 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
     """The same values in fresh memory that lies otherwise.
 
     transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
-    padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  expanded:
-    one row (of three dimensions: one matrix), repeated with stride 0; one column, and one number, likewise. What is
-    repeated must be equal.  What has fewer than two dimensions, or no element, stays as it is.
+    padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
+    second row (of three dimensions: matrix) of a taller one, from its second on.  expanded: one row or matrix, repeated
+    with stride 0; one column, and one number, likewise. What is repeated must be equal.  What has fewer than two
+    dimensions, or no element, stays as it is.
     """
     if layout == "contiguous" or x.ndim < 2 or not x.numel():
         return x.clone(memory_format=torch.contiguous_format)
@@ -134,6 +139,8 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
         inside = buffer[13:].view(x.shape)
     elif layout == "padded":
         inside = x.new_full((*x.shape[:-1], x.shape[-1] + 5), float("nan"))[..., :-5]
+    elif layout == "apart":
+        inside = x.new_full((2 * x.shape[0], *x.shape[1:]), float("nan"))[1::2]
     else:
         inside = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))[..., ::2]
     return inside.copy_(x)

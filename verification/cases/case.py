@@ -16,12 +16,11 @@ from mxref.weights import MXLayout, MXWeights
 
 Routing = Literal[
     "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "descending", "sentinels", "all_sentinels",
-    "far_sentinels",
+    "far_sentinels", "about_tiles",
 ]  # fmt: skip
 Data = Literal[
     "plain", "balanced", "lora", "tiny lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid",
-    "subnormal",
-    "integer", "elements", "one_hot_elements", "every_element", "nonfinite",
+    "subnormal", "tiny dOut", "large", "integer", "elements", "one_hot_elements", "every_element", "nonfinite",
 ]  # fmt: skip
 Special = Literal["", "nan row", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote"]
 GateValues = Literal["positive", "negative", "some zero", "one NaN"]
@@ -42,15 +41,17 @@ class Case:
         adapter_dtype: of lora_A and lora_B, where it is another one.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
             at most ten experts active; the same expert in several slots of a token; positions descending within an
-            expert; a quarter of the rows sentinels, or all of them; or sentinels with ids far above E.
+            expert; a quarter of the rows sentinels, or all of them; sentinels with ids far above E; or each expert as
+            many rows as a tile may have, one fewer and one more (see `routing`).
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
             `bias`, that term far above all others; `tiny lora`, lora_A below the normal range; `positive`,
             every number positive; `cancelling`, all sums over K
             and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes over 2^±60; `boundary`, scale bytes at
             both ends of the range that decodes finitely; `off_grid`, fp32 numbers that no 16-bit format holds;
-            `subnormal`, activations below the normal range; `integer`, fixtures that are exact in any order of
-            summation (see `integer`); `elements`, `one_hot_elements`, `every_element`, `nonfinite`: codes under chosen
-            scale bytes (see `elements`, which makes these cases).
+            `subnormal`, activations below the normal range; `tiny dOut`, dOut alone; `large`, activations so large
+            that results in fp16 are infinite, and adapters so small that Z and V are not; `integer`, fixtures that are
+            exact in any order of summation (see `integer`); `elements`, `one_hot_elements`, `every_element`,
+            `nonfinite`: codes under chosen scale bytes (see `elements`, which makes these cases).
         scaling: LoRA's s.
         bias: whether there are expert biases.
         gate_slots: g, or 0 for no gates.
@@ -170,6 +171,19 @@ class Sample:
             elif isinstance(operand, Tensor):
                 replaced[name] = place(name, operand)
         return self.changed(place("grad_out", self.grad_out), **replaced)
+
+    def checksum(self) -> tuple[object, ...]:
+        """What it asks, with a checksum of each tensor: equal as long as nobody has changed it."""
+        found: list[object] = [self.case]
+
+        def note(name: str, x: Tensor) -> Tensor:
+            content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            found.append((name, x.shape, x.dtype, zlib.crc32(content.tobytes())))
+            return x
+
+        self.mapped(note)
+        operands = self.problem.arguments().items()
+        return *found, *(item for item in operands if not isinstance(item[1], Tensor | MXWeights))
 
     def changed(self, grad_out: Tensor | None = None, **operands: Any) -> Sample:
         """The sample with other operands, by their names in `Problem`."""

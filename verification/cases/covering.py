@@ -13,7 +13,8 @@ from itertools import combinations, permutations, product
 import numpy as np
 import numpy.typing as npt
 
-from mxref.verification.cases.domain import Dimension, Exclusion
+from mxref.verification.cases.domain import Dimension
+from mxref.verification.cases.exclusions import Exclusion
 
 _TRIES = {2: 12, 3: 3}
 """Rows that are built for each one taken: a tenth fewer are needed."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from mxref.verification.cases.exclusions import EXCLUDED
+
 StandsIn = Literal["cheap", "interpreted"]
 Expense = Literal["any", "cheap", "interpreted"]
 """What a suite may cost: anything; on a CPU, plain PyTorch in the quick suite; interpreted kernels in any suite."""
@@ -25,7 +27,8 @@ class Class:
 
     Attributes:
         name: in words, unique within its dimension.
-        case: fields of `Case` that it sets; "gated" stands for a gate a slot, "rows" for so many routed rows or more.
+        case: fields of `Case` that it sets; "gated" stands for a gate a slot (or for another number
+            of gates a token), "rows" for so many routed rows or more.
         call: fields of `Call` that it sets.
         cost: seconds that such a case takes where `stand_in` takes its place.
         stand_in: fields of `Case` in place of a costly class, just past the same boundary of an implementation's tiles.
@@ -46,17 +49,6 @@ class Dimension:
 
     name: str
     classes: tuple[Class, ...]
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """Classes of two dimensions that no call can have together, and why."""
-
-    first: str
-    classes: tuple[str, ...]
-    second: str
-    others: tuple[str, ...]
-    why: str
 
 
 def _of(name: str, **classes: Mapping[str, Any]) -> Dimension:
@@ -103,14 +95,17 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("96", {"N": 96}),
             Class("one", {"N": 1}),
-            Class("odd, below a tile", {"N": 33}),
+            Class("odd, below a tile", {"N": 63}),
             Class("odd, a tile and a tail", {"N": 161}),
             Class("5760", {"N": 5760}, cost=20.0, stand_in={"N": 288}),
         ),
     ),
-    _of("rank", four={"rank": 4}, one={"rank": 1}, three={"rank": 3}, twenty={"rank": 20}, largest={"rank": 128}),
     _of(
-        "slots", two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, eight={"top_k": 8}
+        "rank",
+        four={"rank": 4}, one={"rank": 1}, three={"rank": 3}, tiles_and_a_tail={"rank": 72}, largest={"rank": 128},
+    ),
+    _of(
+        "slots", two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, ten={"top_k": 10}
     ),
     _of("dtype", fp32={"dtype": torch.float32}, bf16={"dtype": torch.bfloat16}, fp16={"dtype": torch.float16}),
     _of(
@@ -124,9 +119,10 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("packed"),
             Class("packed, from fp32", {"quantised_from": torch.float32}),
             Class("dense", {"dense": True}),
-            Class("dense, contiguous", {"dense": True}, {"weights": "transposed"}),
+            Class("dense, transposed", {"dense": True}, {"weights": "transposed"}),
             Class("dense, sliced", {"dense": True}, {"weights": "sliced"}),
             Class("dense, padded", {"dense": True}, {"weights": "padded"}),
+            Class("dense, apart", {"dense": True}, {"weights": "apart"}),
             Class("dense, expanded", {"dense": True}, {"weights": "expanded"}),
         ),
     ),
@@ -136,6 +132,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("int64"),
             Class("int32", call={"index": torch.int32}),
             Class("int32, offsets int64", call={"index": torch.int32, "offsets": torch.int64}),
+            Class("int64, others int32", call={"positions": torch.int32, "offsets": torch.int32}),
         ),
     ),
     _of("input order", by_token={}, by_expert={"grouped_in": True}),
@@ -146,14 +143,15 @@ DIMENSIONS: tuple[Dimension, ...] = (
     _of("biases", none={}, there={"bias": True}, one_NaN={"bias": True, "nan_bias": True}),
     _of(
         "gates",
-        none={}, positive={"gated": True}, negative={"gated": True, "gate_values": "negative"},
+        none={}, another_number_a_token={"gated": "other"}, positive={"gated": True},
+        negative={"gated": True, "gate_values": "negative"},
         some_zero={"gated": True, "gate_values": "some zero"}, one_a_row={"gated": True, "gate_slots": 1},
         one_NaN={"gated": True, "gate_values": "one NaN"}, subnormal_in_fp16={"gated": True, "gate_exponent": -16},
     ),
     _of(
         "scaling",
         power_of_two={"scaling": 0.5}, zero={"scaling": 0.0}, negative={"scaling": -2.0}, a_third={"scaling": 1 / 3},
-        one={"scaling": 1.0},
+        an_int={"scaling": 1}, sixteen_thirds={"scaling": 16 / 3},
     ),
     _of(
         "adapters",
@@ -206,67 +204,6 @@ DIMENSIONS: tuple[Dimension, ...] = (
         NaN_in_a_remote_row={"special": "nan remote"},
     ),
 )  # fmt: skip
-
-_DRAWN = ("ordinary", "off every grid", "subnormal", "scales far apart", "scales at both ends")
-_NO_ROW = ("NaN in a row", "inf in a row", "NaN in dOut", "inf in dOut", "NaN in a remote row")
-_REPEATED = ("expanded", "one column", "one number")
-_GATES = ("positive", "negative", "some zero", "one a row", "one NaN", "subnormal in fp16")
-_OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
-_WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("backward pass", ("one by one", "create_graph")), ("context", ("checkpoint", "saved elsewhere")),
-    ("layout of dOut", ("transposed", "sliced", "padded", "offset", *_REPEATED)),
-)  # fmt: skip
-
-EXCLUDED: tuple[Exclusion, ...] = (
-    Exclusion("gates", _GATES, "output order", ("by expert",), "the gated sum needs rows by position"),
-    Exclusion("adapters", ("far above", "subnormal A"), "values", tuple(c for c in _DRAWN if c != "ordinary"),
-              "both choose the kind of numbers"),
-    Exclusion("adapters", _OVERFLOWING, "values", _DRAWN, "rounding to infinity is judged where sums are exact"),
-    Exclusion("adapters", _OVERFLOWING, "scaling", ("a third",), "no exact sum"),
-    Exclusion("adapters", _OVERFLOWING, "layout of x", ("expanded",), "no exact sum"),
-    Exclusion("adapters", _OVERFLOWING, "layout of A and B", ("expanded",), "no exact sum"),
-    Exclusion("adapters", _OVERFLOWING, "layout of dOut", _REPEATED, "no exact sum"),
-    Exclusion("values", ("off every grid",), "dtype", ("bf16", "fp16"), "16-bit activations lie on a grid"),
-    Exclusion("values", ("off every grid",), "parameters", ("fp32", "adapters in fp32"),
-              "the same as the activations' dtype"),
-    Exclusion("values", ("NaN in a remote row",), "routing",
-              ("uniform", "empty experts", "one takes all", "an expert twice", "descending positions"),
-              "no row is remote"),
-    Exclusion("values", _NO_ROW, "rows", ("none",), "there is no row"),
-    Exclusion("values", ("NaN in a row", "inf in a row", "NaN in a remote row"), "layout of x", ("expanded",),
-              "all rows are the same"),
-    Exclusion("values", ("NaN in dOut", "inf in dOut", "NaN in a remote row"), "layout of dOut",
-              _REPEATED, "all rows or columns are the same"),
-    Exclusion("values", ("NaN in a remote row",), "layout of biases and gates", ("expanded",), "all rows are the same"),
-    Exclusion("values", ("scales far apart", "scales at both ends"), "layout of dOut",
-              ("one column", "one number"), "columns differ by more than the range of a sum"),
-    Exclusion("values", ("scales far apart", "scales at both ends"), "layout of A and B", ("expanded",),
-              "rows of B differ by more than the range of a sum"),
-    Exclusion("adapters", ("NaN in A", "B zero, NaN in A", "NaN in B"), "layout of A and B", ("expanded",),
-              "all rows are the same"),
-    Exclusion("biases", ("one NaN",), "layout of biases and gates", ("expanded",), "all rows are the same"),
-    Exclusion("gates", ("some zero", "negative", "one NaN"), "layout of biases and gates", ("expanded",),
-              "all rows are the same"),
-    Exclusion("values", ("NaN expert",), "weights", ("dense, expanded",), "all experts are the same"),
-    Exclusion("parameters", ("fp32", "adapters in fp32"), "dtype", ("fp32",), "the same as the activations' dtype"),
-    Exclusion("parameters", ("bf16",), "dtype", ("bf16",), "the same as the activations' dtype"),
-    Exclusion("parameters", ("fp16",), "dtype", ("fp16",), "the same as the activations' dtype"),
-    Exclusion("input order", ("by expert",), "fan out", ("a row a slot",), "it is so in expert order"),
-    Exclusion("experts", ("one",), "routing", ("empty experts",), "all rows would be nobody's"),
-    Exclusion("experts", ("hundreds",), "K", ("2880",), "weights of 10 GB and more; the full suite has real shapes"),
-    Exclusion("experts", ("hundreds",), "N", ("5760",), "weights of 10 GB and more; the full suite has real shapes"),
-    Exclusion("experts", ("hundreds",), "rank", ("largest",), "adapters of 30,000 rows; a named case has them"),
-    Exclusion("gradient mode", ("no_grad", "inference"), "gradients",
-              ("all but dX", "dX alone", "dA alone", "dB alone", "dX and dB", "biases and gates"),
-              "no gradient is asked for"),
-    *(Exclusion(first, none, dimension, classes, "there is no backward pass")
-      for first, none in (("gradient mode", ("no_grad", "inference")), ("gradients", ("none",)))
-      for dimension, classes in _WITHOUT_BACKWARD),
-    Exclusion("rows", ("more than 2^16",), "N", ("5760",), "3 GB a tensor in the golden model's fp64"),
-    Exclusion("rows", ("more than 2^16",), "K", ("2880",), "2 GB a tensor in the golden model's fp64"),
-    Exclusion("adapters", ("none",), "gradients", ("dA alone", "dB alone"), "there is no adapter"),
-)  # fmt: skip
-"""Pairs of classes that are no legal call, or no different one."""
 
 
 def dimensions_for(dtypes: Sequence[torch.dtype], expense: Expense) -> list[Dimension]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import frexp
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import covering_array
-from mxref.verification.cases.domain import EXCLUDED, Class, Dimension, Expense, dimensions_for, living
+from mxref.verification.cases.domain import Class, Dimension, Expense, dimensions_for, living
+from mxref.verification.cases.exclusions import EXCLUDED
 
 _WORD = {2: "pairs", 3: "triples"}
 
@@ -48,11 +50,20 @@ def case_of(name: str, classes: dict[str, Class]) -> Case:
         how |= each.call
     gated, rows = fields.pop("gated", False), fields.pop("rows", 0)
     repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {"expanded", "one column", "one number"}
-    exact = classes["scaling"].name != "a third" and not repeated  # sums of as many equal terms are large
+    power_of_two = abs(frexp(fields["scaling"])[0]) in (0.0, 0.5)
+    exact = power_of_two and not repeated  # sums of as many equal terms are large
     fields.setdefault("data", "integer" if exact else "balanced")
     if rows:
         fields["tokens"] = -(-rows // fields["top_k"])
     if gated:
-        fields.setdefault("gate_slots", fields["top_k"])
+        slots = (
+            fields["top_k"] if gated is True else _another_divisor(fields["tokens"] * fields["top_k"], fields["top_k"])
+        )
+        fields.setdefault("gate_slots", slots)
     covers = tuple((dimension, each.name) for dimension, each in classes.items())
     return Case(name, **fields, call=Call(**how), covers=covers)
+
+
+def _another_divisor(rows: int, slots: int) -> int:
+    """Gates a token, more than one and not as many as it has slots, where the rows can be divided so."""
+    return next((g for g in range(2, rows + 1) if rows % g == 0 and g != slots), 1)

@@ -19,6 +19,9 @@ from mxref.verification.cases.routing import draw_routing
 from mxref.verification.cases.special import as_asked, repeated
 from mxref.weights import MXWeights
 
+_LARGE = 2.0**13
+"""In fp16 x and dOut of this size are finite, and some sums of them are not."""
+
 
 def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sample:
     """Draw one sample.
@@ -128,23 +131,26 @@ def _draw(
         return rounded(x.abs() if case.data == "positive" else x, dtype)
 
     loose = 2.0**-4 if case.data == "boundary" else 1.0  # codes up to 6 without the usual 2^-6 scale
-    if case.data == "subnormal":
-        loose = 2.0 ** (min_exponent(case.dtype) - 2)
-    sizes = {"plain": 0.02, "balanced": 0.2, "lora": 16.0}
+    below = 2.0 ** (min_exponent(case.dtype) - 2)
+    x_size = {"subnormal": below, "large": _LARGE}.get(case.data, loose)
+    dOut_size = {"subnormal": below, "tiny dOut": below, "large": _LARGE}.get(case.data, loose)
+    adapters = 1 / _LARGE if case.data == "large" else 1.0
+    sizes = {"plain": 0.02, "balanced": 0.2, "lora": 16.0, "large": 0.3}
     lora_A = lora_B = bias = gates = None
     if r:
         least = max(min_exponent(dtype) for dtype in (case.dtype, own["lora_A"]))
         tiny = 2.0 ** (least - 2) if case.data == "tiny lora" else 1.0
-        lora_A = normal(E * r, K, gauge.u * tiny / K**0.5, own["lora_A"])
-        lora_B = normal(N, E * r, gauge.t[:, None] * sizes.get(case.data, 0.1) * (K / r) ** 0.5 / 8, own["lora_B"])
+        lora_A = normal(E * r, K, gauge.u * tiny * adapters / K**0.5, own["lora_A"])
+        size = sizes.get(case.data, 0.1) * adapters * (K / r) ** 0.5 / 8
+        lora_B = normal(N, E * r, gauge.t[:, None] * size, own["lora_B"])
     if case.bias:
         bias = normal(E, N, gauge.t * (128.0 if case.data == "bias" else 0.5), own["expert_biases"])
     if case.gate_slots:
         shape = (case.rows // case.gate_slots, case.gate_slots)
         gates = rounded(torch.softmax(torch.randn(shape, generator=generator), 1), own["gates"])
     experts, positions, offsets = draw_routing(case, generator)
-    x = normal(case.input_rows, K, loose / gauge.u, case.dtype)
-    grad_out = normal(*case.output_shape, loose / gauge.t, case.dtype)
+    x = normal(case.input_rows, K, x_size / gauge.u, case.dtype)
+    grad_out = normal(*case.output_shape, dOut_size / gauge.t, case.dtype)
     if case.data == "cancelling":
         x, grad_out = _cancelling(x, 1, 1), _cancelling(grad_out, 1, 1)
         lora_A = None if lora_A is None else _cancelling(lora_A, 1, -1)

@@ -1,8 +1,9 @@
 """Integer fixtures: samples whose every intermediate is exact, so that any order of summation gives the same bits.
 
-x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns; A has at most two nonzeros ±1 a column
-and B at most two a row; all 16 codes are dense in W; biases are −4..4, gates 1 or 2, s a power of two. All sums are
-then small multiples of 1/4. A gauge (see `gauge`) spreads the scale bytes over 2^±120 without touching any of this.
+x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns, but one row of x has none; A has at
+most two nonzeros ±1 a column and B at most two a row; all 16 codes are dense in W; biases are −4..4, gates 1 or 2, s a
+power of two. All sums are then small multiples of 1/4. A gauge (see `gauge`) spreads the scale bytes over 2^±120
+without touching any of this.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple
         bias = (torch.randint(-4, 5, (E, N), generator=draw) * gauge.t).to(own["expert_biases"])
     if case.gate_slots:
         gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
+    x = _dealt(case.input_rows, K, nonzeros, every, draw)
+    x[1:2] = 0.0  # as a padding token's row, which gets a bias all the same
     problem = Problem(
-        (_dealt(case.input_rows, K, nonzeros, every, draw) / gauge.u).to(case.dtype),
+        (x / gauge.u).to(case.dtype),
         MXWeights(packed, scales, K, N),
         case.k,
         *draw_routing(case, draw),

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.routing import ABOUT_TILES as ROWS_ABOUT_TILES
 from mxref.verification.cases.small import FULL_OF_COLUMNS
 
 FUSED = {"use_fused_dX": True, "use_fused_gather": True}
 LONG = Case("", 2, 32, 32, 24, 1, 4, data="balanced")
 """What one size at a time makes long, see `crossings`."""
+ABOUT_TILES = Case(
+    "integer, experts of about a tile", len(ROWS_ABOUT_TILES), 32, 32, sum(ROWS_ABOUT_TILES), 1, 2, data="integer",
+    scaling=0.5, bias=True, routing="about_tiles",
+)  # fmt: skip
 
 
 def ordinary(dtype: torch.dtype) -> list[Case]:
@@ -46,8 +51,21 @@ def ordinary(dtype: torch.dtype) -> list[Case]:
         like(small, "no LoRA", rank=0, bias=True, gate_slots=2),
         like(small, "scaling one third", scaling=1 / 3, data="balanced"),
         *crossings("", replace(LONG, dtype=dtype)),
+        *ends(dtype),
         like(small, "one token", tokens=1),
         like(small, "no tokens", tokens=0, bias=True),
+    ]
+
+
+def ends(dtype: torch.dtype) -> list[Case]:
+    """Numbers at both ends of a dtype's range, where every operand is there and every gradient is asked for."""
+    base = Case("", 4, 64, 96, 24, 2, 16, dtype, bias=True, gate_slots=2)
+    large = like(base, "results beyond fp16", data="large", gate_slots=0)
+    return [
+        like(base, "subnormal", data="subnormal"),
+        like(base, "subnormal dOut", data="tiny dOut"),
+        like(base, "infinity in dOut", special="inf dOut"),
+        *([large, like(large, "results beyond fp16, gates", gate_slots=2)] if dtype == torch.float16 else []),
     ]
 
 
@@ -57,6 +75,7 @@ def integers(dtype: torch.dtype) -> list[Case]:
     full = Case(
         "integer, a GPU full of columns", 2, 32, FULL_OF_COLUMNS, 6, 2, 0, dtype, data="integer", routing="sentinels"
     )
+    few = ROWS_ABOUT_TILES[:11]
     return [
         base,
         like(base, "integer, gates", gate_slots=2, scaling=2.0),
@@ -73,6 +92,7 @@ def integers(dtype: torch.dtype) -> list[Case]:
         *crossings("integer, ", replace(LONG, dtype=dtype, data="integer")),
         like(base, "integer, hundreds of experts", experts=260, K=32, N=32, tokens=40, top_k=1, rank=128),
         *([] if dtype == torch.float32 else [full]),  # interpreted, programs run one after another
+        like(ABOUT_TILES, "integer, few experts of about a tile", experts=11, tokens=sum(few), dtype=dtype),
     ]
 
 

@@ -8,6 +8,10 @@ from torch import Tensor
 from mxref.routing import flatten_sort_count
 from mxref.verification.cases.case import Case
 
+ABOUT_TILES = (1, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+"""Rows of each expert: as many as a tile may have, one fewer and one more. All are a whole number of tiles, as are the
+first eleven."""
+
 
 def draw_routing(case: Case, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """sorted_expert_idxs, sorted_scattered_idxs and expert_offsets of a drawn choice, int64.
@@ -32,6 +36,9 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
         return torch.full(shape, E // 2)
     if case.routing == "all_sentinels":
         return torch.full(shape, E)
+    if case.routing == "about_tiles":
+        own = torch.arange(E).repeat_interleave(torch.tensor(ABOUT_TILES[:E]))
+        return own[torch.randperm(own.numel(), generator=draw)].view(shape)
     allowed = torch.arange(E)
     if case.routing == "empty_experts":
         allowed = allowed[(allowed != 0) & (allowed != E // 2) & (allowed != E - 1)]

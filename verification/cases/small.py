@@ -128,17 +128,22 @@ def subset_cases(scope: Scope) -> list[Case]:
 
 
 def sequence_cases(scope: Scope) -> list[Case]:
-    """For sequences of calls: integer fixtures with sentinels, of a few tokens, parameters in a dtype of their own.
+    """For sequences of calls: integer fixtures with sentinels, of a few tokens.
 
-    With gates; and on dense weights, one expert's, in expert order. In 16 bits where they are judged.
+    With gates; and on dense weights, one expert's, in expert order. Where 16 bits are judged, those two in them, and
+    one more whose operands have one dtype, so that none is copied on its way.
     """
     base = replace(smallest(scope.dtypes[0]), name="sequences", tokens=6, routing="sentinels")
     gated = replace(base, experts=3, gate_slots=2)
     dense = replace(base, name="sequences, dense", experts=1, dense=True, grouped_out=True)
+    cases = [gated, dense]
     if len(scope.dtypes) > 1:
-        gated = replace(gated, dtype=torch.bfloat16, parameter_dtype=torch.float32)
-        dense = replace(dense, dtype=torch.float16, parameter_dtype=torch.bfloat16)
-    return [gated] if scope.suite == "small" else [gated, dense]
+        cases = [
+            replace(gated, dtype=torch.bfloat16, parameter_dtype=torch.float32),
+            replace(dense, dtype=torch.float16, parameter_dtype=torch.bfloat16),
+            replace(gated, name="sequences, one dtype"),
+        ]
+    return cases[:1] if scope.suite == "small" else cases
 
 
 def stack_cases(device_type: str) -> list[Case]:

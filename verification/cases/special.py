@@ -25,9 +25,10 @@ def as_asked(sample: Sample) -> Sample:
         operands |= _adapters(case, problem.lora_A, problem.lora_B)
     if case.nan_bias and problem.expert_biases is not None:
         operands["expert_biases"] = _with_nan(problem.expert_biases, problem.expert_biases.numel() // 2)
-    for name in ("sorted_expert_idxs", "sorted_scattered_idxs"):
-        operands[name] = getattr(problem, name).to(case.call.index)
-    operands["expert_offsets"] = problem.expert_offsets.to(case.call.offsets or case.call.index)
+    call = case.call
+    operands["sorted_expert_idxs"] = problem.sorted_expert_idxs.to(call.index)
+    operands["sorted_scattered_idxs"] = problem.sorted_scattered_idxs.to(call.positions or call.index)
+    operands["expert_offsets"] = problem.expert_offsets.to(call.offsets or call.index)
     weights = problem.expert_weights
     if isinstance(weights, MXWeights):
         operands["expert_weights"] = replace(weights, orig_dtype=case.quantised_from)

@@ -21,13 +21,17 @@ from mxref.verification.cases import named, small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import domain_cases
 from mxref.verification.cases.elements import element_cases, elements_to_128, every_element
-from mxref.verification.cases.named import FUSED, like
+from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.weights import MXLayout
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5, bias=True)
+_GATES = Case("integer, gates beyond fp16", 4, 64, 96, 20, 2, 4, _BF16, data="integer", scaling=0.5, gate_slots=2)
 _BEYOND_STAND_INS = (
-    Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5),
+    _ROWS,
+    replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=2, routing="sentinels"),
+    replace(_GATES, gate_exponent=20),
     Case("integer, K beyond 5760", 2, 6144, 32, 6, 2, 3, _BF16, data="integer", scaling=0.5),
     Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 3, _FP16, data="integer", scaling=0.5),
 )
@@ -40,12 +44,11 @@ _BEYOND_FP16 = Case(
 _TAGS = {_BF16: "bf16", _FP16: "fp16", _FP32: "fp32"}
 
 
-def decode_cases(suite: Suite, device_type: str) -> list[Case]:
-    """Every code with every scale byte, in each activation dtype that is judged on this device."""
-    if suite == "small":
-        return small.decode_cases(device_type)
-    dtypes = (_FP32,) if device_type == "cpu" else (_BF16, _FP16, _FP32)
-    return [case for dtype in dtypes for case in element_cases(dtype)]
+def decode_cases(scope: Scope) -> list[Case]:
+    """Every code with every scale byte, in each activation dtype that is judged."""
+    if scope.suite == "small":
+        return small.decode_cases(scope.device_type)
+    return [case for dtype in scope.dtypes for case in element_cases(dtype)]
 
 
 def narrow_decode_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -91,7 +94,7 @@ def fragment_cases(scope: Scope) -> list[Case]:
     dtype = small.usual_dtype(scope.device_type)
     if scope.suite == "small":
         return in_fragments([*small.integer_cases(scope.device_type), elements_to_128(dtype)])
-    decode = [elements_to_128(dtype), *decode_cases("quick", scope.device_type)]
+    decode = [elements_to_128(dtype), *decode_cases(scope)]
     integers = integer_cases("quick", scope.device_type)
     if scope.device_type == "cpu":
         return in_fragments([*decode, *_some(integers)])
@@ -116,12 +119,12 @@ def exact_cases(scope: Scope) -> list[Case]:
     if scope.suite == "quick" and scope.device_type == "cpu":
         fixtures = _some(fixtures)
     large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
-    beyond = [_BEYOND_FP16] if scope.suite != "small" and _FP16 in scope.dtypes else []
+    beyond = [_BEYOND_FP16, ABOUT_TILES] if scope.suite != "small" and _FP16 in scope.dtypes else []
     return [*fixtures, *large, *beyond, *(case for case in _domain(scope) if case.exact)]
 
 
 def _some(cases: Iterable[Case]) -> list[Case]:
-    kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates")
+    kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates", "about")
     return [case for case in cases if any(word in case.name for word in kept)]
 
 
@@ -134,7 +137,7 @@ def _rounded(scope: Scope) -> list[Case]:
     """The named cases in bf16, and long sums in fp16, for plain PyTorch on a CPU: interpreted kernels do not round."""
     if scope.suite == "small" or scope.device_type != "cpu" or scope.interpreted:
         return []
-    cases = [*named.ordinary(_BF16), *named.crossings("", replace(named.LONG, dtype=_FP16))]
+    cases = [*named.ordinary(_BF16), *named.crossings("", replace(named.LONG, dtype=_FP16)), *named.ends(_FP16)]
     return [like(case, f"{case.name}, {_TAGS[case.dtype]}") for case in cases if "tall" not in case.name]
 
 

@@ -108,4 +108,4 @@ def bytes_of(x: Tensor) -> Tensor:
     """The bytes of each element: uint8, one dimension more."""
     if not x.numel():  # whose strides may be any, and torch would want the last to be 1
         return x.new_empty(*x.shape, x.element_size(), dtype=torch.uint8)
-    return x.detach().flatten().view(torch.uint8).view(*x.shape, x.element_size())
+    return x.detach().contiguous().flatten().view(torch.uint8).view(*x.shape, x.element_size())

@@ -24,7 +24,7 @@ from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
 from mxref.verification.checks.ratios import log2_counts
-from mxref.verification.checks.strata import groups
+from mxref.verification.checks.strata import bounded, groups
 
 _BASE, _LORA, _TOTAL = range(3)
 _TERM = ("the base term", "LoRA's term", "the whole")
@@ -95,7 +95,7 @@ def _finding(case: str, tensor: str, got: Tensor, interval: Interval, fit: _Fit,
     excess = fit.excess()
     fitted, failed = int(torch.isfinite(fit.slope).sum()), int((excess > critical).sum())
     skipped = f"; {fit.skipped} strata with terms too alike for a joint fit" if fit.skipped else ""
-    lost = int((~torch.isfinite(got) & torch.isfinite(interval.exact)).sum())
+    lost = int((~torch.isfinite(got) & bounded(interval, got.dtype)).sum())
     details: dict[str, float | str] = {"slopes": fitted, "skipped strata": fit.skipped, "critical z": critical}
     for term, name in ((_TOTAL, "resolution"), (_LORA, "resolution, LoRA")):
         resolution = fit.resolution(critical, term)

@@ -125,7 +125,7 @@ CHECKS: tuple[Check, ...] = (
         "decode",
         "Every pair of an MXFP4 code and a scale byte, 16 × 256 of them, in every place of a block, is decoded through "
         "the products and compared with the value that the format defines.",
-        "one run", Asked.ANY, _named(suites.decode_cases), asking.once, equal,
+        "one run", Asked.ANY, suites.decode_cases, asking.once, equal,
     ),
     Check(
         "decode in 16 bits",
@@ -280,7 +280,8 @@ CHECKS: tuple[Check, ...] = (
 STATE = Check(
     "state",
     "After each case torch's global state is what it was before: default dtype and device, gradient mode, autocast, "
-    "deterministic mode, threads, products in TF32, subnormals, and random numbers, none of which the layer draws.",
+    "deterministic mode, threads, products in TF32, subnormals, modes, tracing, and random numbers, none of which the "
+    "layer draws.",
     "no run of its own", Asked.ANY,
 )  # fmt: skip
 """Held around every asking, see `gate.run`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, expert_order_gates, expert_order_inputs
+from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.metrics import ulp
 from mxref.verification.arithmetic.thresholds import (
     ANY,
@@ -22,6 +23,7 @@ from mxref.verification.arithmetic.thresholds import (
     copies,
     residual_variance,
 )
+from mxref.verification.checks.elements import stored
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.inherited import (
     Inherited,
@@ -107,12 +109,22 @@ def _residual(tensor: str, got: Tensor, expected: Expectation) -> _Residual:
         variance += torch.as_tensor(shared_by_ranks(expected)).square()
     variance *= copies(_unrounded(tensor, expected))
     sigma = (variance + _rows_rounding(tensor, expected)).sqrt()
-    usable = torch.isfinite(interval.exact) & torch.isfinite(got) & torch.isfinite(sigma)
+    usable = bounded(interval, got.dtype) & torch.isfinite(got) & torch.isfinite(sigma)
     # Held against the rounded reference: a sum that hardly leaves the grid (a bias and next to nothing, equal rows
     # under gates whose sum is 1) rounds back every time, and that is no slope of the candidate's.
     nearest = interval.exact.float().double() if dtype == torch.float32 else round_to(interval.exact, dtype)
     of_usable = ((got.double() - nearest) / sigma, 1 / sigma, variance.sqrt())
     return _Residual(*(torch.where(usable, x, 0.0) for x in of_usable))
+
+
+def bounded(interval: Interval, dtype: torch.dtype) -> Tensor:
+    """Where every accepted value of a result stored in `dtype` is finite.
+
+    What may round to infinity has no error to be measured: to leave out those alone that did would pull the mean of the
+    rest down.
+    """
+    ends = stored(interval, dtype)
+    return torch.isfinite(interval.exact) & torch.isfinite(ends.low) & torch.isfinite(ends.high)
 
 
 def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor | float:

@@ -11,7 +11,7 @@ from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.weights_behind import weight_at, weights_behind
 from mxref.verification.checks.finding import Finding
-from mxref.weights import MXWeights
+from mxref.weights import MXLayout, MXWeights
 
 _LAYOUTS = {
     "x": "layout of x",
@@ -20,6 +20,7 @@ _LAYOUTS = {
     "weights": "layout of weights",
     "dOut": "layout of dOut",
     "index": "indices",
+    "positions": "positions",
     "offsets": "offsets",
     "owner": "operands",
     "arguments": "arguments",
@@ -46,7 +47,9 @@ _OPTIONS = {
     "use_fused_dX": "use_fused_dX",
     "use_fused_gather": "use_fused_gather",
     "dense": "dense weights",
+    "layout": "packed in",
     "quantised_from": "quantised from",
+    "scale_bytes": "scale bytes",
 }
 
 
@@ -93,6 +96,8 @@ def _said(name: str, value: object) -> str:
 def _plain(value: object) -> str | int | float:
     if value is True:
         return "yes"
+    if isinstance(value, MXLayout):
+        return value.name
     if isinstance(value, int | float | str):
         return value
     if isinstance(value, tuple):

@@ -79,27 +79,36 @@ def judge(
     Raises:
         SharedMemoryError: it had too little memory for the candidate or for the reference; with `shared_memory` only.
     """
-    sample, before, code = item.sample, GlobalState.now(), code or OwnCode.now()
-    answers = item.checks[0].ask(candidate, sample)
+    sample, checks, before, code = item.sample, item.checks, GlobalState.now(), code or OwnCode.now()
+    question = _question(item)
+    answers = checks[0].ask(candidate, sample)
     changes = [*GlobalState.now().changes(before).values(), *code.restore()]
     before.restore()
+    if _question(item) != question:
+        changes.append("the question was changed, of which the candidate gets copies")
     if shared_memory and any(isinstance(answer.error, torch.OutOfMemoryError) for answer in answers):
         raise SharedMemoryError
     answered()
     try:
-        findings = _compare(item.checks, answers, _expectation(sample, candidate, how, slopes))
+        findings = _compare(checks, answers, _expectation(sample, candidate, how, slopes))
     except torch.OutOfMemoryError:
         if shared_memory:
             raise SharedMemoryError from None
         raise
-    by_interval = any(check.name == "interval" for check in item.checks)
+    by_interval = any(check.name == "interval" for check in checks)
     if by_interval and candidate.accumulation is None and not all(finding.ok for finding in findings):
         order_free = _expectation(sample, candidate, ACCUMULATIONS["undeclared"], slopes)
-        findings = _weaker(findings, _compare(item.checks, answers, order_free))
+        findings = _weaker(findings, _compare(checks, answers, order_free))
     if changes:
         reason = f"left changed what is not its own: {'; '.join(changes)}"
         findings.append(Finding(STATE.name, item.name, "all", Status.FAIL, reason, 0, 0))
     return [item.named(finding) for finding in findings]
+
+
+def _question(item: Item) -> tuple[object, ...]:
+    """What an item asks, to be compared with what it has become."""
+    sample = item.sample
+    return item.id, sample.checksum() if isinstance(sample, Sample) else None
 
 
 def _expectation(sample: object, candidate: Candidate, how: Accumulation, slopes: int | None) -> Expectation | object:

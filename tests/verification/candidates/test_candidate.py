@@ -17,6 +17,7 @@ import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
+from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
@@ -75,12 +76,23 @@ def test_a_keyword_the_callable_lacks_is_a_failure_where_a_call_needs_it() -> No
     [
         (lambda **operands: mxref.parallel_linear_lora(**operands).detach(), "declare `--covers forward`"),
         (lambda **operands: mxref.parallel_linear_lora(**operands)[:-1], "Y has shape (8, 96); expected (9, 96)"),
+        (lambda **operands: mxref.parallel_linear_lora(**operands).half(), "torch.float16; expected torch.float32"),
     ],
 )
 def test_what_cannot_be_judged_fails(call: Any, reason: str) -> None:
     (finding,) = ask("interval", Candidate("unusable", call), draw(SMALL))
     assert finding.status is Status.FAIL
     assert reason in finding.reason
+
+
+def test_a_wider_output_is_none_either() -> None:
+    """Not even of no rows: the next operation would be another one."""
+    wide = Candidate("wide", lambda **operands: mxref.parallel_linear_lora(**operands).float())
+    for tokens in (0, 9):
+        (finding,) = ask("interval", wide, draw(replace(SMALL, dtype=torch.bfloat16, tokens=tokens)))
+        assert (finding.status, finding.reason) == (
+            Status.FAIL, "returned torch.float32; expected torch.bfloat16, that of inputs"
+        )  # fmt: skip
 
 
 def test_torch_s_own_not_implemented_error_is_no_declining() -> None:
@@ -106,6 +118,17 @@ def test_a_backward_pass_may_decline_too() -> None:
     candidate = Candidate("half", lambda **operands: Half.apply(mxref.parallel_linear_lora(**operands)))
     (finding,) = ask("interval", candidate, draw(SMALL))
     assert (finding.status, finding.reason) == (Status.NOT_COVERED, "gradients")
+
+
+def test_a_backward_pass_that_sets_a_gradient_itself_fails() -> None:
+    def assigning(lora_A: Tensor, **operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(lora_A=lora_A, **operands)
+        y.register_hook(lambda dOut: setattr(lora_A, "grad", torch.zeros_like(lora_A)))  # type: ignore[no-untyped-call]
+        return y
+
+    (finding,) = ask("interval", Candidate("assigning", assigning), draw(SMALL))
+    assert finding.status is Status.FAIL
+    assert "sets lora_A.grad itself" in finding.reason
 
 
 def test_the_candidate_works_on_copies() -> None:
@@ -203,3 +226,14 @@ part.mxref_covers = "gates=purple"
         file.write_text(source)
         with pytest.raises(ValueError, match="does not import"):
             load(f"{file}:layer")
+
+
+def test_the_call_that_looks_for_an_interpreter_leaves_no_state_changed() -> None:
+    """What it left would be taken for what was there before the first item."""
+
+    def leaks(**operands: Any) -> Tensor:
+        torch.use_deterministic_algorithms(True)
+        return mxref.parallel_linear_lora(**operands)
+
+    assert not runs_interpreted(Candidate("leaks", leaks), torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()

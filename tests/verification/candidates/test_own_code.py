@@ -13,8 +13,10 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.starting_point import layer
 from mxref.verification.cases.case import Case
-from mxref.verification.checks import elements
+from mxref.verification.checks import drift, elements
 from mxref.verification.checks.expectation import Expectation
+from mxref.verification.checks.finding import Status
+from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate.plan import plan_cases
 from mxref.verification.gate.run import judge
 
@@ -42,6 +44,48 @@ def test_a_function_s_code_counts_too() -> None:
     elements.compare.__code__ = _other.__code__
     assert code.restore() == ["mxref.verification.checks.elements.compare was replaced"]
     assert elements.compare.__code__ is before
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "told"),
+    [
+        (Status, "FAIL", "finding.Status.FAIL"),
+        (Status.FAIL, "_value_", "finding.Status._value_"),
+        (drift, "SINGULAR", "drift.SINGULAR"),
+        (CHECKS[0], "compare", "registry.Check.compare"),
+    ],
+)
+def test_constants_and_members_and_what_a_list_holds_count_too(holder: Any, name: str, told: str) -> None:
+    code, before = OwnCode.now(), getattr(holder, name)
+    (type if isinstance(holder, type) else object).__setattr__(holder, name, _other)
+    assert code.restore() == [f"mxref.verification.checks.{told} was replaced"]
+    assert getattr(holder, name) is before
+    assert code.restore() == []
+
+
+def test_a_candidate_that_changes_the_question_fails() -> None:
+    """The sample lies in its process, where a garbage collector finds it."""
+
+    def call(**operands: Any) -> torch.Tensor:
+        assert item.sample.problem.lora_B is not None
+        item.sample.problem.lora_B.data.zero_()
+        return layer(**operands | {"lora_B": operands["lora_B"] - operands["lora_B"].detach()})
+
+    [item] = plan_cases([Case("one", data="integer", scaling=0.5)], torch.device("cpu"), 0)
+    findings = judge(item, Candidate("asker", call), default_accumulation(torch.device("cpu")))
+    wrong = [finding for finding in findings if not finding.ok]
+    assert [finding.check for finding in wrong] == ["state"]
+    assert "the question was changed" in wrong[0].reason
+
+
+def test_a_candidate_that_takes_the_checks_out_of_its_item_is_judged_all_the_same() -> None:
+    def call(**operands: Any) -> torch.Tensor:
+        vars(item)["checks"] = ()
+        return 2 * layer(**operands)
+
+    [item] = plan_cases([Case("one", data="integer", scaling=0.5)], torch.device("cpu"), 0)
+    findings = judge(item, Candidate("empty", call), default_accumulation(torch.device("cpu")))
+    assert "integer" in {finding.check for finding in findings if not finding.ok}
 
 
 def test_a_candidate_that_judges_itself_fails() -> None:

@@ -11,9 +11,10 @@ from mxref.scattermoe import RoundingPoints, backward, forward
 from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import combinations_of, covering_array, legal_pairs
-from mxref.verification.cases.domain import DIMENSIONS, EXCLUDED, Class, Dimension, Exclusion, dimensions_for
+from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension, dimensions_for
 from mxref.verification.cases.domain_cases import domain_cases
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.exclusions import EXCLUDED, Exclusion
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
 from mxref.verification.cases.suites import exact_cases, ordinary_cases
@@ -102,13 +103,18 @@ def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -
         problem = sample.problem
         assert (problem.gates is None) == (classes["gates"] == "none")
         assert (problem.lora_A is None) == (classes["adapters"] == "none")
-        assert (problem.sorted_expert_idxs.dtype == torch.int32) == classes["indices"].startswith("int32")
-        assert (problem.expert_offsets.dtype == torch.int32) == (classes["indices"] == "int32")
+        dtypes = problem.sorted_expert_idxs.dtype, problem.sorted_scattered_idxs.dtype, problem.expert_offsets.dtype
+        int32s = {"int32": 3, "int32, offsets int64": 2, "int64, others int32": 2}.get(classes["indices"], 0)
+        assert dtypes.count(torch.int32) == int32s
+        assert (dtypes[0] == torch.int32) == classes["indices"].startswith("int32")
         if problem.gates is not None and problem.P > 2 and not bool(problem.gates.isnan().any()):
             signs = {"negative": (True, False), "some zero": (False, True)}.get(classes["gates"], (False, False))
             gates = problem.gates
             assert (bool((gates < 0).any()), bool((gates == 0).any())) == signs, case
-            assert gates.shape[1] == (1 if classes["gates"] == "one a row" else case.top_k)
+            if classes["gates"] == "another number a token":
+                assert gates.shape[1] not in (1, case.top_k), case
+            else:
+                assert gates.shape[1] == (1 if classes["gates"] == "one a row" else case.top_k)
         if classes["fan out"] == "a row a slot":
             assert problem.k == 1
         if problem.lora_A is not None and problem.lora_A.numel() and problem.lora_B is not None:
@@ -142,7 +148,8 @@ def test_a_rounding_to_infinity_is_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", ["contiguous", "transposed", "sliced", "padded", "offset", "expanded", "one column", "one number"]
+    "layout",
+    ["contiguous", "transposed", "sliced", "padded", "offset", "apart", "expanded", "one column", "one number"],
 )
 def test_layouts_hold_the_same_values_in_other_places(layout: str) -> None:
     alike = {"expanded": torch.arange(4.0), "one column": torch.arange(3.0)[:, None], "one number": torch.tensor(2.0)}
@@ -158,6 +165,7 @@ def test_layouts_hold_the_same_values_in_other_places(layout: str) -> None:
         "one column": laid.stride() == (1, 0),
         "one number": laid.stride() == (0, 0),
         "offset": laid.is_contiguous() and laid.storage_offset() == 13,
+        "apart": laid.stride() == (8, 1) and laid.storage_offset() == 4,
         "expanded": laid.stride() == (0, 1),
     }
     assert found[layout]

@@ -203,3 +203,15 @@ def test_a_smaller_batch_keeps_its_rows() -> None:
         findings = ask("rows", pinned, sample)
         assert failed(findings) == set()
         assert all(finding.elements for finding in findings)
+
+
+@SAMPLES
+def test_gradients_may_lie_in_memory_with_any_strides(sample: Sample) -> None:
+    def strided(inputs: Tensor, **operands: Any) -> Tensor:
+        return layer(inputs=Gradient.apply(inputs, lambda g: torch.stack((g, g), -1)[..., 0]), **operands)
+
+    findings = [
+        f for check in ("poison", "second backward", "determinism") for f in ask(check, candidate(strided), sample)
+    ]
+    assert findings
+    assert [str(finding) for finding in findings if not finding.ok] == []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
@@ -15,6 +17,7 @@ from mxref.verification.arithmetic.thresholds import critical_z
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare
 from mxref.verification.candidates.shipped import golden
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
@@ -23,6 +26,7 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate import run as run_module
 from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
+from mxref.verification.gate.problem import problem_of
 from mxref.verification.gate.result import GateResult
 from mxref.verification.gate.run import run_gate
 
@@ -188,3 +192,34 @@ def test_a_failure_carries_its_problem_and_its_identifier() -> None:
     sizes = {"E": 2, "K": 64, "N": 96, "M": 9, "k": 2, "r": 4, "dtype": "float32", "seed": 3, "biases": "yes"}
     assert failed[0].problem.items() >= sizes.items()
     assert plan_cases([SMALL], CPU, 4)[0].id != items[0].id
+
+
+def test_whatever_a_case_varies_is_told_with_a_failure() -> None:
+    usual = Case("usual")
+    told = problem_of(usual, 0)
+    sizes = {"name", "experts", "K", "N", "tokens", "top_k", "rank", "dtype", "scaling", "covers", "call"}
+    for field in fields(Case):
+        if field.name not in sizes:
+            assert problem_of(replace(usual, **{field.name: "another"}), 0).items() - told.items(), field.name
+    for field in fields(Call):
+        another = replace(usual, call=replace(usual.call, **{field.name: "another"}))
+        assert problem_of(another, 0).items() - told.items(), field.name
+
+
+def test_modes_and_tracing_that_are_left_active_are_findings_and_end() -> None:
+    class Quiet(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    def leaks(**operands: Any) -> Tensor:
+        Quiet().__enter__()
+        sys.setprofile(lambda *event: None)
+        return mxref.parallel_linear_lora(**operands)
+
+    before = sys.getprofile()
+    findings = judged(Candidate("leaks", leaks), SMALL).findings
+    (state,) = (finding for finding in findings if finding.check == "state")
+    assert "active modes changed" in state.reason
+    assert "tracing changed" in state.reason
+    assert torch._C._len_torch_function_stack() == 0
+    assert sys.getprofile() is before

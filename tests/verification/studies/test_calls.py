@@ -10,7 +10,8 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.cases.domain import DIMENSIONS, EXCLUDED
+from mxref.verification.cases.domain import DIMENSIONS
+from mxref.verification.cases.exclusions import EXCLUDED
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cli import main
 from mxref.verification.gate.plan import plan

@@ -74,7 +74,7 @@ dense = bug("dense weights read as contiguous", _NO_STRIDES, weights="dense")(
 )
 dense_turned = bug(
     "dense weights read as a transposed view", "takes dense weights for a view of [E, N, K], as its own loader makes",
-    weights="dense, contiguous",
+    weights="dense, transposed",
 )(_misread(lambda W: as_if_contiguous(W).view(W.shape[0], W.shape[2], W.shape[1]).mT, "expert_weights"))  # fmt: skip
 dOut = bug("dOut read as contiguous", _NO_STRIDES, layout_of_dOut="transposed")(_misread_dOut(as_if_contiguous))
 

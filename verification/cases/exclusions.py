@@ -1,0 +1,78 @@
+"""Classes of the domain's dimensions that no call can have together, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Classes of two dimensions that no call can have together, and why."""
+
+    first: str
+    classes: tuple[str, ...]
+    second: str
+    others: tuple[str, ...]
+    why: str
+
+
+_DRAWN = ("ordinary", "off every grid", "subnormal", "scales far apart", "scales at both ends")
+_NO_ROW = ("NaN in a row", "inf in a row", "NaN in dOut", "inf in dOut", "NaN in a remote row")
+_REPEATED = ("expanded", "one column", "one number")
+_GATES = ("another number a token", "positive", "negative", "some zero", "one a row", "one NaN", "subnormal in fp16")
+_OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
+_WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("backward pass", ("one by one", "create_graph")), ("context", ("checkpoint", "saved elsewhere")),
+    ("layout of dOut", ("transposed", "sliced", "padded", "offset", *_REPEATED)),
+)  # fmt: skip
+
+EXCLUDED: tuple[Exclusion, ...] = (
+    Exclusion("gates", _GATES, "output order", ("by expert",), "the gated sum needs rows by position"),
+    Exclusion("adapters", ("far above", "subnormal A"), "values", tuple(c for c in _DRAWN if c != "ordinary"),
+              "both choose the kind of numbers"),
+    Exclusion("adapters", _OVERFLOWING, "values", _DRAWN, "rounding to infinity is judged where sums are exact"),
+    Exclusion("adapters", _OVERFLOWING, "scaling", ("a third", "sixteen thirds"), "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "layout of x", ("expanded",), "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "layout of A and B", ("expanded",), "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "layout of dOut", _REPEATED, "no exact sum"),
+    Exclusion("values", ("off every grid",), "dtype", ("bf16", "fp16"), "16-bit activations lie on a grid"),
+    Exclusion("values", ("off every grid",), "parameters", ("fp32", "adapters in fp32"),
+              "the same as the activations' dtype"),
+    Exclusion("values", ("NaN in a remote row",), "routing",
+              ("uniform", "empty experts", "one takes all", "an expert twice", "descending positions"),
+              "no row is remote"),
+    Exclusion("values", _NO_ROW, "rows", ("none",), "there is no row"),
+    Exclusion("values", ("NaN in a row", "inf in a row", "NaN in a remote row"), "layout of x", ("expanded",),
+              "all rows are the same"),
+    Exclusion("values", ("NaN in dOut", "inf in dOut", "NaN in a remote row"), "layout of dOut",
+              _REPEATED, "all rows or columns are the same"),
+    Exclusion("values", ("NaN in a remote row",), "layout of biases and gates", ("expanded",), "all rows are the same"),
+    Exclusion("values", ("scales far apart", "scales at both ends"), "layout of dOut",
+              ("one column", "one number"), "columns differ by more than the range of a sum"),
+    Exclusion("values", ("scales far apart", "scales at both ends"), "layout of A and B", ("expanded",),
+              "rows of B differ by more than the range of a sum"),
+    Exclusion("adapters", ("NaN in A", "B zero, NaN in A", "NaN in B"), "layout of A and B", ("expanded",),
+              "all rows are the same"),
+    Exclusion("biases", ("one NaN",), "layout of biases and gates", ("expanded",), "all rows are the same"),
+    Exclusion("gates", ("some zero", "negative", "one NaN"), "layout of biases and gates", ("expanded",),
+              "all rows are the same"),
+    Exclusion("values", ("NaN expert",), "weights", ("dense, expanded",), "all experts are the same"),
+    Exclusion("parameters", ("fp32", "adapters in fp32"), "dtype", ("fp32",), "the same as the activations' dtype"),
+    Exclusion("parameters", ("bf16",), "dtype", ("bf16",), "the same as the activations' dtype"),
+    Exclusion("parameters", ("fp16",), "dtype", ("fp16",), "the same as the activations' dtype"),
+    Exclusion("input order", ("by expert",), "fan out", ("a row a slot",), "it is so in expert order"),
+    Exclusion("experts", ("one",), "routing", ("empty experts",), "all rows would be nobody's"),
+    Exclusion("experts", ("hundreds",), "K", ("2880",), "weights of 10 GB and more; the full suite has real shapes"),
+    Exclusion("experts", ("hundreds",), "N", ("5760",), "weights of 10 GB and more; the full suite has real shapes"),
+    Exclusion("experts", ("hundreds",), "rank", ("largest",), "adapters of 30,000 rows; a named case has them"),
+    Exclusion("gradient mode", ("no_grad", "inference"), "gradients",
+              ("all but dX", "dX alone", "dA alone", "dB alone", "dX and dB", "biases and gates"),
+              "no gradient is asked for"),
+    *(Exclusion(first, none, dimension, classes, "there is no backward pass")
+      for first, none in (("gradient mode", ("no_grad", "inference")), ("gradients", ("none",)))
+      for dimension, classes in _WITHOUT_BACKWARD),
+    Exclusion("rows", ("more than 2^16",), "N", ("5760",), "3 GB a tensor in the golden model's fp64"),
+    Exclusion("rows", ("more than 2^16",), "K", ("2880",), "2 GB a tensor in the golden model's fp64"),
+    Exclusion("adapters", ("none",), "gradients", ("dA alone", "dB alone"), "there is no adapter"),
+)  # fmt: skip
+"""Pairs of classes that are no legal call, or no different one."""
