@@ -76,8 +76,11 @@ class GlobalState:
             torch._C._pop_torch_function_stack()
         while torch._C._len_torch_dispatch_stack() > self.active_modes[1]:
             torch._C._pop_torch_dispatch_stack()
-        sys.settrace(self.tracing[0])
-        sys.setprofile(self.tracing[1])
+        traces, profiles = self.tracing
+        if sys.gettrace() is not traces:
+            sys.settrace(traces)
+        if sys.getprofile() is not profiles:  # cProfile is there without being callable
+            sys.setprofile(profiles)
 
 
 def _plain(value: Any) -> str:

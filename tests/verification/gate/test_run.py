@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from cProfile import Profile
 from dataclasses import fields, replace
 from typing import Any
 
@@ -223,3 +224,10 @@ def test_modes_and_tracing_that_are_left_active_are_findings_and_end() -> None:
     assert "tracing changed" in state.reason
     assert torch._C._len_torch_function_stack() == 0
     assert sys.getprofile() is before
+
+
+def test_a_profiler_of_the_caller_s_goes_on() -> None:
+    with Profile() as profile:
+        findings = judged(golden(), SMALL).findings
+        assert sys.getprofile() is profile
+    assert all(finding.ok for finding in findings)
