@@ -49,7 +49,7 @@ def test_an_honest_product_passes_within_what_it_covers(name: str, backward: boo
     cases = [item.case for item in items if isinstance(item.case, Case)]
     assert len(cases) > 15
     assert {case.grouped_in for case in cases} == {case.grouped_out for case in cases} == {False, True}
-    assert max(case.k for case in cases) > 2
+    assert {case.k for case in cases} >= {1, 2}
     assert any(finding.tensor == "dX" for finding in result.findings) is backward
 
 
