@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path as File
-from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
 from benchmarks import BASE, BASE_DX, BASE_FORWARD, CPU, EFFORT, GOLDEN, STEP, TINY, FakeClock, fixed_ceilings, green
+from foreign_packages import on_path, write_humming, write_unsloth
 
 from mxref.verification.bench import paths
 from mxref.verification.bench.benchmark import run_benchmark
@@ -143,55 +143,29 @@ def test_the_host_is_timed_in_turns_and_without_gradients(monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def fake_humming(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package with humming's layer, which decodes with the golden model."""
-    (tmp_path / "humming").mkdir()
-    (tmp_path / "humming" / "__init__.py").touch()
-    (tmp_path / "humming" / "layer.py").write_text(
-        dedent("""
-            import torch
-            from mxref import MXWeights, decode_mxfp4
-            class HummingLayer(torch.nn.Module):
-                def __init__(self, shape_n, shape_k, weight_config, num_experts, torch_dtype):
-                    super().__init__()
-                    assert weight_config == {"quant_method": "mxfp4"}
-                    self.sizes, self.dtype = (num_experts, shape_k, shape_n), torch_dtype
-                def load_from_tensors(self, tensors):
-                    self.tensors = tensors
-                def transform(self):
-                    E, K, N = self.sizes
-                    weights = MXWeights(self.tensors["weight"], self.tensors["weight_scale"], K, N)
-                    self.dense = decode_mxfp4(weights, self.dtype)
-                def forward(self, x, expert_layout, top_k, compute_config):
-                    assert (top_k, compute_config) == (1, {"gemm_type": "grouped_contiguous"})
-                    parts = [x[a:b] @ w.T for a, b, w in zip(expert_layout, expert_layout[1:], self.dense)]
-                    return torch.cat(parts)
-        """)
-    )
-    (tmp_path / "humming_kernels-0.1.19.dist-info").mkdir()
-    (tmp_path / "humming_kernels-0.1.19.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: humming-kernels\nVersion: 0.1.19\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "humming"]:
-        del sys.modules[name]
+def packages(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    write_humming(tmp_path)
+    write_unsloth(tmp_path)
+    yield from on_path(tmp_path, monkeypatch)
 
 
-@pytest.mark.usefixtures("fake_humming")
-def test_humming_gets_our_bytes_and_computes_the_forward_product() -> None:
+@pytest.mark.usefixtures("packages")
+def test_packed_products_of_others_get_our_bytes_and_are_timed() -> None:
     found, absent = peers()
-    (peer,) = [path for path in found if path.package == "humming-kernels"]
-    rows = time_shape(TINY, [peer], CPU, FakeClock(), EFFORT, PRODUCTS)
+    products = [path for path in found if path.package in ("humming-kernels", "unsloth_zoo")]
+    rows = time_shape(TINY, products, CPU, FakeClock(), EFFORT, PRODUCTS)
     assert [(row.measure, row.path, row.status) for row in rows] == [
         ("base forward", "composite", "ok"),
+        ("base forward", "unsloth, MXFP4", "ok"),
         ("base forward", "humming, MXFP4", "ok"),
         ("base dX", "composite", "ok"),
+        ("base dX", "unsloth, MXFP4", "ok"),
     ]
-    assert about_peers([peer, GOLDEN]) == {
-        "humming, MXFP4": "humming-kernels 0.1.19, its packed MXFP4 product, forward only"
+    assert about_peers([*products, GOLDEN]) == {
+        "unsloth, MXFP4": "unsloth_zoo 2026.10.9, its packed MXFP4 product",
+        "humming, MXFP4": "humming-kernels 0.1.19, its packed MXFP4 product, forward only",
     }
-    assert "humming" not in absent
+    assert not {"humming", "unsloth"} & set(absent)
 
 
 def test_a_peer_that_cannot_be_timed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

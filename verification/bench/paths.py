@@ -6,13 +6,10 @@ TRITON_INTERPRET=1 must be set before this module is imported, since it imports 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from pathlib import Path as File
 from typing import Any
 
 import torch
@@ -25,7 +22,7 @@ from mxref.kernels.device.dequant import active_or_sentinel
 from mxref.kernels.device.launch import architecture
 from mxref.kernels.device.schedule import Routing
 from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
-from mxref.verification.candidates import foreign
+from mxref.verification.candidates import foreign, packed_products
 from mxref.weights import MXLayout, MXWeights
 
 TUNING = 10.0
@@ -250,49 +247,25 @@ def _axolotl(tuning: float) -> list[Path]:
 
 
 def _unsloth() -> list[Path]:
-    """Unsloth-zoo's packed product, which has no adapters. Only its file is loaded, not the patches around it."""
-    spec = importlib.util.find_spec("unsloth_zoo")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("unsloth_zoo is not installed")
-    file = File(spec.submodule_search_locations[0]) / "mxfp4_gemm.py"
-    own = importlib.util.spec_from_file_location("_mxref_unsloth_mxfp4_gemm", file)
-    if not file.is_file() or own is None or own.loader is None:
-        raise ImportError("this unsloth_zoo has no packed MXFP4 product")
-    module = importlib.util.module_from_spec(own)
-    sys.modules[own.name] = module
-    own.loader.exec_module(module)
+    """Unsloth-zoo's packed product, which has no adapters."""
 
     def packed(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
-        blocks, scales = operands["expert_weights"].to_gpt_oss()
-        ends = operands["expert_offsets"]
-        counts = torch.diff(ends, prepend=ends.new_zeros(1)).int()
-        return {"x": operands["inputs"], "blocks": blocks, "scales": scales, "counts": counts}
+        named = ("inputs", "expert_weights", "expert_offsets")
+        return packed_products.unsloth_operands(*(operands[name] for name in named))
 
-    product = module.mxfp4_expert_grouped_mm
+    product = packed_products.load_unsloth()
     base: dict[str, Any] = {"ours": False, "parts": ("base",), "package": "unsloth_zoo"}
     return [Path("unsloth, MXFP4", "its packed MXFP4 product", product, packed, **base)]
 
 
 def _humming() -> list[Path]:
     """Humming's packed product, which has no backward pass. It repacks the weights once and compiles at first use."""
-    layer = importlib.import_module("humming.layer").HummingLayer
+    packed_products.load_humming()
 
     def packed(operands: Operands, dense: Callable[[], Tensor]) -> Operands:
-        weights, x = operands["expert_weights"], operands["inputs"]
-        own = layer(
-            shape_n=weights.N,
-            shape_k=weights.K,
-            weight_config={"quant_method": "mxfp4"},
-            num_experts=weights.E,
-            torch_dtype=x.dtype,
-        ).to(x.device)
-        own.load_from_tensors({"weight": weights.packed.clone(), "weight_scale": weights.scales.clone()})
-        own.transform()
-        return {"layer": own, "x": x, "ends": torch.nn.functional.pad(operands["expert_offsets"].long(), (1, 0))}
+        x, ends = operands["inputs"], packed_products.humming_ends(operands["expert_offsets"])
+        return {"layer": packed_products.humming_layer(operands["expert_weights"], x.dtype), "x": x, "ends": ends}
 
-    def product(*, layer: Any, x: Tensor, ends: Tensor) -> Tensor:
-        y: Tensor = layer(x, expert_layout=ends, top_k=1, compute_config={"gemm_type": "grouped_contiguous"})
-        return y
-
+    product = packed_products.humming_product
     base: dict[str, Any] = {"ours": False, "parts": ("base",), "backward": False, "package": "humming-kernels"}
     return [Path("humming, MXFP4", "its packed MXFP4 product, forward only", product, packed, **base)]

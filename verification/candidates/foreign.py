@@ -4,7 +4,7 @@
     axolotl      axolotl's ScatterMoELoRA on its own MXWeights
 
 Their authors declare nothing; what is said here about their arithmetic was read in their code. Both callables carry
-it as attributes, so `mxref gate --kernel mxref.verification.outside:axolotl` judges one alone.
+it as attributes, so `mxref gate --kernel axolotl` judges one alone. See also `packed_products` and `peft_layer`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mxref.not_covered import NotCovered
 from mxref.verification.arithmetic.accumulation import Accumulation
+from mxref.verification.candidates.row_order import RowOrder
 from mxref.weights import MXWeights
 
 
@@ -77,14 +78,10 @@ def grouped_mm(
     """
     dtype, E = inputs.dtype, expert_offsets.numel()
     dense = torchao_decode(expert_weights, dtype).mT if isinstance(expert_weights, MXWeights) else expert_weights
-    ends, order = expert_offsets.int(), sorted_scattered_idxs.long()
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
+    ends = expert_offsets.int()
     owned = sorted_expert_idxs < E if sentinels else None  # in expert order
-    if grouped_in:
-        x = _expert_order(inputs, owned)
-    else:
-        x = _gather(inputs, order, inverse, k, owned)
+    rows = RowOrder.of(sorted_scattered_idxs, k, owned)
+    x = rows.by_expert(inputs, grouped_in)
     y = torch._grouped_mm(x, dense, offs=ends)
     if lora_A is not None and lora_B is not None:
         A = lora_A.to(dtype).reshape(E, -1, lora_A.shape[1])
@@ -100,7 +97,7 @@ def grouped_mm(
         y = y.masked_fill(~owned[:, None], 0.0)
     if grouped_out:
         return y
-    y = _gather(y, inverse, order, 1, None)
+    y = rows.by_position(y)
     if gates is None:
         return y
     slots = y.view(*gates.shape, y.shape[1])
@@ -109,43 +106,6 @@ def grouped_mm(
 
 grouped_mm.mxref_points = ("lora-after-output", "scaling-in-B")  # type: ignore[attr-defined]
 grouped_mm.mxref_decode = torchao_decode  # type: ignore[attr-defined]
-
-
-class _Gathered(torch.autograd.Function):
-    """x[index // fan], whose gradient is a gather too: g[inverse], summed over each row's `fan` uses in fp32.
-
-    Autograd's own gradient of indexing sorts, and rounds after every addition.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, fan: int, owned: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inverse, owned)
-        ctx.fan = fan
-        return x[index // fan if fan > 1 else index]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inverse, owned = ctx.saved_tensors
-        rows = gradient[inverse]
-        if owned is not None:
-            rows.masked_fill_(~owned[inverse][:, None], 0.0)
-        if ctx.fan > 1:
-            rows = rows.view(-1, ctx.fan, rows.shape[1]).sum(1)
-        return rows, None, None, None, None
-
-
-class _Grouped(torch.autograd.Function):
-    """x itself; its gradient is zero where no expert owns the row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, owned: Tensor | None) -> Tensor:
-        ctx.save_for_backward(owned)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (owned,) = ctx.saved_tensors
-        return (gradient if owned is None else gradient.masked_fill(~owned[:, None], 0.0)), None
 
 
 class _BiasRows(torch.autograd.Function):
@@ -164,8 +124,6 @@ class _BiasRows(torch.autograd.Function):
         return torch._grouped_mm(ones.mT, gradient, offs=ends)[:, 0], None, None
 
 
-_gather: Callable[..., Tensor] = _Gathered.apply
-_expert_order: Callable[..., Tensor] = _Grouped.apply
 _bias_rows: Callable[..., Tensor] = _BiasRows.apply
 
 

@@ -8,7 +8,7 @@ from importlib import import_module, metadata
 
 import torch
 
-from mxref.verification.candidates import foreign
+from mxref.verification.candidates import foreign, packed_products, peft_layer
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import load
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
@@ -53,6 +53,21 @@ def _axolotl(device: torch.device) -> Candidate:
     return load(f"{foreign.__name__}:axolotl")
 
 
+def _unsloth(device: torch.device) -> Candidate:
+    packed_products.load_unsloth()
+    return load(f"{packed_products.__name__}:unsloth")
+
+
+def _humming(device: torch.device) -> Candidate:
+    packed_products.load_humming()
+    return load(f"{packed_products.__name__}:humming")
+
+
+def _peft(device: torch.device) -> Candidate:
+    import_module("peft")
+    return load(f"{peft_layer.__name__}:peft")
+
+
 def _grouped_mm(device: torch.device) -> Candidate:
     import_module("torchao")
     return load(f"{foreign.__name__}:grouped_mm")
@@ -64,6 +79,9 @@ OWN = "mxref.kernels"
 ENTRIES: dict[str, Entry] = {
     OWN: Entry("this project's Triton kernels", shipped, "mxref"),
     "axolotl": Entry("ScatterMoELoRA on MXWeights, Triton", _axolotl, "axolotl", ("cuda",)),
+    "unsloth": Entry("its packed product, Triton", _unsloth, "unsloth_zoo", ("cuda",)),
+    "humming": Entry("its packed product, CUDA, forward", _humming, "humming-kernels", ("cuda",)),
+    "peft": Entry("LoRA in a dense expert parameter", _peft, "peft"),
     "grouped_mm": Entry("torchao dequantize + torch._grouped_mm", _grouped_mm, "torchao"),
     "composite": Entry("plain PyTorch, fp32 products", lambda _: torch_composite(), "torch"),
     "golden": Entry("the golden model, fp64", lambda _: golden(), "mxref"),

@@ -4,14 +4,17 @@ forward                no gradients
 one backward           no second backward pass over a retained graph, as in what torch.compile makes
 gates=none             one class, or several: routing=uniform|empty experts
 rank>=16               a number: rows, experts, K, N, rank or slots; also <=, = and a|b
+N%8                    a multiple of a number
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any
 
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension
 
@@ -24,7 +27,7 @@ _NUMBERS: dict[str, Callable[[Case], int]] = {
     "slots": lambda case: case.top_k,
 }
 
-_FORM = re.compile(r"\s*([\w ]+?)\s*(>=|<=|=)\s*(.+?)\s*")
+_FORM = re.compile(r"\s*([\w ]+?)\s*(>=|<=|=|%)\s*(.+?)\s*")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Condition:
 
     Attributes:
         dimension: its name.
-        relation: "=", ">=" or "<=".
+        relation: "=", ">=", "<=" or "%", a multiple of.
         values: class names, or numbers as text.
     """
 
@@ -45,7 +48,12 @@ class Condition:
         """Whether a case lies within."""
         if self.dimension in _NUMBERS and all(value.isdigit() for value in self.values):
             number, bounds = _NUMBERS[self.dimension](case), [int(value) for value in self.values]
-            return {"=": number in bounds, ">=": number >= bounds[0], "<=": number <= bounds[0]}[self.relation]
+            return {
+                "=": number in bounds,
+                ">=": number >= bounds[0],
+                "<=": number <= bounds[0],
+                "%": number % max(bounds[0], 1) == 0,
+            }[self.relation]
         covered = dict(case.covers).get(self.dimension)
         return (covered or _class_of(case, self.dimension)) in self.values
 
@@ -76,6 +84,12 @@ class Subset:
         """The case without what is not covered of every case."""
         return replace(case, call=replace(case.call, needs=())) if self.forward else case
 
+    def fitted(self, case: Case) -> Case:
+        """A case that is there to hold a candidate against itself, so that it lies within where it can."""
+        for condition in self.conditions:
+            case = case if condition.holds(case) else _moved(case, condition)
+        return case
+
     def within(self, dimensions: list[Dimension]) -> list[Dimension]:
         """The dimensions with the classes that some case within can have."""
         kept = []
@@ -95,17 +109,32 @@ def parse_subset(text: str) -> Subset:
         ValueError: a condition is not understood, or names no dimension or class of the domain.
     """
     conditions, words = [], set[str]()
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in _parts(text):
         if part in ("forward", "one backward"):
             words.add(part)
             continue
         form = _FORM.fullmatch(part)
         if form is None:
-            raise ValueError(f"{part!r} is no condition; expected forward, one backward, DIMENSION=CLASS or rank>=16")
+            raise ValueError(
+                f"{part!r} is no condition; expected forward, one backward, DIMENSION=CLASS, rank>=16 or N%8"
+            )
         condition = Condition(form[1], form[2], tuple(value.strip() for value in form[3].split("|")))
         _check(condition)
         conditions.append(condition)
     return Subset(tuple(conditions), "forward" in words, "one backward" in words)
+
+
+def _parts(text: str) -> list[str]:
+    """What commas separate, but for those within the name of a class, as in «dense, sliced»."""
+    names = {each.name for dimension in DIMENSIONS for each in dimension.classes}
+    parts: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        before = re.split(r"[=|]", parts[-1])[-1].strip() if parts else ""
+        if f"{before}, {part.partition('|')[0].strip()}" in names:
+            parts[-1] += f", {part}"
+        else:
+            parts.append(part)
+    return parts
 
 
 def _check(condition: Condition) -> None:
@@ -129,6 +158,27 @@ def _allows(condition: Condition, dimension: Dimension, each: Class) -> bool:
             return True  # rows are tokens times slots: judged case by case
         return condition.holds(Case("", **fields))
     return each.name in condition.values
+
+
+def _moved(case: Case, condition: Condition) -> Case:
+    """The case in the first class that meets a condition, and what other classes of its dimension set as by default.
+
+    The kind of numbers stays: a fixture whose sums are exact is one afterwards.
+    """
+    dimension = next(each for each in DIMENSIONS if each.name == condition.dimension)
+    chosen = next((each for each in dimension.classes if _allows(condition, dimension, each)), dimension.classes[0])
+
+    def changes(kind: type[Case | Call], of: Callable[[Class], Mapping[str, Any]]) -> dict[str, Any]:
+        usual = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+        others = {name: usual[name] for each in dimension.classes for name in of(each) if name in usual}
+        return {name: x for name, x in (others | {**of(chosen)}).items() if name not in ("data", "gated", "rows")}
+
+    call = replace(case.call, **changes(Call, lambda each: each.call))
+    moved = replace(case, **changes(Case, lambda each: each.case), call=call)
+    if chosen.case.get("gated"):
+        return replace(moved, gate_slots=moved.top_k, grouped_out=False)
+    gated = moved.gate_slots and not moved.grouped_out  # the gated sum needs rows by position
+    return replace(moved, gate_slots=moved.top_k if gated else 0)
 
 
 def _class_of(case: Case, dimension: str) -> str:

@@ -96,7 +96,12 @@ def _named(cases: Callable[[Suite, str], list[Case]]) -> Cases:
     return lambda scope: cases(scope.suite, scope.device_type)
 
 
-_drawn, _behaviour = suites.ordinary_cases, _named(suites.behaviour_cases)
+def _fitted(cases: Cases) -> Cases:
+    """Cases that hold a candidate against itself, each as near to what it covers as can be."""
+    return lambda scope: [scope.subset.fitted(case) if isinstance(case, Case) else case for case in cases(scope)]
+
+
+_drawn, _behaviour = suites.ordinary_cases, _fitted(_named(suites.behaviour_cases))
 _guarded = lambda device_type: [  # noqa: E731
     *small.integer_cases(device_type), *suites.in_fragments(small.integer_cases(device_type))
 ]  # fmt: skip
@@ -255,12 +260,12 @@ CHECKS: tuple[Check, ...] = (
         "Calls in any order, of several forward passes, gradients of earlier ones, calls without a graph, operands "
         "changed in place as an optimiser does, other shapes in the same memory: a result depends on its operands "
         "alone. A failure is shrunk to the shortest sequence.",
-        "a hundred tiny runs", Asked.ANY, small.sequence_cases, in_sequences, same_values,
+        "a hundred tiny runs", Asked.ANY, _fitted(small.sequence_cases), in_sequences, same_values,
     ),
     Check(
         "subsets",
         "Which operands need a gradient changes no result: each subset of the gradients is what it is among all.",
-        "thirty tiny runs", Asked.ANY, small.subset_cases, asking.for_every_subset, same_values,
+        "thirty tiny runs", Asked.ANY, _fitted(small.subset_cases), asking.for_every_subset, same_values,
     ),
     Check(
         "configurations",

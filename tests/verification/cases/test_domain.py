@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from judging import BY_NAME
 
 from mxref.scattermoe import RoundingPoints, backward, forward
 from mxref.verification.cases.call import lay_out
@@ -17,7 +18,7 @@ from mxref.verification.cases.draw import draw
 from mxref.verification.cases.exclusions import EXCLUDED, Exclusion
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
-from mxref.verification.cases.suites import exact_cases, ordinary_cases
+from mxref.verification.cases.suites import behaviour_cases, exact_cases, ordinary_cases
 
 FP32 = (torch.float32,)
 EVERY = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,6 +186,40 @@ def test_a_subset_is_read_in_the_domain_s_words() -> None:
     assert {dict(case.covers)["gates"] for case in asked} == {"none"}
     assert {dict(case.covers)["routing"] for case in asked} == {"uniform", "empty experts"}
     assert min(case.rank for case in asked) >= 16
+
+
+def test_classes_whose_names_hold_commas_can_be_covered() -> None:
+    text = "weights=dense|dense, sliced, N%8, adapters=B zero, NaN in A|none, gates=none"
+    subset = parse_subset(text)
+    assert str(subset) == text
+    kept = {each.name: [one.name for one in each.classes] for each in subset.within(list(DIMENSIONS))}
+    assert (kept["weights"], kept["adapters"]) == (["dense", "dense, sliced"], ["none", "B zero, NaN in A"])
+    assert (kept["N"], kept["gates"]) == (["96", "5760"], ["none"])
+
+
+@pytest.mark.parametrize(
+    "covers",
+    [
+        "weights=dense, dtype=bf16, adapters=ordinary|B zero",
+        "weights=packed, adapters=none, biases=none, gates=none, routing=uniform, layout of x=padded",
+        "rank>=16, output order=by expert, gates=none, slots=one",
+        "gates=positive|one a row, N%64",
+    ],
+)
+def test_what_holds_a_candidate_against_itself_is_fitted_to_what_it_covers(covers: str) -> None:
+    """So that determinism, memory and order of calls are asked of whoever covers a part; exact fixtures stay exact."""
+    scope = Scope("quick", "cpu", 0, False, parse_subset(covers))
+    found = 0
+    for name in ("poison", "determinism", "sequences", "subsets"):
+        for case in BY_NAME[name].cases(scope):
+            assert isinstance(case, Case)
+            assert scope.subset.holds(case), case
+            assert case.exact is (name in ("sequences", "subsets"))
+            draw(case)
+            found += 1
+    assert found == 9
+    everything = Scope("quick", "cpu", 0, False)
+    assert list(BY_NAME["poison"].cases(everything)) == behaviour_cases("quick", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 import torch
+from rich.console import Console
 
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates import known
 from mxref.verification.candidates.known import ENTRIES, entry
-from mxref.verification.checks.finding import Status
+from mxref.verification.cases.subset import parse_subset
+from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.cli import main
+from mxref.verification.gate.result import GateResult
 from mxref.verification.records.record import read
 from mxref.verification.records.record import write as write_record
-from mxref.verification.studies.scoreboard.report import as_json, as_markdown, write
-from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
+from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
+from mxref.verification.studies.scoreboard.run import Board, Row, run_scoreboard
 
 BROKEN = """
     import os
@@ -93,6 +99,43 @@ def test_entries() -> None:
     assert entry("json:dumps").make(torch.device("cpu")).call is json.dumps
     with pytest.raises(ValueError, match=r"'axolotll' is unknown; expected shipped, mxref\.kernels, axolotl"):
         entry("axolotll")
+
+
+@pytest.fixture
+def wide() -> Board:
+    """Every column that the table has by default, two of which cover a part."""
+    board = Board("NVIDIA H200", "quick", 0)
+    counts = {Status.FAIL: 183, Status.WEAK: 6, Status.PASS: 214}
+    for name in [name for name in ENTRIES if name != "golden"]:
+        covers = parse_subset("dtype=bf16, gates=none" if name in ("humming", "unsloth") else "")
+        candidate = replace(entry("golden").make(torch.device("cpu")), covers=covers)
+        result = GateResult(candidate, ACCUMULATIONS["undeclared"], board.device, "quick", 0)
+        for check in ("decode", "second backward"):
+            for status, count in counts.items():
+                result.findings += [Finding(check, "case", "Y", status, "wrong", 1, 0)] * count
+        board.rows.append(Row(name, entry(name).about, f"{entry(name).package} 2026.10.9", result=result))
+    return board
+
+
+def test_the_whole_table_fits_a_terminal(wide: Board) -> None:
+    console = Console(width=120, file=StringIO(), color_system=None)
+    print_board(wide, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    names = [name for name in ENTRIES if name != "golden"]
+    assert len(names) == 7
+    assert all(name in "".join(lines[:6]) for name in names)
+    for check in ("decode", "second backward"):
+        (line,) = [line for line in lines if line.strip().startswith(check)]
+        assert line.count("✗183 ≈6 ✓214") == 7, "each cell is on one line, each sign beside its number"
+    assert "…" not in "".join(lines)
+
+
+def test_a_part_of_the_domain_is_named_beside_its_counts(wide: Board) -> None:
+    console = Console(width=120, file=StringIO(), color_system=None)
+    print_board(wide, console)
+    assert "humming: asked within what it covers: dtype=bf16, gates=none" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert as_markdown(wide).count("Asked within what it covers: dtype=bf16, gates=none.") == 2
+    assert {row["name"]: row["covers"] for row in as_json(wide)["rows"]}["unsloth"] == "dtype=bf16, gates=none"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.report.output import markdown_table, new_table, write_json
 from mxref.verification.studies.scoreboard.run import Board, Row
 
-SCHEMA = "mxref.scoreboard/2"
+SCHEMA = "mxref.scoreboard/3"
 _SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT_COVERED: "–", Status.PASS: "✓"}
 _STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black", "✓": "green"}
 
@@ -34,6 +34,7 @@ def as_json(board: Board) -> dict[str, Any]:
                 "about": row.about,
                 "package": row.package,
                 "unavailable": row.unavailable or None,
+                "covers": row.covers,
                 "rounding_points": list(row.points),
                 "accumulation": str(row.result.accumulation) if row.result else "",
                 "left_out": row.result.left_out if row.result else "",
@@ -53,7 +54,7 @@ def as_markdown(board: Board) -> str:
         *markdown_table(["check", *map(_title, board.rows)], cells, left=1 + len(board.rows)),
         "",
         "✓ judgements that agree with the contract · ≈ only within the order-free bound · ✗ that contradict it · "
-        "– not covered. A judgement is one tensor of one case.",
+        "– declined; where nothing stands, nothing is within what it covers. A judgement is one tensor of one case.",
         "",
         f"{board.device}; {board.suite} suite{_only(board)}, seed {board.seed}, {board.started}.",
     ]
@@ -65,14 +66,15 @@ def as_markdown(board: Board) -> str:
 def print_board(board: Board, console: Console) -> None:
     """The table and the first counterexamples."""
     table = new_table("check")
+    table.columns[0].no_wrap, table.collapse_padding = True, True
     for row in board.rows:
-        table.add_column(Text.assemble((row.name, "bold"), f"\n{row.package}"))
+        table.add_column(Text.assemble((row.name, "bold"), f"\n{_release(row)}"))
     for check in board.checks():
         table.add_row(check, *(_coloured(cell_text(row, check)) for row in board.rows))
     console.print(table)
     for row in board.rows:
-        if row.points:
-            console.print(Text(f"{row.name} is judged by its own rounding points: {', '.join(row.points)}"))
+        for said in _terms(row):
+            console.print(Text(f"{row.name}: {said}"))
         for failure, count in row.first_failures():
             console.print(Text.assemble((f"✗ {row.name} ", "red"), _headline(failure, count)))
             for line in _details(failure):
@@ -110,12 +112,20 @@ def _title(row: Row) -> str:
     return about + (f"<br>{row.package}" if row.package else "")
 
 
+def _release(row: Row) -> str:
+    """The package and its version; the version alone where the package is called as the row is."""
+    package, _, version = row.package.partition(" ")
+    return version if package.startswith(row.name) or row.name.startswith(package) else row.package
+
+
 def _coloured(cell: str) -> Text:
+    """A cell in which each sign stays with its number, so that columns can be narrow."""
     words = Text()
     style = "bright_black"
     for word in cell.split():
         style = _STYLE.get(word, style)
-        words.append(f"{word} ", style=style)
+        words.append(word if word in _STYLE else f"{word} ", style=style)
+    words.rstrip()
     return words
 
 
@@ -123,16 +133,24 @@ def _failures_markdown(row: Row, board: Board) -> list[str]:
     """An implementation's section: how it is judged, and where it first contradicts the contract."""
     firsts, left_out = row.first_failures(), row.result.left_out if row.result else ""
     reasons = Counter(finding.reason for finding in row.findings if finding.status is Status.NOT_COVERED)
-    if not firsts and not reasons and not left_out:
+    terms = _terms(row)
+    if not firsts and not reasons and not left_out and not terms:
         return []
     lines = ["", f"### {row.name}", ""]
-    if row.points:
-        lines += [f"Judged by its own rounding points: {', '.join(row.points)}.", ""]
+    for said in terms:
+        lines += [f"{said[0].upper()}{said[1:]}.", ""]
     lines += [f"- – {count} not covered: {reason}" for reason, count in reasons.items()]
     for failure, count in firsts:
         lines.append(f"- ✗ {_headline(failure, count)}")
         lines += [f"  <br>{line}" for line in _details(failure)]
     return [*lines, *([f"- {left_out}"] if left_out else [])]
+
+
+def _terms(row: Row) -> list[str]:
+    """What an implementation is judged by where that is not the contract, or not over the whole domain."""
+    own = f"judged by its own rounding points: {', '.join(row.points)}"
+    part = f"asked within what it covers: {row.covers}"
+    return [*([part] if row.covers else []), *([own] if row.points else [])]
 
 
 def _headline(finding: Finding, count: int) -> str:

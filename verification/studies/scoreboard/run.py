@@ -53,6 +53,11 @@ class Row:
         """Rounding points it is judged by; empty for the contract's."""
         return () if self.result is None else self.result.candidate.declared_points
 
+    @property
+    def covers(self) -> str:
+        """The part of the domain that it is asked about, in the domain's words; empty for all of it."""
+        return "" if self.result is None else str(self.result.candidate.covers)
+
     def counts(self, check: str) -> Counter[Status]:
         """Findings of one check by status."""
         return Counter(finding.status for finding in self.findings if finding.check == check)
