@@ -13,7 +13,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.starting_point import layer
 from mxref.verification.cases.case import Case
-from mxref.verification.checks import drift, elements
+from mxref.verification.checks import elements, strata
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Status
 from mxref.verification.checks.registry import CHECKS
@@ -51,7 +51,7 @@ def test_a_function_s_code_counts_too() -> None:
     [
         (Status, "FAIL", "finding.Status.FAIL"),
         (Status.FAIL, "_value_", "finding.Status._value_"),
-        (drift, "SINGULAR", "drift.SINGULAR"),
+        (strata, "SINGULAR", "strata.SINGULAR"),
         (CHECKS[0], "compare", "registry.Check.compare"),
     ],
 )
