@@ -27,7 +27,7 @@ from mxref.weights import MXLayout
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5, bias=True)
-_GATES = Case("integer, gates beyond fp16", 4, 64, 96, 20, 2, 4, _BF16, data="integer", scaling=0.5, gate_slots=2)
+_GATES = Case("integer, bf16 gates beyond fp16", 4, 64, 96, 20, 2, 4, _BF16, data="integer", scaling=0.5, gate_slots=2)
 _BEYOND_STAND_INS = (
     _ROWS,
     replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=2, routing="sentinels"),
