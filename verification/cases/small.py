@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.elements import element_cases, one_hot_elements
 from mxref.verification.cases.scope import Scope
@@ -167,6 +168,7 @@ def _integers(dtype: torch.dtype) -> list[Case]:
         replace(base, name="17 rows", tokens=17, top_k=1, gate_slots=1),
         replace(base, name="one expert", K=64, tokens=70, top_k=1, rank=4, routing="one_expert"),
         _many_rows(dtype),
+        replace(base, name="dA alone", call=Call(needs=("dA",))),
     ]
 
 
