@@ -23,7 +23,7 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import describe_device
-from mxref.verification.gate.run import SharedMemoryError, judge
+from mxref.verification.gate.run import judge
 
 
 class Refused(ValueError):  # noqa: N818
@@ -119,12 +119,14 @@ def work(send: Callable[[Any], None], order: Order, numbers: Sequence[int], shar
         asked = replace(candidate, accumulation=None) if order.lenient else candidate
         ask = partial(judge, candidate=asked, how=how, slopes=slopes, code=code, shared_memory=sharing > 1)
         for number in takewhile(lambda number: number < len(items), numbers):
-            if not _judge(send, number, items[number], ask):
+            if not _judge(send, number, items[number], ask, sharing > 1):
                 return
             items[number] = replace(items[number])  # without its sample, which nobody needs any more
 
 
-def _judge(send: Callable[[Any], None], number: int, item: Item, ask: Callable[..., list[Finding]]) -> bool:
+def _judge(
+    send: Callable[[Any], None], number: int, item: Item, ask: Callable[..., list[Finding]], shared: bool
+) -> bool:
     """One item, and whether another can follow; our own faults are told apart from what the candidate does."""
     send(Asking(number))
     try:
@@ -132,14 +134,14 @@ def _judge(send: Callable[[Any], None], number: int, item: Item, ask: Callable[.
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # other processes want it
-    except SharedMemoryError:
-        torch.cuda.empty_cache()
-        send(Short(number))
-        return True
     except torch.AcceleratorError as error:  # the GPU answers this process no more
         send(Lost(f"its process could not go on: {str(error).splitlines()[0]}"))
         return False
     except Exception as error:
+        if shared and isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            send(Short(number))
+            return True
         send(Fault(f"{item.checks[0].name}, {item.name}: {type(error).__name__}: {error} ({_place(error)})"))
         findings = []
     except BaseException as error:  # SIGINT is ignored here: a candidate raised it

@@ -26,10 +26,6 @@ _SECOND_CHANCE = (
 )
 
 
-class SharedMemoryError(RuntimeError):
-    """The GPU had too little memory, of which other processes have some."""
-
-
 def run_gate(
     candidate: Candidate, items: Sequence[Item], device: torch.device, *, suite: str, seed: int, strict: bool = False
 ) -> GateResult:
@@ -77,7 +73,8 @@ def judge(
         shared_memory: other processes use the same GPU.
 
     Raises:
-        SharedMemoryError: it had too little memory for the candidate or for the reference; with `shared_memory` only.
+        torch.OutOfMemoryError: it had too little memory for the reference or, with `shared_memory`, for the candidate,
+            whose failure that is otherwise.
     """
     sample, checks, before, code = item.sample, item.checks, GlobalState.now(), code or OwnCode.now()
     question = _question(item)
@@ -86,15 +83,11 @@ def judge(
     before.restore()
     if _question(item) != question:
         changes.append("the question was changed, of which the candidate gets copies")
-    if shared_memory and any(isinstance(answer.error, torch.OutOfMemoryError) for answer in answers):
-        raise SharedMemoryError
+    for answer in answers:
+        if shared_memory and isinstance(answer.error, torch.OutOfMemoryError):
+            raise answer.error
     answered()
-    try:
-        findings = _compare(checks, answers, _expectation(sample, candidate, how, slopes))
-    except torch.OutOfMemoryError:
-        if shared_memory:
-            raise SharedMemoryError from None
-        raise
+    findings = _compare(checks, answers, _expectation(sample, candidate, how, slopes))
     by_interval = any(check.name == "interval" for check in checks)
     if by_interval and candidate.accumulation is None and not all(finding.ok for finding in findings):
         order_free = _expectation(sample, candidate, ACCUMULATIONS["undeclared"], slopes)
