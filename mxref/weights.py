@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE, MXFP4, Format, decode_blocks, encode_blocks, pack_codes, unpack_codes
 from mxref.fragments import from_fragments, to_fragments
+from mxref.subnormals import warn_if_flushed
 
 __all__ = ["MXLayout", "MXWeights", "decode_mxfp4", "encode_mxfp4", "stored_as"]
 
@@ -250,9 +251,20 @@ def _rebuilt(K: int, N: int, orig_dtype: torch.dtype, packed: Tensor, scales: Te
 
 
 def decode_mxfp4(weights: MXWeights, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Decode every expert: [E, N, K] of `dtype` (fp64, fp32, bf16, fp16), one rounding, see `decode_blocks`."""
+    """Decode every expert: [E, N, K] of `dtype` (fp64, fp32, bf16, fp16), one rounding, see `decode_blocks`.
+
+    Beside the result, memory holds the temporaries of some rows of one expert: about 60 bytes an element, 32 MB in all.
+
+    Raises:
+        TypeError: `dtype` is not one of the four.
+    """
+    warn_if_flushed(weights.device)
     plain = weights.repack(MXLayout.FWD)
-    return decode_blocks(plain.codes(), plain.scales, dtype)
+    shape = plain.E, plain.N, plain.K
+    values = torch.empty(shape, dtype=dtype, device=plain.device)
+    for some in _rows_at_once(*shape):
+        values[some] = decode_blocks(unpack_codes(plain.packed[some]), plain.scales[some], dtype)
+    return values
 
 
 def encode_mxfp4(w: Tensor, scale_mode: str = "floor") -> MXWeights:
@@ -270,18 +282,24 @@ def encode_mxfp4(w: Tensor, scale_mode: str = "floor") -> MXWeights:
     """
     if w.ndim not in (2, 3):
         raise ValueError(f"w has shape {tuple(w.shape)}; expected [E, N, K] or [N, K]")
+    warn_if_flushed(w.device)
     stack = w if w.ndim == 3 else w[None]
     E, N, K = stack.shape
     packed = torch.empty(E, N, K // 2, dtype=torch.uint8, device=w.device)
     scales = torch.empty(E, N, K // MX_BLOCK_SIZE, dtype=torch.uint8, device=w.device)
-    at_once = max(1, _ELEMENTS_AT_ONCE // max(K, 1))
-    for e in range(E):
-        for first in range(0, N, at_once):
-            rows = slice(first, first + at_once)
-            codes, scales[e, rows] = encode_blocks(stack[e, rows], scale_mode)
-            packed[e, rows] = pack_codes(codes)
+    for some in _rows_at_once(E, N, K):
+        codes, scales[some] = encode_blocks(stack[some], scale_mode)
+        packed[some] = pack_codes(codes)
     known = w.dtype if w.dtype in _ACTIVATION_DTYPES else torch.bfloat16
     return MXWeights(packed, scales, K, N, orig_dtype=known)
+
+
+def _rows_at_once(E: int, N: int, K: int) -> Iterator[tuple[int, slice]]:
+    """All rows of a stack, some of one expert at a time."""
+    count = max(1, _ELEMENTS_AT_ONCE // max(K, 1))
+    for e in range(E):
+        for first in range(0, N, count):
+            yield e, slice(first, first + count)
 
 
 def _known_layout(layout: MXLayout | int) -> MXLayout:

@@ -23,7 +23,6 @@ from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.routed import Activation
 from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.kernels.models.torchao import is_mxfp4_param
-from mxref.subnormals import warn_if_flushed
 from mxref.weights import MXWeights, encode_mxfp4
 
 ADAPTERS_KEY = "mxref_adapters"
@@ -240,7 +239,6 @@ def _check_encodable(name: str, module: nn.Module) -> None:
 def _encode(module: nn.Module, name: str, scale_mode: str, home: torch.device) -> MXWeights:
     """A projection on the device `home`, quantised there one expert at a time; MXTensors keep their bytes."""
     weight = getattr(module, name).detach()
-    warn_if_flushed(home)
     if is_mxfp4_param(weight):
         return MXWeights.from_torchao(weight).to(home)
     E, K, N = matrix_shape(module, name)

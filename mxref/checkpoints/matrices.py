@@ -39,8 +39,8 @@ class Matrix:
                 raise ValueError(f"{files.where(self.tensor)} is {entry.dtype} without scales; its values are unknown")
             return next(files.read([self.tensor])).clone()
         codes, scales = files.read([self.tensor, self.scales])
-        warn_if_flushed(codes.device)
         if entry.dtype == _FP8:
+            warn_if_flushed(codes.device)
             return _dequantised(codes, scales, _block(files, self.tensor, tuple(scales.shape)))
         codes, scales = codes.view(torch.uint8), scales.view(torch.uint8)
         return decode_mxfp4(MXWeights(codes, scales, 2 * codes.shape[-1], codes.shape[-2]), torch.bfloat16)[0]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxref.formats import SCALE_MODES, encode_blocks, unpack_codes
+from mxref.formats import SCALE_MODES, decode_blocks, encode_blocks, unpack_codes
 from mxref.weights import MXLayout, MXWeights, decode_mxfp4, encode_mxfp4
 
 E, N, K = 3, 5, 96
@@ -182,6 +182,32 @@ class TestEncodeDecode:
         assert max(sizes) <= 2 * K
         assert torch.equal(weights.codes(), codes)
         assert torch.equal(weights.scales, scales)
+
+    def test_decodes_some_rows_of_one_expert_at_a_time(self, monkeypatch):
+        import mxref.weights as module
+
+        sizes = []
+
+        def noted(codes, scales, dtype):
+            sizes.append(codes.numel())
+            return decode_blocks(codes, scales, dtype)
+
+        monkeypatch.setattr(module, "_ELEMENTS_AT_ONCE", 2 * K)
+        monkeypatch.setattr(module, "decode_blocks", noted)
+        weights = stack()
+        expected = decode_blocks(unpack_codes(weights.packed), weights.scales, torch.float64)
+        assert torch.equal(decode_mxfp4(weights, torch.float64).nan_to_num(7), expected.nan_to_num(7))
+        assert sum(sizes) == E * N * K
+        assert max(sizes) <= 2 * K
+
+    @pytest.mark.parametrize("call", [lambda: decode_mxfp4(stack()), lambda: encode_mxfp4(torch.randn(N, K))])
+    def test_subnormal_numbers_that_are_flushed_are_told(self, call):
+        torch.set_flush_denormal(True)
+        try:
+            with pytest.warns(RuntimeWarning, match="set_flush_denormal"):
+                call()
+        finally:
+            torch.set_flush_denormal(False)
 
     def test_decode_reads_blocks_along_K(self):
         weights = stack()
