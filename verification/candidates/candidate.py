@@ -29,7 +29,7 @@ from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.candidates.answer import UnusableAnswerError
-from mxref.verification.cases.call import lay_out
+from mxref.verification.cases.call import Layout, lay_out
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXLayout, MXWeights
@@ -107,6 +107,7 @@ class Candidate:
         operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
         if copy:
             operands = {name: lay_out(x, call.layout(name)) for name, x in operands.items()}
+            operands |= _packed(problem.expert_weights, call.weights)
         required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
         operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
         leaves = {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
@@ -185,6 +186,14 @@ class Candidate:
             if isinstance(value, Tensor) or value != defaults[name]:
                 raise UnusableAnswerError(_lacks(name, [one for one in known if one not in (defaults | flags)]))
         return arguments
+
+
+def _packed(weights: Tensor | MXWeights, layout: Layout) -> dict[str, MXWeights]:
+    """Packed weights whose bytes and scales lie as a call has them: contiguous, wherever they begin."""
+    if not isinstance(weights, MXWeights) or layout == "contiguous":
+        return {}
+    packed, scales = (lay_out(x, layout) for x in (weights.packed, weights.scales))
+    return {"expert_weights": replace(weights, packed=packed, scales=scales)}
 
 
 def _owned(operand: Tensor, name: str, owner: str) -> Tensor:

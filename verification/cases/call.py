@@ -25,9 +25,9 @@ class Call:
     """One way to call.
 
     Attributes:
-        x, adapters, others, weights, dOut: how an operand lies in memory, see `lay_out`; `adapters` are lora_A and
-            lora_B, `others` the biases and gates (expanded: a token's slots share one), `weights` dense ones, `dOut`
-            the incoming gradient.
+        x, adapters, others, weights, indices, dOut: how an operand lies in memory, see `lay_out`; `adapters` are lora_A
+            and lora_B, `others` the biases and gates (expanded: a token's slots share one), `weights` dense ones or
+            packed bytes and scales, `indices` the routing tensors, `dOut` the incoming gradient.
         index: dtype of the routing tensors; `positions`, `offsets`: of sorted_scattered_idxs and of expert_offsets,
             where it is another one.
         owner: what needs a gradient is a leaf of the graph, an nn.Parameter (x and gates: a leaf), or the result of
@@ -46,6 +46,7 @@ class Call:
     adapters: Layout = "contiguous"
     others: Layout = "contiguous"
     weights: Layout = "contiguous"
+    indices: Layout = "contiguous"
     dOut: Layout = "contiguous"
     index: torch.dtype = torch.int64
     positions: torch.dtype | None = None
@@ -62,6 +63,7 @@ class Call:
         named: dict[str, Layout] = {
             "inputs": self.x, "lora_A": self.adapters, "lora_B": self.adapters, "expert_biases": self.others,
             "gates": "one column" if self.others == "expanded" else self.others, "expert_weights": self.weights,
+            "sorted_expert_idxs": self.indices, "sorted_scattered_idxs": self.indices, "expert_offsets": self.indices,
             "grad_out": self.dOut,
         }  # fmt: skip
         return named.get(operand, "contiguous")
@@ -123,10 +125,10 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
     transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
     padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
     second row (of three dimensions: matrix) of a taller one, from its second on.  expanded: one row or matrix, repeated
-    with stride 0; one column, and one number, likewise. What is repeated must be equal.  What has fewer than two
-    dimensions, or no element, stays as it is.
+    with stride 0; one column, and one number, likewise. What is repeated must be equal.  Memory in between holds NaN, or
+    0 of integers.  What has no element stays as it is, and so does what has one dimension, but if it is sliced or offset.
     """
-    if layout == "contiguous" or x.ndim < 2 or not x.numel():
+    if layout == "contiguous" or not x.numel() or (x.ndim < 2 and layout not in ("sliced", "offset")):
         return x.clone(memory_format=torch.contiguous_format)
     if layout == "transposed":
         return x.mT.contiguous().mT
@@ -134,13 +136,14 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
         return x[:1].clone().expand(x.shape)
     if layout in ("one column", "one number"):
         return x[: 1 if layout == "one number" else None, :1].clone().expand(x.shape)
+    nothing = float("nan") if x.is_floating_point() else 0
     if layout == "offset":
-        buffer = x.new_full((x.numel() + 13,), float("nan"))
+        buffer = x.new_full((x.numel() + 13,), nothing)
         inside = buffer[13:].view(x.shape)
     elif layout == "padded":
-        inside = x.new_full((*x.shape[:-1], x.shape[-1] + 5), float("nan"))[..., :-5]
+        inside = x.new_full((*x.shape[:-1], x.shape[-1] + 5), nothing)[..., :-5]
     elif layout == "apart":
-        inside = x.new_full((2 * x.shape[0], *x.shape[1:]), float("nan"))[1::2]
+        inside = x.new_full((2 * x.shape[0], *x.shape[1:]), nothing)[1::2]
     else:
-        inside = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))[..., ::2]
+        inside = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), nothing)[..., ::2]
     return inside.copy_(x)

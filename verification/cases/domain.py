@@ -118,7 +118,9 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("packed"),
             Class("packed, from fp32", {"quantised_from": torch.float32}),
+            Class("packed, offset", {}, {"weights": "offset"}),
             Class("dense", {"dense": True}),
+            Class("dense, offset", {"dense": True}, {"weights": "offset"}),
             Class("dense, transposed", {"dense": True}, {"weights": "transposed"}),
             Class("dense, sliced", {"dense": True}, {"weights": "sliced"}),
             Class("dense, padded", {"dense": True}, {"weights": "padded"}),
@@ -167,6 +169,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         sentinels={"routing": "sentinels"}, all_sentinels={"routing": "all_sentinels"},
         sentinels_far_above={"routing": "far_sentinels"},
     ),
+    _how("layout of indices", "indices", "contiguous", "sliced", "offset"),
     _how("layout of x", "x", "contiguous", "transposed", "sliced", "padded", "offset", "expanded"),
     _how("layout of A and B", "adapters", "contiguous", "transposed", "sliced", "padded", "offset", "expanded"),
     _how("layout of biases and gates", "others", "contiguous", "transposed", "sliced", "padded", "offset", "expanded"),

@@ -18,6 +18,7 @@ _LAYOUTS = {
     "adapters": "layout of A and B",
     "others": "layout of biases and gates",
     "weights": "layout of weights",
+    "indices": "layout of indices",
     "dOut": "layout of dOut",
     "index": "indices",
     "positions": "positions",

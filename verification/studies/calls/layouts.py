@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
+from mxref.weights import MXWeights
 
 __all__ = ["as_if_contiguous"]
 
@@ -98,6 +99,45 @@ dOut_expanded = bug(
     "an expanded dOut as one row", "makes a buffer of the memory that dOut has, not of its shape",
     layout_of_dOut="expanded",
 )(_misread_dOut(lambda g: torch.cat((g[:1], torch.zeros_like(g[1:]))) if g.stride(0) == 0 else g))  # fmt: skip
+
+
+positions_strided = bug("positions read as contiguous", _NO_STRIDES, layout_of_indices="sliced")(
+    _misread(as_if_contiguous, "sorted_scattered_idxs")
+)
+offsets_strided = bug("expert_offsets read as contiguous", _NO_STRIDES, layout_of_indices="sliced")(
+    _misread(as_if_contiguous, "expert_offsets")
+)
+indices_offset = bug(
+    "offset of positions lost", "takes the storage's address for the tensor's", layout_of_indices="offset"
+)(_misread(_from_the_start, "sorted_scattered_idxs"))
+dense_offset = bug("offset of dense weights lost", "takes the storage's address", weights="dense, offset")(
+    _misread(_from_the_start, "expert_weights")
+)
+
+
+class _PackedFromTheStart(Layer):
+    names: tuple[str, ...]
+
+    def read(self, problem: Problem) -> Problem:
+        weights = problem.expert_weights
+        if not isinstance(weights, MXWeights):
+            return problem
+        misread: dict[str, Tensor] = {name: _from_the_start(getattr(weights, name)) for name in self.names}
+        return replace(problem, expert_weights=replace(weights, **misread))
+
+
+@bug("offset of packed lost", "a slice of a buffer of all layers: takes the buffer's address", weights="packed, offset")
+class Packed(_PackedFromTheStart):
+    """The codes of what lies before."""
+
+    names = ("packed",)
+
+
+@bug("offset of scales lost", "takes the storage's address for the tensor's", weights="packed, offset")
+class Scales(_PackedFromTheStart):
+    """The scales of what lies before."""
+
+    names = ("scales",)
 
 
 @bug("int32 positions read as int64", "declares the pointer's type once, for int64", indices="int32")
