@@ -122,7 +122,7 @@ class _PackedFromTheStart(Layer):
         weights = problem.expert_weights
         if not isinstance(weights, MXWeights):
             return problem
-        misread: dict[str, Tensor] = {name: _from_the_start(getattr(weights, name)) for name in self.names}
+        misread: dict[str, Any] = {name: _from_the_start(getattr(weights, name)) for name in self.names}
         return replace(problem, expert_weights=replace(weights, **misread))
 
 
