@@ -24,7 +24,7 @@ from triton.runtime.jit import MockTensor
 
 from mxref.kernels.device.launch import Launch
 
-__all__ = ["Unit", "compile_units", "units_of"]
+__all__ = ["Unit", "compile_launch", "compile_units", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Unit:
 
         with triton.knobs.runtime.scope(), _gpu(architecture, "asks for keys"):
             triton.knobs.runtime.jit_cache_hook = note
-            _run(launch.kernel, arguments, launch.options)
+            compile_launch(launch)
         function = launch.kernel.fn
         named = tuple(arguments.items()), tuple(launch.options.items())
         return cls(architecture, label, function.__module__, function.__name__, *named, *keys)
@@ -73,7 +73,7 @@ class Unit:
     def build(self) -> Any:
         """Triton's compiled kernel, from its cache if it is there."""
         with _gpu(self.architecture, "compiles"):
-            return _run(self.function, dict(self.arguments), dict(self.options))
+            return compile_launch(Launch(self.function, dict(self.arguments), dict(self.options)))
 
 
 def units_of(architecture: str, launches: Iterable[tuple[str, Launch]]) -> Iterator[Unit]:
@@ -105,8 +105,10 @@ def _build_if_new(unit: Unit) -> bool:
     return found == [False]
 
 
-def _run(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
-    return kernel.run(*arguments.values(), grid=None, warmup=True, **options)
+def compile_launch(launch: Launch) -> Any:
+    """Triton's compiled kernel of a launch, from its cache if it is there; nothing starts, tensors may lack memory."""
+    arguments = (_without_memory(value) for value in launch.arguments.values())
+    return launch.kernel.run(*arguments, grid=None, warmup=True, **launch.options)
 
 
 def _without_memory(value: Any) -> Any:

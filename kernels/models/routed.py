@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxref.kernels.compiled.threads import compile_in_threads
+from mxref.kernels.device.configs import shape_class
+from mxref.kernels.device.launch import INTERPRETED, passed_on
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.activation import gated
 from mxref.kernels.layer.library import expert_linear
@@ -37,6 +40,18 @@ class Projection:
     layout: MXLayout = MXLayout.FWD
     scales_to_128: bool = False
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What of it decides which kernels start, and differs between projections of one process."""
+        A = None if self.lora is None else self.lora.A
+        return self.weight.shape, self.layout, A if A is None else (A.shape, A.dtype, A.requires_grad)
+
+    def without_memory(self) -> Projection:
+        """The same on the meta device."""
+        lora = self.lora and LoRA(_meta(self.lora.A), _meta(self.lora.B), self.lora.scaling)
+        weight, scales, bias = _meta(self.weight), _meta(self.scales), _meta(self.bias)
+        return replace(self, weight=weight, scales=scales, bias=bias, lora=lora)
+
     def apply(self, x: Tensor, k: int, order: tuple[Tensor, Tensor, Tensor], **arguments: Any) -> Tensor:
         """Every routed row times its expert's matrix, see `parallel_linear_lora`."""
         A, B, scaling = (None, None, 1.0) if self.lora is None else (self.lora.A, self.lora.B, self.lora.scaling)
@@ -56,6 +71,8 @@ def routed_experts(
 ) -> Tensor:
     """Σ over each token's slots of gate · down(activation(gate_up(x))): [M, H] in the dtype of x.
 
+    On a GPU the first call of a kind compiles what its step will start, forward and backward, in threads.
+
     Args:
         x: [M, H]; under autocast the products take autocast's dtype.
         experts: integer [M, k]; ids outside 0..E−1 contribute nothing.
@@ -68,10 +85,69 @@ def routed_experts(
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     order = flatten_sort_count(experts, gate_up.weight.shape[0])
+    if not (INTERPRETED or x.is_meta or passed_on(x)):
+        _compile_first(x, dtype, experts, gates, gate_up, down, activation)
     routing = Routing(*order[1:])  # whose tables serve both projections, forward and backward
     hidden = gate_up.apply(x.to(dtype), experts.shape[1], order, grouped_out=True, routing=routing)
     out = down.apply(activation(hidden).to(dtype), 1, order, grouped_in=True, gates=gates, routing=routing)
     return out.to(x.dtype)
+
+
+_COMPILED = set[tuple[Any, ...]]()
+"""Kinds of calls whose kernels this process has compiled."""
+
+
+def _compile_first(
+    x: Tensor,
+    dtype: torch.dtype,
+    experts: Tensor,
+    gates: Tensor,
+    gate_up: Projection,
+    down: Projection,
+    activation: Callable[[Tensor], Tensor],
+) -> None:
+    """Before the first call of a kind: compile what it will start, with its backward pass if there is to be one.
+
+    A kind is what `Experts.numbers_of_tokens` tells apart, and what the operands are beside their rows. Where it says
+    too little, and while a CUDA graph is captured, kernels are compiled when they are launched.
+    """
+    (tokens, k), E = experts.shape, gate_up.weight.shape[0]
+    trains = x.requires_grad or torch.is_grad_enabled()  # checkpointing turns grad mode off
+    shapes = x.device, dtype, shape_class(tokens * k, E, dtype), tokens * k % 16 == 0, min(tokens, 2)
+    kind = (*shapes, trains, x.requires_grad, gates.dtype, gates.requires_grad, gate_up.kind, down.kind)
+    cuda: Any = torch.cuda
+    if kind in _COMPILED or (cuda.is_initialized() and cuda.is_current_stream_capturing()):
+        return
+    known = isinstance(activation, Activation) and activation.form is not None
+
+    def step(trained: tuple[bool, bool]) -> bool:
+        rows, weights = _meta(x, dtype).requires_grad_(trained[0]), _meta(gates).requires_grad_(trained[1])
+        both = gate_up.without_memory(), down.without_memory()
+        between = activation if known else _first_half  # the model's own may have tensors on the GPU, or a state
+        with torch.set_grad_enabled(trains):
+            out: Any = routed_experts(rows, _meta(experts), weights, *both, between)
+        if out.requires_grad:
+            out.backward(torch.empty_like(out))
+        return bool(out.requires_grad)
+
+    def steps() -> None:
+        if step((x.requires_grad, gates.requires_grad)):
+            step((True, True))  # as in the layers behind a first one
+
+    if compile_in_threads(steps, x):
+        _COMPILED.add(kind)
+
+
+def _meta(x: Any, dtype: torch.dtype | None = None) -> Any:
+    """A leaf like a tensor on the meta device; None for None."""
+    if x is None:
+        return None
+    like = torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")
+    return like.requires_grad_(x.requires_grad)
+
+
+def _first_half(gate_up: Tensor) -> Tensor:
+    return gate_up[:, : gate_up.shape[1] // 2]
 
 
 @dataclass(frozen=True)
