@@ -126,8 +126,8 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
     padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
     second row (of three dimensions: matrix) of a taller one, from its second on.  expanded: one row or matrix, repeated
     with stride 0; one column, and one number, likewise. What is repeated must be equal.  Memory in between holds NaN,
-    or 0 where numbers are integers.  What has no element stays as it is, and so does what has one dimension, unless it is
-    to be sliced or offset.
+    or 0 of integers.  Whatever has no element stays as it is; so does whatever has one dimension, unless it is sliced or
+    offset.
     """
     if layout == "contiguous" or not x.numel() or (x.ndim < 2 and layout not in ("sliced", "offset")):
         return x.clone(memory_format=torch.contiguous_format)
