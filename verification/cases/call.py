@@ -125,9 +125,10 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
     transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
     padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
     second row (of three dimensions: matrix) of a taller one, from its second on.  expanded: one row or matrix, repeated
-    with stride 0; one column, and one number, likewise. What is repeated must be equal.  Memory in between holds NaN,
-    or 0 of integers.  Whatever has no element stays as it is; so does whatever has one dimension, unless it is sliced or
-    offset.
+    with stride 0; one column, and one number, likewise. What is repeated must be equal.
+
+    Memory in between holds NaN, or 0 of integers. Whatever has no element stays as it is; so does whatever has one
+    dimension, unless it is sliced or offset.
     """
     if layout == "contiguous" or not x.numel() or (x.ndim < 2 and layout not in ("sliced", "offset")):
         return x.clone(memory_format=torch.contiguous_format)
