@@ -1,6 +1,6 @@
 """The first call of packed experts compiles in threads what its step starts; for a GPU that is not there.
 
-Cases whose kernels must be new have a rank and a dtype of their own.
+Cases whose kernels must be new have a rank, a dtype or a class of rows of their own.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ report["first"] = told(lambda: step(experts, *operands()))
 report["threads"] = threading.active_count()
 report["second"] = told(lambda: step(experts, *operands()))
 report["more rows of the kind"] = told(lambda: step(experts, *operands(tokens=32)))
-layer = packed(9)
-report["two layers"] = told(lambda: step(layer, layer(*operands(trains=False)), *operands()[1:]))
+layer, taller = packed(16), {"tokens": 48}
+report["two layers"] = told(lambda: step(layer, layer(*operands(**taller, trains=False)), *operands(**taller)[1:]))
 report["own function"] = told(lambda: step(packed(32, activation=lambda gate_up: gate_up[:, ::2]), *operands()))
 report["no grad"] = told(lambda: torch.no_grad()(packed(32, fp16))(*operands(fp16, trains=False)))
 for name, reentrant, given in (("checkpointed", False, (64, bf16)), ("checkpointed again", True, (16, fp16))):
@@ -173,6 +173,12 @@ def test_a_first_layer_compiles_for_those_behind_it(report: Any) -> None:
     """In front of it nothing trains: all is compiled before anything starts, in spite of that."""
     compiled = len(report["two layers"]["compiled"])
     assert report["two layers"]["calls"] == [compiled, compiled]
+
+
+@pytest.mark.parametrize("case", ["checkpointed", "checkpointed again"])
+def test_a_checkpointed_forward_pass_compiles_for_the_backward_pass(report: Any, case: str) -> None:
+    """Which computes it again; one kind of checkpoint turns grad mode off before."""
+    assert report[case]["calls"] == [len(report[case]["compiled"])]
 
 
 @pytest.mark.parametrize("case", ["captured", "compiled by torch", "meta", "fake"])

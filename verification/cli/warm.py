@@ -1,11 +1,11 @@
 """`mxref warm`: compile what a model's first training step would compile, in parallel, before it.
 
-A first step compiles one kernel after the other. This command runs the steps of the model's packed experts without
-memory, compiles every kernel that they would start in several processes, and leaves all of them in Triton's cache
-(TRITON_CACHE_DIR). A step finds them there if it runs under the same versions of Triton and of this package, the same
-environment variables of Triton, and adapters in fp32, as PEFT and load_packed_model make them. Not known here, and
-compiled when they are first met: kernels of other libraries, adapters of another rank or dtype, several adapters at
-once, weights with a scale byte above 128, experts divided among GPUs.
+A first step compiles its kernels in threads before it starts, which takes seconds. This command runs the steps of the
+model's packed experts without memory, compiles every kernel that they would start in several processes, and leaves all
+of them in Triton's cache (TRITON_CACHE_DIR). A step finds them there if it runs under the same versions of Triton and
+of this package, the same environment variables of Triton, and adapters in fp32, as PEFT and load_packed_model make
+them. Not known here, and compiled when they are first met: kernels of other libraries, adapters of another rank or
+dtype, several adapters at once, weights with a scale byte above 128, experts divided among GPUs.
 
 examples:
   mxref warm ./gpt-oss-20b                         a directory with config.json; nothing else of it is read
