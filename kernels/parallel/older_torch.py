@@ -31,13 +31,14 @@ def bytes_shardable() -> Iterator[None]:
     if Version(torch.__version__) >= _FIXED:
         yield
         return
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group  # private: only of torch that is known
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # private: here alone, of versions that are known
 
-    before, group.FSDPParam = group.FSDPParam, _mended()  # type: ignore[misc, assignment]
+    group: Any = _fsdp_param_group
+    before, group.FSDPParam = group.FSDPParam, _mended()
     try:
         yield
     finally:
-        group.FSDPParam = before  # type: ignore[misc]
+        group.FSDPParam = before
 
 
 @cache

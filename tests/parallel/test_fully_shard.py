@@ -71,11 +71,12 @@ def test_training_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
 
 def test_an_older_torch_is_mended_for_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes then ask for no gradient and are not converted; all else does as before."""
-    before = _fsdp_param_group.FSDPParam
+    group: Any = _fsdp_param_group
+    before = group.FSDPParam
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     with bytes_shardable():
-        mended: Any = _fsdp_param_group.FSDPParam
-    assert _fsdp_param_group.FSDPParam is before
+        mended: Any = group.FSDPParam
+    assert group.FSDPParam is before
     assert issubclass(mended, before)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for dtype, gathered in ((torch.uint8, None), (torch.float32, torch.bfloat16)):
@@ -88,7 +89,8 @@ def test_an_older_torch_is_mended_for_as_long_as_asked(monkeypatch: pytest.Monke
 
 
 def test_a_newer_torch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _fsdp_param_group.FSDPParam
+    group: Any = _fsdp_param_group
+    before = group.FSDPParam
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     with bytes_shardable():
-        assert _fsdp_param_group.FSDPParam is before
+        assert group.FSDPParam is before
