@@ -10,7 +10,8 @@ import pytest
 import torch
 
 # Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before they are defined.
-if not torch.cuda.is_available():
+# With MXREF_RANKS=nccl only the ranks of tests/support/world.py are on GPUs.
+if not torch.cuda.is_available() or os.environ.get("MXREF_RANKS") == "nccl":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mxref.verification.records.record import EVIDENCE, write

@@ -73,6 +73,9 @@ class ShardedExperts(PackedExperts):
             return {}
         own: dict[str, Any] = {key: p for key, p in self.named_parameters(recurse=False) if "_lora_" in key}
         local = {key: parameter.to_local() for key, parameter in own.items()}
+        for value in local.values():
+            if value.requires_grad:
+                value.register_hook(_in_order)
         if self.exchange == "all-to-all":
             local = {key: self.owned.mean(value) for key, value in local.items()}
         return self._adapters(local)
@@ -127,6 +130,15 @@ class ShardedExperts(PackedExperts):
         local = whole[self.owned.slice].clone()
         sharded = DTensor.from_local(local, self.owned.mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
         return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+
+
+def _in_order(gradient: Tensor) -> Tensor:
+    """The same with the strides of a contiguous tensor, those of dimensions of size one too.
+
+    Where slices are uneven torch 2.11 gathers gradients of other strides than the parameter's, to copy them; ranks that
+    own one expert would do so alone, and the others wait for ever.
+    """
+    return gradient.flatten().view(gradient.shape)
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh, exchange: str = "all-to-all") -> nn.Module:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,12 +18,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.parallel.agreement import failing_together
 from mxref.kernels.parallel.experts import ShardedExperts, shard_experts
+from mxref.kernels.parallel.older_torch import bytes_shardable
 
 __all__ = ["clip_grad_norm_", "shard_model", "whole_model"]
-
-_TORCH = Version("2.13")
-"""The oldest torch that was seen to shard parameters of bytes: fully_shard of 2.11 makes them require gradients, see
-PyTorch's issue 177844."""
 
 
 def shard_model(
@@ -43,18 +39,12 @@ def shard_model(
         options: of `fully_shard`, such as `mp_policy`, `reshard_after_forward`, `offload_policy`.
 
     Raises:
-        RuntimeError: this torch cannot shard parameters of bytes; experts in parallel alone ("ep") need no newer one.
         ValueError: as `shard_experts`; also if the mesh has other dimensions, or an expert's tensor has no dimension
             that the ranks of "fsdp" divide. Nothing has changed then, but the experts may be divided.
     """
     names = mesh.mesh_dim_names or ()
     if not names or set(names) - {"fsdp", "ep"}:
         raise ValueError(f"mesh has dimensions {names or 'without names'}; expected 'fsdp' and 'ep', either or both")
-    if "fsdp" in names and Version(torch.__version__) < _TORCH:
-        raise RuntimeError(
-            f"torch {torch.__version__} cannot shard packed experts, whose parameters are bytes: FSDP2 does so from "
-            f"torch {_TORCH} on. A mesh of 'ep' alone divides experts among ranks with any torch that is supported here"
-        )
     everything = mesh if mesh.ndim == 1 else mesh._flatten("fsdp_ep")
     if "ep" in names:
         shard_experts(model, mesh["ep"], exchange)
@@ -62,13 +52,13 @@ def shard_model(
     for module in model.modules():
         if isinstance(module, PackedExperts):
             module.arrange(None)
-    if "fsdp" in names:
-        placements = {module: _placements(module, mesh["fsdp"].size()) for module in sharded}
+    placements = {m: _placements(m, mesh["fsdp"].size()) for m in sharded} if "fsdp" in names else {}
+    with bytes_shardable():
         for module, placement in placements.items():
             fully_shard(module, mesh=mesh["fsdp"], shard_placement_fn=placement.get, **options)
-    divided = {parameter for module in sharded for parameter in module.parameters()}
-    for part in (*layers, model):
-        fully_shard(part, mesh=everything, ignored_params=divided, **options)
+        divided = {parameter for module in sharded for parameter in module.parameters()}
+        for part in (*layers, model):
+            fully_shard(part, mesh=everything, ignored_params=divided, **options)
     return model
 
 

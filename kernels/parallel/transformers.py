@@ -22,6 +22,7 @@ from transformers.distributed.tensor_parallel import replace_layer_number_by_wil
 
 from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.packing import plans_without
+from mxref.kernels.parallel.older_torch import bytes_shardable
 
 __all__ = ["distribute_model", "packed_plan"]
 
@@ -75,7 +76,8 @@ def distribute_model(model: Any, config: Any) -> Any:
     model._tp_plan, ep_plan = plans_without(model, experts)
     model._ep_plan = ep_plan | packed_plan(model)
     config, _, mesh = type(model).prepare_distribute_model(config)
-    model = type(model).maybe_distribute_model(model, config, mesh)
+    with bytes_shardable():
+        model = type(model).maybe_distribute_model(model, config, mesh)
     if config.ep_size > 1 and config.efsdp_size == 1:
         for module in experts.values():
             _divide_once(module)

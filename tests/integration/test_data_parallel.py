@@ -26,13 +26,14 @@ def test_two_processes_train_as_one(sharded: bool) -> None:
         assert len(mean) == 4
         for run in runs:
             assert run["gradients"][step].keys() == mean.keys()
-            assert all(torch.equal(run["gradients"][step][name], expected) for name, expected in mean.items())
+            for name, expected in mean.items():
+                world.assert_same(run["gradients"][step][name], expected, (step, name))
         for name, parameter in model.named_parameters():
             parameter.grad = mean.get(name)
         optimiser.step()
     for run in runs:
         for name, expected in model.state_dict().items():
-            assert torch.equal(run["state"][name], expected), name
+            world.assert_same(run["state"][name], expected, name)
         assert len(before) == 4
         assert all(torch.equal(run["state"][name], tensor) for name, tensor in before.items())
 

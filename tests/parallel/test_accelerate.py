@@ -26,10 +26,10 @@ def test_steps() -> None:
         for run in runs:
             assert run["gradients"].keys() == mean.keys()
             for name, value in mean.items():
-                assert torch.equal(run["gradients"][name], value), (by_peft, efficient, name)
+                world.assert_same(run["gradients"][name], value, (by_peft, efficient, name))
         assert runs[0]["state"].keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():
-            assert torch.equal(runs[0]["state"][name], value), (by_peft, efficient, name)
+            world.assert_same(runs[0]["state"][name], value, (by_peft, efficient, name))
 
 
 def one_process(by_peft: bool) -> tuple[Any, dict[str, Tensor]]:

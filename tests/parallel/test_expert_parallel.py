@@ -8,6 +8,8 @@ import torch
 import world
 from parallel_models import TOKENS, Batch, integer_experts, one_process
 
+from mxref.kernels.parallel.experts import _in_order
+
 CASES = {
     "even": (4, ["any", "any"], [TOKENS, TOKENS]),
     "uneven slices and counts": (5, ["any", "one"], [TOKENS, 2]),
@@ -39,6 +41,18 @@ def test_all_to_all(ranks: int) -> None:
         for name in expected.keys() - {"out", "x", "gates"}:
             for run in runs:
                 assert torch.equal(run[name] * ranks, expected[name]), (case, name)
+
+
+def test_gradients_lie_in_order() -> None:
+    """Those of a single expert too, whose stride of the experts may be anything: torch 2.11 would gather to copy it."""
+    gradient = torch.arange(8.0).as_strided((1, 4, 2), (2, 2, 1))
+    found = _in_order(gradient)
+    assert gradient.is_contiguous()
+    assert found.stride() == (8, 2, 1)
+    assert torch.equal(found, gradient)
+    across = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)
+    assert _in_order(across).stride() == (12, 3, 1)
+    assert torch.equal(_in_order(across), across)
 
 
 @RANKS

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sharded_training as training
 import torch
 import world
-from parallel_models import Batch, integer_experts
-from torch import Tensor, nn
+from parallel_models import integer_experts
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from mxref.kernels.parallel.sharding import shard_model
+from mxref.kernels.parallel import older_torch
+from mxref.kernels.parallel.older_torch import bytes_shardable
 
 RANKS = 2
-
-
-def gradients(seeds: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What one process adds up over these batches, its floating-point parameters in `dtype`."""
-    experts = integer_experts(training.EXPERTS).to(dtype)
-    for seed in seeds:
-        batch = Batch.of(seed, training.EXPERTS)
-        if dtype != torch.float32:
-            batch = Batch(batch.x.detach().to(dtype), batch.ids, batch.gates.detach().to(dtype), batch.weight)
-        batch.loss(experts).backward()
-    return {name: p.grad.float() for name, p in experts.named_parameters() if p.grad is not None}
 
 
 def test_steps() -> None:
     """In fp32, in bf16 by policy, with two batches a step, and checkpointed."""
     options = [{}, {"mixed": True}, {"accumulate": True}, {"recompute": True}]
     before = dict(integer_experts(training.EXPERTS).named_parameters())
-    for option, *runs in zip(options, *world.run(training.steps, RANKS, options), strict=True):
-        dtype = torch.bfloat16 if "mixed" in option else torch.float32
-        own = [gradients([rank + 10, rank] if "accumulate" in option else [rank], dtype) for rank in range(RANKS)]
+    [alone] = world.run(training.alone, 1, options, RANKS)
+    for own, *runs in zip(alone, *world.run(training.steps, RANKS, options), strict=True):
         mean = {name: (own[0][name] + own[1][name]) / RANKS for name in own[0]}
         assert len(mean) == 4
         for rank, run in enumerate(runs):
@@ -72,15 +62,35 @@ def test_training_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
     """AdamW's moments and the step go through DCP; four ranks leave one of them without an expert."""
     world.run(training.train, 2, str(tmp_path), False, [0, 1])
     [expected] = world.run(training.train, 1, str(tmp_path / "whole"), False, [0, 1, 2])
-    for ranks in (1, 4):
+    for ranks in filter(world.possible, (1, 4)):
         for found in world.run(training.train, ranks, str(tmp_path), True, [2]):
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(found[name], value), (ranks, name)
 
 
-def test_an_older_torch_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_torch_is_mended_for_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes then ask for no gradient and are not converted; all else does as before."""
+    group: Any = _fsdp_param_group
+    before = group.FSDPParam
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    mesh: Any = SimpleNamespace(mesh_dim_names=("fsdp",))
-    with pytest.raises(RuntimeError, match=r"torch 2.11.0\+cu130 cannot shard packed experts.*from torch 2.13 on"):
-        shard_model(nn.Linear(2, 2), mesh, [])
+    with bytes_shardable():
+        mended: Any = group.FSDPParam
+    assert group.FSDPParam is before
+    assert issubclass(mended, before)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for dtype, gathered in ((torch.uint8, None), (torch.float32, torch.bfloat16)):
+        parameter = older_torch._parameter(torch.zeros(2, dtype=dtype))
+        assert parameter.requires_grad == dtype.is_floating_point
+        part = mended.__new__(mended)
+        part.sharded_param = parameter
+        part.init_dtype_attrs(policy)
+        assert part.param_dtype == gathered
+
+
+def test_a_newer_torch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    group: Any = _fsdp_param_group
+    before = group.FSDPParam
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    with bytes_shardable():
+        assert group.FSDPParam is before

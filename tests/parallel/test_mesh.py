@@ -67,7 +67,9 @@ def test_training_resumes_on_another_mesh(tmp_path: Path) -> None:
     world.run(mesh_training.train, 2, str(tmp_path), 5, (2,), False, [1.0, -2.0])
     expected = world.run(mesh_training.train, 1, str(tmp_path / "whole"), 5, (1,), False, [1.0, -2.0, 4.0])[0]
     for shape in ((1,), (3,), (2, 2)):
-        found = world.run(mesh_training.train, torch.Size(shape).numel(), str(tmp_path), 5, shape, True, [4.0])[0]
+        if not world.possible(ranks := torch.Size(shape).numel()):
+            continue
+        found = world.run(mesh_training.train, ranks, str(tmp_path), 5, shape, True, [4.0])[0]
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(found[name], value), (shape, name)

@@ -12,8 +12,10 @@ from moe_models import tiny_gpt_oss
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
+from world import ON_GPUS
 
 from mxref.kernels.models.packing import pack_experts
+from mxref.kernels.parallel.older_torch import bytes_shardable
 from mxref.kernels.parallel.sharding import whole_model
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -44,7 +46,7 @@ def adapted(by_peft: bool) -> Any:
 
 
 def loss_of(model: Any, rank: int) -> Tensor:
-    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank))
+    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank)).to(model.device)
     loss: Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 
@@ -62,13 +64,15 @@ def step(by_peft: bool, efficient: bool) -> dict[str, Any]:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["GptOssDecoderLayer"],
     )
-    accelerator = OnCPU(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(fsdp_plugin=plugin) if ON_GPUS else OnCPU(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.fsdp_plugin = plugin  # else the first one's, of a state that accelerators share
     model, rank = adapted(by_peft), distributed.get_rank()
     if efficient and rank:
         for parameter in model.parameters():
             parameter.data.zero_()  # only the first process has read the weights
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.125)
-    model, optimiser = accelerator.prepare(model, optimiser)
+    with bytes_shardable():
+        model, optimiser = accelerator.prepare(model, optimiser)
     packed = [p for p in model.parameters() if p.dtype == torch.uint8]
     assert [p.to_local().shape[0] for p in packed] == [2 - rank] * 4
     loss = loss_of(model, rank)
@@ -84,7 +88,7 @@ def step(by_peft: bool, efficient: bool) -> dict[str, Any]:
 STEPS = 4
 
 
-def trainer_of(model: Any, directory: str, batch: int, steps: int, **options: Any) -> Any:
+def trainer_of(model: Any, directory: str, batch: int, steps: int, use_cpu: bool = True, **options: Any) -> Any:
     """A Trainer with AdamW on the same rows in the same order, however many processes share them."""
     arguments = TrainingArguments(
         output_dir=directory,
@@ -97,7 +101,7 @@ def trainer_of(model: Any, directory: str, batch: int, steps: int, **options: An
         per_device_train_batch_size=batch,
         max_grad_norm=1.0,
         report_to=[],
-        use_cpu=True,
+        use_cpu=use_cpu,
         **options,
     )
     rows = [torch.randint(32, (6,), generator=torch.Generator().manual_seed(seed)) for seed in range(2 * STEPS)]
@@ -106,10 +110,12 @@ def trainer_of(model: Any, directory: str, batch: int, steps: int, **options: An
 
 def train(directory: str, checkpoint: str | None, steps: int) -> dict[str, Any]:
     """Steps of the Trainer under FSDP2, from the start or from a checkpoint of its own: losses, and the adapters."""
-    transformers.trainer.Accelerator = OnCPU
+    if not ON_GPUS:
+        transformers.trainer.Accelerator = OnCPU
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["GptOssDecoderLayer"]}
-    trainer = trainer_of(adapted(by_peft=True), directory, 1, steps, fsdp=True, fsdp_config=config)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer = trainer_of(adapted(by_peft=True), directory, 1, steps, not ON_GPUS, fsdp=True, fsdp_config=config)
+    with bytes_shardable():
+        trainer.train(resume_from_checkpoint=checkpoint)
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = {n: p.detach().full_tensor() for n, p in trainer.model.named_parameters() if p.requires_grad}

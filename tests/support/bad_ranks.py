@@ -9,6 +9,7 @@ import torch
 from parallel_models import integer_experts
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from world import rank_device
 
 from mxref.kernels.parallel import agreement
 from mxref.kernels.parallel.experts import shard_experts
@@ -63,11 +64,11 @@ def stay_away() -> str:
 
 def too_many_ranks() -> None:
     model = mesh_training.Model(2)
-    shard_experts(model, init_device_mesh("cpu", (distributed.get_world_size(),)))
+    shard_experts(model, init_device_mesh(rank_device().type, (distributed.get_world_size(),)))
 
 
 def unsharded_dimensions() -> None:
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("fsdp", "ep"))
+    mesh = init_device_mesh(rank_device().type, (2, 1), mesh_dim_names=("fsdp", "ep"))
     shard_experts(mesh_training.Model(4), mesh)
 
 
@@ -86,7 +87,7 @@ def resume(directory: str, num_experts: int, sees_all: bool) -> None:
 def full_disk() -> None:
     """What rank 0 does with the whole model fails."""
     model = torch.nn.ModuleDict({"experts": integer_experts(4)})
-    shard_experts(model, init_device_mesh("cpu", (distributed.get_world_size(),)))
+    shard_experts(model, init_device_mesh(rank_device().type, (distributed.get_world_size(),)))
     with whole_model(model) as here:
         if here:
             raise OSError("No space left on device")

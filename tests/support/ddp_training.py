@@ -11,6 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from world import rank_device
+
+from mxref.kernels.parallel.older_torch import bytes_shardable
 
 STEPS, TOKENS = 3, 6
 
@@ -27,7 +30,8 @@ def share(process: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, process: int, step: int) -> Tensor:
-    out: Tensor = model(*share(process, step))
+    device = next(model.parameters()).device
+    out: Tensor = model(*(tensor.to(device) for tensor in share(process, step)))
     return out.square().mean()
 
 
@@ -37,10 +41,14 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def train(sharded: bool) -> dict[str, Any]:
     """One process of the run: gradients of every step, then the state, whole."""
-    process, processes, model = distributed.get_rank(), distributed.get_world_size(), packed_experts()
+    process, processes, model = distributed.get_rank(), distributed.get_world_size(), packed_experts().to(rank_device())
     parallel: Any
     if sharded:
-        parallel = fully_shard(model, mesh=init_device_mesh("cpu", (processes,)), reshard_after_forward=True)
+        model.arrange(None)
+        with bytes_shardable():
+            parallel = fully_shard(
+                model, mesh=init_device_mesh(rank_device().type, (processes,)), reshard_after_forward=True
+            )
         assert model.down_proj_blocks.to_local().shape[0] == EXPERTS // processes
     else:
         parallel = DistributedDataParallel(model)

@@ -25,7 +25,7 @@ def packed(family: str) -> Any:
 
 
 def loss_of(model: Any, batch: int) -> Tensor:
-    ids = torch.randint(48, (1, 7), generator=torch.Generator().manual_seed(batch))
+    ids = torch.randint(48, (1, 7), generator=torch.Generator().manual_seed(batch)).to(model.device)
     loss: Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 

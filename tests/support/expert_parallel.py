@@ -8,6 +8,7 @@ import torch
 from parallel_models import Batch, integer_experts
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from world import rank_device
 
 from mxref.kernels.parallel.experts import ShardedExperts
 
@@ -20,9 +21,10 @@ def steps(exchange: str, cases: list[tuple[int, list[str], list[int]]]) -> list[
 def step(exchange: str, num_experts: int, routings: list[str], tokens: list[int]) -> dict[str, Any]:
     """One step's output and gradients: this rank's own of x and gates, whole ones of the adapters."""
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    experts = ShardedExperts(integer_experts(num_experts), init_device_mesh("cpu", (size,)), exchange)
+    packed = integer_experts(num_experts).to(rank_device())
+    experts = ShardedExperts(packed, init_device_mesh(rank_device().type, (size,)), exchange)
     batches = [Batch.of(i, num_experts, routings[i], tokens[i]) for i in range(len(tokens))]
-    batch = batches[rank] if exchange == "all-to-all" else Batch.joined(batches)
+    batch = (batches[rank] if exchange == "all-to-all" else Batch.joined(batches)).to(rank_device())
     out = experts(batch.x, batch.ids, batch.gates)
     (out * batch.weight).sum().backward()
     found = {"out": out.detach(), "x": batch.x.grad, "gates": batch.gates.grad}

@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from world import rank_device
 
 from mxref.kernels.models.peft import get_peft_model
 from mxref.kernels.parallel.experts import shard_experts
@@ -42,14 +43,15 @@ def steps(num_experts: int, way: str) -> dict[str, dict[str, Tensor]]:
 def step(num_experts: int, way: str, exchange: str) -> dict[str, Tensor]:
     """Every gradient, whole, after one backward pass under FSDP2 or DDP beside divided experts."""
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    model = adapted(num_experts)
-    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("fsdp", "ep"))
+    model = adapted(num_experts).to(rank_device())
+    mesh = init_device_mesh(rank_device().type, (size // 2, 2), mesh_dim_names=("fsdp", "ep"))
     parallel: Any = model
     if way == "FSDP2":
         shard_model(model, mesh, model.base_model.model.layers, exchange)
     else:
         shard_experts(model, mesh["ep"], exchange)
         parallel = DistributedDataParallel(model)
-    Batch.of(rank if exchange == "all-to-all" else rank // 2, num_experts).loss(parallel).backward()
+    batch = Batch.of(rank if exchange == "all-to-all" else rank // 2, num_experts).to(rank_device())
+    batch.loss(parallel).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in gradients.items()}

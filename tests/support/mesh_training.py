@@ -11,6 +11,7 @@ from parallel_models import Batch, integer_experts
 from sharded_training import Layer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from world import rank_device
 
 from mxref.kernels.models.adapter_files import save_adapters
 from mxref.kernels.models.packing import pack_experts
@@ -35,7 +36,7 @@ class Model(nn.Module):
 
 
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
-    return init_device_mesh("cpu", shape, mesh_dim_names={2: ("fsdp", "ep"), 1: ("ep",)}[len(shape)])
+    return init_device_mesh(rank_device().type, shape, mesh_dim_names={2: ("fsdp", "ep"), 1: ("ep",)}[len(shape)])
 
 
 def model_of(num_experts: int, mesh: DeviceMesh, exchange: str = "all-to-all", recompute: bool = False) -> Any:
@@ -58,7 +59,7 @@ def step(num_experts: int, shape: tuple[int, ...], exchange: str, recompute: boo
     """One step of SGD: this rank's loss and gradient of x, and on rank 0 the state after it."""
     rank, model = distributed.get_rank(), model_of(num_experts, mesh_of(shape), exchange, recompute)
     group = rank if exchange == "all-to-all" else rank // shape[-1]  # ranks of one sum have the same tokens
-    batch = Batch.of(group, num_experts)
+    batch = Batch.of(group, num_experts).to(rank_device())
     loss = batch.loss(model)
     loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
@@ -79,7 +80,7 @@ def side_by_side(directory: str, num_experts: int, saved: list[float], resumed: 
     more often. Every rank's own model, whole."""
     number = distributed.get_rank() % 2
     groups = [distributed.new_group([first, first + 2]) for first in (0, 1)]
-    mesh = DeviceMesh.from_group(groups[number], "cpu", mesh_dim_names=("ep",))
+    mesh = DeviceMesh.from_group(groups[number], rank_device().type, mesh_dim_names=("ep",))
     own, scales = f"{directory}/{number}", [[(1 + number) * scale for scale in each] for each in (saved, resumed)]
     trained_on(mesh, own, num_experts, False, scales[0])
     for _ in range(2 - number):
@@ -90,7 +91,7 @@ def side_by_side(directory: str, num_experts: int, saved: list[float], resumed: 
 def trained_on(mesh: DeviceMesh, directory: str, num_experts: int, resume: bool, scales: list[float]) -> Any:
     """The model after these steps."""
     model, group = model_of(num_experts, mesh), mesh.get_group() if mesh.ndim == 1 else None
-    Batch.of(0, num_experts).loss(model).backward()  # the same tokens on every rank
+    Batch.of(0, num_experts).to(rank_device()).loss(model).backward()  # the same tokens on every rank
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in trained]
     optimiser = torch.optim.AdamW(trained, lr=0.125)
@@ -110,7 +111,7 @@ def trained_on(mesh: DeviceMesh, directory: str, num_experts: int, resume: bool,
 def save(directory: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """A packed gpt-oss of three experts and its adapters under PEFT's names, from however many ranks, after a step;
     that step's loss and gradients, those of the adapters as stacks."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "ep")[-len(shape) :])
+    mesh = init_device_mesh(rank_device().type, shape, mesh_dim_names=("fsdp", "ep")[-len(shape) :])
     model = packed_gpt_oss()
     shard_model(model, mesh, model.model.layers)
     loss = loss_of(model, distributed.get_rank())
@@ -126,7 +127,7 @@ def save(directory: str, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def loss_of(model: Any, rank: int) -> Tensor:
-    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank))
+    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank)).to(model.device)
     loss: Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 

@@ -71,6 +71,11 @@ class Batch:
         weight = torch.randint(-1, 2, (tokens, HIDDEN), generator=generator)
         return cls(x.float().requires_grad_(), ids, gates.float().requires_grad_(), weight.float())
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device, with gradients of its own."""
+        x, gates = (tensor.detach().to(device).requires_grad_() for tensor in (self.x, self.gates))
+        return Batch(x, self.ids.to(device), gates, self.weight.to(device))
+
     @classmethod
     def joined(cls, batches: list[Batch]) -> Batch:
         """The whole batch of several ranks, for one process."""

@@ -13,8 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
+from world import rank_device
 
 from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.parallel.older_torch import bytes_shardable
 
 EXPERTS = 5
 """More than any world has ranks, and divided by none."""
@@ -38,10 +40,11 @@ class Layer(nn.Module):
 def layer(mp_policy: MixedPrecisionPolicy | None = None, recompute: bool = False) -> Any:
     """A layer whose experts are one group of FSDP2, gathered for every use and let go in between."""
     model = Layer(integer_experts(EXPERTS), recompute)
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    mesh = init_device_mesh(rank_device().type, (distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": mp_policy or MixedPrecisionPolicy()}
-    fully_shard(model.experts, reshard_after_forward=True, **options)
-    return fully_shard(model, **options)
+    with bytes_shardable():
+        fully_shard(model.experts, reshard_after_forward=True, **options)
+        return fully_shard(model, **options)
 
 
 def whole(model: nn.Module, of_gradients: bool = False) -> dict[str, Tensor]:
@@ -61,9 +64,9 @@ def step(mixed: bool = False, accumulate: bool = False, recompute: bool = False)
     model, rank = layer(policy, recompute), distributed.get_rank()
     if accumulate:
         model.set_requires_gradient_sync(False)
-        Batch.of(rank + 10, EXPERTS).loss(model).backward()
+        Batch.of(rank + 10, EXPERTS).to(rank_device()).loss(model).backward()
         model.set_requires_gradient_sync(True)
-    loss = Batch.of(rank, EXPERTS).loss(model)
+    loss = Batch.of(rank, EXPERTS).to(rank_device()).loss(model)
     assert isinstance(model.experts.gate_up_proj_blocks, DTensor), "the experts stayed gathered after the forward pass"
     loss.backward()
     gradients = whole(model, of_gradients=True)
@@ -76,13 +79,37 @@ def step(mixed: bool = False, accumulate: bool = False, recompute: bool = False)
     }  # fmt: skip
 
 
+def alone(options: list[dict[str, bool]], ranks: int) -> list[list[dict[str, Tensor]]]:
+    """For each of these options, what one process adds up of each rank's batches."""
+    found = []
+    for one in options:
+        dtype = torch.bfloat16 if "mixed" in one else torch.float32
+        seeds = [[rank + 10, rank] if "accumulate" in one else [rank] for rank in range(ranks)]
+        found.append([gradients(own, dtype) for own in seeds])
+    return found
+
+
+def gradients(seeds: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What one process adds up over these batches, its floating-point parameters in `dtype`."""
+    experts = integer_experts(EXPERTS)
+    experts.arrange(None)  # as sharded bytes lie
+    experts.to(rank_device(), dtype)
+    for seed in seeds:
+        batch = Batch.of(seed, EXPERTS).to(rank_device())
+        if dtype != torch.float32:
+            batch = Batch(batch.x.detach().to(dtype), batch.ids, batch.gates.detach().to(dtype), batch.weight)
+        batch.loss(experts).backward()
+    return {name: p.grad.float() for name, p in experts.named_parameters() if p.grad is not None}
+
+
 def gathered_at_a_time(layers: int) -> list[int]:
     """How many of these layers' experts are gathered whenever one of them computes, forward and backward."""
     model = nn.Sequential(*(Layer(integer_experts(EXPERTS)) for _ in range(layers)))
-    mesh, counts = init_device_mesh("cpu", (distributed.get_world_size(),)), list[int]()
-    for part in model:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh)
+    mesh, counts = init_device_mesh(rank_device().type, (distributed.get_world_size(),)), list[int]()
+    with bytes_shardable():
+        for part in model:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh)
 
     def count(*_: Any) -> None:
         counts.append(sum(not isinstance(part.experts.gate_up_proj_blocks, DTensor) for part in model))
@@ -90,7 +117,7 @@ def gathered_at_a_time(layers: int) -> list[int]:
     for part in model:
         part.experts.register_forward_hook(count)
         part.experts.register_full_backward_pre_hook(count)
-    batch = Batch.of(0, EXPERTS)
+    batch = Batch.of(0, EXPERTS).to(rank_device())
     x = batch.x
     for part in model:
         x = part(x, batch.ids, batch.gates)
@@ -110,7 +137,7 @@ def train(directory: str, resume: bool, steps: list[int]) -> dict[str, Tensor]:
         set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
     for seed in steps:
         optimiser.zero_grad()
-        Batch.of(seed, EXPERTS).loss(model).backward()
+        Batch.of(seed, EXPERTS).to(rank_device()).loss(model).backward()
         optimiser.step()
     if not resume:
         state = dict(zip(("model", "optimiser"), get_state_dict(model, optimiser), strict=True))

@@ -1,4 +1,8 @@
-"""Ranks of the tests: processes on the CPU (gloo), run and watched as the gate of steps does it."""
+"""Ranks of the tests, run and watched as the gate of steps does it: on the CPU (gloo), their kernels interpreted.
+
+With MXREF_RANKS=nccl in the environment each rank has a GPU, and its kernels are compiled; what it is compared with
+stays one process on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,15 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
+
 from mxref.verification.distributed.questions import Place
 from mxref.verification.distributed.ranks import Raised
 from mxref.verification.distributed.world import Lost, World
 
+ON_GPUS = os.environ.get("MXREF_RANKS") == "nccl"
 _GRACE = 60.0
 """Seconds for ranks that are still to answer once one has failed; so many that they pass only where something hangs."""
 _PRELOADED = [
@@ -30,7 +39,26 @@ class _Work:
     arguments: tuple[Any, ...]
 
     def __call__(self, place: Place) -> Any:
-        return self.function(*self.arguments)
+        return _on_cpu(self.function(*self.arguments))
+
+
+def rank_device() -> torch.device:
+    """Where a rank's tensors and meshes are."""
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPUS else torch.device("cpu")
+
+
+def possible(ranks: int) -> bool:
+    """Whether so many can run here."""
+    return not ON_GPUS or ranks <= torch.cuda.device_count()
+
+
+def assert_same(got: Tensor, expected: Tensor, what: object = None) -> None:
+    """The same bits; from a GPU, of sums that are not exact, the same up to their order and functions' last bits."""
+    if not ON_GPUS:
+        assert torch.equal(got, expected), what
+        return
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * scale, msg=lambda said: f"{what}: {said}")
 
 
 def run(work: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
@@ -54,16 +82,25 @@ def errors(work: Callable[..., Any], size: int, *arguments: Any) -> list[str]:
 
 
 def _ask(work: Callable[..., Any], size: int, arguments: tuple[Any, ...]) -> list[Any]:
-    _serve_interpreted()
-    with World(size, grace=_GRACE) as world:
+    if not possible(size):
+        pytest.skip(f"{size} ranks need a GPU each")
+    _serve()
+    with World(size, "cuda" if ON_GPUS else "cpu", grace=_GRACE) as world:
         return world.ask([_Work(work, arguments)] * size)
 
 
-def _serve_interpreted() -> None:
-    """Start the server, whose kernels are interpreted also where there is a GPU."""
+def _serve() -> None:
+    """Start the server: without GPUs of their own, its ranks interpret kernels also where there is one."""
     get_context("forkserver").set_forkserver_preload(_PRELOADED)
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    forkserver.ensure_running()
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", str(int(not ON_GPUS)))
+        forkserver.ensure_running()
+
+
+def _on_cpu(found: Any) -> Any:
+    """What a rank found, its tensors in the CPU's memory."""
+    if isinstance(found, Tensor):
+        return found.cpu()
+    if isinstance(found, dict):
+        return {key: _on_cpu(value) for key, value in found.items()}
+    return [_on_cpu(value) for value in found] if isinstance(found, list) else found

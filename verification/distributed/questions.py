@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,11 @@ __all__ = ["Describe", "Groups", "MakeStep", "Place", "Read", "Train"]
 T = TypeVar("T")
 MakeStep = Callable[[], Any]
 """Makes a training step in a rank's process: a class, or a loader of somebody's callable."""
+
+
+NCCL_TIMEOUT = timedelta(seconds=300)
+"""Of a collective: who asks cannot see that a rank waits, for it uses a processor while its GPU does. Ranks with cold
+caches compile all the same kernels meanwhile, each for itself."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,15 @@ class Place:
     device: torch.device
     made: dict[Groups, ProcessGroup]
 
+    @property
+    def timeout(self) -> timedelta | None:
+        """Of collectives; None for the backend's own."""
+        return NCCL_TIMEOUT if self.device.type == "cuda" else None
+
     def group(self, groups: Groups) -> ProcessGroup:
         """The rank's own of several groups; every rank of the world asks for them, for they are made together."""
         if groups not in self.made:
-            made = [dist.new_group(list(ranks)) for ranks in groups.ranks]
+            made = [dist.new_group(list(ranks), timeout=self.timeout) for ranks in groups.ranks]
             self.made[groups] = next(
                 group for group, ranks in zip(made, groups.ranks, strict=True) if self.rank in ranks
             )

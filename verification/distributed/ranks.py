@@ -8,7 +8,6 @@ import pickle
 import resource
 import signal
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from traceback import TracebackException
@@ -22,10 +21,6 @@ from mxref.verification.candidates.processes import die_with_parent
 from mxref.verification.distributed.questions import Place
 
 __all__ = ["Raised", "serve"]
-
-NCCL_TIMEOUT = timedelta(seconds=300)
-"""Of a collective: who asks cannot see that a rank waits, for it uses a processor while its GPU does. Ranks with cold
-caches compile all the same kernels meanwhile, each for itself."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,8 @@ def serve(rank: int, size: int, device_type: str, folder: Path, questions: Conne
     with (folder / f"stack-{rank}").open("w") as stack:
         faulthandler.enable(stack, all_threads=False)
         faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
-        backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, f"file://{folder}/meeting", rank=rank, world_size=size,
-            timeout=NCCL_TIMEOUT if device_type == "cuda" else None,
-        )  # fmt: skip
-        place = Place(rank, device, {})
+        place, backend = Place(rank, device, {}), "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, f"file://{folder}/meeting", rank=rank, world_size=size, timeout=place.timeout)
         while True:
             try:
                 question = pickle.loads(questions.recv_bytes())

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ranks_questions import Ask
+from torch import distributed
 
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.distributed import world as world_module
+from mxref.verification.distributed.questions import NCCL_TIMEOUT, Groups, Place
 from mxref.verification.distributed.ranks import Raised
 from mxref.verification.distributed.world import GRACE, Lost, World, innermost
 
@@ -109,3 +112,12 @@ def test_threads_that_only_wake_up_do_nothing_together(
     watch = world_module._Watch([SimpleNamespace(process=None)], Limits(processor=60.0, silence=1.0), GRACE)  # type: ignore[list-item]
     threads |= dict.fromkeys(threads, 0.01) | {"0": busiest}
     assert bool(watch.hung([0], hopeless=False)) == hung
+
+
+def test_collectives_of_groups_on_gpus_end_as_those_of_the_world_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group has a timeout of its own, by default NCCL's ten minutes."""
+    seen: list[object] = []
+    monkeypatch.setattr(distributed, "new_group", lambda ranks, timeout: seen.append((ranks, timeout)))
+    for device in ("cuda:0", "cpu"):
+        Place(0, torch.device(device), {}).group(Groups(((0,), (1,))))
+    assert seen == [([0], NCCL_TIMEOUT), ([1], NCCL_TIMEOUT), ([0], None), ([1], None)]
