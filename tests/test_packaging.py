@@ -111,7 +111,7 @@ class TestWheel:
         assert evidence
 
     def test_is_small(self, wheel):
-        assert wheel.stat().st_size < 700_000
+        assert wheel.stat().st_size < 750_000, "what is no code, such as evidence, has come in"
 
     def test_holds_the_licence(self, wheel_names):
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)

@@ -1,4 +1,4 @@
-"""What one process of a data-parallel run does: train packed experts on its share of a batch."""
+"""What one process of a data-parallel run does, on its share of a batch; and what one does alone, on all shares."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def loss_of(model: nn.Module, process: int, step: int) -> Tensor:
     device = next(model.parameters()).device
     out: Tensor = model(*(tensor.to(device) for tensor in share(process, step)))
     return out.square().mean()
+
+
+def alone(processes: int) -> dict[str, Any]:
+    """As `train`, by one process, which takes the mean of the gradients of all shares."""
+    model = packed_experts().to(rank_device())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser, gradients = torch.optim.SGD(trained.values(), lr=0.05), list[dict[str, Tensor]]()
+    for step in range(STEPS):
+        losses = [loss_of(model, process, step) for process in range(processes)]
+        own = [torch.autograd.grad(loss, list(trained.values())) for loss in losses]
+        gradients.append({name: sum(parts) / processes for name, *parts in zip(trained, *own, strict=True)})
+        for name, parameter in trained.items():
+            parameter.grad = gradients[step][name]
+        optimiser.step()
+    return {"gradients": gradients, "state": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
 
 
 def _whole(tensor: Tensor) -> Tensor:

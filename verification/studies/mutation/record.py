@@ -14,7 +14,7 @@ def payload(session: Session) -> dict[str, Any]:
     """What to keep of a run: every mutant by its fate, each killed one with the checks that rejected it."""
     fates = {fate: [judged for judged in session.judged if judged.fate is fate] for fate in Fate}
     return {
-        "passed": session.exit_code == 0,
+        "passed": session.passed,
         "matrix": session.matrix,
         "checks": session.checks,
         "counts": {fate.value: len(fates[fate]) for fate in Fate},

@@ -80,11 +80,17 @@ class Session:
         return Counter(judged.fate for judged in self.judged)
 
     @property
-    def exit_code(self) -> int:
-        """0 if all are judged, every survivor is explained, and few need to be; 1 otherwise."""
+    def passed(self) -> bool | None:
+        """Whether every survivor is explained, and few need to be; None where that is so, but not all are judged."""
         counts = self.counts()
-        many = counts[Fate.EQUIVALENT] > max(1, EQUIVALENT_SHARE * len(self.judged))
-        return int(bool(counts[Fate.SURVIVED] or counts[Fate.UNJUDGED]) or many)
+        if counts[Fate.SURVIVED] or counts[Fate.EQUIVALENT] > max(1, EQUIVALENT_SHARE * len(self.judged)):
+            return False
+        return None if counts[Fate.UNJUDGED] else True
+
+    @property
+    def exit_code(self) -> int:
+        """0 if they have passed, 1 otherwise."""
+        return int(not self.passed)
 
 
 def judge(

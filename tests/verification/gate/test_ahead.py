@@ -1,0 +1,79 @@
+"""What a GPU will be asked to start is compiled before, here for one that is not there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from uninterpreted import run_python
+
+ASK = """
+import json, multiprocessing, sys
+import torch, triton
+
+sys.path.insert(0, sys.argv[1])
+import pretended_gpu as gpu
+from mxref.kernels.device.configs import reachable_configs
+from mxref.verification.candidates.shipped import shipped
+from mxref.verification.cases.case import Case
+from mxref.verification.gate import ahead
+from mxref.verification.gate.order import Order
+from mxref.verification.gate.plan import plan, plan_cases
+from mxref.verification.cases.scope import Scope
+
+bf16 = dict(dtype=torch.bfloat16, K=64, N=64)
+cases = [
+    Case("plain", data="balanced", **bf16),
+    Case("more of it", data="integer", grouped_out=True, bias=True, rank=16, tokens=37, **bf16),
+    Case("gates", data="balanced", gate_slots=2, use_fused_dX=True, **bf16),
+]
+candidate, cpu = shipped(torch.device("cpu")), torch.device("cpu")
+items = plan_cases(cases, cpu, 0)
+told = []
+ahead.compile_items(candidate, items, "sm_90", lambda done, known: told.append((done, known)), jobs=2)
+gpu.pretend()
+new = []
+triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or new.append(src.fn.__name__)
+started = [gpu.started(lambda: candidate.run(item.sample)) for item in items]
+compiled, (other,) = len(new), plan_cases([Case("another rank", data="balanced", rank=72, **bf16)], cpu, 0)
+candidate.run(other.sample)
+every = [i for i in plan(Scope("quick", "cuda", 0, interpreted=False), own=True)
+         if i.checks[0].name == "configurations"][:1]
+receiver, sender = multiprocessing.Pipe(duplex=False)
+ahead._apart(Order("shipped", "cuda", patterns=("integer, k 8, bf16",)), "sm_90", sender)
+pinned = len(ahead._launches(candidate, every[0], "sm_90")) / len(ahead._launches(candidate, items[0], "sm_90"))
+print(json.dumps({"told": told, "started": started, "new": compiled, "others": len(new) - compiled, "pinned": pinned,
+                  "apart": receiver.recv()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        done = run_python("-c", ASK, str(request.config.rootpath / "tests" / "support"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_what_is_asked_compiles_nothing(asked: Any) -> None:
+    assert all("packed_matmul_kernel" in started for started in asked["started"])
+    assert asked["new"] == 0
+    assert asked["others"] > 0, "a compilation would have been seen"
+
+
+def test_each_kernel_is_told_once_it_is_compiled(asked: Any) -> None:
+    done, known = zip(*asked["told"], strict=True)
+    assert list(done) == list(range(1, known[0] + 1))
+    assert set(known) == {len(done)}
+
+
+def test_every_configuration_is_foreseen_where_it_is_asked_for(asked: Any) -> None:
+    assert asked["pinned"] > 3
+
+
+def test_the_process_of_its_own_says_how_far_it_is(asked: Any) -> None:
+    done, known = asked["apart"]
+    assert done == 1
+    assert known > 3

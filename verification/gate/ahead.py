@@ -1,0 +1,141 @@
+"""Compiles what this project's kernels will start on a GPU, in as many processes as there are cores, before it judges.
+
+The processes that judge would compile one kernel after the other. Here every item is asked of tensors without memory,
+what it would start is recorded, and each kernel is compiled once into Triton's cache. What cannot be foreseen so, such
+as what depends on a result, is compiled when it is met.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from mxref.kernels.compiled.units import Unit, units_of
+from mxref.kernels.device.launch import Launch, generation, recording
+from mxref.verification.candidates.asking import once, under_every_configuration
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.processes import die_with_parent
+from mxref.verification.candidates.shipped import shipped
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
+from mxref.verification.gate.order import Order
+from mxref.verification.gate.plan import Item
+
+_ITEMS_AT_ONCE = 8
+"""That a process records in one go."""
+_LARGEST = 2**22
+"""Elements of weights or rows beyond which a draw takes longer than the compilation of what only it would show."""
+
+
+def compile_ahead(order: Order, on_kernel: Callable[[int, int], None] = lambda done, known: None) -> None:
+    """Compile for this machine's GPU what the shipped kernels start when they are asked for an order's items.
+
+    A kernel that does not compile is left to the process that judges, whose failure it is.
+
+    Args:
+        order: of the shipped kernels, on a GPU.
+        on_kernel: told how many kernels are compiled, and how many are to be, after each.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_apart, args=(order, f"sm_{major}{minor}", sender))
+    process.start()
+    sender.close()
+    try:
+        with suppress(EOFError):
+            while True:
+                on_kernel(*receiver.recv())
+    finally:
+        process.kill()
+        process.join()
+
+
+def _apart(order: Order, architecture: str, sender: Connection) -> None:
+    """In a process that has no GPU, and so can have children that run backward passes: autograd would want the GPU."""
+    die_with_parent()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    candidate = shipped(torch.device("cpu"))
+    with suppress(ValueError):  # whoever judges says what is wrong with the order
+        items = order.items(candidate, interpreted=False)
+        compile_items(candidate, items, architecture, lambda done, known: sender.send((done, known)))
+
+
+def compile_items(
+    candidate: Candidate,
+    items: Sequence[Item],
+    architecture: str,
+    on_kernel: Callable[[int, int], None] = lambda done, known: None,
+    jobs: int | None = None,
+) -> int:
+    """The same for given items and a GPU by its compute capability, such as "sm_90"; how many kernels they start.
+
+    Args:
+        candidate: the shipped kernels, on a CPU and not interpreted.
+        items: of a plan for a GPU.
+        architecture: the GPU.
+        on_kernel: as in `compile_ahead`.
+        jobs: processes; None for one a core.
+    """
+    parts = [range(first, min(first + _ITEMS_AT_ONCE, len(items))) for first in range(0, len(items), _ITEMS_AT_ONCE)]
+    units = dict[tuple[str, str, str], Unit]()
+    shared = candidate, items, architecture
+    with (
+        suppress(BrokenProcessPool),
+        ProcessPoolExecutor(jobs or os.cpu_count(), get_context("fork"), _share, shared) as pool,
+    ):
+        for found in pool.map(_units, parts):
+            units |= {(unit.module, unit.kernel, unit.key): unit for unit in found}
+        for done, _ in enumerate(pool.map(_compile, _longest_first(units.values())), 1):
+            on_kernel(done, len(units))
+    return len(units)
+
+
+_shared: tuple[Candidate, Sequence[Item], str]
+"""In a process of the pool: whom to ask what, compiled for which GPU."""
+
+
+def _share(*shared: Any) -> None:
+    global _shared
+    die_with_parent()
+    _shared = shared
+    torch.set_num_threads(1)
+
+
+def _units(numbers: Sequence[int]) -> list[Unit]:
+    """The compilations of some of the items."""
+    candidate, items, architecture = _shared
+    launches = [launch for number in numbers for launch in _launches(candidate, items[number], architecture)]
+    return list(units_of(architecture, (("", launch) for launch in launches)))
+
+
+def _launches(candidate: Candidate, item: Item, architecture: str) -> list[Launch]:
+    """What an item starts when it is asked once, or under every configuration."""
+    case = item.case
+    if not isinstance(case, Case) or max(case.experts * case.K * case.N, case.rows * max(case.K, case.N)) > _LARGEST:
+        return []
+    call = replace(case.call, context="plain")  # there is no autocast of what has no memory, and no other kernel
+    sample = draw(replace(case, call=call)).to("meta")
+    ask = under_every_configuration if item.checks[0].ask is under_every_configuration else once
+    with recording(generation(int(architecture.removeprefix("sm_")))) as recorder:
+        ask(candidate, sample)
+    return recorder.launches
+
+
+def _compile(unit: Unit) -> None:
+    with suppress(Exception):
+        unit.build()
+
+
+def _longest_first(units: Iterable[Unit]) -> list[Unit]:
+    """Gluon's kernels take several times as long."""
+    return sorted(units, key=lambda unit: not unit.function.is_gluon())
