@@ -1,12 +1,12 @@
 """`mxref sanitize`: run the kernels under compute-sanitizer and Triton's concurrency sanitizer.
 
 Run both passes of the kernels on the smallest cases under tools that watch every access: compute-sanitizer's
-memcheck, racecheck and initcheck, and Triton's ConSan. Each tool has a process of its own.
+memcheck, racecheck and initcheck, and Triton's ConSan. Each tool has a process of its own, all at once.
 
 examples:
   mxref sanitize                        every tool
   mxref sanitize --tool memcheck        one of them
-  mxref sanitize --self-test            first a planted mistake under each tool, which it must find
+  mxref sanitize --self-test            also a planted mistake under each tool, which it must find
 
 exit codes: 0 no tool finds anything in the kernels (and each finds its planted mistake), 1 not so, 2 wrong use
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from rich.markup import escape
 from rich.table import Table
@@ -34,7 +35,7 @@ Runs = Sequence[tuple[Tool, str, Report]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--tool", choices=tuple(TOOLS), action="append", help="only these (default: all)")
-    parser.add_argument("--self-test", action="store_true", help="run a planted mistake under each tool first")
+    parser.add_argument("--self-test", action="store_true", help="also run a planted mistake under each tool")
     parser.add_argument("--seconds", metavar="N", type=positive, default=900, help="for each run (default: 900)")
     add_out(parser, "what the tools print")
     add_record(parser, "the result of all tools")
@@ -52,16 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     tools = [TOOLS[name] for name in dict.fromkeys(arguments.tool or TOOLS)]
     programs = [(tool, tool.planted) for tool in tools if arguments.self_test] + [(tool, KERNELS) for tool in tools]
     console = terminal()
-    runs: list[tuple[Tool, str, Report]] = []
-    with Meter(len(programs)) as meter:
-        for tool, work in programs:
-            meter.show(f"{tool.name}: {work}")
-            report, output = watch(tool, work, arguments.seconds)
-            runs.append((tool, work, report))
-            meter.advance(f"{tool.name}: {work}")
+    reports: dict[tuple[str, str], Report] = {}
+    with Meter(len(programs)) as meter, ThreadPoolExecutor(len(programs)) as pool:  # each waits for a process
+        meter.show("every program under its tool")
+        watched = {pool.submit(watch, tool, work, arguments.seconds): (tool.name, work) for tool, work in programs}
+        for future in as_completed(watched):
+            name, work = watched[future]
+            reports[name, work], output = future.result()
+            meter.advance(f"{name}: {work}")
             if arguments.out is not None:
-                name = f"{tool.name}-{work.replace(' ', '-')}.txt"
-                (made(arguments.out) / name).write_text(output, encoding="utf-8")
+                (made(arguments.out) / f"{name}-{work.replace(' ', '-')}.txt").write_text(output, encoding="utf-8")
+    runs = [(tool, work, reports[tool.name, work]) for tool, work in programs]
     console.print(_table(runs), highlight=False)
     found = payload(runs)
     if arguments.record is not None:
