@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from uninterpreted import run_python
 
 from mxref.verification.cli import main
 from mxref.verification.cli import sanitize as command
@@ -197,6 +198,24 @@ def test_the_planted_copy_compiles_and_is_watched(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+FORESEEN = """
+import torch
+from mxref.verification.candidates.shipped import shipped
+from mxref.verification.studies.sanitizers import workload
+
+workload.compile_units = lambda units, jobs: ((unit, True) for unit in units)
+workload._compile(shipped(torch.device("cpu")), workload._cases()[:1], "sm_90")
+"""
+
+
+def test_what_is_instrumented_is_compiled_before() -> None:
+    done = run_python("-c", FORESEEN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = done.stdout.split()
+    assert compiled.count("packed_matmul_kernel") == 2, "forward and dX"
+    assert "grouped_outer_kernel" in compiled
 
 
 @pytest.mark.gpu

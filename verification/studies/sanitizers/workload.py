@@ -5,11 +5,17 @@ python -m mxref.verification.studies.sanitizers.workload kernels
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import triton
 
+from mxref.kernels.compiled.units import compile_units, units_of
+from mxref.kernels.device.launch import generation, recording
+from mxref.verification.candidates.asking import once
+from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
@@ -37,11 +43,24 @@ extern "C" __global__ void planted_read(const float* x, float* y) {
 def _kernels() -> None:
     """Both passes on every small integer fixture, and on ordinary numbers in each dtype."""
     device = torch.device("cuda")
-    candidate = shipped(device)
-    for case in _cases():
+    candidate, cases = shipped(device), _cases()
+    if triton.knobs.compilation.instrumentation_mode:
+        major, minor = torch.cuda.get_device_capability()
+        _compile(candidate, cases, f"sm_{major}{minor}")
+    for case in cases:
         print(f"case {case.name}, {case.dtype}", flush=True)
         candidate.run(draw(case, device))
         torch.cuda.synchronize()
+
+
+def _compile(candidate: Candidate, cases: Sequence[Case], architecture: str) -> None:
+    """Compile what the cases start, side by side: instrumented, a product on tensor cores takes half a minute."""
+    with recording(generation(int(architecture.removeprefix("sm_")))) as recorder:
+        for case in cases:
+            once(candidate, draw(case).to("meta"))
+    units = list(units_of(architecture, (("", launch) for launch in recorder.launches)))
+    for unit, _ in compile_units(units, os.cpu_count() or 1):
+        print(f"compiled {unit.kernel}", flush=True)
 
 
 def _cases() -> list[Case]:
@@ -82,8 +101,6 @@ WORK: dict[str, Callable[[], None]] = {
 
 def main(name: str) -> None:
     """Do one of WORK on the GPU."""
-    import triton
-
     # ConSan keeps its state in memory that it asks for here. The allocator belongs to this thread, so autograd must not
     # use one of its own.
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
