@@ -80,10 +80,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _choose_interpreter(argv: list[str]) -> None:
     """Triton decides when kernels are imported: interpret them where the device is a CPU, compile them elsewhere."""
-    # Looking for a GPU must not spoil it for forked processes. Threads that spin while they wait take minutes for
-    # seconds of work where other processes want the same cores.
+    # Looking for a GPU must not spoil it for forked processes. Threads that spin for long while they wait take minutes
+    # for seconds of work where other processes want the same cores; those that never do are slower where none does.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     from torch import cuda
 
     wanted = argv[argv.index("--device") + 1 :][:1] if "--device" in argv else []
