@@ -9,7 +9,7 @@ import accelerated
 import pytest
 import torch
 import world
-from moe_models import assert_near
+from moe_models import assert_near, loss_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def one_process(by_peft: bool) -> tuple[Any, dict[str, Tensor]]:
     own = []
     for rank in range(RANKS):
         model = accelerated.adapted(by_peft)
-        accelerated.loss_of(model, rank).backward()
+        loss_of(model, rank).backward()
         own.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     mean = {name: (own[0][name] + own[1][name]) / RANKS for name in own[0]}
     for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ import mesh_training
 import pytest
 import torch
 import world
-from moe_models import assert_near
+from moe_models import assert_near, loss_of
 from parallel_models import Batch
 
 from mxref.kernels.models.adapter_files import load_adapters
@@ -100,7 +100,7 @@ def test_saved_once_and_whole(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """
     ranks, whole = torch.Size(shape).numel(), mesh_training.packed_gpt_oss()
     found = world.run(mesh_training.save, ranks, str(tmp_path), shape)
-    losses = [mesh_training.loss_of(whole, rank) for rank in range(ranks)]
+    losses = [loss_of(whole, rank) for rank in range(ranks)]
     torch.stack(losses).mean().backward()
     expected = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
     for rank, run in enumerate(found):

@@ -8,8 +8,8 @@ import peft
 import torch
 import transformers.trainer
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from moe_models import tiny_gpt_oss
-from torch import Tensor, distributed, nn
+from moe_models import loss_of, tiny_gpt_oss
+from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from world import ON_GPUS
@@ -43,12 +43,6 @@ def adapted(by_peft: bool) -> Any:
         if parameter.requires_grad:
             nn.init.normal_(parameter)
     return model.train()
-
-
-def loss_of(model: Any, rank: int) -> Tensor:
-    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank)).to(model.device)
-    loss: Tensor = model(input_ids=ids, labels=ids).loss
-    return loss
 
 
 def steps(ways: list[tuple[bool, bool]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_models import tiny_gpt_oss
+from moe_models import loss_of, tiny_gpt_oss
 from parallel_models import Batch, integer_experts
 from sharded_training import Layer
 from torch import Tensor, distributed, nn
@@ -124,12 +124,6 @@ def save(directory: str, shape: tuple[int, ...]) -> dict[str, Any]:
             save_packed_model(model, Path(directory))
             save_adapters(model, Path(directory) / "adapters")
     return {"loss": loss.detach(), "gradients": gradients}
-
-
-def loss_of(model: Any, rank: int) -> Tensor:
-    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank)).to(model.device)
-    loss: Tensor = model(input_ids=ids, labels=ids).loss
-    return loss
 
 
 def packed_gpt_oss() -> Any:

@@ -102,3 +102,10 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
     scale = float(expected.detach().abs().max())
     assert scale > 0
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * scale)
+
+
+def loss_of(model: Any, rank: int) -> Tensor:
+    """Of the tiny gpt-oss on six tokens of a rank's own."""
+    ids = torch.randint(32, (1, 6), generator=torch.Generator().manual_seed(rank)).to(model.device)
+    loss: Tensor = model(input_ids=ids, labels=ids).loss
+    return loss

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 from rich.markup import escape
 from rich.table import Table
@@ -53,17 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     tools = [TOOLS[name] for name in dict.fromkeys(arguments.tool or TOOLS)]
     programs = [(tool, tool.planted) for tool in tools if arguments.self_test] + [(tool, KERNELS) for tool in tools]
     console = terminal()
-    reports: dict[tuple[str, str], Report] = {}
+    runs: list[tuple[Tool, str, Report]] = []
     with Meter(len(programs)) as meter, ThreadPoolExecutor(len(programs)) as pool:  # each waits for a process
         meter.show("every program under its tool")
-        watched = {pool.submit(watch, tool, work, arguments.seconds): (tool.name, work) for tool, work in programs}
-        for future in as_completed(watched):
-            name, work = watched[future]
-            reports[name, work], output = future.result()
-            meter.advance(f"{name}: {work}")
+        watched = [pool.submit(watch, tool, work, arguments.seconds) for tool, work in programs]
+        for (tool, work), future in zip(programs, watched, strict=True):
+            report, output = future.result()
+            runs.append((tool, work, report))
+            meter.advance(f"{tool.name}: {work}")
             if arguments.out is not None:
-                (made(arguments.out) / f"{name}-{work.replace(' ', '-')}.txt").write_text(output, encoding="utf-8")
-    runs = [(tool, work, reports[tool.name, work]) for tool, work in programs]
+                name = f"{tool.name}-{work.replace(' ', '-')}.txt"
+                (made(arguments.out) / name).write_text(output, encoding="utf-8")
     console.print(_table(runs), highlight=False)
     found = payload(runs)
     if arguments.record is not None:

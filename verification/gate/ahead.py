@@ -21,17 +21,16 @@ import torch
 
 from mxref.kernels.compiled.units import Unit, units_of
 from mxref.kernels.device.launch import Launch, generation, recording
+from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.asking import once, under_every_configuration
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.processes import die_with_parent
 from mxref.verification.candidates.shipped import shipped
-from mxref.verification.cases.case import Case
+from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item
 
-_ITEMS_AT_ONCE = 8
-"""That a process records in one go."""
 _LARGEST = 2**22
 """Elements of weights or rows beyond which a draw takes longer than the compilation of what only it would show."""
 
@@ -45,10 +44,9 @@ def compile_ahead(order: Order, on_kernel: Callable[[int, int], None] = lambda d
         order: of the shipped kernels, on a GPU.
         on_kernel: told how many kernels are compiled, and how many are to be, after each.
     """
-    major, minor = torch.cuda.get_device_capability()
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_apart, args=(order, f"sm_{major}{minor}", sender))
+    process = context.Process(target=_apart, args=(order, this_gpu(), sender))
     process.start()
     sender.close()
     try:
@@ -76,8 +74,8 @@ def compile_items(
     architecture: str,
     on_kernel: Callable[[int, int], None] = lambda done, known: None,
     jobs: int | None = None,
-) -> int:
-    """The same for given items and a GPU by its compute capability, such as "sm_90"; how many kernels they start.
+) -> None:
+    """The same for given items and a GPU by its compute capability, such as "sm_90".
 
     Args:
         candidate: the shipped kernels, on a CPU and not interpreted.
@@ -86,18 +84,36 @@ def compile_items(
         on_kernel: as in `compile_ahead`.
         jobs: processes; None for one a core.
     """
-    parts = [range(first, min(first + _ITEMS_AT_ONCE, len(items))) for first in range(0, len(items), _ITEMS_AT_ONCE)]
     units = dict[tuple[str, str, str], Unit]()
     shared = candidate, items, architecture
     with (
         suppress(BrokenProcessPool),
         ProcessPoolExecutor(jobs or os.cpu_count(), get_context("fork"), _share, shared) as pool,
     ):
-        for found in pool.map(_units, parts):
+        for found in pool.map(_units, range(len(items)), chunksize=8):
             units |= {(unit.module, unit.kernel, unit.key): unit for unit in found}
         for done, _ in enumerate(pool.map(_compile, _longest_first(units.values())), 1):
             on_kernel(done, len(units))
-    return len(units)
+
+
+def this_gpu() -> str:
+    """The current GPU by its compute capability, such as "sm_90"."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def launches_of(
+    candidate: Candidate,
+    case: Case,
+    architecture: str,
+    ask: Callable[[Candidate, Sample], list[Answer]] = once,
+) -> list[Launch]:
+    """What this project's kernels start for a case on a GPU, recorded from operands without memory."""
+    call = replace(case.call, context="plain")  # there is no autocast of what has no memory, and no other kernel
+    sample = draw(replace(case, call=call)).to("meta")
+    with recording(generation(int(architecture.removeprefix("sm_")))) as recorder:
+        ask(candidate, sample)
+    return recorder.launches
 
 
 _shared: tuple[Candidate, Sequence[Item], str]
@@ -111,24 +127,15 @@ def _share(*shared: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _units(numbers: Sequence[int]) -> list[Unit]:
-    """The compilations of some of the items."""
+def _units(number: int) -> list[Unit]:
+    """The compilations of an item that is asked once, or under every configuration."""
     candidate, items, architecture = _shared
-    launches = [launch for number in numbers for launch in _launches(candidate, items[number], architecture)]
-    return list(units_of(architecture, (("", launch) for launch in launches)))
-
-
-def _launches(candidate: Candidate, item: Item, architecture: str) -> list[Launch]:
-    """What an item starts when it is asked once, or under every configuration."""
-    case = item.case
+    item, case = items[number], items[number].case
     if not isinstance(case, Case) or max(case.experts * case.K * case.N, case.rows * max(case.K, case.N)) > _LARGEST:
         return []
-    call = replace(case.call, context="plain")  # there is no autocast of what has no memory, and no other kernel
-    sample = draw(replace(case, call=call)).to("meta")
     ask = under_every_configuration if item.checks[0].ask is under_every_configuration else once
-    with recording(generation(int(architecture.removeprefix("sm_")))) as recorder:
-        ask(candidate, sample)
-    return recorder.launches
+    launches = launches_of(candidate, case, architecture, ask)
+    return list(units_of(architecture, (("", launch) for launch in launches)))
 
 
 def _compile(unit: Unit) -> None:

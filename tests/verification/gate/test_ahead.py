@@ -14,7 +14,6 @@ import torch, triton
 
 sys.path.insert(0, sys.argv[1])
 import pretended_gpu as gpu
-from mxref.kernels.device.configs import reachable_configs
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
 from mxref.verification.gate import ahead
@@ -37,11 +36,12 @@ triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or 
 started = [gpu.started(lambda: candidate.run(item.sample)) for item in items]
 compiled, (other,) = len(new), plan_cases([Case("another rank", data="balanced", rank=72, **bf16)], cpu, 0)
 candidate.run(other.sample)
-every = [i for i in plan(Scope("quick", "cuda", 0, interpreted=False), own=True)
-         if i.checks[0].name == "configurations"][:1]
+every = next(i for i in plan(Scope("quick", "cuda", 0, interpreted=False), own=True)
+             if i.checks[0].name == "configurations")
 receiver, sender = multiprocessing.Pipe(duplex=False)
 ahead._apart(Order("shipped", "cuda", patterns=("integer, k 8, bf16",)), "sm_90", sender)
-pinned = len(ahead._launches(candidate, every[0], "sm_90")) / len(ahead._launches(candidate, items[0], "sm_90"))
+often = ahead.launches_of(candidate, every.case, "sm_90", every.checks[0].ask)
+pinned = len(often) / len(ahead.launches_of(candidate, every.case, "sm_90"))
 print(json.dumps({"told": told, "started": started, "new": compiled, "others": len(new) - compiled, "pinned": pinned,
                   "apart": receiver.recv()}))
 """

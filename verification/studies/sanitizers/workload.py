@@ -13,13 +13,12 @@ import torch
 import triton
 
 from mxref.kernels.compiled.units import compile_units, units_of
-from mxref.kernels.device.launch import generation, recording
-from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
+from mxref.verification.gate.ahead import launches_of, this_gpu
 from mxref.verification.studies.sanitizers.tools import DONE
 
 KERNELS = "kernels"
@@ -45,8 +44,7 @@ def _kernels() -> None:
     device = torch.device("cuda")
     candidate, cases = shipped(device), _cases()
     if triton.knobs.compilation.instrumentation_mode:
-        major, minor = torch.cuda.get_device_capability()
-        _compile(candidate, cases, f"sm_{major}{minor}")
+        _compile(candidate, cases, this_gpu())
     for case in cases:
         print(f"case {case.name}, {case.dtype}", flush=True)
         candidate.run(draw(case, device))
@@ -55,11 +53,8 @@ def _kernels() -> None:
 
 def _compile(candidate: Candidate, cases: Sequence[Case], architecture: str) -> None:
     """Compile what the cases start, side by side: instrumented, a product on tensor cores takes half a minute."""
-    with recording(generation(int(architecture.removeprefix("sm_")))) as recorder:
-        for case in cases:
-            once(candidate, draw(case).to("meta"))
-    units = list(units_of(architecture, (("", launch) for launch in recorder.launches)))
-    for unit, _ in compile_units(units, os.cpu_count() or 1):
+    launches = [(case.name, launch) for case in cases for launch in launches_of(candidate, case, architecture)]
+    for unit, _ in compile_units(list(units_of(architecture, launches)), os.cpu_count() or 1):
         print(f"compiled {unit.kernel}", flush=True)
 
 
