@@ -54,7 +54,7 @@ from mxref import encode_mxfp4
 from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.peft import get_peft_model
-from mxref.kernels.models.stacks import PROJECTIONS
+from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout
 from mxref.verification.records.record import EVIDENCE, write
 
 parser = argparse.ArgumentParser()
@@ -211,9 +211,17 @@ def train(model: nn.Module, seed: int) -> Run:
 
 # %%
 ours = packed()
-before = {name: p.to("cpu", copy=True) for name, p in ours.named_parameters() if p.dtype == torch.uint8}
+
+
+def stored_bytes(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the packed parameters, as a checkpoint has them."""
+    with checkpoint_layout(model):
+        return {name: p.to("cpu", copy=True) for name, p in model.named_parameters() if p.dtype == torch.uint8}
+
+
+before = stored_bytes(ours)
 run = train(ours, SEEDS[0])
-after = {name: p.cpu() for name, p in ours.named_parameters() if p.dtype == torch.uint8}
+after = stored_bytes(ours)
 bytes_packed = sum(
     m.packed_weights(p).nbytes for m in ours.modules() if isinstance(m, PackedExperts) for p in PROJECTIONS
 )

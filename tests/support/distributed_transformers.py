@@ -9,6 +9,7 @@ from tiny_models import tiny_model
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import DistributedConfig
+from world import rank_device
 
 from mxref.kernels.models.packing import pack_experts
 from mxref.kernels.parallel.transformers import distribute_model
@@ -32,7 +33,7 @@ def loss_of(model: Any, batch: int) -> Tensor:
 
 def step(family: str, sizes: dict[str, int], batches: int) -> dict[str, Any]:
     """The loss on this rank's batch, and every adapter's gradient, whole."""
-    model, config = packed(family), DistributedConfig(**sizes)
+    model, config = packed(family).to(rank_device()), DistributedConfig(**sizes)
     if config.ep_size > 1:
         model = distribute_model(model, config)
     else:  # nothing of experts is asked for: as transformers does it alone

@@ -90,8 +90,11 @@ def _ask(work: Callable[..., Any], size: int, arguments: tuple[Any, ...]) -> lis
 
 
 def _serve() -> None:
-    """Start the server: without GPUs of their own, its ranks interpret kernels also where there is one."""
-    get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    """Start the server: without GPUs of their own, its ranks interpret kernels also where there is one.
+
+    For ranks on GPUs it imports nothing: a library that looks for a GPU when it is imported leaves none to its forks.
+    """
+    get_context("forkserver").set_forkserver_preload([] if ON_GPUS else _PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", str(int(not ON_GPUS)))
         forkserver.ensure_running()

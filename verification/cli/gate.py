@@ -237,11 +237,6 @@ def _suite(order: Order) -> str:
 def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
     alone = (os.cpu_count() or 1) if _own(arguments) and not order.narrowed else 1
     with Meter() as meter:
-        if order.device.type == "cuda" and order.kernel == "shipped":
-            from mxref.verification.gate.ahead import compile_ahead  # with kernels, which nobody else needs here
-
-            meter.show("looking for what to compile")
-            compile_ahead(order, lambda done, known: meter.show("compiling", done, known))
         meter.show("loading the candidate")
         return judge_apart(
             order,

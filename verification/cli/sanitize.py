@@ -76,7 +76,8 @@ def _table(runs: Runs) -> Table:
     table = new_table("tool", "program", ">times", "finding")
     for tool, work, report in runs:
         color = "red" if report.problem or report.clean != (work == KERNELS) else "green"
-        told = list(report.findings.items()) or [(report.problem or "nothing found", 0)]
+        nothing = "; cannot watch ".join(filter(None, ["nothing found", ", ".join(report.unwatched)]))
+        told = list(report.findings.items()) or [(report.problem or nothing, 0)]
         for finding, times in told:
             table.add_row(tool.name, work, str(times or ""), f"[{color}]{escape(finding)}[/]")
     return table

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,7 +92,7 @@ def judge_apart(
                 return False
         return True
 
-    with TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
+    with _compiling(order), TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
         shares = (range(first, sys.maxsize, processes) for first in range(processes))
         parts = [_Part(order, share, processes, Path(folder) / str(share.start)) for share in shares]
         if ask(parts) and run.short:
@@ -99,6 +100,15 @@ def judge_apart(
     run.close()
     run.result.seconds = time.monotonic() - start
     return run.result
+
+
+def _compiling(order: Order) -> AbstractContextManager[None]:
+    """On a GPU, the shipped kernels are compiled meanwhile."""
+    if order.device.type == "cpu" or order.kernel != "shipped":
+        return nullcontext()
+    from mxref.verification.gate.ahead import compiling_ahead  # with the kernels, which nobody else needs here
+
+    return compiling_ahead(order)
 
 
 def list_items(order: Order) -> list[Entry]:

@@ -97,7 +97,7 @@ def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item
                 if not scope.subset.holds(case):
                     continue
                 case = scope.subset.of(case)
-            items.append(Item(together, case, _drawing(case, device, scope.seed), scope.seed))
+            items.append(Item(together, case, drawing(case, device, scope.seed), scope.seed))
     return items
 
 
@@ -112,7 +112,7 @@ def plan_cases(
     """Given cases: those whose sums are exact by equality, all others by the checks named in `values`."""
     by_name = {check.name: check for check in CHECKS}
     exact, drawn = (by_name["integer"],), tuple(by_name[name] for name in values)
-    return [Item(exact if case.exact else drawn, case, _drawing(case, device, seed), seed) for case in cases]
+    return [Item(exact if case.exact else drawn, case, drawing(case, device, seed), seed) for case in cases]
 
 
 def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, scope: Scope) -> list[Item]:
@@ -168,7 +168,8 @@ def slopes_in(items: Sequence[Item]) -> int:
     return sum(item.slopes for item in items)
 
 
-def _drawing(case: Case | TableCase | ActivationCase, device: torch.device, seed: int) -> Callable[[], Drawn]:
+def drawing(case: Case | TableCase | ActivationCase, device: torch.device, seed: int) -> Callable[[], Drawn]:
+    """What draws a case on a device."""
     if isinstance(case, TableCase):
         return lambda: TableSample(case, device)
     if isinstance(case, ActivationCase):

@@ -77,6 +77,15 @@ def test_what_the_tools_find() -> None:
     assert findings("consan", CONSAN, 1) == {"Buffer being accessed has outstanding writes, planted_copy": 2}
 
 
+def test_what_cannot_be_instrumented_is_named() -> None:
+    output = f"case small\nmxref: not instrumented: long\nmxref: not instrumented: long\n{DONE}\n"
+    report = read_report(TOOLS["consan"], output, 0)
+    assert report == Report({}, unwatched=("long",))
+    assert report.clean
+    lost = read_report(TOOLS["consan"], output.replace(DONE, ""), 1)
+    assert not lost.clean
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_nothing_found(tool: str) -> None:
     summary = "" if tool == "consan" else "========= ERROR SUMMARY: 0 errors\n"
@@ -205,7 +214,23 @@ import torch
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.studies.sanitizers import workload
 
-workload.compile_units = lambda units, jobs: ((unit, True) for unit in units)
+class Pool:
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, compile_unit, units):
+        for unit in units:
+            print(unit.kernel)
+            yield
+
+
+workload.ProcessPoolExecutor = Pool
 workload._compile(shipped(torch.device("cpu")), workload._cases()[:1], "sm_90")
 """
 

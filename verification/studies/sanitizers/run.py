@@ -45,7 +45,13 @@ def payload(reports: Sequence[tuple[Tool, str, Report]]) -> dict[str, Any]:
     return {
         "passed": all(report.clean == (work == workload.KERNELS) and not report.problem for _, work, report in reports),
         "runs": [
-            {"tool": tool.name, "program": work, "findings": sum(report.findings.values()), "problem": report.problem}
+            {
+                "tool": tool.name,
+                "program": work,
+                "findings": sum(report.findings.values()),
+                "problem": report.problem,
+                "unwatched": list(report.unwatched),
+            }
             for tool, work, report in reports
         ],
         "findings": [

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 DONE = "mxref: all work done"
 """What a watched process prints last; without it, it did not come to its end."""
 
+UNWATCHED = "mxref: not instrumented: "
+"""What it prints before the name of a case that the tool cannot watch."""
+
 _ERROR_CODE = "97"
 _ADDRESS = re.compile(r"\+?0x[0-9a-fA-F]+")
 _FINDING = re.compile(
@@ -47,14 +50,16 @@ class Report:
     Attributes:
         findings: how often each was reported, "kind, kernel" in words.
         problem: why the tool's verdict cannot be had, in words; "" where it can.
+        unwatched: cases with a kernel that the tool cannot instrument.
     """
 
     findings: Mapping[str, int]
     problem: str = ""
+    unwatched: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
-        """Whether the tool watched everything and found nothing."""
+        """Whether the tool found nothing in all that it can watch."""
         return not self.findings and not self.problem
 
 
@@ -72,7 +77,8 @@ TOOLS: dict[str, Tool] = {
         _compute_sanitizer("initcheck", "global memory that is read before anything wrote it", "uninitialised"),
         Tool(
             "consan", "shared memory used while an asynchronous copy or product still works on it", "unfinished copy",
-            (), {"TRITON_INSTRUMENTATION_MODE": "consan", "CUDA_LAUNCH_BLOCKING": "1"},
+            # ptxas takes over ten minutes and 10 GB to optimise an instrumented product.
+            (), {"TRITON_INSTRUMENTATION_MODE": "consan", "CUDA_LAUNCH_BLOCKING": "1", "DISABLE_PTXAS_OPT": "1"},
         ),
     )
 }  # fmt: skip
@@ -91,7 +97,8 @@ def read_report(tool: Tool, output: str, code: int) -> Report:
         return Report({"not understood: see the output": int(summary[-1])})
     if DONE not in output or code:
         return Report({}, f"the program did not come to its end (exit code {code}): {_last(lines)}")
-    return Report({})
+    unwatched = (line.removeprefix(UNWATCHED) for line in lines if line.startswith(UNWATCHED))
+    return Report({}, unwatched=tuple(dict.fromkeys(unwatched)))
 
 
 def _reported(lines: list[str]) -> list[str]:

@@ -8,22 +8,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 import triton
 
-from mxref.kernels.compiled.units import compile_units, units_of
+from mxref.kernels.compiled.units import units_of
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.gate.ahead import launches_of, this_gpu
-from mxref.verification.studies.sanitizers.tools import DONE
+from mxref.verification.gate.ahead import compile_unit, launches_of, this_gpu
+from mxref.verification.gate.plan import plan_cases
+from mxref.verification.studies.sanitizers.tools import DONE, UNWATCHED
 
 KERNELS = "kernels"
 _COLUMNS = 4096
 """Wider cases are left out: watched, every access costs a hundred."""
+_ROWS = 32
+"""More rows are left out where the compiler instruments: ptxas needs minutes and 15 GB for their taller tiles."""
 
 _RACE = """
 extern "C" __global__ void planted_race(int* y) {
@@ -42,20 +47,29 @@ extern "C" __global__ void planted_read(const float* x, float* y) {
 def _kernels() -> None:
     """Both passes on every small integer fixture, and on ordinary numbers in each dtype."""
     device = torch.device("cuda")
-    candidate, cases = shipped(device), _cases()
-    if triton.knobs.compilation.instrumentation_mode:
+    candidate, instrumented = shipped(device), bool(triton.knobs.compilation.instrumentation_mode)
+    cases = [case for case in _cases() if case.rows <= _ROWS or not instrumented]
+    if instrumented:
         _compile(candidate, cases, this_gpu())
     for case in cases:
         print(f"case {case.name}, {case.dtype}", flush=True)
-        candidate.run(draw(case, device))
+        try:
+            candidate.run(draw(case, device))
+        except RuntimeError as error:
+            if not (instrumented and "PassManager" in str(error)):
+                raise
+            print(f"{UNWATCHED}{case.name}", flush=True)  # the compiler's pass does not know all products
         torch.cuda.synchronize()
 
 
 def _compile(candidate: Candidate, cases: Sequence[Case], architecture: str) -> None:
-    """Compile what the cases start, side by side: instrumented, a product on tensor cores takes half a minute."""
-    launches = [(case.name, launch) for case in cases for launch in launches_of(candidate, case, architecture)]
-    for unit, _ in compile_units(list(units_of(architecture, launches)), os.cpu_count() or 1):
-        print(f"compiled {unit.kernel}", flush=True)
+    """Compile what the cases start, side by side: instrumented, a product on tensor cores takes most of a minute."""
+    items = plan_cases(cases, torch.device("cuda"), seed=0)
+    launches = [("", launch) for item in items for launch in launches_of(candidate, item, architecture)]
+    units = units_of(architecture, launches)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        for _ in pool.map(compile_unit, units):
+            print("compiled", flush=True)
 
 
 def _cases() -> list[Case]:
