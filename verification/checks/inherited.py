@@ -4,19 +4,20 @@ Z, V and dY are rounded before the last product, and each reaches many elements 
 draw. It moves a slope Σ a·residual by what it adds up to along its row, which the last product says exactly:
 (a @ factorᵀ) · error. Where rows of Y or D are rounded to 16 bits before they are summed up, such an error moves a few
 elements by a whole spacing and no other one at all: then a row is taken for one draw. A value that occurs n times, of
-operands expanded from one column, has one error n times over: n are one draw, see `copies`.
+operands expanded from one column, has one error n times over: n are one draw, see `copies`. So are n equal rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mxref.problem import Problem
-from mxref.scattermoe import Rounded, RoundingPoints, expert_order_gates, expert_order_inputs
+from mxref.scattermoe import Rounded, RoundingPoints, expert_order_gates
 from mxref.verification.arithmetic.interval import Estimate
 from mxref.verification.arithmetic.thresholds import TILE, copies
 from mxref.verification.checks.expectation import Expectation
@@ -92,36 +93,74 @@ def _by_tile(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -C % TILE)).view(x.shape[0], -(-C // TILE), TILE)
 
 
-def draws(tensor: str, expected: Expectation, e: int, start: int, end: int, rows: Tensor) -> Iterator[Inherited]:
-    """The draws in one expert's part of Y, dX, dA or dBᵀ; `rows`: where in the group its routed rows, or ranks, are."""
-    problem, own, bounds = expected.sample.problem, slice(start, end), expected.propagation
-    if sums_rounded_rows(tensor, problem, expected.points):
-        if tensor == "Y":
-            yield RowDraws(rows, _finite(expert_order_gates(problem)[own, None].abs() * bounds.y.radius[own]))
-        elif bounds.d is not None:
-            yield RowDraws(rows, _finite(bounds.d.radius[own]))
-        return
-    if bounds.z is not None and expected.fwd.z is not None:
-        A, B, s = bounds.adapters(e)
-        of_z = _deviation(bounds.z, expected.fwd.z)[own]
-        if tensor == "Y":
-            gates = 1.0 if problem.gates is None else expert_order_gates(problem)[own, None]
-            yield Draws(rows, _finite(B.T), s * gates * of_z)
-        if tensor == "dB":
-            yield Draws(rows, _finite(expected.bwd.dy.value[own]), problem.scaling * of_z.T)
-    if bounds.v is not None and expected.bwd.v is not None:
-        of_v = s * _deviation(bounds.v, expected.bwd.v)[own]
-        if tensor == "dX":
-            yield Draws(rows, _finite(A), of_v)
-        if tensor == "dA":
-            yield Draws(rows, _finite(expert_order_inputs(problem)[own]), of_v.T)
-    if tensor == "dX" and bounds.dy is not None:
-        yield Draws(rows, _finite(problem.expert_weight(e).T), _deviation(bounds.dy, expected.bwd.dy)[own])
+@dataclass(frozen=True)
+class Sources:
+    """Where the errors come from that elements of an output inherit."""
+
+    tensor: str
+    expected: Expectation
+
+    def draws(self, e: int, start: int, end: int, rows: Tensor) -> Iterator[Inherited]:
+        """The draws in one expert's part of Y, dX, dA or dBᵀ.
+
+        Args:
+            e, start, end: the expert, and where its routed rows begin and end in expert order.
+            rows: where in the group its routed rows, or ranks, are.
+        """
+        expected, own = self.expected, slice(start, end)
+        problem, bounds = expected.sample.problem, expected.propagation
+        if sums_rounded_rows(self.tensor, problem, expected.points):
+            if self._of_rows is not None:
+                yield RowDraws(rows, self._of_rows[own])
+            return
+        if self.tensor == "Y" and self._of_z is not None:
+            _, B, s = bounds.adapters(e)
+            of_z = s * self._of_z[own]
+            yield Draws(rows, _finite(B.T), of_z if self._gates is None else self._gates[own] * of_z)
+        if self.tensor == "dB" and self._of_z is not None:
+            yield Draws(rows, _finite(expected.bwd.dy.value[own]), problem.scaling * self._of_z[own].T)
+        if self.tensor in ("dX", "dA") and self._of_v is not None:
+            A, _, s = bounds.adapters(e)
+            of_v = s * self._of_v[own]
+            yield Draws(rows, _finite(A), of_v) if self.tensor == "dX" else Draws(rows, _finite(bounds.x[own]), of_v.T)
+        if self.tensor == "dX" and self._of_dy is not None:
+            yield Draws(rows, _finite(problem.expert_weight(e).T), self._of_dy[own])
+
+    @cached_property
+    def _of_rows(self) -> Tensor | None:
+        """Of rows of Y, times their gates, or of D; n equal rows round to the same numbers, n times."""
+        bounds = self.expected.propagation
+        if self._gates is not None and self.tensor == "Y":
+            return _finite(self._gates.abs() * bounds.y.radius * _alike(self.expected.fwd.y.exact))
+        return None if bounds.d is None else _finite(bounds.d.radius * _alike(self.expected.bwd.d.exact))
+
+    @cached_property
+    def _gates(self) -> Tensor | None:
+        problem = self.expected.sample.problem
+        return None if problem.gates is None else expert_order_gates(problem)[:, None]
+
+    @cached_property
+    def _of_z(self) -> Tensor | None:
+        return _deviation(self.expected.propagation.z, self.expected.fwd.z)
+
+    @cached_property
+    def _of_v(self) -> Tensor | None:
+        return _deviation(self.expected.propagation.v, self.expected.bwd.v)
+
+    @cached_property
+    def _of_dy(self) -> Tensor | None:
+        return _deviation(self.expected.propagation.dy, self.expected.bwd.dy)
 
 
-def _deviation(x: Estimate, value: Rounded) -> Tensor:
+def _deviation(x: Estimate | None, value: Rounded | None) -> Tensor | None:
     """At most the standard deviation, where n equal elements count as one draw: equal before they were rounded."""
-    return _finite(x.radius * copies(value.exact).sqrt())
+    return None if x is None or value is None else _finite(x.radius * copies(value.exact).sqrt())
+
+
+def _alike(rows: Tensor) -> Tensor:
+    """√n of each row that occurs n times: [R, 1]. One weighted sum tells rows apart."""
+    weights = torch.linspace(1, 2, rows.shape[1], dtype=torch.float64, device=rows.device)
+    return copies(_finite(rows) @ weights).sqrt()[:, None]
 
 
 def sums_rounded_rows(tensor: str, problem: Problem, points: RoundingPoints) -> bool:

@@ -28,7 +28,7 @@ from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.inherited import (
     Inherited,
     OwnDraws,
-    draws,
+    Sources,
     shared_by_ranks,
     sums_rounded_rows,
     tiled,
@@ -173,10 +173,10 @@ def _parameter_groups(tensor: str, expected: Expectation, residual: _Residual) -
     if tensor == "dB":
         exact, residual = exact.T, _Residual(residual.value.T, residual.weight.T, residual.deviation.T)
     scaled = torch.where(residual.weight > 0, exact * residual.weight, 0.0)
-    r, most, every = problem.rank, 0, list[Inherited]()
+    sources, r, most, every = Sources(tensor, expected), problem.rank, 0, list[Inherited]()
     for e, start, end in problem.segments():
         own, rows = slice(e * r, (e + 1) * r), torch.arange(r, device=scaled.device)
-        inherited = list(draws(tensor, expected, e, start, end, rows))
+        inherited = list(sources.draws(e, start, end, rows))
         yield _group(f"expert {e}", (scaled[own], None), residual.part(own), inherited, end - start)
         every += [replace(each, rows=each.rows + e * r) for each in inherited]
         most = max(most, end - start)
@@ -188,7 +188,7 @@ def _row_groups(tensor: str, expected: Expectation, residual: _Residual) -> Iter
     """Y and dX by expert: its own share of each row that it has a part in, then all shares together."""
     problem = expected.sample.problem
     base, lora = _terms(tensor, expected)
-    target, segments = _targets(tensor, problem), problem.segments()
+    sources, target, segments = Sources(tensor, expected), _targets(tensor, problem), problem.segments()
     experts = [(f"expert {e}", [(e, start, end)]) for e, start, end in segments]
     for label, parts in [*experts, *([("all experts", segments)] if segments else [])]:
         rows = torch.cat([torch.arange(start, end, device=base.device) for _, start, end in parts])
@@ -200,7 +200,7 @@ def _row_groups(tensor: str, expected: Expectation, residual: _Residual) -> Iter
             return torch.where(weight > 0, summed * weight, 0.0)
 
         own = slot.split([end - start for _, start, end in parts])
-        inherited = [each for of, at in zip(parts, own, strict=True) for each in draws(tensor, expected, *of, at)]
+        inherited = [each for of, at in zip(parts, own, strict=True) for each in sources.draws(*of, at)]
         yield _group(label, (share(base), None if lora is None else share(lora)), part, inherited, rows.numel())
 
 

@@ -21,8 +21,10 @@ from drifting import (
 )
 from judging import BY_NAME, quick
 
-from mxref.scattermoe import RoundingPoints
+from mxref.rounding import round_to
+from mxref.scattermoe import RoundingPoints, expert_order_gates
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.arithmetic.metrics import ulp
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.call import Call
@@ -113,6 +115,25 @@ def test_errors_that_many_elements_share_are_no_drift(case: Case) -> None:
         expected = Expectation(sample, RoundingPoints.contract(case.dtype), how)
         findings = judge(expected, composite.run(sample))
         assert [str(finding) for finding in findings.values() if not finding.ok] == []
+
+
+@pytest.mark.parametrize("seed", [22, 26])  # the nearest value is so near to the middle that either is right
+def test_equal_rows_that_round_to_the_neighbour_together_are_no_drift(seed: int) -> None:
+    """The value nearest to the middle between two numbers goes to either, in every row that has it, before rows sum."""
+    case = Case("equal rows", 16, 96, 1, 4800, 1, 8, FP16, data="balanced", bias=True, nan_bias=True, gate_slots=2,
+                call=Call(x="expanded"))  # fmt: skip
+    expected = expect(draw(case, "cpu", seed))
+    rows, problem = expected.fwd.y, expected.sample.problem
+    spacing, off = ulp(rows.exact, FP16), rows.value - rows.exact
+    nearest = int((off / spacing).abs().nan_to_num(nan=0.0).argmax())
+    assert expected.propagation.y.radius[nearest] == spacing[nearest]
+    alike = rows.exact == rows.exact[nearest]
+    assert int(alike.sum()) > 200
+    moved = torch.where(alike, rows.value - off.sign() * spacing, rows.value)
+    total = torch.zeros(2400, 1, dtype=torch.float64)
+    total.index_add_(0, problem.row_positions() // 2, expert_order_gates(problem)[:, None] * moved)
+    findings = judge(expected, honest_values(expected, FP16) | {"Y": round_to(total, FP16).to(FP16)})
+    assert broken(findings) == set()
 
 
 def test_a_row_that_adds_one_value_to_itself_is_no_drift() -> None:
