@@ -16,7 +16,6 @@ from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -25,7 +24,7 @@ from triton.runtime.jit import MockTensor
 
 from mxref.kernels.device.launch import Launch
 
-__all__ = ["Unit", "behind", "compile_launch", "compile_units", "units_of"]
+__all__ = ["Unit", "compile_launch", "compile_units", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Unit:
         architecture: such as "sm_90".
         label: what the launch does, for a report.
         module, kernel: where the jitted function lives.
-        arguments: argument name -> value; of a tensor its dtype, and where it begins between multiples of 16 bytes.
+        arguments: argument name -> value; a tensor is its dtype alone, beginning at a multiple of 16 bytes.
         options: compile options by name.
         key: Triton's, which equal compilations of a kernel share.
     """
@@ -112,26 +111,9 @@ def compile_launch(launch: Launch) -> Any:
     return launch.kernel.run(*arguments, grid=None, warmup=True, **launch.options)
 
 
-class _Placed(MockTensor):  # type: ignore[misc]  # Triton's has no types
-    """A tensor of `dtype` at an address like another's: all that Triton reads of it."""
-
-    def __init__(self, dtype: torch.dtype, address: int) -> None:
-        super().__init__(dtype)
-        self._address = address
-
-    def data_ptr(self) -> int:
-        """The address."""
-        return self._address
-
-
-def behind(x: Tensor) -> int:
-    """How many bytes behind a multiple of 16 a tensor begins, also without memory: every storage begins at one."""
-    return int(x.storage_offset()) * x.element_size() % 16
-
-
 def _without_memory(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _Placed(value.dtype, behind(value))
+        return MockTensor(value.dtype)
     return replace(value, base=MockTensor(value.base.dtype)) if isinstance(value, TensorDescriptor) else value
 
 

@@ -21,8 +21,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import MockTensor
 
-from mxref.kernels.compiled.units import Unit, behind, units_of
+from mxref.kernels.compiled.units import Unit, units_of
 from mxref.kernels.device import dequant, grouped_matmul
 from mxref.kernels.device.launch import Launch, generation, recording
 from mxref.verification.candidates.asking import once
@@ -96,7 +97,29 @@ def launches_of(candidate: Candidate, item: Item, architecture: str) -> list[Lau
         for ask in asks:
             with suppress(Exception):
                 ask(candidate, sample)
-    return recorder.launches
+    return [replace(launch, arguments=_placed(launch.arguments)) for launch in recorder.launches]
+
+
+def _placed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A launch's arguments, tensors by dtype and address: for multiples of 16 bytes Triton compiles other code."""
+    return {name: _Placed(x.dtype, _behind(x)) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+class _Placed(MockTensor):  # type: ignore[misc]  # Triton's has no types
+    """All that Triton reads of a tensor before it compiles."""
+
+    def __init__(self, dtype: torch.dtype, address: int) -> None:
+        super().__init__(dtype)
+        self._address = address
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self._address
+
+
+def _behind(x: Tensor) -> int:
+    """How many bytes behind a multiple of 16 a tensor without memory begins: its storage would begin at one."""
+    return int(x.storage_offset()) * x.element_size() % 16
 
 
 @contextmanager
@@ -104,7 +127,7 @@ def _aligning() -> Iterator[None]:
     """Copies what begins between multiples of 16 bytes where kernels want it so, as of tensors with memory."""
 
     def aligned(x: Tensor) -> Tensor:
-        return x.clone() if behind(x) else x
+        return x.clone() if _behind(x) else x
 
     with patch.object(grouped_matmul, "aligned", aligned), patch.object(dequant, "aligned", aligned):
         yield

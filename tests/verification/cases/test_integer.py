@@ -43,6 +43,14 @@ def test_integer_sums_agree_bit_for_bit_in_shuffled_fp32_orders(seed: int) -> No
             assert torch.equal(total.double(), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sums_over_many_gates_can_be_exact(dtype: torch.dtype) -> None:
+    """One expert's bias goes into an output 37 times, under gates of up to 2."""
+    case = Case("many gates", 1, 32, 5760, 37, 3, 3, dtype, data="integer", bias=True, gate_slots=37, grouped_in=True,
+                routing="one_expert")  # fmt: skip
+    assert int(draw(case).problem.expert_biases.abs().count_nonzero()) > 3000
+
+
 def test_integer_data_that_cannot_be_exact_is_refused() -> None:
-    with pytest.raises(ValueError, match="draws is exact"):
+    with pytest.raises(ValueError, match="no draw is exact"):
         draw(Case("a third", 1, 32, 32, 8, 1, 4, data="integer", scaling=1 / 3))
