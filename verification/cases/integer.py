@@ -24,7 +24,7 @@ _DENSITIES = ((4, 1), (4, 1), (4, 1), (2, 1), (2, 1), (1, 1), (1, 1), (1, 2), (1
 few have. Each is tried a few times."""
 
 _ATTEMPTS = 4
-_HOPELESS = 8  # values that are not exact, beyond which a draw of as many nonzeros will hardly be
+_HOPELESS = 2  # values that are not exact, beyond which a draw of as many nonzeros will hardly be
 _GATED = 32  # biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it
 _ROWS_LEFT = 8  # rows with nonzeros, at least, where some have none
 
