@@ -49,11 +49,13 @@ def combinations_of(legal: Pairs, sizes: Sequence[int], strength: int) -> set[Ro
     """Every legal combination of `strength` classes of different dimensions, each as ascending class numbers."""
     starts = np.cumsum([0, *sizes[:-1]])
     ranges = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    found = set()
+    found = set[Row]()
     for chosen in combinations(ranges, strength):
-        for row in product(*chosen):
-            if all(legal[a, b] for a, b in combinations(row, 2)):
-                found.add(row)
+        together = np.ones([len(each) for each in chosen], dtype=bool)
+        for a, b in combinations(range(strength), 2):
+            shape = [len(chosen[d]) if d in (a, b) else 1 for d in range(strength)]
+            together &= legal[np.ix_(chosen[a], chosen[b])].reshape(shape)
+        found.update(map(tuple, (np.argwhere(together) + [each.start for each in chosen]).tolist()))
     return found
 
 
@@ -67,12 +69,12 @@ def covering_array(
     sizes = [len(dimension.classes) for dimension in dimensions]
     starts = np.cumsum([0, *sizes[:-1]])
     legal = legal_pairs(dimensions, exclusions)
-    missing = combinations_of(legal, sizes, strength)
+    missing = np.array(sorted(combinations_of(legal, sizes, strength)))
     open_ = np.zeros((len(legal),) * strength, dtype=bool)  # symmetric: a combination in every order
     for order in permutations(range(strength)):
-        open_[tuple(np.array(sorted(missing)).T[list(order)])] = True
+        open_[tuple(missing.T[list(order)])] = True
     draw = np.random.default_rng(seed)
-    waiting = [tuple(row) for row in draw.permutation(sorted(missing)).tolist()]
+    waiting = [tuple(row) for row in draw.permutation(missing).tolist()]
     rows: list[Row] = []
     while waiting:
         first = waiting.pop()
@@ -107,9 +109,8 @@ def _fill(
     while left:
         dimension = left.pop(0)
         own = draw.permutation(np.arange(starts[dimension], starts[dimension] + sizes[dimension]))
-        room = legal[own] & possible  # what could still be chosen beside each class
-        left_room = [room[:, starts[d] : starts[d] + sizes[d]].any(1) for d in left]
-        classes = own[np.logical_and.reduce([possible[own], *left_room])]
+        room = np.logical_or.reduceat(legal[own] & possible, starts, axis=1)  # left in each dimension, by class
+        classes = own[possible[own] & room[:, left].all(1)]
         if not classes.size:
             return None
         beside = np.array(chosen)
