@@ -145,7 +145,9 @@ class Pool(Generic[T]):
         over, seconds = _over_limit(child) if alive else ("", 0.0)
         if over or not alive:
             self._children.remove(child)
-            yield child.job, Ended(_end(child), over, seconds)
+            code = _end(child)
+            crashed = code < 0 and -code not in FROM_OUTSIDE  # before it was ended: to die takes processor time, too
+            yield child.job, Ended(code) if crashed else Ended(code, over, seconds)
 
 
 def _work(work: Callable[..., None], messages: Connection, arguments: tuple[Any, ...]) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +99,13 @@ def test_processor_time_ends_a_child_that_hears_no_signal() -> None:
     _, ended = _heard(Job("", spin, limits=Limits(processor=0.3, silence=0.01)))
     assert (ended.over, ended.from_outside) == ("processor", False)
     assert ended.seconds > 0.3
+
+
+def test_a_crash_is_no_hang_however_long_the_system_takes_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies still uses processor time, and looks alive: its memory is given back first."""
+    monkeypatch.setattr(BaseProcess, "is_alive", lambda process: process.join() or True)
+    _, ended = _heard(Job("", die, (signal.SIGSEGV,), Limits(processor=-1)))
+    assert str(ended) == "crashed: SIGSEGV"
 
 
 @pytest.mark.parametrize("work", [wait, close_and_wait])
