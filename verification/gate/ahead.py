@@ -94,7 +94,7 @@ def launches_of(candidate: Candidate, item: Item, architecture: str) -> list[Lau
     sample = _without_memory(item)
     with recording(generation(int(architecture.removeprefix("sm_")))) as recorder, _aligning():
         asks: tuple[Callable[..., object], ...] = (once, item.checks[0].ask)
-        for ask in asks:
+        for ask in dict.fromkeys(asks):  # most checks ask once and no more
             with suppress(Exception):
                 ask(candidate, sample)
     return [replace(launch, arguments=_placed(launch.arguments)) for launch in recorder.launches]
