@@ -68,7 +68,7 @@ def test_an_answer_that_cannot_be_sent_is_an_error_of_that_rank(world: World) ->
 
 
 def test_a_rank_that_computes_without_end_is_named() -> None:
-    with World(2, limits=Limits(processor=1.0, silence=60.0)) as world:
+    with World(2, limits=Limits(processor=3.0, silence=60.0)) as world:
         first, second = world.ask([Ask("spins")] * 2)
     assert isinstance(second, Lost)
     assert second.how.startswith("computed without end")
