@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before they are defined.
 # With MXREF_RANKS=nccl only the ranks of tests/support/world.py are on GPUs.
@@ -17,6 +18,9 @@ if not torch.cuda.is_available() or os.environ.get("MXREF_RANKS") == "nccl":
 from mxref.verification.records.record import EVIDENCE, write
 
 pytest_plugins = ["pytester"]
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("mxref", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mxref")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

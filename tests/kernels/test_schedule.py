@@ -6,16 +6,13 @@ The tables of chosen routings are compared entry by entry by the gate's check "t
 from __future__ import annotations
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxref.kernels.device.schedule import Routing, tile_bound
 
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 15, 16, 17, 64, 300]), min_size=1, max_size=9)
-settings.register_profile(
-    "kernels", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-KERNELS = settings.get_profile("kernels")
+KERNELS = settings(max_examples=25)
 
 
 def routing_for(counts: list[int], sentinels: int, device: torch.device) -> Routing:

@@ -207,7 +207,7 @@ def reference_code(x: float, scale: Fraction) -> int:
 @pytest.mark.parametrize("mode", SCALE_MODES)
 class TestEncode:
     @given(values=blocks_fp32)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_agrees_with_rational_arithmetic(self, mode, values):
         codes, scales = encode_blocks(torch.tensor(values, dtype=torch.float64), mode)
         byte = reference_scale(max(abs(Fraction(v)) for v in values), mode)
@@ -223,7 +223,7 @@ class TestEncode:
         assert scales.flatten().tolist() == [reference_scale(Fraction(a), mode) for a in amax.flatten().tolist()]
 
     @given(codes=st.lists(st.integers(0, 15), min_size=32, max_size=32), byte=st.integers(0, 254))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_encoding_again_changes_no_value(self, mode, codes, byte):
         """encode(decode(.)) may pick another scale, but a second pass keeps every value that the first one left."""
         block = torch.tensor(codes, dtype=torch.uint8), torch.tensor([byte], dtype=torch.uint8)
@@ -233,7 +233,7 @@ class TestEncode:
         assert torch.equal(decode_blocks(*twice, torch.float64), value)
 
     @given(values=blocks_fp32)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_only_floor_and_even_saturate(self, mode, values):
         w = torch.tensor(values, dtype=torch.float64)
         codes, scales = encode_blocks(w, mode)

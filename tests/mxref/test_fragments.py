@@ -23,7 +23,7 @@ def stack(E: int, N: int, K: int, largest: int = 255) -> MXWeights:
 
 
 @given(SIZES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_there_and_back_gives_the_bytes_of_before(sizes: tuple[int, int, int]) -> None:
     weights = stack(*sizes)
     again = weights.repack(MXLayout.FRAGMENTS).repack(MXLayout.FWD)
@@ -34,7 +34,7 @@ def test_there_and_back_gives_the_bytes_of_before(sizes: tuple[int, int, int]) -
 
 
 @given(SIZES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_bytes_are_fragments_of_something(sizes: tuple[int, int, int]) -> None:
     """With the other direction above: the arrangement is a bijection."""
     weights = stack(*sizes)
@@ -45,7 +45,7 @@ def test_any_bytes_are_fragments_of_something(sizes: tuple[int, int, int]) -> No
 
 
 @given(SIZES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_decoding_does_not_notice(sizes: tuple[int, int, int]) -> None:
     weights = stack(*sizes)
     fragments = weights.repack(MXLayout.FRAGMENTS)

@@ -134,7 +134,6 @@ class TestRefuses:
 
 class TestSelect:
     @given(ids=st.lists(st.integers(0, E - 1), max_size=6))
-    @settings(deadline=None)
     def test_takes_experts_in_the_given_order(self, ids):
         weights = stack()
         chosen = weights.select(torch.tensor(ids, dtype=torch.int64))
@@ -229,7 +228,7 @@ class TestEncodeDecode:
 
 class TestGptOss:
     @given(seed=st.integers(0, 2**31))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_round_trip_shares_the_bytes(self, seed):
         weights = stack(seed=seed)
         blocks, scales = weights.to_gpt_oss()

@@ -21,7 +21,7 @@ from mxref.verification.studies.conforming.emulation import (
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 200), st.integers(0, 2**31), st.sampled_from(list(HONEST)), st.integers(0, 40))
 def test_any_order_of_any_length_is_inside_gamma(n: int, seed: int, honest: str, spread: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +32,7 @@ def test_any_order_of_any_length_is_inside_gamma(n: int, seed: int, honest: str,
     assert bool(((got - accumulator.value).abs() <= accumulator.radius()).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 100), st.integers(0, 2**31), st.sampled_from([(16, 25), (8, 24)]), st.integers(0, 60))
 def test_running_bound_of_tensor_cores_on_wild_operands(n: int, seed: int, arch: tuple[int, int], spread: int) -> None:
     generator = torch.Generator().manual_seed(seed)

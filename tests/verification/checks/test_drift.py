@@ -111,7 +111,7 @@ PROMISE = draw(BALANCED, "cpu", 7)
 PROMISED = expect(PROMISE)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tensor=st.sampled_from(["Y", "dX", "dA", "dB"]),
     times=st.floats(1.0, 30.0),
@@ -127,7 +127,7 @@ def test_what_a_finding_says_it_resolves_it_sees(tensor: str, times: float, sign
     assert ("drift", tensor) in broken(judge(PROMISED, honest | {tensor: scaled}))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tensor=st.sampled_from(["Y", "dX"]), kind=st.sampled_from(["shift", "permute", "drop", "swap"]), data=st.data())
 def test_moved_and_lost_rows_are_always_seen(tensor: str, kind: str, data: st.DataObject) -> None:
     honest = honest_values(PROMISED, BF16)
