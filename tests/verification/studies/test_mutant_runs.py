@@ -208,6 +208,30 @@ def test_a_mutant_is_asked_until_a_check_rejects_it_that_a_foreign_kernel_is_ask
     assert outcome.judged == ["tables", "interval", "drift"]
 
 
+def test_a_mutant_is_asked_what_runs_its_function() -> None:
+    """What does not cannot notice; a function of the host may have prepared what a later question uses."""
+    checks = [check for check in CHECKS if check.name in ("integer", "decoder", "activation")]
+    items = [next(item for item in questions(CPU) if check in item.checks) for check in checks]
+    [healthy] = run([None], items, _setting())
+    ran = {item.checks[0].name: healthy.coverage[item.id] for item in items}
+    assert Place("device/grouped_matmul.py", "grouped_matmul_kernel") in ran["integer"] - ran["decoder"]
+    assert Place("device/activation.py", "sigmoids") in ran["activation"] - ran["integer"] - ran["decoder"]
+    assert Place("device/dequant.py", "dequantize_kernel") in ran["decoder"]
+
+    def asked(place: Place, **changes: Any) -> list[str]:
+        mutant = next(m for m in everything() if m.place == place and m.by_hand == bool(changes))
+        [outcome] = run([mutant], passing, _setting(**changes), coverage=healthy.coverage)
+        return outcome.judged
+
+    passing = [replace(item, checks=_item(item.checks[0].name, passes).checks) for item in items]
+    assert [item.id for item in passing] == [item.id for item in items]
+    everyone = [check.name for check in checks]
+    assert asked(Place("device/activation.py", "sigmoids")) == ["activation"]
+    assert asked(Place("device/activation.py", "activation_kernel"), matrix=True) == everyone
+    assert asked(Place("device/grouped_matmul.py", "_Product.launch")) == everyone, "not jit"
+    assert asked(Place("device/hopper_fragments.py", "fragments_tile")) == everyone, "nobody runs it"
+
+
 def test_a_mutant_that_leaves_torch_changed_is_killed() -> None:
     def change(candidate: object) -> list[Finding]:
         torch.set_default_dtype(torch.float64)

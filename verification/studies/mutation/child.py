@@ -9,6 +9,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.run import judge
+from mxref.verification.studies.mutation.coverage import functions_run
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.questions import IMPORT, is_open
-from mxref.verification.studies.mutation.sources import Source
+from mxref.verification.studies.mutation.sources import Place, Source
 
 _ADDRESS_SPACE = 24 << 30
 """Bytes a mutant may map on a CPU, so that a wrong size cannot take the machine down."""
@@ -51,10 +53,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Said:
-    """A child's message: item `number` begins, None before the first; or which checks reject the mutant, and why."""
+    """A child's message: item `number` begins, None before the first; or what came of it.
+
+    Attributes:
+        number: the item.
+        rejections: which checks reject the mutant, and why.
+        functions: of the unmutated sources, which the item ran.
+    """
 
     number: int | None
     rejections: Mapping[str, str] = field(default_factory=dict)
+    functions: frozenset[Place] | None = None
 
 
 def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
@@ -76,11 +85,14 @@ def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
         send(Said(None, {IMPORT: traceback.format_exc(limit=1).strip().splitlines()[-1]}))
         return
     slopes, kills = slopes_in(task.items), set[str]()
+    traced = task.mutant is None and task.device.type == "cpu"
     for number, item in enumerate(task.items):
         if is_open(item, kills, task.every):
             send(Said(number))
-            if rejections := _rejections(item, candidate, slopes):
-                send(Said(number, rejections))
+            with functions_run(folder) if traced else nullcontext() as functions:
+                rejections = _rejections(item, candidate, slopes)
+            if rejections or functions is not None:
+                send(Said(number, rejections, None if functions is None else frozenset(functions)))
                 kills.update(rejections)
 
 

@@ -17,15 +17,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.gate.plan import Item
 from mxref.verification.studies.mutation.child import Said, Task, run_child
+from mxref.verification.studies.mutation.coverage import Coverage, that_may_notice
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.questions import IMPORT, is_open
-from mxref.verification.studies.mutation.sources import Source
+from mxref.verification.studies.mutation.sources import Place, Source
 
 _IMPORTING = Limits(processor=300.0, silence=1200.0)
 """What a child may take before its first question."""
@@ -50,6 +52,7 @@ class Outcome:
         judged: checks that ran, in the order in which they did last.
         unjudged: check -> why it gave no answer, for each that was asked in vain.
         seconds: wall-clock time.
+        coverage: of the sources as they are, where the interpreter runs them.
     """
 
     mutant: Mutant | None
@@ -57,6 +60,7 @@ class Outcome:
     judged: list[str] = field(default_factory=list)
     unjudged: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    coverage: dict[str, frozenset[Place]] = field(default_factory=dict)
 
     @property
     def killed(self) -> bool:
@@ -86,6 +90,10 @@ class Setting:
         """Of one question."""
         return Limits(lenience * self.trial_seconds, lenience * _PATIENCE * self.trial_seconds)
 
+    def asks_all(self, mutant: Mutant | None) -> bool:
+        """Whether every check is asked, also when one has rejected the mutant; None for the sources as they are."""
+        return mutant is None or (self.matrix and mutant.by_hand)
+
 
 def run(
     mutants: Sequence[Mutant | None],
@@ -93,6 +101,7 @@ def run(
     setting: Setting,
     *,
     apart: bool = False,
+    coverage: Coverage = MappingProxyType({}),
     until: float = math.inf,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
@@ -103,6 +112,8 @@ def run(
         items: the questions, in this order.
         setting: how.
         apart: the unmutated sources' items are shared among processes, and given more time.
+        coverage: of the items, as far as it is known: what cannot notice a mutant is not asked about it, but for what
+            is asked everything; see `Setting.matrix`.
         until: the time, by the monotonic clock, from which on no further mutant is begun.
         on_outcome: called as each mutant is done.
 
@@ -117,8 +128,12 @@ def run(
     with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root, Pool[_Part](setting.jobs, "fork") as pool:
         judge = _Judge(setting, Path(root), on_outcome)
         for mutant in mutants:
-            for share in [items] if mutant is not None else shares:
-                pool.waiting.append(judge.job(Outcome(mutant), share, setting.limits() if mutant else patient))
+            if mutant is None:
+                pool.waiting.extend(judge.job(Outcome(None), share, patient) for share in shares)
+                continue
+            every = setting.asks_all(mutant)
+            asked = items if every else that_may_notice(items, mutant, setting.sources, coverage)
+            pool.waiting.append(judge.job(Outcome(mutant), asked, setting.limits()))
         outcomes = [job.about.outcome for job in pool.waiting]
         if time.monotonic() > until:
             pool.waiting.clear()
@@ -165,7 +180,7 @@ class _Judge:
         gpu = self._gpus[self._jobs % len(self._gpus)] if self._gpus else None
         self._jobs += 1
         sources, device = self._setting.sources, self._setting.device
-        task = Task(outcome.mutant, sources, items, device, gpu, self._every(outcome))
+        task = Task(outcome.mutant, sources, items, device, gpu, self._setting.asks_all(outcome.mutant))
         return Job(part, run_child, (task, part.folder), _IMPORTING)
 
     def hear(self, job: Job[_Part], said: Said | Ended, alone: bool = False) -> list[Job[_Part]]:
@@ -174,6 +189,8 @@ class _Judge:
         if isinstance(said, Said):
             part.at, job.limits = said.number, part.limits
             outcome.kills |= said.rejections
+            if said.functions is not None and part.at is not None:
+                outcome.coverage[part.items[part.at].id] = said.functions
             if not said.rejections and part.at is not None:
                 outcome.judged = [*(check for check in outcome.judged if check not in part.checks), *part.checks]
             return []
@@ -188,7 +205,7 @@ class _Judge:
         elif not said.well:
             outcome.kills = dict.fromkeys(part.checks, f"{said}") | outcome.kills
         left = [] if said.well or part.at is None else part.items[part.at + 1 :]
-        left = [item for item in left if is_open(item, outcome.kills, self._every(outcome))]
+        left = [item for item in left if is_open(item, outcome.kills, self._setting.asks_all(outcome.mutant))]
         if left:
             return [self.job(outcome, left, part.limits)]
         self._on_outcome(outcome)
@@ -201,9 +218,6 @@ class _Judge:
                 pool.waiting.append(self.job(part.outcome, part.items[part.at or 0 :], part.limits))
                 for job, said in pool:
                     pool.waiting.extend(self.hear(job, said, alone=True))
-
-    def _every(self, outcome: Outcome) -> bool:
-        return outcome.mutant is None or (self._setting.matrix and outcome.mutant.by_hand)
 
     def _hangs(self, part: _Part, ended: Ended) -> bool:
         """Whether a mutant that waited in vain, alone, has itself to blame."""

@@ -120,7 +120,7 @@ def judge(
     start = time.monotonic()
     checks = dict.fromkeys(check.name for item in items for check in item.checks)
     session = Session(setting.device.type, setting.matrix, [*checks, STATE.name])
-    on_start("mutants, and the sources as they are")
+    on_start("the sources as they are")
 
     def judged(outcome: Outcome) -> None:
         if outcome.mutant is not None:
@@ -131,7 +131,10 @@ def judge(
         for check, reason in outcome.unjudged.items():
             raise FalseKillError(f"check {check!r} gives no answer about the unmutated sources: {reason}")
 
-    outcomes = run([None, *mutants], items, setting, apart=True, until=start + seconds, on_outcome=judged)
+    healthy = run([None], items, setting, apart=True, on_outcome=judged)
+    coverage = {item: functions for outcome in healthy for item, functions in outcome.coverage.items()}
+    on_start("mutants")
+    outcomes = run(mutants, items, setting, coverage=coverage, until=start + seconds, on_outcome=judged)
     begun = {outcome.mutant.name: outcome for outcome in outcomes if outcome.mutant is not None}
     alive = [mutant for mutant in mutants if mutant.name in begun and not begun[mutant.name].killed]
     reasons, broken = _explain(alive, items, setting, compile_survivors, on_start)
