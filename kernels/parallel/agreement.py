@@ -87,7 +87,12 @@ def failing_together(wait: float = WAIT, group: ProcessGroup | None = None) -> I
         yield
     except Exception as raised:
         error = raised
-    answers = exchange({} if error is None else {"error": f"{type(error).__name__}: {error}"}, wait, group)
+    try:
+        answers = exchange({} if error is None else {"error": f"{type(error).__name__}: {error}"}, wait, group)
+    except TimeoutError as late:
+        if error is None:
+            raise
+        raise error from late
     if error is not None:
         raise error
     of_ranks = zip(distributed.get_process_group_ranks(group), answers, strict=True)

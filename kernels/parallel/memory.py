@@ -161,8 +161,10 @@ def main(arguments: list[str]) -> None:
         print(tables())
         return
     path = Path(arguments[0])
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, begun, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (begun and ended):
+        raise ValueError(f"{path} has no lines {BEGIN} and {END}, between which the tables go")
     path.write_text(f"{before}{BEGIN}\n{tables()}{END}{after}", encoding="utf-8")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +19,10 @@ from mxref.kernels.parallel.agreement import failing_together
 from mxref.kernels.parallel.experts import ShardedExperts, shard_experts
 from mxref.kernels.parallel.older_torch import bytes_shardable
 
-__all__ = ["clip_grad_norm_", "shard_model", "whole_model"]
+__all__ = ["SAVING", "clip_grad_norm_", "shard_model", "whole_model"]
+
+SAVING = 3600.0
+"""Seconds that ranks give the one that writes a whole model, which may be hundreds of GB on a network's disk."""
 
 
 def shard_model(
@@ -94,7 +96,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
 
 @contextmanager
-def whole_model(model: nn.Module) -> Iterator[bool]:
+def whole_model(model: nn.Module, wait: float = SAVING) -> Iterator[bool]:
     """For its duration rank 0's model is whole and on the CPU, as if it had never been sharded; for saving it.
 
         with whole_model(model) as here:
@@ -103,31 +105,33 @@ def whole_model(model: nn.Module) -> Iterator[bool]:
 
     Collective: every rank of the world enters and leaves. One tensor at a time is gathered on the other ranks.
 
+    Args:
+        model: of `shard_model`.
+        wait: seconds that the other ranks give rank 0 for what it does within.
+
     Raises:
         RuntimeError: on every rank, if what rank 0 does within fails; on rank 0 the error itself is raised.
+        TimeoutError: on the other ranks, if it takes longer.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    here, undo = distributed.get_rank() == 0, list[Callable[[], Any]]()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ShardedExperts):
-            packed = module.gathered()
+    here = distributed.get_rank() == 0
+    with ExitStack() as undo:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, ShardedExperts):
+                packed = module.gathered()
+                if here:
+                    undo.callback(model.set_submodule, name, module)
+                    model.set_submodule(name, packed)
+                continue
+            sharded = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
+            whole = {key: nn.Parameter(_whole(p), requires_grad=p.requires_grad) for key, p in sharded.items()}
             if here:
-                undo.append(partial(model.set_submodule, name, module))
-                model.set_submodule(name, packed)
-            continue
-        sharded = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
-        whole = {key: nn.Parameter(_whole(p), requires_grad=p.requires_grad) for key, p in sharded.items()}
-        if here:
-            undo.append(partial(module._parameters.update, sharded))
-            module._parameters.update(whole)
-    try:
-        with failing_together():
+                undo.callback(module._parameters.update, sharded)
+                module._parameters.update(whole)
+        with failing_together(wait):
             yield here
-    finally:
-        for step in undo:
-            step()
 
 
 def _whole(tensor: DTensor) -> Tensor:

@@ -9,6 +9,9 @@ import mesh_training
 import world
 from world import errors
 
+from mxref.kernels.parallel.agreement import WAIT
+from mxref.kernels.parallel.sharding import SAVING
+
 DIFFERENCES = {
     "weight": "layers.0.experts.down_proj_blocks: ranks 0 have",
     "adapter": "layers.0.experts.gate_up_proj_lora_A: ranks 0 have",
@@ -63,6 +66,17 @@ def test_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:
         assert "lacks __0_0.distcp, of 2 files; copy all ranks' files" in error
     (tmp_path / ".metadata").unlink()
     assert all("holds no .metadata" in error for error in errors(bad_ranks.resume, 1, str(tmp_path), 4, True))
+
+
+def test_a_rank_that_fails_and_is_not_awaited_keeps_its_error() -> None:
+    assert world.run(bad_ranks.alone, 2) == ["OSError('No space left on device')", "nothing"]
+
+
+def test_rank_0_may_take_longer_to_save_than_ranks_wait_elsewhere() -> None:
+    assert SAVING > WAIT
+    late, waited = world.run(bad_ranks.slow_disk, 2)
+    assert late == "nothing"
+    assert waited.startswith("ranks [0] of 2 did not come within 0.5 s")
 
 
 def test_saving_that_fails_on_rank_0() -> None:

@@ -20,6 +20,13 @@ def test_the_page_shows_the_tables(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8"), "run memory.py on docs/parallel.md"
 
 
+def test_a_page_without_a_place_for_them_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("A page.\n")
+    with pytest.raises(ValueError, match=r"page\.md has no lines"):
+        memory.main([str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == "A page.\n"
+
+
 def test_state_is_what_a_layer_holds() -> None:
     """Packed bytes, biases left out, and an adapter with its gradient and two moments in fp32."""
     experts = integer_experts(4, rank=2)

@@ -91,3 +91,29 @@ def full_disk() -> None:
     with whole_model(model) as here:
         if here:
             raise OSError("No space left on device")
+
+
+def alone() -> str:
+    """Rank 0 fails, and rank 1 is not there to hear of it."""
+    if distributed.get_rank() == 0:
+        try:
+            with agreement.failing_together(wait=0.5):
+                raise OSError("No space left on device")
+        except Exception as error:
+            return repr(error)
+    return "nothing"
+
+
+def slow_disk() -> str:
+    """Rank 0 takes longer with the whole model than the others wait: until they have said so."""
+    model = torch.nn.ModuleDict({"experts": integer_experts(4)})
+    shard_experts(model, init_device_mesh(rank_device().type, (distributed.get_world_size(),)))
+    store = distributed.distributed_c10d._get_default_store()
+    try:
+        with whole_model(model, wait=0.5) as here:
+            if here:
+                store.wait(["waited in vain"])
+    except TimeoutError as error:
+        store.set("waited in vain", "")
+        return str(error)
+    return "nothing"

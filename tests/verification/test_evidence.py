@@ -15,7 +15,7 @@ import torch
 
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cli import main
+from mxref.verification.cli import main, options
 from mxref.verification.gate.plan import plan
 from mxref.verification.gate.run import run_gate
 from mxref.verification.models.sizes import MODELS
@@ -294,9 +294,21 @@ def test_the_readme_s_table_shows_each_record_with_its_date(records: Path) -> No
     assert (of["gate"][-7:], of["pytest"][-6:]) == ("| yes |", "| no |")
 
 
-@pytest.mark.parametrize("narrowed", [[], ["--case", "integer"], ["--kernel", "golden"]])
-def test_the_gate_records_whole_suites_on_a_gpu_only(narrowed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["gate", "--device", "cpu", "--record", *narrowed]) == 2
+def test_the_gate_records_what_a_gpu_saw(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gate", "--device", "cpu", "--record"]) == 2
+    assert "--record keeps a whole suite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "narrowed", [["--case", "integer"], ["--kernel", "golden"], ["--rerun", "01234567"], ["--fail-fast"]]
+)
+def test_the_gate_records_whole_suites(
+    narrowed: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU too, which is pretended."""
+    monkeypatch.setattr(options, "choose_device", lambda *_: GPU)
+    monkeypatch.setattr("mxref.verification.cli.gate._judge", lambda *_: pytest.fail("judged"))
+    assert main(["gate", "--record", *narrowed]) == 2
     assert "--record keeps a whole suite" in capsys.readouterr().err
 
 

@@ -4,6 +4,8 @@ The limit of one projection's product is the larger of two times, that of its ar
 and that of its bytes at the machine's copy rate; dX costs the same as the forward product. Decoding has bytes alone:
 
     max( 2·P·K·N / matmul,  (active·K·N·17/32 + M·K·2 + P·N·2) / copy )         active·K·N·(17/32 + 2) / copy
+
+The base products by themselves are timed on rows that are gathered already: P·K·2 in place of M·K·2.
 """
 
 from __future__ import annotations
@@ -212,7 +214,8 @@ class Workload:
         weights = self.active * s.K * s.N
         if measure.part == "decode":
             return weights * DECODING_BYTES
-        return measure.products * (weights * bytes_per_weight + s.tokens * s.K * 2 + s.rows * s.N * 2)
+        inputs = s.tokens if measure.part == "layer" else s.rows
+        return measure.products * (weights * bytes_per_weight + inputs * s.K * 2 + s.rows * s.N * 2)
 
     def least(self, measure: Measure) -> tuple[float, float]:
         """FLOPs and bytes of the base products, or of decoding, with weights in MXFP4: what the limit is made of."""

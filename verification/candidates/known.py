@@ -89,13 +89,18 @@ ENTRIES: dict[str, Entry] = {
 """By the name that `--kernel` and `--candidates` take, in the scoreboard's order."""
 
 
+def is_own(name: str) -> bool:
+    """Whether this project's kernels are meant."""
+    return name in ("shipped", OWN)
+
+
 def entry(name: str) -> Entry:
     """An entry by name, "shipped" for this project's kernels; or a user's own, `module:callable` or `file.py:callable`.
 
     Raises:
         ValueError: the name is neither.
     """
-    name = OWN if name == "shipped" else name
+    name = OWN if is_own(name) else name
     if name in ENTRIES:
         return ENTRIES[name]
     if ":" not in name:

@@ -26,7 +26,7 @@ WAITS = 0.01
 _TICK = 0.25
 """Seconds between two looks at children that say nothing."""
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
-"""Signals that come from a person or from a system without memory; a process that goes wrong dies of others."""
+"""Signals that a person or the out-of-memory killer sends; a process that goes wrong dies of others."""
 
 T = TypeVar("T")
 
@@ -47,16 +47,18 @@ class Ended:
         code: its exit code, -n for signal n.
         over: the limit for which the pool ended it, or "".
         seconds: what it had taken of that limit.
+        unread: why nobody could read one of its messages; what it sent behind that is lost.
     """
 
     code: int
     over: Literal["processor", "silence", ""] = ""
     seconds: float = 0.0
+    unread: str = ""
 
     @property
     def well(self) -> bool:
-        """Whether its work came to its end."""
-        return self.code == 0 and not self.over
+        """Whether its work came to its end, and all that it said was heard."""
+        return self.code == 0 and not self.over and not self.unread
 
     @property
     def from_outside(self) -> bool:
@@ -66,8 +68,14 @@ class Ended:
     def __str__(self) -> str:
         if self.over:
             by = "of processor time" if self.over == "processor" else "by the clock"
-            return f"hung: no result in {self.seconds:.0f} s {by}"
-        return f"crashed: {signal.Signals(-self.code).name if self.code < 0 else f'exit status {self.code}'}"
+            return f"hung: it said nothing for {self.seconds:.0f} s {by} and was ended"
+        if self.unread:
+            return f"sent a message that cannot be read ({self.unread})"
+        if self.code == -signal.SIGKILL:
+            return "was killed (SIGKILL): by someone, or because memory ran out"
+        if self.code < 0:
+            return f"crashed ({signal.Signals(-self.code).name})"
+        return f"ended itself with exit status {self.code}"
 
 
 @dataclass(eq=False)
@@ -96,6 +104,7 @@ class _Child(Generic[T]):
     heard: float
     used: float = 0.0
     speaks: bool = True
+    unread: str = ""
 
 
 class Pool(Generic[T]):
@@ -139,7 +148,7 @@ class Pool(Generic[T]):
 
     def _listen(self, child: _Child[T]) -> Iterator[tuple[Job[T], Any]]:
         """What a child has said, and how it ended if it has."""
-        alive = child.process.is_alive()  # asked first: a child says its last words before it dies
+        alive = child.process.is_alive()  # asked first: what a child has sent before it died is there then
         for message in _drain(child):
             yield child.job, message
         over, seconds = _over_limit(child) if alive else ("", 0.0)
@@ -147,7 +156,7 @@ class Pool(Generic[T]):
             self._children.remove(child)
             code = _end(child)
             crashed = code < 0 and -code not in FROM_OUTSIDE  # before it was ended: to die takes processor time, too
-            yield child.job, Ended(code) if crashed else Ended(code, over, seconds)
+            yield child.job, Ended(code, *(("", 0.0) if crashed else (over, seconds)), child.unread)
 
 
 def _work(work: Callable[..., None], messages: Connection, arguments: tuple[Any, ...]) -> None:
@@ -162,8 +171,10 @@ def _drain(child: _Child[T]) -> list[Any]:
         while child.speaks and child.messages.poll():
             messages.append(child.messages.recv())
             child.heard, child.used = time.monotonic(), processor_seconds(child.process)
-    except Exception:  # it has closed its end, or died within a message, or sent what nobody can read
+    except (EOFError, OSError):  # it has closed its end, or died within a message
         child.speaks = False
+    except Exception as error:  # an object that cannot be made again here
+        child.speaks, child.unread = False, f"{type(error).__name__}: {error}"
     return messages
 
 

@@ -80,9 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("bench --readme is now: mxref evidence --readme")
     if arguments.record is not None and (arguments.quick or arguments.shape):
         raise UsageError("--record keeps a whole benchmark: leave --quick and --shape out")
+    bench_models.check(arguments)
     if arguments.model:
         return bench_models.run(arguments)
-    bench_models.check_unused(arguments)
     if arguments.samples is not None and find_spec("pytest_benchmark") is None:
         raise UsageError("--samples needs pytest-benchmark: pip install pytest-benchmark")
     shapes = _shapes(arguments)

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from mxref.verification.models.side import Task
 
 _NEEDED = ("transformers", "peft", "accelerate")
+_STEPS, _SILENCE = 5, 300
+_OF_A_MODEL = (
+    "batch", "side", "attention", "steps", "rank", "layers", "largest_batch", "profile", "from_disk", "parallel",
+    "world", "device", "timeout",
+)  # fmt: skip
+_OF_A_LAYER = ("quick", "rows", "host", "large", "shape", "no_peers", "samples")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch", metavar="BxT", action="append", help="sequences x tokens; may repeat (default: 1x512, 4x1024)"
     )
-    group.add_argument("--side", choices=("packed", "dense", "both"), default="both", help="how experts are held")
+    group.add_argument("--side", choices=("packed", "dense", "both"), help="how experts are held (default: both)")
     group.add_argument(
         "--attention", metavar="NAME", action="append", help="eager (default), flex_attention, …; may repeat"
     )
-    group.add_argument("--steps", metavar="N", type=positive, default=5, help="measured steps a batch (default: 5)")
+    group.add_argument("--steps", metavar="N", type=positive, help=f"measured steps a batch (default: {_STEPS})")
     group.add_argument(
         "--rank", metavar="R", type=positive, help="of the adapters (default: 16; 8 for gpt-oss-120b, to fit 80 GB)"
     )
@@ -54,22 +60,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-disk", metavar="DIR", type=Path, help="write the packed model there as a checkpoint, load it, train it"
     )
     bench_parallel.add_arguments(group)
-    group.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of whole models (default: cuda)")
+    group.add_argument("--device", choices=("cuda", "cpu"), help="of whole models (default: cuda)")
     group.add_argument(
-        "--timeout", metavar="SECONDS", type=positive, default=300, help="that a side may stay silent (default: 300)"
+        "--timeout", metavar="SECONDS", type=positive, help=f"that a side may stay silent (default: {_SILENCE})"
     )
 
 
-def check_unused(arguments: argparse.Namespace) -> None:
-    """Whether options of whole models are left out where no model is asked for.
+def check(arguments: argparse.Namespace) -> None:
+    """Whether the options fit a whole model, if one is asked for, or a layer.
 
     Raises:
-        UsageError: one is given.
+        UsageError: one does not.
     """
-    others = ("batch", "rank", "layers", "attention", "largest_batch", "profile", "from_disk", "parallel", "world")
+    others = _OF_A_LAYER if arguments.model else _OF_A_MODEL
     for name in others:
         if getattr(arguments, name):
-            raise UsageError(f"--{name.replace('_', '-')} is for whole models: give --model NAME too")
+            whose = "a layer: leave --model out" if arguments.model else "whole models: give --model NAME too"
+            raise UsageError(f"--{name.replace('_', '-')} is for {whose}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise UsageError(f"--model needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    arguments.device, arguments.side = arguments.device or "cuda", arguments.side or "both"
+    arguments.steps, arguments.timeout = arguments.steps or _STEPS, arguments.timeout or _SILENCE
     models = _models(arguments.model)
     device = choose_device(arguments.device, require_gpu=arguments.device == "cuda")
     if arguments.record is not None and (device.type == "cpu" or any(m.name not in KINDS for m in models)):

@@ -92,10 +92,7 @@ def _questions(model: Model, arguments: argparse.Namespace) -> Iterator[tuple[To
     from mxref.verification.models.together import Together
     from mxref.verification.models.training import Batch
 
-    try:
-        batches = [Batch.read(text) for text in arguments.batch or ("4x1024",)]
-    except ValueError as error:
-        raise UsageError(f"--batch {error}") from None
+    batches = [Batch.read(text) for text in arguments.batch or ("4x1024",)]
     sides: tuple[Any, ...] = ("packed", "dense") if arguments.side == "both" else (arguments.side,)
     ways = dict.fromkeys(arguments.parallel)
     order = [("one rank", side) for side in sides] + [(way, "packed") for way in ways if "packed" in sides]

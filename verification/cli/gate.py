@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mxref.verification.candidates.known import is_own
 from mxref.verification.cli import gate_distributed, options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
@@ -135,7 +136,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.distributed:
         _prepare(arguments.out)
         return _report(gate_distributed.judge(arguments, device), arguments, device)
-    if arguments.record is not None and (device.type != "cuda" or not _own(arguments) or arguments.case):
+    narrowed = not _own(arguments) or arguments.case or arguments.rerun or arguments.fail_fast
+    if arguments.record is not None and (device.type != "cuda" or narrowed):
         raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
     if arguments.accept_baseline is not None and not _own(arguments):
         raise UsageError("--accept-baseline is for the shipped kernels on drawn cases; leave out what changes either")
@@ -185,7 +187,7 @@ def _own(arguments: argparse.Namespace) -> bool:
     """Whether the shipped kernels are judged, as they declare themselves, on drawn cases."""
     a = arguments
     declared = a.points is not None or a.accumulation is not None or a.covers is not None
-    ours = a.kernel == "shipped" and not a.distributed
+    ours = is_own(a.kernel) and not a.distributed
     return ours and not declared and a.weights is None and a.shape is None
 
 

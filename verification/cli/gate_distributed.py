@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
@@ -53,7 +54,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise UsageError("--step and --world are for a step on several ranks: give --distributed too")
         return
     given = [name for name in _OF_ONE_PROCESS if getattr(arguments, name)]
-    if arguments.kernel != "shipped":
+    if not is_own(arguments.kernel):
         given.append("kernel")
     if given:
         raise UsageError(f"--{given[0].replace('_', '-')} is for a layer in one process: leave it out of --distributed")

@@ -49,13 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     test = file.with_name(f"test_{file.name}")
     if file.suffix != ".py" or not file.stem.isidentifier():
         raise UsageError(f"{file} is no name of a Python module; expected something like my_kernel.py")
-    text = inspect.getsource(starting_point).replace("my_kernel", file.stem)
+    for path in (file, test):
+        if path.exists():
+            raise UsageError(f"{path} is there already: choose another name, or remove it")
     try:
-        for path, content in ((file, text), (test, _TEST.format(name=file.stem, file=file.name))):
-            with path.open("x", encoding="utf-8") as opened:
-                opened.write(content)
-    except FileExistsError as error:
-        raise UsageError(f"{error.filename} is there already") from None
+        file.write_text(inspect.getsource(starting_point).replace("my_kernel", file.stem), encoding="utf-8")
+        test.write_text(_TEST.format(name=file.stem, file=file.name), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror or error}") from None
     print(f"wrote {file} and {test}\njudge it: mxref gate --kernel {file}:layer")

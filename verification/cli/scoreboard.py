@@ -17,7 +17,7 @@ import argparse
 
 import torch
 
-from mxref.verification.candidates.known import ENTRIES, OWN, entry
+from mxref.verification.candidates.known import ENTRIES, entry, is_own
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cli import options
 from mxref.verification.cli.progress import Meter
@@ -85,7 +85,7 @@ def _names(text: str | None) -> list[str]:
 
 
 def _check_cases(names: list[str], arguments: argparse.Namespace, device: torch.device) -> None:
-    items = plan(Scope("full" if arguments.full else "quick", device.type, arguments.seed), own=OWN in names)
+    items = plan(Scope("full" if arguments.full else "quick", device.type, arguments.seed), own=any(map(is_own, names)))
     if not any(item.fits(arguments.case or ()) for item in items):
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")
 

@@ -85,9 +85,13 @@ class World:
         """
         if not self._ranks:
             self._start()
-        for rank, question in zip(self._ranks, questions, strict=True):
-            rank.connection.send_bytes(pickle.dumps(question))
         answers: dict[int, Any] = {}
+        for number, question in enumerate(questions):
+            try:
+                self._ranks[number].connection.send_bytes(pickle.dumps(question))
+            except OSError:  # it has died since its last answer
+                self._ranks[number].process.join(timeout=GRACE)
+                answers[number] = self._lost(number)
         watch = _Watch(self._ranks, self._limits, self._grace, GPU_GRACE if self._device_type == "cuda" else math.inf)
         while len(answers) < self.size:
             pending = [number for number in range(self.size) if number not in answers]
@@ -127,7 +131,7 @@ class World:
     def _listen(self, number: int, answers: dict[int, Any]) -> None:
         """Take in what a rank says, or that it has ended."""
         rank = self._ranks[number]
-        alive = rank.process.is_alive()  # asked first: a rank says its last words before it dies
+        alive = rank.process.is_alive()  # asked first: what a rank has sent before it died is there then
         try:
             if rank.connection.poll():
                 answers[number] = pickle.loads(rank.connection.recv_bytes())
@@ -136,7 +140,11 @@ class World:
             rank.process.join(timeout=GRACE)  # its end of the pipe is closed: it dies
             alive = False
         if not alive:
-            answers[number] = Lost(_died(Ended(rank.process.exitcode or 0)), self._read(number))
+            answers[number] = self._lost(number)
+
+    def _lost(self, number: int) -> Lost:
+        """What is known of a rank that has ended itself."""
+        return Lost(str(Ended(self._ranks[number].process.exitcode or 0)), self._read(number))
 
     def _where(self, number: int) -> str:
         """Where a rank is that says nothing: it is asked by a signal to write its stack down."""
@@ -194,13 +202,6 @@ class _Watch:
         """Seconds of the thread that has used most: many that only wake up now and then do nothing together either."""
         before = self._marked[number]
         return max((seconds - before.get(thread, 0.0) for thread, seconds in now.items()), default=0.0)
-
-
-def _died(ended: Ended) -> str:
-    """How a rank ended that should not have, in words."""
-    if ended.code == -signal.SIGKILL:
-        return "was killed (SIGKILL): by someone, or because memory ran out"
-    return f"crashed ({signal.Signals(-ended.code).name})" if ended.code < 0 else f"ended itself, exit {ended.code}"
 
 
 def innermost(trace: str) -> str:

@@ -8,7 +8,6 @@ memory beside the others' is asked again when they are done.
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
@@ -104,7 +104,7 @@ def judge_apart(
 
 def _compiling(order: Order) -> AbstractContextManager[None]:
     """On a GPU, the shipped kernels are compiled meanwhile."""
-    if order.device.type == "cpu" or order.kernel != "shipped":
+    if order.device.type == "cpu" or not is_own(order.kernel):
         return nullcontext()
     from mxref.verification.gate.ahead import compiling_ahead  # with the kernels, which nobody else needs here
 
@@ -216,7 +216,7 @@ class _Run:
         if self.entries and part.at >= len(self.entries):
             return False
         self.losses += 1
-        reason = part.lost_for or f"its process {_how(ended)}"
+        reason = part.lost_for or f"its process {ended}{' (--timeout)' if ended.over else ''}"
         if not self.entries:
             reason += " while the candidate was loaded and called for the first time"
             self.found[-1] = [Finding(LOADING, "the first call", "all", Status.FAIL, reason, 0, 0, trace=part.trace())]
@@ -241,15 +241,3 @@ class _Run:
         if result.findings and not any(finding.check == STATE.name for finding in result.findings):
             reason = "torch's global state is what it was before"
             result.findings.append(Finding(STATE.name, "every call", "all", Status.PASS, reason, 0, 0))
-
-
-def _how(ended: Ended) -> str:
-    """How a process ended that should not have, in words."""
-    if ended.over:
-        by = "of processor time" if ended.over == "processor" else "by the clock"
-        return f"hung: it said nothing for {ended.seconds:.0f} s {by} and was ended (--timeout)"
-    if ended.code == -signal.SIGKILL:
-        return "was killed (SIGKILL): by someone, or because memory ran out"
-    if ended.code < 0:
-        return f"crashed ({signal.Signals(-ended.code).name})"
-    return f"ended itself with exit status {ended.code}"

@@ -130,7 +130,7 @@ class GateResult:
             return 1
         if self.verdict in (Status.FAIL, Status.NOT_COVERED):
             return 1
-        return int(self.strict and self.counts()[Status.PASS] < len(self.findings))
+        return int(self.strict and self.verdict is not Status.PASS)
 
 
 def describe_device(device: torch.device, interpreted: bool = False) -> str:

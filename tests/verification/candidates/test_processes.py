@@ -84,13 +84,19 @@ def test_a_child_that_shares_nothing_is_heard() -> None:
 def test_the_last_words_of_a_child_that_leaves_are_heard() -> None:
     messages, ended = _heard(Job("", leave, (3,)))
     assert messages == ["before"]
-    assert (ended.code, ended.well, ended.from_outside, str(ended)) == (3, False, False, "crashed: exit status 3")
+    assert (ended.code, ended.well, ended.from_outside, str(ended)) == (
+        3,
+        False,
+        False,
+        "ended itself with exit status 3",
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL, signal.SIGTERM])
 def test_a_crash_is_told_from_an_end_from_outside(number: signal.Signals) -> None:
     _, ended = _heard(Job("", die, (number,)))
-    assert str(ended) == f"crashed: {number.name}"
+    killed = number is signal.SIGKILL
+    assert str(ended).startswith("was killed (SIGKILL): by someone" if killed else f"crashed ({number.name})")
     assert ended.from_outside == (number in (signal.SIGKILL, signal.SIGTERM))
 
 
@@ -105,7 +111,7 @@ def test_a_crash_is_no_hang_however_long_the_system_takes_over_it(monkeypatch: p
     """A process that dies still uses processor time, and looks alive: its memory is given back first."""
     monkeypatch.setattr(BaseProcess, "is_alive", lambda process: process.join() or True)
     _, ended = _heard(Job("", die, (signal.SIGSEGV,), Limits(processor=-1)))
-    assert str(ended) == "crashed: SIGSEGV"
+    assert str(ended) == "crashed (SIGSEGV)"
 
 
 @pytest.mark.parametrize("work", [wait, close_and_wait])
@@ -115,10 +121,11 @@ def test_silence_ends_a_child_that_waits(work: Callable[[Send], None]) -> None:
     assert ended.seconds > 0.5
 
 
-def test_a_message_that_nobody_can_read_is_left_out() -> None:
+def test_a_message_that_nobody_can_read_is_told() -> None:
     messages, ended = _heard(Job("", say_what_nobody_can_read))
     assert messages == []
-    assert ended.well
+    assert (ended.code, ended.well, ended.from_outside) == (0, False, False)
+    assert str(ended).startswith("sent a message that cannot be read (")
 
 
 def test_limits_may_change_while_a_child_runs() -> None:

@@ -43,6 +43,9 @@ def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new-kernel", "mine.py"]) == 2
     assert "is there already" in capsys.readouterr().err
     assert Path("mine.py").read_text() == "mine"
+    Path("test_other.py").touch()
+    assert main(["new-kernel", "other.py"]) == 2
+    assert not Path("other.py").exists(), "half of it is not written either"
     assert main(["new-kernel", "no-module.txt"]) == 2
 
 

@@ -34,13 +34,27 @@ def test_ranks_answer_again_and_again(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("what", "how"),
-    [("exits", "ended itself, exit 0"), ("is_killed", "was killed (SIGKILL)"), ("faults", "crashed (SIGSEGV)")],
+    [
+        ("exits", "ended itself with exit status 0"),
+        ("is_killed", "was killed (SIGKILL)"),
+        ("faults", "crashed (SIGSEGV)"),
+    ],
 )
 def test_a_rank_that_dies_is_named_and_the_next_question_gets_a_new_world(world: World, what: str, how: str) -> None:
     answers = ask(world, what)
     assert isinstance(answers[1], Lost)
     assert answers[1].how.startswith(how)
     assert all(isinstance(answers[rank], Lost | Raised) for rank in (0, 2))
+    assert ask(world, "") == [3.0, 3.0, 3.0]
+
+
+def test_a_rank_that_died_after_its_answer_is_named(world: World) -> None:
+    ask(world, "")
+    world._ranks[1].process.kill()
+    world._ranks[1].process.join()
+    answers = ask(world, "")
+    assert isinstance(answers[1], Lost)
+    assert answers[1].how.startswith("was killed (SIGKILL)")
     assert ask(world, "") == [3.0, 3.0, 3.0]
 
 

@@ -103,6 +103,19 @@ def test_what_a_candidate_does_to_its_process_is_a_failure(name: str, reason: st
     assert any(f.case == "integer, gates" and f.status is Status.PASS for f in result.findings)
 
 
+@pytest.mark.parametrize(("kernel", "ahead"), [("shipped", True), ("mxref.kernels", True), ("golden", False)])
+def test_the_shipped_kernels_are_compiled_ahead_by_either_name(
+    kernel: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = list[Order]()
+    monkeypatch.setattr("mxref.verification.gate.ahead.compiling_ahead", compiled.append)
+    order = Order(kernel, "cuda")
+    isolated._compiling(order)
+    assert compiled == [order] * ahead
+    isolated._compiling(Order(kernel, "cpu"))
+    assert compiled == [order] * ahead
+
+
 def test_a_crash_says_where() -> None:
     (finding,) = failed(judged("crashes"))
     assert "candidates.py" in finding.trace

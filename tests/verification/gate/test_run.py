@@ -40,6 +40,14 @@ def judged(candidate: Candidate, *cases: Case, strict: bool = False) -> GateResu
     return run_gate(candidate, plan_cases(cases, CPU, 0), CPU, suite="test", seed=0, strict=strict)
 
 
+def test_a_baseline_that_is_not_there_yet_is_no_failure_of_strict() -> None:
+    result = result_of(Status.PASS, strict=True)
+    result.findings.append(Finding("baseline", "all", "Y", Status.NOT_COVERED, "no baseline yet", 0, 0))
+    assert (result.title, result.exit_code) == ("PASS", 0)
+    result.findings.append(Finding("baseline", "all", "dX", Status.WORSE, "larger", 0, 0))
+    assert result.exit_code == 1
+
+
 def result_of(*statuses: Status, strict: bool = False) -> GateResult:
     findings = [Finding("interval", f"case {i}", "T", status, "", 1, 0) for i, status in enumerate(statuses)]
     how = ACCUMULATIONS["fp32-blocks-64"]

@@ -109,6 +109,10 @@ def test_the_record_its_page_and_the_readme(tmp_path: Path) -> None:
         (["--model", "tiny", "--device", "cpu", "--record"], "--record keeps what a GPU saw"),
         (["--model", "gpt-oss-20b"], "no CUDA GPU"),
         (["--profile"], "--profile is for whole models: give --model NAME too"),
+        (["--device", "cpu"], "--device is for whole models: give --model NAME too"),
+        (["--steps", "3"], "--steps is for whole models: give --model NAME too"),
+        (["--model", "tiny", "--rows"], "--rows is for a layer: leave --model out"),
+        (["--model", "tiny", "--no-peers"], "--no-peers is for a layer: leave --model out"),
     ],
 )
 def test_wrong_use(

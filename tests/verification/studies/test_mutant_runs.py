@@ -98,7 +98,7 @@ def _sleep(candidate: object) -> list[Finding]:
 def test_a_crash_and_a_loop_are_kills() -> None:
     """What is asked beside them is given more time than it takes on the busiest machine."""
     [crashed] = _ask([_item("crash", _crash), _item("next", passes)], matrix=True)
-    assert (crashed.kills, crashed.unjudged, crashed.judged) == ({"crash": "crashed: SIGSEGV"}, {}, ["crash", "next"])
+    assert (crashed.kills, crashed.unjudged, crashed.judged) == ({"crash": "crashed (SIGSEGV)"}, {}, ["crash", "next"])
     [hung] = _ask([_item("spin", _spin)], matrix=True, trial_seconds=0.5)
     assert (set(hung.kills), hung.unjudged, hung.judged) == ({"spin"}, {}, ["spin"])
     assert "of processor time" in hung.kills["spin"]
@@ -149,9 +149,13 @@ def test_a_mutant_that_somebody_ended_is_asked_again_alone(tmp_path: Path) -> No
     [
         ("raise NameError('gone')", {"import": "NameError: gone"}, {}),
         ("raise SyntaxError('no code')", {"import": "SyntaxError: no code"}, {}),
-        ("raise MemoryError", {}, {"import": "crashed: exit status 1"}),
-        ("import os; os.abort()", {}, {"import": "crashed: SIGABRT"}),
-        ("import os; os.kill(os.getpid(), 9)", {}, {"import": "crashed: SIGKILL"}),
+        ("raise MemoryError", {}, {"import": "ended itself with exit status 1"}),
+        ("import os; os.abort()", {}, {"import": "crashed (SIGABRT)"}),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            {},
+            {"import": "was killed (SIGKILL): by someone, or because memory ran out"},
+        ),
     ],
 )
 def test_only_an_exception_kills_while_importing(line: str, kills: dict[str, str], unjudged: dict[str, str]) -> None:

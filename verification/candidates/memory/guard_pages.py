@@ -9,6 +9,7 @@ GPU in its process.
 from __future__ import annotations
 
 import ctypes
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -80,12 +81,17 @@ class _Mapped:
         piece, self._base, self._handle = _Size(), _Address(), _Address()
         _driver("cuMemGetAllocationGranularity", ctypes.byref(piece), ctypes.byref(properties), ctypes.c_int(0))
         self._size = -(-size // piece.value) * piece.value
-        self._reserved = _Size(self._size + piece.value)
-        _driver("cuMemAddressReserve", ctypes.byref(self._base), self._reserved, _Size(0), _Address(0), _Address(0))
-        _driver("cuMemCreate", ctypes.byref(self._handle), _Size(self._size), ctypes.byref(properties), _Address(0))
-        _driver("cuMemMap", self._base, _Size(self._size), _Size(0), self._handle, _Address(0))
+        mapped, reserved = _Size(self._size), _Size(self._size + piece.value)
         access = _Access(location, _READ_WRITE)
-        _driver("cuMemSetAccess", self._base, _Size(self._size), ctypes.byref(access), _Size(1))
+        with ExitStack() as undo:  # of what has been done, where the next step fails
+            _driver("cuMemAddressReserve", ctypes.byref(self._base), reserved, _Size(0), _Address(0), _Address(0))
+            undo.callback(_driver, "cuMemAddressFree", self._base, reserved)
+            _driver("cuMemCreate", ctypes.byref(self._handle), mapped, ctypes.byref(properties), _Address(0))
+            undo.callback(_driver, "cuMemRelease", self._handle)
+            _driver("cuMemMap", self._base, mapped, _Size(0), self._handle, _Address(0))
+            undo.callback(_driver, "cuMemUnmap", self._base, mapped)
+            _driver("cuMemSetAccess", self._base, mapped, ctypes.byref(access), _Size(1))
+            self._undo = undo.pop_all()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -93,9 +99,7 @@ class _Mapped:
 
     def release(self) -> None:
         """Give everything back."""
-        _driver("cuMemUnmap", self._base, _Size(self._size))
-        _driver("cuMemRelease", self._handle)
-        _driver("cuMemAddressFree", self._base, self._reserved)
+        self._undo.close()
 
 
 def _driver(function: str, *arguments: Any) -> None:

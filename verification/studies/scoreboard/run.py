@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from mxref.verification.candidates.known import OWN, entry
+from mxref.verification.candidates.known import entry, is_own
 from mxref.verification.cases.scope import Suite
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.isolated import judge_apart
@@ -122,7 +122,7 @@ def run_scoreboard(
         elif device.type not in who.devices:
             row.unavailable = f"needs {' or '.join(who.devices)}"
         else:
-            order = Order(name, device.type, suite, seed, patterns=tuple(only), lenient=name != OWN)
+            order = Order(name, device.type, suite, seed, patterns=tuple(only), lenient=not is_own(name))
             _judge(row, order, processes, on_item)
     return board
 
