@@ -31,7 +31,7 @@ FEATURES = {
     ],
     "PEFT adapters, merging": [
         "tests/kernels/test_interop_peft.py",
-        "tests/kernels/test_interop_peft_doors.py",
+        "tests/kernels/test_interop_peft_calls.py",
         "tests/kernels/test_merging.py",
     ],
     "compile, autocast, checkpointing": ["tests/integration/test_torch_features.py"],

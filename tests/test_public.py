@@ -1,4 +1,4 @@
-"""Every public door, as data: what others import and type keeps working, or says what replaced it."""
+"""Public names and commands, as data: what others import and type keeps working, or says what replaced it."""
 
 from __future__ import annotations
 

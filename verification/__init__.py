@@ -1,1 +1,1 @@
-"""Judges any implementation of the layer: cases, metrics, bounds and guards, and the commands that run them."""
+"""Judges any implementation of the layer: cases, candidates, checks, the gate, and the commands that run them."""

@@ -68,7 +68,7 @@ def load_packed_model(
     stored = _fill(model, renaming, checkpoint, torch.device(device), dtype)
     model.stored_as = Origin.of(checkpoint, stored)
     if (directory / "generation_config.json").is_file():
-        read_json(directory / "generation_config.json")
+        read_json(directory / "generation_config.json")  # a clear error if it is no JSON
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.to(device).eval()  # what is left to move are the computed buffers
 

@@ -1,6 +1,6 @@
 """PEFT adapters whose base is `PackedExperts`.
 
-Importing this module makes PEFT's LoRA know packed experts, by whichever door: `peft.get_peft_model`, also with
+Importing this module makes PEFT's LoRA know packed experts, whichever call adds it: `peft.get_peft_model`, also with
 `mixed=True`, a trainer's `peft_config`, `PeftModel.from_pretrained`, a model's own `add_adapter` and `load_adapter`.
 Packed experts import it by themselves. In PEFT's table of tuners the entry for LoRA becomes `LoraModel`, and its tuner
 of several methods becomes `MixedModel`: subclasses that treat every other model as PEFT does.

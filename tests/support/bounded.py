@@ -9,7 +9,7 @@ from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.bounds import intervals
 from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.cases.case import Sample
-from mxref.verification.studies.conforming.emulation import Dot, blocks, fused_chain
+from mxref.verification.studies.honest.emulation import Dot, blocks, fused_chain
 
 HONEST: dict[str, Dot] = {
     **{f"blocks of {b}, {o}, {i}": blocks(b, o, i)

@@ -66,7 +66,7 @@ def host_times(
 
 def _step(workload: Workload, path: Path) -> Callable[[], None]:
     operands = workload.operands(MEASURES[0])
-    leaves = workload.gradients_of(operands)
+    leaves = workload.leaves_of(operands)
     prepared = path.prepare(operands, lambda: workload.dense)
 
     def step() -> None:

@@ -192,7 +192,7 @@ def runnable(workload: Workload, measure: Measure, path: Path) -> Run:
     For a backward pass alone the forward runs here, once, on the current stream, and its graph is kept.
     """
     operands = workload.operands(measure)
-    leaves = workload.gradients_of(operands)
+    leaves = workload.leaves_of(operands)
     prepared = path.prepare(operands, lambda: workload.dense)
 
     def forward() -> Sequence[Tensor]:

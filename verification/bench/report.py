@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mxref.verification.bench.benchmark import Bench
 from mxref.verification.bench.pairs import Row, digits
-from mxref.verification.bench.summary import BEYOND, eager_mark, once, summary
+from mxref.verification.bench.summary import BEYOND, eager_mark, remarks, summary
 from mxref.verification.report.output import markdown_table, new_table
 
 _NAMES = ("shape", "measure", "path", "reference", "ours", "rows_per_expert", "status")
@@ -114,7 +114,7 @@ def print_bench(bench: Bench, console: Console) -> None:
     )
     for measure, rows in _by_measure(data).items():
         console.print(_table(measure, rows))
-    for sentence in once(data):
+    for sentence in remarks(data):
         console.print(sentence, highlight=False)
 
 

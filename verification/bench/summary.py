@@ -35,12 +35,12 @@ def summary(entry: Mapping[str, Any]) -> list[str]:
     lines += _every_way(rows, "step", "Whole step: forward, dX, dA, dB")
     lines += _every_way(rows, "base", "Base products alone: forward, dX")
     lines += _single_products(rows, ours)
-    told = once(entry)
+    told = remarks(entry)
     return [*lines, "", " ".join(told)] if told else lines
 
 
-def once(entry: Mapping[str, Any]) -> list[str]:
-    """A sentence each on the first call and on the memory of the step on the dense shape, where they are known."""
+def remarks(entry: Mapping[str, Any]) -> list[str]:
+    """A sentence each on the peers, on the first call and on the memory of the step on the dense shape, if known."""
     told = [f"{name}: {about}." for name, about in entry.get("peers", {}).items()]
     if entry["first_call_seconds"] is not None:
         seconds = f"{entry['first_call_seconds']:.1f} s"

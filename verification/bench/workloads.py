@@ -196,7 +196,7 @@ class Workload:
                 operands[name] = operands[name].detach().requires_grad_()
         return operands
 
-    def gradients_of(self, operands: dict[str, Any]) -> Sequence[Tensor]:
+    def leaves_of(self, operands: dict[str, Any]) -> Sequence[Tensor]:
         """The leaves among the operands."""
         return [operands[name] for name in _LEAVES if operands[name] is not None]
 

@@ -11,6 +11,9 @@ Outputs = Mapping[str, Tensor | None]
 """By tensor, "Y" and "dX", "dA", "dB", "dbias", "dgates" of the operands that are there. A key that is missing means
 that the candidate does not compute it, a None that it computed nothing."""
 
+OPERAND_OF = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
+"""Gradient -> operand."""
+
 
 class UnusableAnswerError(TypeError):
     """What a candidate takes or returns is not what the layer's signature says; the message says what."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mxref.verification.arithmetic.thresholds import RUNS, RUNS_INTERPRETED
-from mxref.verification.candidates.answer import Answer, Outputs, answered
-from mxref.verification.candidates.candidate import OPERAND_OF, Candidate
+from mxref.verification.candidates.answer import OPERAND_OF, Answer, Outputs, answered
+from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.memory.fresh import uninitialised_memory
 from mxref.verification.candidates.memory.program_order import reversed_programs
 from mxref.verification.candidates.memory.red_zones import RedZone, between_red_zones

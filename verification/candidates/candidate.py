@@ -1,6 +1,6 @@
 """A candidate: a differentiable callable with the signature of `parallel_linear_lora`, and what it declares.
 
-A callable declares by optional attributes (or the command line does the first two for it):
+A callable declares by optional attributes; `--points`, `--accumulation` and `--covers` do it for the callable:
 
     callable.mxref_points = ("z-unrounded",)        # from POINTS; absent: the contract's own rounding points
     callable.mxref_accumulation = "fp32-blocks-32"  # from ACCUMULATIONS, or an Accumulation; absent: the device's
@@ -28,14 +28,11 @@ from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
-from mxref.verification.candidates.answer import UnusableAnswerError
+from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
 from mxref.verification.cases.call import Layout, lay_out
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXLayout, MXWeights
-
-OPERAND_OF = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
-"""Gradient -> operand."""
 
 
 @dataclass(frozen=True)
@@ -103,31 +100,14 @@ class Candidate:
         Raises what `run` does.
         """
         call, problem = sample.case.call, sample.problem
-        tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
-        operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
-        if copy:
-            operands = {name: lay_out(x, call.layout(name)) for name, x in operands.items()}
-            operands |= _packed(problem.expert_weights, call.weights)
-        required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
-        operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
-        leaves = {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
+        operands, leaves = _operands(sample, copy)
         arguments = self._accepted(replace(problem, **operands).arguments(), sample.case)
         with call.surroundings(problem.device.type):
             if call.context == "checkpoint":
                 y = checkpoint(partial(self.call, **arguments), use_reentrant=False)
             else:
                 y = self.call(**arguments)
-        if not isinstance(y, Tensor):
-            raise UnusableAnswerError(f"returned {type(y).__name__}; expected one tensor")
-        if y.layout is not torch.strided or y.device != problem.device:
-            raise UnusableAnswerError(f"returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
-        if y.shape != sample.grad_out.shape:
-            raise UnusableAnswerError(f"Y has shape {tuple(y.shape)}; expected {tuple(sample.grad_out.shape)}")
-        if y.dtype != problem.dtype and not (self.operators and problem.device.type == "cpu"):
-            raise UnusableAnswerError(f"returned {y.dtype}; expected {problem.dtype}, that of inputs")
-        _settled({"Y": y.detach()})
-        if call.mode != "grad" and y.requires_grad:
-            raise UnusableAnswerError(f"returned an output that requires a gradient, under {call.mode}")
+        self._check_output(y, sample)
         return y, leaves
 
     def gradients(
@@ -166,6 +146,21 @@ class Candidate:
         _settled(named)
         return named
 
+    def _check_output(self, y: Any, sample: Sample) -> None:
+        """Raise an UnusableAnswerError if Y is not the tensor that the signature promises."""
+        problem, mode = sample.problem, sample.case.call.mode
+        if not isinstance(y, Tensor):
+            raise UnusableAnswerError(f"returned {type(y).__name__}; expected one tensor")
+        if y.layout is not torch.strided or y.device != problem.device:
+            raise UnusableAnswerError(f"returned a {y.layout} tensor on {y.device}; expected one on {problem.device}")
+        if y.shape != sample.grad_out.shape:
+            raise UnusableAnswerError(f"Y has shape {tuple(y.shape)}; expected {tuple(sample.grad_out.shape)}")
+        if y.dtype != problem.dtype and not (self.operators and problem.device.type == "cpu"):
+            raise UnusableAnswerError(f"returned {y.dtype}; expected {problem.dtype}, that of inputs")
+        _settled({"Y": y.detach()})
+        if mode != "grad" and y.requires_grad:
+            raise UnusableAnswerError(f"returned an output that requires a gradient, under {mode}")
+
     def _accepted(self, arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         """The call's keywords. Those that the callable lacks are left out where they hold their defaults."""
         flags = case.flags()
@@ -186,6 +181,19 @@ class Candidate:
             if isinstance(value, Tensor) or value != defaults[name]:
                 raise UnusableAnswerError(_lacks(name, [one for one in known if one not in (defaults | flags)]))
         return arguments
+
+
+def _operands(sample: Sample, copy: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The operands by name as the case's call has them, and the leaves among them by the name of their gradient."""
+    call, problem = sample.case.call, sample.problem
+    tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
+    operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
+    if copy:
+        operands = {name: lay_out(x, call.layout(name)) for name, x in operands.items()}
+        operands |= _packed(problem.expert_weights, call.weights)
+    required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
+    operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
+    return operands, {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
 
 
 def _packed(weights: Tensor | MXWeights, layout: Layout) -> dict[str, MXWeights]:

@@ -123,9 +123,10 @@ class _Pending:
 
 
 class _Calls(RuleBasedStateMachine):
-    """Calls on three sets of operands: a, the sample; b, of the same shapes, with other signs, scaling and, without
-    gates, order of rows; c, the first tokens of a
-    alone, whose rows of x lie where those of a do.
+    """Calls on three sets of operands.
+
+    a: the sample. b: the same shapes with other signs, another scaling and, without gates, another order of rows.
+    c: the first tokens of a alone, whose rows of x lie where those of a do.
     """
 
     def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]]) -> None:

@@ -1,7 +1,7 @@
 """The layer in plain PyTorch, to start a kernel of your own from: `mxref new-kernel FILE` writes a copy.
 
     mxref gate --kernel my_kernel.py:layer        # judge it, on a CPU as on a GPU
-    pytest test_my_kernel.py                      # a few small cases, beside the golden model
+    pytest test_my_kernel.py                      # one small problem, by the gate
 
 Every rounding point of the contract is here, and autograd makes the gradients. Replace it piece by piece; what the
 replacement does not support, declare: `layer.mxref_covers = "gates=none, rank>=16"`.

@@ -44,19 +44,19 @@ class Case:
             expert; a quarter of the rows sentinels, or all of them; sentinels with ids far above E; or each expert as
             many rows as a tile may have, one fewer and one more (see `routing`).
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
-            `bias`, that term far above all others; `tiny lora`, lora_A below the normal range; `positive`,
-            every number positive; `cancelling`, all sums over K
-            and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes over 2^±60; `boundary`, scale bytes at
-            both ends of the range that decodes finitely; `off_grid`, fp32 numbers that no 16-bit format holds;
-            `subnormal`, activations below the normal range; `tiny dOut`, dOut alone; `large`, activations so large
-            that results in fp16 are infinite, and adapters so small that Z and V are not; `integer`, fixtures that are
-            exact in any order of summation (see `integer`); `elements`, `one_hot_elements`, `every_element`,
-            `nonfinite`: codes under chosen scale bytes (see `elements`, which makes these cases).
+            `bias`, that term far above all others; `tiny lora`, lora_A below the normal range; `positive`, every number
+            positive; `cancelling`, all sums over K and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes
+            over 2^±60; `boundary`, scale bytes at both ends of the range that decodes finitely; `off_grid`, fp32
+            numbers that no 16-bit format holds; `subnormal`, activations below the normal range; `tiny dOut`, dOut
+            alone; `large`, activations so large that results in fp16 are infinite, and adapters so small that Z and V
+            are not; `integer`, fixtures that are exact in any order of summation (see `integer`); `elements`,
+            `one_hot_elements`, `every_element`, `nonfinite`: codes under chosen scale bytes (see `elements`, which
+            makes these cases).
         scaling: LoRA's s.
         bias: whether there are expert biases.
+        nan_bias: one of those is NaN.
         gate_slots: g, or 0 for no gates.
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
-        nan_bias: one of them is NaN.
         gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `one NaN`
             the middle one to NaN.
         adapter_values: lora_B is zero, as training begins; lora_A or lora_B of the last expert holds a NaN; Z,

@@ -27,8 +27,8 @@ class Class:
 
     Attributes:
         name: in words, unique within its dimension.
-        case: fields of `Case` that it sets; "gated" stands for a gate a slot (or for another number
-            of gates a token), "rows" for so many routed rows or more.
+        case: fields of `Case` that it sets; "gated" stands for a gate a slot (or for another number of gates a token),
+            "rows" for so many routed rows or more.
         call: fields of `Call` that it sets.
         cost: seconds that such a case takes where `stand_in` takes its place.
         stand_in: fields of `Case` in place of a costly class, just past the same boundary of an implementation's tiles.

@@ -16,13 +16,12 @@ from mxref.not_covered import NotCovered
 from mxref.rounding import round_to
 from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.metrics import rms, ulp_error
-from mxref.verification.candidates.answer import Answer, Outputs, UnusableAnswerError
+from mxref.verification.candidates.answer import OPERAND_OF, Answer, Outputs, UnusableAnswerError
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Counterexample, ErrorSample, Finding, FloatArray, Status
 from mxref.verification.checks.patterns import Axis, patterns
 
-_OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 _MATRICES = ("Y", "dX", "dA", "dB")
 _PLOT_POINTS = 20_000
 _HERE = Path(__file__).resolve().parents[1]
@@ -123,7 +122,7 @@ def comparable(
         return finding("the candidate does not compute it")
     got = answer.outputs[tensor]
     if got is None:
-        return finding(f"no gradient reached {_OPERAND[tensor]}" if tensor in _OPERAND else "no output")
+        return finding(f"no gradient reached {OPERAND_OF[tensor]}" if tensor in OPERAND_OF else "no output")
     if tuple(got.shape) != shape:
         return finding(f"has shape {tuple(got.shape)}; expected {shape}")
     if got.dtype not in dtypes:
@@ -223,7 +222,7 @@ def unexpected(outputs: Outputs, case: str, expected: Mapping[str, object]) -> l
 def _form(sample: Sample, tensor: str) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
     """Expected shape, and accepted dtypes, the regular one first; on a CPU wider results are accepted too."""
     problem = sample.problem
-    operand: Tensor = problem.inputs if tensor == "Y" else getattr(problem, _OPERAND[tensor])
+    operand: Tensor = problem.inputs if tensor == "Y" else getattr(problem, OPERAND_OF[tensor])
     shape = tuple(sample.grad_out.shape if tensor == "Y" else operand.shape)
     wider = (torch.float32, torch.float64) if problem.device.type == "cpu" else ()
     return shape, (operand.dtype, *wider)

@@ -112,7 +112,7 @@ def _equality(case: str, tensor: str, got: object, value: Tensor) -> Finding:
 
 
 def _tiles(case: TableCase, height: int) -> Tensor:
-    """int32 [tiles that P rows in that many groups can need, 3], the surplus zero."""
+    """int32 [T, 3] of (group, first row, end): T the most tiles that P rows can need, unused entries zero."""
     begins, P = [0, *case.ends], case.P
     rows = [
         (group, first, min(first + height, end))

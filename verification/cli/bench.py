@@ -40,7 +40,7 @@ from mxref.verification.bench.timing import EventClock, measure_ceilings
 from mxref.verification.bench.workloads import CASES, DENSE, LARGE, MEASURES, QUICK, Shape
 from mxref.verification.cli import bench_host, bench_models
 from mxref.verification.cli.keeping import keep, show
-from mxref.verification.cli.options import add_out, add_record, choose_device, made, positive, terminal
+from mxref.verification.cli.options import add_out, add_record, choose_device, positive, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--samples needs pytest-benchmark: pip install pytest-benchmark")
     shapes = _shapes(arguments)
     device = choose_device("cuda", require_gpu=True)
-    made(arguments.out)
+    writable_folder(arguments.out)
     console = terminal(160)
     if arguments.host:
         return bench_host.run(arguments, shapes, device, console)

@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 
 from mxref.verification.cli import bench_parallel
 from mxref.verification.cli.keeping import keep, show
-from mxref.verification.cli.options import choose_device, made, positive, terminal
+from mxref.verification.cli.options import choose_device, positive, terminal, writable_folder
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
 from mxref.verification.models.report import as_page, figures
@@ -130,7 +130,7 @@ def _one(model: Model, tasks: list[Task], arguments: argparse.Namespace, device:
     from mxref.verification.models.run import ModelRun, run_model
 
     found = ModelRun(model.name, model.source, model.layers, tasks[0].rank, describe_device(device))
-    data = made(arguments.out) / f"{model.name}.json"
+    data = writable_folder(arguments.out) / f"{model.name}.json"
 
     def news(text: str) -> None:
         print(f"mxref: {model.name}: {text}", file=sys.stderr, flush=True)
@@ -184,7 +184,7 @@ def _place(model: Model, folder: Path) -> str:
     if model.as_many_layers:
         raise UsageError(f"--from-disk writes a whole model, and no card holds {model.name}: give --layers too")
     needed = needs(empty_model(model.config()), model, rank=0, packed=True).total
-    place = made(folder, "--from-disk") / model.name
+    place = writable_folder(folder, "--from-disk") / model.name
     if (free := shutil.disk_usage(folder).free) < needed:
         told = f"{needed / 2**30:.1f} GiB, and there are {free / 2**30:.1f}"
         raise UsageError(f"--from-disk {folder}: a checkpoint of {model.name} takes {told}")

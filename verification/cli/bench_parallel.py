@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 
 from mxref.verification.bench.pairs import digits
 from mxref.verification.cli.keeping import keep, show
-from mxref.verification.cli.options import made, positive
+from mxref.verification.cli.options import positive, writable_folder
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
 from mxref.verification.models.sizes import Model
@@ -62,7 +62,7 @@ def run(model: Model, arguments: argparse.Namespace, device: torch.device, conso
     from mxref.verification.models.together import table, trained
 
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a card that is nearly full
-    rows, path = list[dict[str, Any]](), made(arguments.out) / f"{model.name}-parallel.json"
+    rows, path = list[dict[str, Any]](), writable_folder(arguments.out) / f"{model.name}-parallel.json"
     found: dict[str, Any] = {
         "passed": True,
         "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mxref.verification.cli.options import add_jobs, add_out, add_record, add_seed, made, note, terminal
+from mxref.verification.cli.options import add_jobs, add_out, add_record, add_seed, note, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(judged, console)
     found = payload(judged, arguments.seed)
     if arguments.out is not None:
-        note(console, "data", write_json(made(arguments.out) / "calls.json", found))
+        note(console, "data", write_json(writable_folder(arguments.out) / "calls.json", found))
     if arguments.record is not None:
         note(console, "record", record.write("calls", found, torch.device("cpu"), arguments.record, texts=_texts()))
     return int(not found["passed"])

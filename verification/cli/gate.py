@@ -91,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=_seconds,
         default=TIMEOUT,
-        help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times that",
+        help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times "
+        "that (30 s with --distributed)",
     )
     gate_distributed.add_arguments(parser)
     where = parser.add_argument_group("where")
@@ -180,7 +181,7 @@ def _report(result: GateResult, arguments: argparse.Namespace, device: torch.dev
 def _prepare(folder: Path) -> None:
     """A folder that can be written to, without the report of an earlier run."""
     for name in ("gate.json", "gate.html"):
-        (options.made(folder) / name).unlink(missing_ok=True)
+        (options.writable_folder(folder) / name).unlink(missing_ok=True)
 
 
 def _own(arguments: argparse.Namespace) -> bool:

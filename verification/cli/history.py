@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mxref.verification.bench.history import Change, Entry, as_entry, judge
 from mxref.verification.bench.plots import save_history
-from mxref.verification.cli.options import made, note, terminal
+from mxref.verification.cli.options import note, terminal, writable_folder
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.record import EVIDENCE, KINDS, read
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(gpu, entries, changes, arguments.verbose, console)
         failed |= any(change.slower for change in changes)
         if arguments.plot is not None:
-            picture = made(arguments.plot, "--plot") / f"history-{gpu}.png"
+            picture = writable_folder(arguments.plot, "--plot") / f"history-{gpu}.png"
             save_history(entries, str(picture))
             note(console, "plot", picture)
     return int(failed)

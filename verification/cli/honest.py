@@ -33,7 +33,7 @@ from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
 from mxref.verification.report.output import new_table, write_json
-from mxref.verification.studies.conforming.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
+from mxref.verification.studies.honest.implementations import Honest, asked, cases_of, emulated, judge, on_gpu
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(judged, time.monotonic() - start, console)
     if arguments.out is not None:
         data = _as_json(judged, device, arguments.seeds)
-        options.note(console, "data", write_json(options.made(arguments.out) / "honest.json", data))
+        options.note(console, "data", write_json(options.writable_folder(arguments.out) / "honest.json", data))
     return int(any(judgement.complaint for judgement in judged))
 
 

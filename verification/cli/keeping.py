@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from mxref.verification.cli.options import made, note
+from mxref.verification.cli.options import note, writable_folder
 from mxref.verification.records.readme import update_readme
 from mxref.verification.records.record import EVIDENCE, Entry, write
 from mxref.verification.report.output import write_json
@@ -32,7 +32,7 @@ def keep(
 
     What failed is no evidence. See `records.record.write` for `kind`, `page`, `chart` and `texts`.
     """
-    out = made(arguments.out)
+    out = writable_folder(arguments.out)
     kept = {"data": write_json(out / f"{kind}.json", found)}
     if chart is not None:
         kept["chart"] = out / f"{kind}.png"

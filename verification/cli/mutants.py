@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.list:
             print_list(mutants, console)
             return 0
-        folder = options.made(arguments.out) if arguments.out else None
+        folder = options.writable_folder(arguments.out) if arguments.out else None
         session = _judge(mutants, sources, device, arguments)
     except (StaleMutantError, FalseKillError) as error:
         print(f"mxref: error: {error}", file=sys.stderr)

@@ -94,7 +94,7 @@ def note(console: Console, what: str, path: Path) -> None:
     console.print(f"{what}: {path}", style="bright_black", soft_wrap=True, highlight=False)
 
 
-def made(folder: Path, option: str = "--out") -> Path:
+def writable_folder(folder: Path, option: str = "--out") -> Path:
     """The folder that an option names, made if need be.
 
     Raises:

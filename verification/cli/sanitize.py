@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from rich.markup import escape
 from rich.table import Table
 
-from mxref.verification.cli.options import add_out, add_record, choose_device, made, note, positive, terminal
+from mxref.verification.cli.options import add_out, add_record, choose_device, note, positive, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records import record
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             meter.advance(f"{tool.name}: {work}")
             if arguments.out is not None:
                 name = f"{tool.name}-{work.replace(' ', '-')}.txt"
-                (made(arguments.out) / name).write_text(output, encoding="utf-8")
+                (writable_folder(arguments.out) / name).write_text(output, encoding="utf-8")
     console.print(_table(runs), highlight=False)
     found = payload(runs)
     if arguments.record is not None:

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = _names(arguments.candidates)
     if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
         raise UsageError("--record keeps the whole table of a GPU; leave out what narrows it")
-    options.made(arguments.out)
+    options.writable_folder(arguments.out)
     _check_cases(names, arguments, device)
     board = _judge(names, device, arguments)
     console = options.terminal(120)

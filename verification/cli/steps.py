@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mxref.verification.cli.options import add_out, add_seed, made, note, positive, terminal
+from mxref.verification.cli.options import add_out, add_seed, note, positive, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(judged, console)
     found = payload(judged, arguments.seed)
     if arguments.out is not None:
-        note(console, "data", write_json(made(arguments.out) / "steps.json", found))
+        note(console, "data", write_json(writable_folder(arguments.out) / "steps.json", found))
     return int(not found["passed"])
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from mxref.verification.cli.options import add_jobs, made, positive, terminal
+from mxref.verification.cli.options import add_jobs, positive, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.models.sizes import MODELS
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     experts = _experts(arguments.model, arguments.rank, arguments.sharded)
     units = step_units(experts, architecture, arguments.tokens)
-    cache = made(Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR")
+    cache = writable_folder(Path(triton.knobs.cache.dir), "TRITON_CACHE_DIR")
     with Meter(len(units)) as meter:
         new = 0
         try:

@@ -58,7 +58,7 @@ def serve(rank: int, size: int, device_type: str, folder: Path, questions: Conne
             try:
                 question = pickle.loads(questions.recv_bytes())
             except EOFError:
-                os._exit(0)  # without taking leave of ranks that may hang
+                os._exit(0)  # no destroy_process_group: it would wait for ranks that hang
             questions.send_bytes(_answer(question, place))
 
 

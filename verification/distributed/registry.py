@@ -26,14 +26,12 @@ class StepCheck:
     Attributes:
         name: unique, in words.
         why: what it sees that others do not.
-        cost: runs a case.
         asked: whether it is asked of answers.
         compare: answers -> findings, without the check's name.
     """
 
     name: str
     why: str
-    cost: str
     asked: Callable[[Answers], bool]
     compare: Callable[[Answers], list[Finding]]
 
@@ -55,7 +53,7 @@ ENDS = StepCheck(
     "ends",
     "Every rank comes back with an answer. A rank that dies, raises, or waits for a collective that another one skips "
     "is named, with the line where it is; nobody waits for ever.",
-    "no run of its own", _always, lambda answers: [],
+    _always, lambda answers: [],
 )  # fmt: skip
 """Held by whoever runs the ranks, see `judging`."""
 
@@ -64,14 +62,14 @@ CHECKS: tuple[StepCheck, ...] = (
         "once",
         "No expert's gradient is 2, 4 or ½ times what it should be: an adapter's gradient counts once, however many "
         "ranks hold a replica, and a sum is no mean. It names what the next check only finds.",
-        "no run of its own", _exact, checks.once,
+        _exact, checks.once,
     ),
     StepCheck(
         "gradients",
         "Small integers, whose sums are exact in any order and however ranks share them out. On every rank loss, Y, "
         "dX, dgates and the whole dA and dB are the single process's, bit for bit: any difference is a wrong slice, "
         "offset, order, factor or group, never rounding.",
-        "one run", _exact, checks.inside,
+        _exact, checks.inside,
     ),
     StepCheck(
         "interval",
@@ -79,35 +77,35 @@ CHECKS: tuple[StepCheck, ...] = (
         "fp32 arithmetic lies in any order, and what the sum over ranks adds in the dtype and order that the step "
         "declares: a sum in bf16 declared as fp32 lies outside, and so does a router without its softmax's own term. "
         "In bf16 and fp16 each rounding point of the layer is accounted for, and one more on the way shows.",
-        "one run", lambda answers: not _exact(answers), checks.inside,
+        lambda answers: not _exact(answers), checks.inside,
     ),
     StepCheck(
         "replicas",
         "What every rank has whole has the same bits on all of them: losses, reduced gradients, and the model after "
         "the last update. Replicas that differ by one bit train apart.",
-        "no run of its own", lambda answers: len(answers.trained) > 1, checks.agree,
+        lambda answers: len(answers.trained) > 1, checks.agree,
     ),
     StepCheck(
         "update",
         "After the last step a parameter is what it was less the learning rate times the gradients that were "
         "reported: what is reported is what was applied, on every rank.",
-        "no run of its own", _always, checks.updated,
+        _always, checks.updated,
     ),
     StepCheck(
         "packed",
         "Packed codes and scales, gathered after the last update and read back from what was saved, have every byte "
         "that they had. Bytes that are NaN in some float format change where they are gathered or saved as one.",
-        "no run of its own", _always, checks.kept,
+        _always, checks.kept,
     ),
     StepCheck(
         "saved",
         "What the step's own loader reads, in one process, is what was trained: every expert's adapters, of whichever "
         "rank, in the model's layout.",
-        "one load", lambda answers: bool(answers.saved), checks.saved,
+        lambda answers: bool(answers.saved), checks.saved,
     ),
     StepCheck(
         "repeat",
         "The same model and batches once more give the same bits on every rank.",
-        "a second run", lambda answers: bool(answers.again), checks.repeated,
+        lambda answers: bool(answers.again), checks.repeated,
     ),
 )  # fmt: skip

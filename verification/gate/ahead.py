@@ -77,7 +77,7 @@ def compile_items(candidate: Candidate, items: Sequence[Item], architecture: str
     ):
         for found in pool.map(_units, range(len(items)), chunksize=8):
             units |= {(unit.module, unit.kernel, unit.key): unit for unit in found}
-        deque(pool.map(compile_unit, units.values()), maxlen=0)
+        deque(pool.map(warm_cache, units.values()), maxlen=0)
 
 
 def this_gpu() -> str:
@@ -161,7 +161,7 @@ def _units(number: int) -> list[Unit]:
     return list(units_of(architecture, (("", launch) for launch in launches)))
 
 
-def compile_unit(unit: Unit) -> None:
+def warm_cache(unit: Unit) -> None:
     """Compile it into Triton's cache, if it compiles."""
     with suppress(Exception):
         unit.build()

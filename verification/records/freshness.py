@@ -71,10 +71,10 @@ def survey(root: Path = EVIDENCE, texts: Mapping[str, str] | None = None) -> lis
 
 
 def problems(root: Path = EVIDENCE, texts: Mapping[str, str] | None = None) -> list[str]:
-    """What must not stay so, a line each, with the command that mends it.
+    """What must be mended, a line each, with the command that does it.
 
-    The kernels' gate record must be there, of these sources, for at least one GPU and wherever there is one; no record
-    may be edited by hand or hold a failure. That others are stale is no problem: `survey` shows it.
+    At least one GPU has a gate record, and every gate record is of the present sources. No record is edited by hand or
+    holds a failure. Other records may be stale: `survey` shows it.
     """
     states = survey(root, texts)
     found = [state.damage for state in states if state.damage]

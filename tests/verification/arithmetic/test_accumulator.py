@@ -12,7 +12,7 @@ from torch import Tensor
 from mxref.rounding import round_to
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Order
 from mxref.verification.arithmetic.accumulator import Accumulator, gamma
-from mxref.verification.studies.conforming.emulation import (
+from mxref.verification.studies.honest.emulation import (
     blocks,
     r32,
     tensor_core,

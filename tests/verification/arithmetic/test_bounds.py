@@ -1,6 +1,6 @@
 """Bounds hold for everything honest and for nothing else.
 
-Honest arithmetic is emulated, independently of the code under test; see `studies.conforming.emulation`.
+Honest arithmetic is emulated, independently of the code under test; see `studies.honest.emulation`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.arithmetic.interval import rho
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.studies.conforming.emulation import (
+from mxref.verification.studies.honest.emulation import (
     Emulated,
     blocks,
     fused_chain,

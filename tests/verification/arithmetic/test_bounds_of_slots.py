@@ -13,7 +13,7 @@ from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forw
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.studies.conforming.emulation import (
+from mxref.verification.studies.honest.emulation import (
     Emulated,
     position,
     tensor_core,

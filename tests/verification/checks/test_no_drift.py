@@ -32,7 +32,7 @@ from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Status
-from mxref.verification.studies.conforming.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
+from mxref.verification.studies.honest.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)

@@ -61,7 +61,7 @@ def _item(name: str, way: Callable[[object], list[Finding]]) -> Item:
     """A question whose check finds what `way` returns."""
     ask: Any = lambda candidate, _: way(candidate)  # noqa: E731
     compare: Any = lambda found, _: list(found)  # noqa: E731
-    check = Check(name, "A toy.", "", Asked.OWN, lambda *_: [], ask, compare)
+    check = Check(name, "A toy.", Asked.OWN, lambda *_: [], ask, compare)
     case = TableCase("toy", 0, ())
     return Item((check,), case, lambda: TableSample(case, CPU))
 
@@ -272,7 +272,7 @@ def test_a_declared_equivalent_must_give_the_same_bits(monkeypatch: pytest.Monke
     harmful = _named("bias twice")
     monkeypatch.setattr(session, "arguments", lambda *_: dict.fromkeys(("respelt", "bias twice"), "an argument"))
     case = smallest(torch.float32)
-    blind = Check("blind", "Accepts everything.", "", Asked.OWN, lambda *_: [case], once, lambda *_: [_finding(True)])
+    blind = Check("blind", "Accepts everything.", Asked.OWN, lambda *_: [case], once, lambda *_: [_finding(True)])
     result = judge([harmless, harmful], plan(Scope("small", "cpu"), own=True, checks=[blind]), _setting())
     assert [judged.fate for judged in result.judged] == [Fate.EQUIVALENT, Fate.SURVIVED]
     assert result.exit_code == 1

@@ -133,9 +133,9 @@ def test_each_tool_has_a_mistake_to_find_and_a_process_of_its_own(monkeypatch: p
 
 
 def test_a_tool_that_is_not_there_and_a_program_without_end(tmp_path: Path) -> None:
-    absent = Tool("absent", "", "race", ("no-such-program-here",))
+    absent = Tool("absent", "race", ("no-such-program-here",))
     assert "not on the PATH" in watch(absent, KERNELS, 1.0)[0].problem
-    slow = Tool("slow", "", "race", (sys.executable, "-c", "import time; time.sleep(60)"))
+    slow = Tool("slow", "race", (sys.executable, "-c", "import time; time.sleep(60)"))
     assert "not done after" in watch(slow, KERNELS, 1.0)[0].problem
 
 

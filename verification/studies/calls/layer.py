@@ -12,14 +12,13 @@ from torch import Tensor
 from mxref import scattermoe
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
+from mxref.verification.candidates.answer import OPERAND_OF
 from mxref.weights import MXWeights
 
 __all__ = ["Bug", "Gradients", "Layer", "bug"]
 
 Gradients = dict[str, Tensor | None]
 """By "dX", "dA", "dB", "dbias", "dgates"; None where the operand is absent."""
-
-_OPERAND = {"dX": "inputs", "dA": "lora_A", "dB": "lora_B", "dbias": "expert_biases", "dgates": "gates"}
 
 
 class Layer:
@@ -40,7 +39,7 @@ class Layer:
 
     def call(self, problem: Problem) -> Tensor:
         """One call, outside of autograd."""
-        out: Tensor = _Pass.apply(self, problem, *(getattr(problem, name) for name in _OPERAND.values()))  # type: ignore[no-untyped-call]
+        out: Tensor = _Pass.apply(self, problem, *(getattr(problem, name) for name in OPERAND_OF.values()))  # type: ignore[no-untyped-call]
         return out
 
     def read(self, problem: Problem) -> Problem:
@@ -58,7 +57,7 @@ class Layer:
         found = scattermoe.backward(problem, scattermoe.forward(problem, points), dOut, points)
         rounded = {"dX": found.dx, "dA": found.dA, "dB": found.dB, "dbias": found.dbias, "dgates": found.dgates}
         return {
-            name: None if point is None else point.value.to(getattr(problem, _OPERAND[name]).dtype)
+            name: None if point is None else point.value.to(getattr(problem, OPERAND_OF[name]).dtype)
             for name, point in rounded.items()
         }
 
@@ -66,7 +65,7 @@ class Layer:
 class _Pass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, problem: Problem, *operands: Tensor | None) -> Tensor:
-        named: dict[str, Any] = dict(zip(_OPERAND.values(), operands, strict=True))
+        named: dict[str, Any] = dict(zip(OPERAND_OF.values(), operands, strict=True))
         problem = replace(problem, **named)
         tensors = _tensors(problem)
         ctx.layer, ctx.names = layer, [name for name in tensors if name not in layer.unsaved]
@@ -79,9 +78,9 @@ class _Pass(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dOut: Tensor) -> tuple[Tensor | None, ...]:
         problem = _problem(ctx.unsaved | dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.rest)
-        needs = dict(zip(_OPERAND, ctx.needs_input_grad[2:], strict=True))
+        needs = dict(zip(OPERAND_OF, ctx.needs_input_grad[2:], strict=True))
         found = ctx.layer.backward(ctx.layer.read(problem), dOut, needs)
-        return None, None, *(found[name] if needs[name] else None for name in _OPERAND)
+        return None, None, *(found[name] if needs[name] else None for name in OPERAND_OF)
 
 
 def _tensors(problem: Problem) -> dict[str, Tensor]:

@@ -38,13 +38,11 @@ class Judged:
         bug: which.
         check: the first that rejected it; "" for a survivor.
         finding: in words.
-        shown: classes of the case that rejected it; empty where that case has none.
     """
 
     bug: Bug
     check: str = ""
     finding: str = ""
-    shown: tuple[tuple[str, str], ...] = ()
 
     @property
     def killed(self) -> bool:
@@ -83,7 +81,7 @@ def _judge(say: Callable[[Any], None], bug: Bug, items: Sequence[Item]) -> None:
     for item in sorted(items, key=lambda item: _shows(item, bug), reverse=True):
         rejected = next((finding for finding in judge(item, candidate, how) if not finding.ok), None)
         if rejected is not None:
-            say((rejected.check, str(rejected), _covers(item)))
+            say((rejected.check, str(rejected)))
             return
     say(())
 

@@ -42,7 +42,6 @@ def _through(dtype: torch.dtype, *of: torch.dtype) -> Callable[[Tensor, Problem]
     return lambda x, problem: x.to(dtype).to(x.dtype) if problem.dtype in of else x
 
 
-_ALL = ("inputs", "lora_A", "lora_B", "expert_biases", "gates")
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
 
 gates_positive = bug("gates taken as positive", "reads gates as what a softmax gives", gates="negative")(

@@ -47,19 +47,6 @@ def arguments(mutants: Iterable[Mutant], sources: Mapping[str, Source]) -> dict[
     return {mutant.name: changes[mutant.change] for mutant in mutants if mutant.change in changes}
 
 
-def stale_equivalents(mutants: Iterable[Mutant], sources: Mapping[str, Source]) -> list[str]:
-    """What is wrong with each entry that does not speak of mutants of the catalogue."""
-    known, told = {mutant.change for mutant in mutants}, []
-    for place, entry in EQUIVALENTS:
-        try:
-            unknown = [mutant for mutant in entry.mutants(place, sources) if mutant.change not in known]
-        except StaleMutantError as error:
-            told.append(f"{error}")
-        else:
-            told += [f"{place}: the catalogue has no mutant {mutant.name}" for mutant in unknown]
-    return told
-
-
 def stratified(mutants: Iterable[Mutant], size: int, seed: int) -> list[Mutant]:
     """A sample that takes the functions in turn, and within a function the kinds of mistake in turn.
 

@@ -57,7 +57,7 @@ def bits(items: Sequence[Item]) -> Item:
     def ask(candidate: Candidate, sample: object) -> list[Answer]:
         return [answer for item in fixtures for answer in once(candidate, item.sample)]  # type: ignore[arg-type]
 
-    check = Check(BITS, "Equivalent mutants have the sources' bits.", "", Asked.OWN, lambda scope: [], ask, _digest)
+    check = Check(BITS, "Equivalent mutants have the sources' bits.", Asked.OWN, lambda scope: [], ask, _digest)
     case = TableCase("all samples", 0, ())
     return Item((check,), case, lambda: TableSample(case, torch.device("cpu")))
 

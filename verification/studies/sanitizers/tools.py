@@ -30,14 +30,12 @@ class Tool:
 
     Attributes:
         name: on the command line.
-        sees: in words.
         planted: the planted mistake of `workload` that it must find.
         before: what its command line has in front of the program.
         environment: variables that it needs.
     """
 
     name: str
-    sees: str
     planted: str
     before: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -63,22 +61,22 @@ class Report:
         return not self.findings and not self.problem
 
 
-def _compute_sanitizer(name: str, sees: str, planted: str) -> Tool:
+def _compute_sanitizer(name: str, planted: str) -> Tool:
     before = ("compute-sanitizer", "--tool", name, "--error-exitcode", _ERROR_CODE, "--print-limit", "200")
     # Every tensor is an allocation of its own, so that what lies beside it belongs to nobody.
-    return Tool(name, sees, planted, before, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return Tool(name, planted, before, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 TOOLS: dict[str, Tool] = {
     tool.name: tool
     for tool in (
-        _compute_sanitizer("memcheck", "addresses outside every allocation, misaligned ones", "out of bounds"),
-        _compute_sanitizer("racecheck", "shared memory written and read without a barrier between", "race"),
-        _compute_sanitizer("initcheck", "global memory that is read before anything wrote it", "uninitialised"),
+        _compute_sanitizer("memcheck", "out of bounds"),
+        _compute_sanitizer("racecheck", "race"),
+        _compute_sanitizer("initcheck", "uninitialised"),
         Tool(
-            "consan", "shared memory used while an asynchronous copy or product still works on it", "unfinished copy",
             # ptxas takes over ten minutes and 10 GB to optimise an instrumented product.
-            (), {"TRITON_INSTRUMENTATION_MODE": "consan", "CUDA_LAUNCH_BLOCKING": "1", "DISABLE_PTXAS_OPT": "1"},
+            "consan", "unfinished copy", (),
+            {"TRITON_INSTRUMENTATION_MODE": "consan", "CUDA_LAUNCH_BLOCKING": "1", "DISABLE_PTXAS_OPT": "1"},
         ),
     )
 }  # fmt: skip

@@ -20,7 +20,7 @@ from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.gate.ahead import compile_unit, launches_of, this_gpu
+from mxref.verification.gate.ahead import launches_of, this_gpu, warm_cache
 from mxref.verification.gate.plan import plan_cases
 from mxref.verification.studies.sanitizers.tools import DONE, UNWATCHED
 
@@ -68,7 +68,7 @@ def _compile(candidate: Candidate, cases: Sequence[Case], architecture: str) -> 
     launches = [("", launch) for item in items for launch in launches_of(candidate, item, architecture)]
     units = units_of(architecture, launches)
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-        for _ in pool.map(compile_unit, units):
+        for _ in pool.map(warm_cache, units):
             print("compiled", flush=True)
 
 

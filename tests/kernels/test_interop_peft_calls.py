@@ -1,4 +1,4 @@
-"""The doors that people use on a packed model do what they do on a dense one, or refuse before anything trains."""
+"""The calls that people use on a packed model do what they do on a dense one, or refuse before anything trains."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def injected(wrap: Callable[[Any, peft.LoraConfig], Any], model: Any, **options:
     return wrap(model, lora(**options)) or model
 
 
-DOORS: dict[str, Callable[[Any, peft.LoraConfig], Any]] = {
+CALLS: dict[str, Callable[[Any, peft.LoraConfig], Any]] = {
     "get_peft_model": peft.get_peft_model,
     "get_peft_model, mixed": lambda model, config: peft.get_peft_model(model, config, mixed=True),
     "inject_adapter_in_model": lambda model, config: peft.inject_adapter_in_model(config, model),
@@ -58,12 +58,12 @@ DOORS: dict[str, Callable[[Any, peft.LoraConfig], Any]] = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_made_by(family: str, door: str) -> None:
+def test_adapters_made_by(family: str, call: str) -> None:
     packed, dense = packed_and_dense(family)
     base = logits(dense)
-    ours, theirs = injected(DOORS[door], packed), injected(peft.get_peft_model, dense)
+    ours, theirs = injected(CALLS[call], packed), injected(peft.get_peft_model, dense)
     assert_near(logits(ours), logits(theirs))
     assert float((logits(ours) - base).abs().max()) > 1e-3
     assert sum(p.requires_grad for p in ours.parameters()) == sum(p.requires_grad for p in theirs.parameters())
@@ -102,7 +102,7 @@ def test_adapters_of_plain_peft_read_by(family: str, reader: str, tmp_path: Path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_made_here_are_read_by_plain_peft(family: str, tmp_path: Path) -> None:
     packed, dense = packed_and_dense(family)
-    ours = injected(DOORS["add_adapter"], packed)
+    ours = injected(CALLS["add_adapter"], packed)
     ours.save_pretrained(tmp_path)
     assert_near(logits(peft.PeftModel.from_pretrained(dense, tmp_path)), logits(ours))
 
@@ -110,13 +110,13 @@ def test_adapters_made_here_are_read_by_plain_peft(family: str, tmp_path: Path) 
 def test_another_method_beside_lora() -> None:
     outcomes = []
     for model in packed_and_dense():
-        adapted = injected(DOORS["get_peft_model, mixed"], model)
+        adapted = injected(CALLS["get_peft_model, mixed"], model)
         adapted.add_adapter("loha", peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False))
         adapted.set_adapter(["default", "loha"])
         outcomes.append(logits(adapted))
     assert_near(*outcomes)
     with pytest.raises(ValueError, match="cannot be merged"):
-        injected(DOORS["get_peft_model, mixed"], packed_and_dense()[0]).merge_and_unload()
+        injected(CALLS["get_peft_model, mixed"], packed_and_dense()[0]).merge_and_unload()
 
 
 def test_a_second_adapter_without_experts() -> None:
@@ -172,12 +172,12 @@ WHILE_PEFT_WRAPS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("options", "message"), BEFORE_WRAPPING + WHILE_PEFT_WRAPS)
-def test_what_every_door_refuses(door: str, options: dict[str, Any], message: str) -> None:
+def test_what_every_call_refuses(call: str, options: dict[str, Any], message: str) -> None:
     packed, _ = packed_and_dense("gpt_oss")
     with pytest.raises(ValueError, match=message):
-        DOORS[door](packed, lora(**options))
+        CALLS[call](packed, lora(**options))
     names = [name for name, _ in packed.named_parameters()]
     assert not any(name.endswith(tuple(PROJECTIONS)) for name in names)
     if (options, message) in BEFORE_WRAPPING:

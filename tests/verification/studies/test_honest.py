@@ -17,8 +17,8 @@ from mxref.scattermoe import RoundingPoints, expert_order_inputs, forward
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.cases.draw import draw
 from mxref.verification.cli import main
-from mxref.verification.studies.conforming.emulation import Emulated, blocks, tensor_core
-from mxref.verification.studies.conforming.implementations import Honest, data_cases, emulated, judge
+from mxref.verification.studies.honest.emulation import Emulated, blocks, tensor_core
+from mxref.verification.studies.honest.implementations import Honest, data_cases, emulated, judge
 
 BF16 = torch.bfloat16
 IMPLEMENTATIONS = emulated()

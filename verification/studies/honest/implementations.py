@@ -28,7 +28,7 @@ from mxref.verification.cases.suites import ordinary_cases
 from mxref.verification.checks.expectation import Expectation, slopes_of
 from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS
-from mxref.verification.studies.conforming.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
+from mxref.verification.studies.honest.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
 from mxref.weights import MXLayout, MXWeights
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
