@@ -287,6 +287,13 @@ CHECKS: tuple[Check, ...] = (
     ),
 )  # fmt: skip
 
+_BY_NAME = {check.name: check for check in CHECKS}
+INTEGER, DECODE, POISON, SECOND_BACKWARD = (
+    _BY_NAME[name] for name in ("integer", "decode", "poison", "second backward")
+)
+VALUES = INTERVAL, DRIFT, SIGN, EXPONENT = tuple(_BY_NAME[name] for name in ("interval", "drift", "sign", "exponent"))
+"""VALUES are what ordinary numbers are judged by; all of these are known apart from the other checks."""
+
 STATE = Check(
     "state",
     "After each case torch's global state is what it was before: default dtype and device, gradient mode, autocast, "

@@ -23,7 +23,17 @@ from mxref.verification.cases.subset import Subset
 from mxref.verification.cases.tables import TableCase, TableSample
 from mxref.verification.checks.expectation import slopes_of
 from mxref.verification.checks.finding import Finding
-from mxref.verification.checks.registry import CHECKS, Cases, Check
+from mxref.verification.checks.registry import (
+    CHECKS,
+    DECODE,
+    DRIFT,
+    INTEGER,
+    INTERVAL,
+    POISON,
+    SECOND_BACKWARD,
+    Cases,
+    Check,
+)
 from mxref.verification.gate.problem import problem_of, weights_of
 from mxref.verification.gate.projections import Projections
 from mxref.weights import MXLayout
@@ -79,8 +89,8 @@ class Item:
     @property
     def slopes(self) -> int:
         """The most slopes that are fitted to it for drift."""
-        drift = isinstance(self.case, Case) and any(check.name == "drift" for check in self.checks)
-        return slopes_of(self.case) if drift and isinstance(self.case, Case) else 0
+        fitted = any(check.name == DRIFT.name for check in self.checks)
+        return slopes_of(self.case) if fitted and isinstance(self.case, Case) else 0
 
 
 def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item]:
@@ -103,16 +113,15 @@ def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item
 
 def _within(subset: Subset, check: Check) -> bool:
     """Whether a check asks for something that the subset has."""
-    return check.name != "second backward" or not (subset.forward or subset.one_backward)
+    return check.name != SECOND_BACKWARD.name or not (subset.forward or subset.one_backward)
 
 
 def plan_cases(
-    cases: Iterable[Case], device: torch.device, seed: int, values: Sequence[str] = ("interval",)
+    cases: Iterable[Case], device: torch.device, seed: int, values: Sequence[Check] = (INTERVAL,)
 ) -> list[Item]:
-    """Given cases: those whose sums are exact by equality, all others by the checks named in `values`."""
-    by_name = {check.name: check for check in CHECKS}
-    exact, drawn = (by_name["integer"],), tuple(by_name[name] for name in values)
-    return [Item(exact if case.exact else drawn, case, drawing(case, device, seed), seed) for case in cases]
+    """Given cases: those whose sums are exact by equality, all others by the checks of `values`."""
+    checks = {True: (INTEGER,), False: tuple(values)}
+    return [Item(checks[case.exact], case, drawing(case, device, seed), seed) for case in cases]
 
 
 def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, scope: Scope) -> list[Item]:
@@ -128,11 +137,10 @@ def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype,
     gated = replace(plain, name="biases and gates", bias=True, gate_slots=k)
     drawn = [plain, replace(gated, use_fused_dX=True, use_fused_gather=True)]
     exact = [replace(case, name=f"integer, {case.name}", data="integer") for case in drawn]
-    behaviour = next(check.cases for check in CHECKS if check.name == "poison")
     instead: dict[Cases, Cases] = {
         suites.exact_cases: lambda scope: exact,
         suites.ordinary_cases: lambda scope: drawn,
-        behaviour: lambda scope: drawn[:1],
+        POISON.cases: lambda scope: drawn[:1],
     }
     checks = [replace(check, cases=instead[check.cases]) for check in CHECKS if check.cases in instead]
     return plan(scope, own=False, checks=checks)
@@ -144,13 +152,11 @@ def plan_checkpoint(projections: Projections, scope: Scope) -> list[Item]:
     `scope`: where to judge, and the seed of everything that is not the checkpoint's.
     """
     checkpoint = open_checkpoint(projections.path)
-    interval = tuple(check for check in CHECKS if check.name == "interval")
-    decode = [check for check in CHECKS if check.name == "decode"]
-    items = plan(replace(scope, suite="quick"), own=False, checks=decode)
+    items = plan(replace(scope, suite="quick"), own=False, checks=[DECODE])
     for tensor in projections.tensors:
         count = min(projections.experts or tensor.E, tensor.E)
         name = f"{tensor.name}, experts 0–{count - 1} of {tensor.E}"
-        items.append(Item(interval, Case(name), _reading(checkpoint, tensor, count, name, scope), scope.seed))
+        items.append(Item((INTERVAL,), Case(name), _reading(checkpoint, tensor, count, name, scope), scope.seed))
     return items
 
 

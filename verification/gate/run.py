@@ -16,7 +16,7 @@ from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import STATE, Check
+from mxref.verification.checks.registry import INTERVAL, STATE, Check
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import GateResult, describe_device
 
@@ -88,7 +88,7 @@ def judge(
             raise answer.error
     answered()
     findings = _compare(checks, answers, _expectation(sample, candidate, how, slopes))
-    by_interval = any(check.name == "interval" for check in checks)
+    by_interval = any(check.name == INTERVAL.name for check in checks)
     if by_interval and candidate.accumulation is None and not all(finding.ok for finding in findings):
         order_free = _expectation(sample, candidate, ACCUMULATIONS["undeclared"], slopes)
         findings = _weaker(findings, _compare(checks, answers, order_free))

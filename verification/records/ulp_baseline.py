@@ -23,11 +23,11 @@ import torch
 from mxref.verification.arithmetic.thresholds import RMS_TOLERANCE
 from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.checks.registry import BASELINE, INTERVAL
 from mxref.verification.records.record import EVIDENCE, folder_name, read, record_path, write
 
 _KIND = "ulp_baseline"
-_CHECK = "baseline"
-_JUDGED = "interval"  # the check whose errors are kept
+_JUDGED = INTERVAL.name  # whose errors are kept
 
 Errors = dict[str, dict[str, tuple[float, float]]]
 """case -> tensor -> (largest |error|, RMS error), both in ulp."""
@@ -103,7 +103,7 @@ def baseline_findings(
         return []
     advice = "`mxref gate --accept-baseline` writes it"
     if baseline is None:
-        return [Finding(_CHECK, name, "all", Status.NOT_COVERED, f"no baseline for {name} yet; {advice}", 0, 0)]
+        return [Finding(BASELINE.name, name, "all", Status.NOT_COVERED, f"no baseline for {name} yet; {advice}", 0, 0)]
     judged = device.type != "cpu" or here == baseline.environment  # see this module's docstring
     before = baseline.environment
     moved = ", ".join(f"{key} {was} → {here.get(key, 'none')}" for key, was in before.items() if here.get(key) != was)
@@ -119,7 +119,7 @@ def baseline_findings(
     results = [_tensor_finding(name, tensor, pairs, judged, moved) for tensor, pairs in tensors.items()]
     if unknown:
         reason = f"{unknown} results have no baseline yet; {advice}"
-        results.append(Finding(_CHECK, name, "new results", Status.NOT_COVERED, reason, unknown, 0))
+        results.append(Finding(BASELINE.name, name, "new results", Status.NOT_COVERED, reason, unknown, 0))
     return results
 
 
@@ -164,7 +164,7 @@ def _tensor_finding(
     if not worse:
         also = f", smaller in {better}" if better else ""
         reason = f"no error grew in {len(pairs)} cases{also}{since}"
-        return Finding(_CHECK, name, tensor, Status.PASS, reason, len(pairs), 0)
+        return Finding(BASELINE.name, name, tensor, Status.PASS, reason, len(pairs), 0)
     case, was, now = max(worse, key=lambda entry: _growth(entry[1], entry[2]))
     grew = (
         f"larger in {len(worse)} of {len(pairs)} cases; most in {case}: "
@@ -173,9 +173,11 @@ def _tensor_finding(
     details: dict[str, float | str] = {"case": case, "max was": was[0], "max is": now[0]}
     details |= {"rms was": was[1], "rms is": now[1]}
     if not judged:
-        return Finding(_CHECK, name, tensor, Status.PASS, f"information only: {grew}", len(pairs), 0, details=details)
+        return Finding(
+            BASELINE.name, name, tensor, Status.PASS, f"information only: {grew}", len(pairs), 0, details=details
+        )
     reason = f"{grew}; accept it on purpose, or undo it"
-    return Finding(_CHECK, name, tensor, Status.WORSE, reason, len(pairs), len(worse), details=details)
+    return Finding(BASELINE.name, name, tensor, Status.WORSE, reason, len(pairs), len(worse), details=details)
 
 
 def _worse(was: tuple[float, float], now: tuple[float, float]) -> bool:

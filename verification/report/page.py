@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from mxref.verification.checks.finding import DriftMap, Finding, Status
+from mxref.verification.checks.registry import DRIFT
 from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
@@ -120,7 +121,7 @@ def as_html(result: GateResult) -> str:
     environment.filters.update(detail=detail_text, bare=lambda name: name.removeprefix(_NOT_JUDGED))
     environment.filters["css"] = lambda status: _BADGE[status][1]
     failed, found = failures(result), causes(result.findings)
-    drifted = {(f.case, f.tensor) for f in failed if f.check == "drift"}
+    drifted = {(f.case, f.tensor) for f in failed if f.check == DRIFT.name}
     return environment.get_template("gate.html").render(
         result=result,
         verdict=result.verdict,

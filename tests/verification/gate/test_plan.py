@@ -8,7 +8,7 @@ import torch
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.subset import parse_subset
-from mxref.verification.checks.registry import CHECKS, Asked
+from mxref.verification.checks.registry import CHECKS, INTERVAL, SIGN, Asked
 from mxref.verification.gate.plan import Item, matches, plan, plan_cases
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -47,7 +47,7 @@ def test_what_may_end_the_use_of_the_gpu_comes_last(device: torch.device) -> Non
 
 
 def test_given_cases_are_asked_by_what_fits_them() -> None:
-    exact, drawn = plan_cases([Case("a", data="integer"), Case("b")], CPU, 0, ("interval", "sign"))
+    exact, drawn = plan_cases([Case("a", data="integer"), Case("b")], CPU, 0, (INTERVAL, SIGN))
     assert [check.name for check in exact.checks] == ["integer"]
     assert [check.name for check in drawn.checks] == ["interval", "sign"]
 
@@ -58,7 +58,7 @@ def test_a_sample_is_drawn_once() -> None:
 
 
 def test_items_are_chosen_by_case_or_by_check() -> None:
-    (item,) = plan_cases([Case("one token")], CPU, 0, ("interval", "sign"))
+    (item,) = plan_cases([Case("one token")], CPU, 0, (INTERVAL, SIGN))
     assert item.fits([])
     assert item.fits(["token"])
     assert item.fits(["sign"])

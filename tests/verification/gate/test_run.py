@@ -24,7 +24,7 @@ from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import CHECKS
+from mxref.verification.checks.registry import CHECKS, VALUES
 from mxref.verification.gate import run as run_module
 from mxref.verification.gate.plan import Item, plan, plan_cases, slopes_in
 from mxref.verification.gate.problem import problem_of
@@ -33,7 +33,6 @@ from mxref.verification.gate.run import run_gate
 
 CPU = torch.device("cpu")
 SMALL = Case("small", 2, 64, 96, 9, 2, 4, bias=True, gate_slots=2)
-VALUES = ("interval", "drift", "sign", "exponent")
 
 
 def judged(candidate: Candidate, *cases: Case, strict: bool = False) -> GateResult:
@@ -122,7 +121,9 @@ def counting(runs: list[int]) -> Candidate:
 
 
 @pytest.mark.parametrize(
-    ("names", "runs_a_case"), [(VALUES, 1), (("poison", "unmutated"), 2), (("integer",), 1)], ids=str
+    ("names", "runs_a_case"),
+    [(tuple(check.name for check in VALUES), 1), (("poison", "unmutated"), 2), (("integer",), 1)],
+    ids=str,
 )
 def test_checks_that_share_their_runs_run_the_candidate_once(names: tuple[str, ...], runs_a_case: int) -> None:
     checks = [check for check in CHECKS if check.name in names]

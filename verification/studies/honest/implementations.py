@@ -27,7 +27,7 @@ from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.suites import ordinary_cases
 from mxref.verification.checks.expectation import Expectation, slopes_of
 from mxref.verification.checks.finding import Finding
-from mxref.verification.checks.registry import CHECKS
+from mxref.verification.checks.registry import INTEGER, VALUES
 from mxref.verification.studies.honest.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
 from mxref.weights import MXLayout, MXWeights
 
@@ -173,8 +173,7 @@ def judge(implementations: Sequence[Honest], sample: Sample) -> Iterator[tuple[H
     The reference is computed once for all that declare the same. Drift is judged at the critical z of the quick suite.
     """
     expectations: dict[tuple[tuple[str, ...], int], Expectation] = {}
-    names = ("integer",) if sample.case.exact else ("interval", "drift", "sign", "exponent")
-    checks = [check for check in CHECKS if check.name in names]
+    checks = (INTEGER,) if sample.case.exact else VALUES
     for honest in implementations:
         key = honest.points, id(honest.how)
         if key not in expectations:
