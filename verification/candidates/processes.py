@@ -197,6 +197,11 @@ def _end(child: _Child[T]) -> int:
     return code
 
 
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def processor_seconds(process: BaseProcess) -> float:
     """What a child has used so far, all of its threads together; 0 once it has gone."""
     return _seconds(Path(f"/proc/{process.pid}/stat"))

@@ -18,7 +18,6 @@ declared; 2 wrong use, or a fault that is not the candidate's
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ import torch
 from rich.console import Console
 
 from mxref.verification.candidates.known import is_own
+from mxref.verification.candidates.processes import cores
 from mxref.verification.cli import gate_distributed, options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
@@ -238,7 +238,7 @@ def _suite(order: Order) -> str:
 
 
 def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
-    alone = (os.cpu_count() or 1) if _own(arguments) and not order.narrowed else 1
+    alone = cores() if _own(arguments) and not order.narrowed else 1
     with Meter() as meter:
         meter.show("loading the candidate")
         return judge_apart(

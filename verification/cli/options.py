@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 import torch
 from rich.console import Console
 
+from mxref.verification.candidates.processes import cores
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.records.record import EVIDENCE
 
@@ -28,7 +29,7 @@ def add_seed(parser: argparse._ActionsContainer, of: str = "of every draw") -> N
 
 def add_jobs(parser: argparse._ActionsContainer, what: str = "processes at once") -> None:
     """`--jobs`."""
-    parser.add_argument("--jobs", metavar="N", type=positive, default=os.cpu_count() or 1, help=what)
+    parser.add_argument("--jobs", metavar="N", type=positive, default=cores(), help=what)
 
 
 def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
@@ -49,7 +50,7 @@ def processes_on(device: torch.device, wanted: int | None, alone: int = 1) -> in
     """
     if wanted is not None and wanted > 64:
         raise UsageError(f"--processes is {wanted}; expected 1 to 64")
-    return wanted or (alone if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // 2)))
+    return wanted or (alone if device.type == "cpu" else max(1, min(8, cores() // 2)))
 
 
 def add_out(parser: argparse._ActionsContainer, files: str, default: str | None = None) -> None:

@@ -28,7 +28,7 @@ from mxref.kernels.device import dequant, grouped_matmul
 from mxref.kernels.device.launch import Launch, generation, recording
 from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.processes import die_with_parent
+from mxref.verification.candidates.processes import cores, die_with_parent
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
@@ -73,7 +73,7 @@ def compile_items(candidate: Candidate, items: Sequence[Item], architecture: str
     shared = candidate, items, architecture
     with (
         suppress(BrokenProcessPool),
-        ProcessPoolExecutor(jobs or os.cpu_count(), get_context("fork"), _share, shared) as pool,
+        ProcessPoolExecutor(jobs or cores(), get_context("fork"), _share, shared) as pool,
     ):
         for found in pool.map(_units, range(len(items)), chunksize=8):
             units |= {(unit.module, unit.kernel, unit.key): unit for unit in found}

@@ -5,7 +5,6 @@ python -m mxref.verification.studies.sanitizers.workload kernels
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ import triton
 
 from mxref.kernels.compiled.units import units_of
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.processes import cores
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
@@ -67,7 +67,7 @@ def _compile(candidate: Candidate, cases: Sequence[Case], architecture: str) -> 
     items = plan_cases(cases, torch.device("cuda"), seed=0)
     launches = [("", launch) for item in items for launch in launches_of(candidate, item, architecture)]
     units = units_of(architecture, launches)
-    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+    with ProcessPoolExecutor(cores(), get_context("fork")) as pool:
         for _ in pool.map(warm_cache, units):
             print("compiled", flush=True)
 
