@@ -183,65 +183,80 @@ class Emulated:
 
     def run(self, sample: Sample) -> dict[str, Tensor]:
         """One forward and one backward pass, by tensor; fp64 on the grid of each tensor's dtype."""
-        problem, points = sample.problem, self.points
-        x, owned = expert_order_inputs(problem), problem.sorted_expert_idxs < problem.E
-        y, d = x.new_zeros(problem.P, problem.N), x.new_zeros(problem.P, problem.K)
-        z, v = x.new_zeros(problem.P, problem.rank), x.new_zeros(problem.P, problem.rank)
-        inner = self.round if points.z else (lambda t: t)
-        out = {
-            name: torch.zeros_like(parameter, dtype=torch.float64)
-            for name, parameter in (("dA", problem.lora_A), ("dB", problem.lora_B), ("dbias", problem.expert_biases))
-            if parameter is not None
-        }
+        problem, x = sample.problem, expert_order_inputs(sample.problem)
+        z, unrounded = self._forward(problem, x)
+        y = self.round(unrounded)
+        if problem.gates is None:
+            incoming = sample.grad_out.double()
+            out = {"Y": y if problem.grouped_out else position(problem, y)}
+            dy = incoming if problem.grouped_out else incoming[problem.row_positions()]
+        else:
+            out, dy = self._through_gates(sample, unrounded, y)
+        owned = problem.sorted_expert_idxs < problem.E
+        return out | self._backward(problem, x, z, torch.where(owned[:, None], dy, 0.0))
 
-        def zero(rows: int, columns: int) -> Tensor:
-            return torch.zeros(rows, columns, dtype=torch.float64)
-
-        def adapters(e: int) -> tuple[Tensor, Tensor, float]:
-            A, B = problem.expert_lora(e)
-            return (A, self.round(problem.scaling * B), 1.0) if points.scaling_in_B else (A, B, problem.scaling)
-
+    def _forward(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Z, and Y before it is rounded, by rows in expert order."""
+        z, y = x.new_zeros(problem.P, problem.rank), x.new_zeros(problem.P, problem.N)
         for e, start, end in problem.segments():
             own, W, low = slice(start, end), problem.expert_weight(e), None
             bias = None if problem.expert_biases is None else problem.expert_biases[e].double()
             if problem.rank:
-                A, B, s = adapters(e)
-                z[own] = inner(self.product("Z", zero(end - start, problem.rank), x[own], A.T))
+                A, B, s = self._adapters(problem, e)
+                z[own] = self._inner(self.product("Z", _zero(end - start, problem.rank), x[own], A.T))
                 low = (z[own], B.T, s)
             y[own] = self.chain("Y", (x[own], W), low, bias)
-        unrounded, y = y, self.round(y)
-        if problem.gates is None:
-            out["Y"] = y if problem.grouped_out else position(problem, y)
-            dy = sample.grad_out.double() if problem.grouped_out else sample.grad_out.double()[problem.row_positions()]
-        else:
-            g, slots = expert_order_gates(problem)[:, None], problem.gates.shape[1]
-            shown = unrounded if points.gates_before_output else y
-            gated = position(problem, r32(g * shown)).view(-1, slots, problem.N)
-            out["Y"] = self.round(sequential(gated.flip(1)))
-            incoming = sample.grad_out.double()[problem.row_positions() // slots]
-            dgates = torch.where(owned, sequential(r32(shown * incoming)), 0.0)
-            out["dgates"] = self.stored(position(problem, dgates).view(-1, slots), problem.gates)
-            dy = self.round(r32(g * incoming))
-        dy = torch.where(owned[:, None], dy, 0.0)
+        return z, y
+
+    def _through_gates(self, sample: Sample, unrounded: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Y and dgates, and dY by rows in expert order."""
+        problem = sample.problem
+        assert problem.gates is not None
+        g, slots = expert_order_gates(problem)[:, None], problem.gates.shape[1]
+        shown = unrounded if self.points.gates_before_output else y
+        gated = position(problem, r32(g * shown)).view(-1, slots, problem.N)
+        incoming = sample.grad_out.double()[problem.row_positions() // slots]
+        owned = problem.sorted_expert_idxs < problem.E
+        dgates = position(problem, torch.where(owned, sequential(r32(shown * incoming)), 0.0)).view(-1, slots)
+        out = {"Y": self.round(sequential(gated.flip(1))), "dgates": self.stored(dgates, problem.gates)}
+        return out, self.round(r32(g * incoming))
+
+    def _backward(self, problem: Problem, x: Tensor, z: Tensor, dy: Tensor) -> dict[str, Tensor]:
+        """dX, and dA, dB, dbias of the parameters that are there."""
+        d = x.new_zeros(problem.P, problem.K)
+        parameters = {"dA": problem.lora_A, "dB": problem.lora_B, "dbias": problem.expert_biases}
+        out = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items() if p is not None}
         for e, start, end in problem.segments():
             own, W, low = slice(start, end), problem.expert_weight(e), None
             if "dbias" in out:
                 out["dbias"][e] = self.stored(sequential(dy[None, own]), problem.expert_biases)[0]
             if problem.rank:
                 mine = slice(e * problem.rank, (e + 1) * problem.rank)
-                A, B, s = adapters(e)
-                v[own] = inner(self.product("V", zero(end - start, problem.rank), dy[own], B))
-                low = (v[own], A, s)
-                of_A = self.product("dA", zero(problem.rank, problem.K), v[own].T.contiguous(), x[own])
+                A, B, s = self._adapters(problem, e)
+                v = self._inner(self.product("V", _zero(end - start, problem.rank), dy[own], B))
+                low = (v, A, s)
+                of_A = self.product("dA", _zero(problem.rank, problem.K), v.T.contiguous(), x[own])
                 out["dA"][mine] = self.stored(s * of_A, problem.lora_A)
-                of_B = self.product("dB", zero(problem.N, problem.rank), dy[own].T.contiguous(), z[own])
+                of_B = self.product("dB", _zero(problem.N, problem.rank), dy[own].T.contiguous(), z[own])
                 out["dB"][:, mine] = self.stored(problem.scaling * of_B, problem.lora_B)
             d[own] = self.chain("D", (dy[own], W.T), low)
         d = self.round(d)
         if not problem.grouped_in:
             d = self.round(sequential(position(problem, d).view(-1, problem.k, problem.K)))
-        out["dX"] = d
-        return out
+        return out | {"dX": d}
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """Z or V as it is stored."""
+        return self.round(x) if self.points.z else x
+
+    def _adapters(self, problem: Problem, e: int) -> tuple[Tensor, Tensor, float]:
+        """A, B and the scaling that is left beside them, of one expert."""
+        A, B = problem.expert_lora(e)
+        return (A, self.round(problem.scaling * B), 1.0) if self.points.scaling_in_B else (A, B, problem.scaling)
+
+
+def _zero(rows: int, columns: int) -> Tensor:
+    return torch.zeros(rows, columns, dtype=torch.float64)
 
 
 def position(problem: Problem, rows: Tensor) -> Tensor:
