@@ -13,7 +13,7 @@ import torch
 from benchmarks import GOLDEN, out_of_memory, timed
 
 from mxref.verification.bench import plots
-from mxref.verification.bench.history import FLOOR, Entry, as_entry, judge, noise, ratios_of
+from mxref.verification.bench.history import FLOOR, Run, as_entry, judge, noise, ratios_of
 from mxref.verification.bench.paths import Path
 from mxref.verification.cli import main
 from mxref.verification.cli.history import load_history
@@ -33,12 +33,12 @@ def row(ratio: float, limit: float | None = None, spread: float = 0.0, **changes
     } | changes  # fmt: skip
 
 
-def entry(day: int, *rows: dict[str, Any], drift: float = 0.0) -> Entry:
+def entry(day: int, *rows: dict[str, Any], drift: float = 0.0) -> Run:
     keyed = {(r["shape"], r["measure"], r["path"]): r for r in rows}
-    return Entry("NVIDIA H200", f"2026-11-{day:02}T00:00:00Z", f"c{day}", f"d{day}" * 8, drift, keyed)
+    return Run("NVIDIA H200", f"2026-11-{day:02}T00:00:00Z", f"c{day}", f"d{day}" * 8, drift, keyed)
 
 
-def slower(*entries: Entry, baseline: str | None = None) -> list[str]:
+def slower(*entries: Run, baseline: str | None = None) -> list[str]:
     return [change.of for change in judge(entries, baseline) if change.slower]
 
 
@@ -129,7 +129,7 @@ def kept(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> File:
     return tmp_path
 
 
-def keep(root: File, *entries: Entry) -> None:
+def keep(root: File, *entries: Run) -> None:
     for each in entries:
         found = {"started": each.started, "commit": each.commit, "drift": each.drift, "rows": list(each.rows.values())}
         write("history", found, torch.device("cuda"), root, name=f"history/{each.commit}")

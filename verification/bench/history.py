@@ -27,7 +27,7 @@ Ratio = Literal["ratio", "limit_ratio"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Run:
     """One kept benchmark."""
 
     gpu: str
@@ -109,20 +109,20 @@ def _ratios(row: Row) -> dict[str, Any]:
     return named | {"mode": row.mode} | {name: digits(number) for name, number in numbers.items()}
 
 
-def as_entry(kept: Mapping[str, Any]) -> Entry:
+def as_entry(kept: Mapping[str, Any]) -> Run:
     """A record of the kind "history", read."""
     rows = {(row["shape"], row["measure"], row["path"]): row for row in kept["rows"]}
-    return Entry(kept["device"], kept["started"], kept["commit"], kept["digest"], kept["drift"], rows)
+    return Run(kept["device"], kept["started"], kept["commit"], kept["digest"], kept["drift"], rows)
 
 
-def noise(entry: Entry, key: Key, of: Ratio) -> float:
+def noise(entry: Run, key: Key, of: Ratio) -> float:
     """Relative noise of one ratio within its own run."""
     row = entry.rows[key]
     spread: float = (row[f"{of}_high"] - row[f"{of}_low"]) / row[of]
     return spread + (entry.drift if of == "limit_ratio" else 0.0)
 
 
-def judge(entries: Sequence[Entry], baseline: str | None = None) -> list[Change]:
+def judge(entries: Sequence[Run], baseline: str | None = None) -> list[Change]:
     """The latest run's changes, one a ratio of each row that an earlier run has too.
 
     Args:
@@ -143,7 +143,7 @@ def judge(entries: Sequence[Entry], baseline: str | None = None) -> list[Change]
     return changes
 
 
-def pinned(entries: Sequence[Entry], start: str) -> Entry:
+def pinned(entries: Sequence[Run], start: str) -> Run:
     """The one run whose date, commit or digest starts so.
 
     Raises:
@@ -156,7 +156,7 @@ def pinned(entries: Sequence[Entry], start: str) -> Entry:
     return found[0]
 
 
-def _change(earlier: Iterable[Entry], latest: Entry, key: Key, of: Ratio) -> list[Change]:
+def _change(earlier: Iterable[Run], latest: Run, key: Key, of: Ratio) -> list[Change]:
     row = latest.rows[key]
     mode = row.get("mode")
     comparable = [

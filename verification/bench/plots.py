@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from mxref.verification.bench.history import Entry
+from mxref.verification.bench.history import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def crossover(axes: Axes, record: Record, measure: str = "step") -> None:
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def over_commits(axes: Axes, entries: Sequence[Entry], measure: str = "step", path: str = "automatic") -> None:
+def over_commits(axes: Axes, entries: Sequence[Run], measure: str = "step", path: str = "automatic") -> None:
     """One way's time over the composite's, run after run, one line a shape; bars span the rounds."""
     shapes = dict.fromkeys(shape for entry in entries for shape, m, p in entry.rows if (m, p) == (measure, path))
     for shape in shapes:
@@ -75,7 +75,7 @@ def over_commits(axes: Axes, entries: Sequence[Entry], measure: str = "step", pa
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def save_history(entries: Sequence[Entry], path: str) -> None:
+def save_history(entries: Sequence[Run], path: str) -> None:
     """`over_commits` of the whole step and of the base products, as a picture file."""
     from matplotlib.figure import Figure
 

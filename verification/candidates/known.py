@@ -15,7 +15,7 @@ from mxref.verification.candidates.shipped import golden, shipped, torch_composi
 
 
 @dataclass(frozen=True)
-class Entry:
+class Implementation:
     """One implementation.
 
     Attributes:
@@ -76,15 +76,15 @@ def _grouped_mm(device: torch.device) -> Candidate:
 OWN = "mxref.kernels"
 """The name of this project's kernels."""
 
-ENTRIES: dict[str, Entry] = {
-    OWN: Entry("this project's Triton kernels", shipped, "mxref"),
-    "axolotl": Entry("ScatterMoELoRA on MXWeights, Triton", _axolotl, "axolotl", ("cuda",)),
-    "unsloth": Entry("its packed product, Triton", _unsloth, "unsloth_zoo", ("cuda",)),
-    "humming": Entry("its packed product, CUDA, forward", _humming, "humming-kernels", ("cuda",)),
-    "peft": Entry("LoRA in a dense expert parameter", _peft, "peft"),
-    "grouped_mm": Entry("torchao dequantize + torch._grouped_mm", _grouped_mm, "torchao"),
-    "composite": Entry("plain PyTorch, fp32 products", lambda _: torch_composite(), "torch"),
-    "golden": Entry("the golden model, fp64", lambda _: golden(), "mxref"),
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    OWN: Implementation("this project's Triton kernels", shipped, "mxref"),
+    "axolotl": Implementation("ScatterMoELoRA on MXWeights, Triton", _axolotl, "axolotl", ("cuda",)),
+    "unsloth": Implementation("its packed product, Triton", _unsloth, "unsloth_zoo", ("cuda",)),
+    "humming": Implementation("its packed product, CUDA, forward", _humming, "humming-kernels", ("cuda",)),
+    "peft": Implementation("LoRA in a dense expert parameter", _peft, "peft"),
+    "grouped_mm": Implementation("torchao dequantize + torch._grouped_mm", _grouped_mm, "torchao"),
+    "composite": Implementation("plain PyTorch, fp32 products", lambda _: torch_composite(), "torch"),
+    "golden": Implementation("the golden model, fp64", lambda _: golden(), "mxref"),
 }
 """By the name that `--kernel` and `--candidates` take, in the scoreboard's order."""
 
@@ -94,16 +94,16 @@ def is_own(name: str) -> bool:
     return name in ("shipped", OWN)
 
 
-def entry(name: str) -> Entry:
-    """An entry by name, "shipped" for this project's kernels; or a user's own, `module:callable` or `file.py:callable`.
+def implementation(name: str) -> Implementation:
+    """One by name, "shipped" for this project's kernels; or a user's own, `module:callable` or `file.py:callable`.
 
     Raises:
         ValueError: the name is neither.
     """
     name = OWN if is_own(name) else name
-    if name in ENTRIES:
-        return ENTRIES[name]
+    if name in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[name]
     if ":" not in name:
-        known = f"shipped, {', '.join(ENTRIES)}, module:callable or path/to/file.py:callable"
+        known = f"shipped, {', '.join(IMPLEMENTATIONS)}, module:callable or path/to/file.py:callable"
         raise ValueError(f"{name!r} is unknown; expected {known}")
-    return Entry("", lambda _: load(name))
+    return Implementation("", lambda _: load(name))

@@ -33,7 +33,7 @@ from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.process import Entry, Refused
+from mxref.verification.gate.process import ItemInfo, Refused
 from mxref.verification.gate.projections import Projections
 from mxref.verification.gate.result import GateResult
 from mxref.verification.records import record, ulp_baseline
@@ -252,7 +252,7 @@ def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
         )
 
 
-def _print_list(entries: Sequence[Entry], console: Console) -> None:
+def _print_list(entries: Sequence[ItemInfo], console: Console) -> None:
     table = new_table("id", "check", "case")
     for entry in entries:
         table.add_row(entry.id, ", ".join(entry.checks), entry.case)

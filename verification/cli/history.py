@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mxref.verification.bench.history import Change, Entry, as_entry, judge
+from mxref.verification.bench.history import Change, Run, as_entry, judge
 from mxref.verification.bench.plots import save_history
 from mxref.verification.cli.options import note, terminal, writable_folder
 from mxref.verification.cli.usage import UsageError
@@ -64,19 +64,19 @@ def run(arguments: argparse.Namespace) -> int:
     return int(failed)
 
 
-def load_history(root: Path = EVIDENCE) -> dict[str, list[Entry]]:
+def load_history(root: Path = EVIDENCE) -> dict[str, list[Run]]:
     """Every kept benchmark by GPU folder, oldest first.
 
     Raises:
         ValueError: a file is no record, or was changed by hand.
     """
-    history: dict[str, list[Entry]] = {}
+    history: dict[str, list[Run]] = {}
     for path in sorted(root.glob("*/history/*.json")):
         history.setdefault(path.parent.parent.name, []).append(as_entry(read(path)))
     return {gpu: sorted(entries, key=lambda entry: entry.started) for gpu, entries in history.items()}
 
 
-def _print(gpu: str, entries: list[Entry], changes: list[Change], verbose: bool, console: Console) -> None:
+def _print(gpu: str, entries: list[Run], changes: list[Change], verbose: bool, console: Console) -> None:
     """The ratios of the way that callers get in the last runs; then what changed."""
     shown = entries[-_SHOWN:]
     table = Table(title=f"{gpu}: automatic, step (base): time over the composite's", title_justify="left", box=None)
@@ -98,7 +98,7 @@ def _print(gpu: str, entries: list[Entry], changes: list[Change], verbose: bool,
         console.print(said, style="bold red" if slower else "bold green", highlight=False)
 
 
-def _pair(entry: Entry, shape: str) -> str:
+def _pair(entry: Run, shape: str) -> str:
     cells = [entry.rows.get((shape, measure, "automatic")) for measure in ("step", "base")]
     step, base = (f"{row['ratio']:.2f}" if row and row["status"] == "ok" else "–" for row in cells)
     return f"{step} ({base})"

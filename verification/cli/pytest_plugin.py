@@ -14,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from mxref.verification.cases.scope import Suite
     from mxref.verification.gate.order import Order
-    from mxref.verification.gate.process import Entry
+    from mxref.verification.gate.process import ItemInfo
     from mxref.verification.gate.result import GateResult
 
 _CHOICES = {
@@ -83,7 +83,7 @@ class Judgements(pytest.Collector):
 class Judgement(pytest.Item):
     """One check on one case."""
 
-    def __init__(self, *, entry: Entry, check: str, **options: Any) -> None:
+    def __init__(self, *, entry: ItemInfo, check: str, **options: Any) -> None:
         super().__init__(**options)
         self.entry, self.check = entry, check
 

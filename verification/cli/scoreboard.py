@@ -17,7 +17,7 @@ import argparse
 
 import torch
 
-from mxref.verification.candidates.known import ENTRIES, entry, is_own
+from mxref.verification.candidates.known import IMPLEMENTATIONS, implementation, is_own
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cli import options
 from mxref.verification.cli.progress import Meter
@@ -74,11 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _names(text: str | None) -> list[str]:
     if text is None:
-        return [name for name in ENTRIES if name != "golden"]
+        return [name for name in IMPLEMENTATIONS if name != "golden"]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     try:
         for name in names:
-            entry(name)
+            implementation(name)
     except ValueError as error:
         raise UsageError(f"--candidates: {error}") from None
     return names

@@ -28,8 +28,8 @@ from mxref.verification.checks.registry import STATE
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.process import (
     Asking,
-    Entry,
     Fault,
+    ItemInfo,
     Judged,
     Lost,
     Planned,
@@ -58,7 +58,7 @@ def judge_apart(
     timeout: float = TIMEOUT,
     fail_fast: bool = False,
     processes: int = 1,
-    on_item: Callable[[Entry, int, int], None] = lambda entry, done, total: None,
+    on_item: Callable[[ItemInfo, int, int], None] = lambda entry, done, total: None,
 ) -> GateResult:
     """Judge what is ordered.
 
@@ -111,7 +111,7 @@ def _compiling(order: Order) -> AbstractContextManager[None]:
     return compiling_ahead(order)
 
 
-def list_items(order: Order) -> list[Entry]:
+def list_items(order: Order) -> list[ItemInfo]:
     """What the candidate would be asked.
 
     Raises:
@@ -184,7 +184,7 @@ class _Run:
         nobody = Candidate(order.kernel, elsewhere)
         self.result = GateResult(nobody, how, order.device_type, suite, order.seed, strict)
         self.result.narrowed, self.result.command = order.narrowed, order.command
-        self.entries: list[Entry] = []
+        self.entries: list[ItemInfo] = []
         self.found: dict[int, list[Finding]] = {}
         self.losses = 0
         self.short: list[int] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.known import entry
+from mxref.verification.candidates.known import implementation
 from mxref.verification.candidates.loading import declare
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.gate.plan import Item, plan, plan_checkpoint, plan_problem
@@ -20,7 +20,7 @@ class Order:
     """What to judge, by what.
 
     Attributes:
-        kernel: see `candidates.known.entry`.
+        kernel: see `candidates.known.implementation`.
         device_type: "cpu" or "cuda".
         suite: "quick" or "full".
         seed: of every draw.
@@ -88,7 +88,7 @@ class Order:
             ValueError: it cannot be found or imported, or its declaration is not understood.
         """
         try:
-            candidate = entry(self.kernel).make(self.device)
+            candidate = implementation(self.kernel).make(self.device)
         except ImportError as error:
             raise ValueError(f"--kernel {self.kernel}: {error}") from None
         return declare(candidate, self.points, self.accumulation, self.covers)

@@ -31,7 +31,7 @@ class Refused(ValueError):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Entry:
+class ItemInfo:
     """One item as the asking process knows it: its identifier, its checks' names and its case's."""
 
     id: str
@@ -46,7 +46,7 @@ class Planned:
     candidate: Candidate
     how: Accumulation
     device: str
-    entries: list[Entry]
+    entries: list[ItemInfo]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def work(send: Callable[[Any], None], order: Order, numbers: Sequence[int], shar
             return
         how = candidate.accumulation or default_accumulation(order.device)
         bare = replace(candidate, call=elsewhere, decode=None, configs=None, operators=None)
-        entries = [Entry(item.id, tuple(check.name for check in item.checks), item.name) for item in items]
+        entries = [ItemInfo(item.id, tuple(check.name for check in item.checks), item.name) for item in items]
         send(Planned(bare, how, describe_device(order.device, interpreted), entries))
         slopes = slopes_in(items)
         asked = replace(candidate, accumulation=None) if order.lenient else candidate

@@ -12,7 +12,7 @@ from foreign_packages import on_path, write_humming, write_unsloth
 from judging import ask
 
 from mxref.verification.candidates import packed_products
-from mxref.verification.candidates.known import entry
+from mxref.verification.candidates.known import implementation
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.scope import Scope
@@ -37,8 +37,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_an_honest_product_passes_within_what_it_covers(name: str, backward: bool, version: str) -> None:
     """Both orders of rows on either side, and every routing without sentinels, exactly; and its behaviour."""
-    assert entry(name).version() == version
-    candidate = entry(name).make(CPU)
+    assert implementation(name).version() == version
+    candidate = implementation(name).make(CPU)
     scope = Scope("quick", "cpu", 0, interpreted=False, subset=candidate.covers)
     asked = [item for item in plan(scope, own=False) if item.checks[0].name in ("integer", *BEHAVIOUR)]
     items = [item for item in asked if isinstance(item.case, Case) and item.case.experts < 9 and item.case.rows < 200]
@@ -56,7 +56,7 @@ def test_an_honest_product_passes_within_what_it_covers(name: str, backward: boo
 @pytest.mark.usefixtures("packages")
 def test_dX_sums_a_token_s_slots_before_it_rounds() -> None:
     case = Case("slots", 4, 64, 96, 40, 8, 0, torch.bfloat16, data="balanced")
-    findings = ask("interval", entry("unsloth").make(CPU), draw(case))
+    findings = ask("interval", implementation("unsloth").make(CPU), draw(case))
     assert {finding.tensor for finding in findings} == {"Y", "dX"}
     assert not [str(finding) for finding in findings if not finding.ok]
 
@@ -66,4 +66,4 @@ def test_what_is_not_there_says_so(name: str, package: str, monkeypatch: pytest.
     packed_products.load_unsloth.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=package):
-        entry(name).make(CPU)
+        implementation(name).make(CPU)

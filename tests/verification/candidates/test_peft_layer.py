@@ -8,7 +8,7 @@ from judging import ask
 
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.known import entry
+from mxref.verification.candidates.known import implementation
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 
@@ -18,7 +18,7 @@ WHOLE = Case("everything", 4, 96, 160, 37, 2, 20, data="balanced", dense=True, b
 @pytest.fixture(scope="module")
 def peft() -> Candidate:
     pytest.importorskip("peft")
-    return entry("peft").make(torch.device("cpu"))
+    return implementation("peft").make(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate import isolated
 from mxref.verification.gate.isolated import judge_apart, list_items
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.process import Asking, Entry, Fault, Judged, Refused
+from mxref.verification.gate.process import Asking, Fault, ItemInfo, Judged, Refused
 from mxref.verification.gate.result import GateResult
 
 CANDIDATES = """
@@ -159,7 +159,7 @@ def test_too_little_memory_alone_is_a_failure() -> None:
 
 def test_a_fault_of_ours_is_not_the_candidate_s() -> None:
     run = isolated._Run(Order("golden", "cpu"), "", False)
-    run.entries = [Entry("00000000", ("integer",), "a"), Entry("00000001", ("integer",), "b")]
+    run.entries = [ItemInfo("00000000", ("integer",), "a"), ItemInfo("00000001", ("integer",), "b")]
     part = isolated._Part(Order("golden", "cpu"), range(2), 1, Path("crash"))
     for message in (Asking(0), Fault("integer, a: OutOfMemoryError"), Judged(0, []), Asking(1, compared=True)):
         run.hear(part, message)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates import known
-from mxref.verification.candidates.known import ENTRIES, entry
+from mxref.verification.candidates.known import IMPLEMENTATIONS, implementation
 from mxref.verification.cases.subset import parse_subset
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.cli import main
@@ -63,7 +63,7 @@ def test_a_process_that_dies_costs_one_item(board: Board) -> None:
 
 def test_a_checkout_that_nobody_installed_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "version_of", lambda package: "")
-    assert {name for name in ENTRIES if entry(name).installed} == {"mxref.kernels", "golden"}
+    assert {name for name in IMPLEMENTATIONS if implementation(name).installed} == {"mxref.kernels", "golden"}
 
 
 def test_a_counterexample_names_code_and_scale_byte(board: Board) -> None:
@@ -94,11 +94,11 @@ def test_files(board: Board, tmp_path: Path) -> None:
 
 
 def test_entries() -> None:
-    assert next(iter(ENTRIES)) == "mxref.kernels"
-    assert entry("golden").make(torch.device("cpu")).name == "golden"
-    assert entry("json:dumps").make(torch.device("cpu")).call is json.dumps
+    assert next(iter(IMPLEMENTATIONS)) == "mxref.kernels"
+    assert implementation("golden").make(torch.device("cpu")).name == "golden"
+    assert implementation("json:dumps").make(torch.device("cpu")).call is json.dumps
     with pytest.raises(ValueError, match=r"'axolotll' is unknown; expected shipped, mxref\.kernels, axolotl"):
-        entry("axolotll")
+        implementation("axolotll")
 
 
 @pytest.fixture
@@ -106,14 +106,16 @@ def wide() -> Board:
     """Every column that the table has by default, two of which cover a part."""
     board = Board("NVIDIA H200", "quick", 0)
     counts = {Status.FAIL: 183, Status.WEAK: 6, Status.PASS: 214}
-    for name in [name for name in ENTRIES if name != "golden"]:
+    for name in [name for name in IMPLEMENTATIONS if name != "golden"]:
         covers = parse_subset("dtype=bf16, gates=none" if name in ("humming", "unsloth") else "")
-        candidate = replace(entry("golden").make(torch.device("cpu")), covers=covers)
+        candidate = replace(implementation("golden").make(torch.device("cpu")), covers=covers)
         result = GateResult(candidate, ACCUMULATIONS["undeclared"], board.device, "quick", 0)
         for check in ("decode", "second backward"):
             for status, count in counts.items():
                 result.findings += [Finding(check, "case", "Y", status, "wrong", 1, 0)] * count
-        board.rows.append(Row(name, entry(name).about, f"{entry(name).package} 2026.10.9", result=result))
+        board.rows.append(
+            Row(name, implementation(name).about, f"{implementation(name).package} 2026.10.9", result=result)
+        )
     return board
 
 
@@ -121,7 +123,7 @@ def test_the_whole_table_fits_a_terminal(wide: Board) -> None:
     console = Console(width=120, file=StringIO(), color_system=None)
     print_board(wide, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    names = [name for name in ENTRIES if name != "golden"]
+    names = [name for name in IMPLEMENTATIONS if name != "golden"]
     assert len(names) == 7
     assert all(name in "".join(lines[:6]) for name in names)
     for check in ("decode", "second backward"):

@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 
 import torch
 
-from mxref.verification.candidates.known import entry, is_own
+from mxref.verification.candidates.known import implementation, is_own
 from mxref.verification.cases.scope import Suite
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.isolated import judge_apart
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.process import Entry, Refused
+from mxref.verification.gate.process import ItemInfo, Refused
 from mxref.verification.gate.result import GateResult, describe_device
 
 _TIMEOUT = 300.0
@@ -103,7 +103,7 @@ def run_scoreboard(
     second chance for it.
 
     Args:
-        names: see `candidates.known.entry`.
+        names: see `candidates.known.implementation`.
         device: where.
         full: the release suite instead of the quick one.
         seed: of every draw.
@@ -114,7 +114,7 @@ def run_scoreboard(
     suite: Suite = "full" if full else "quick"
     board = Board(describe_device(device), suite, seed, tuple(only))
     for name in names:
-        who = entry(name)
+        who = implementation(name)
         row = Row(name, who.about, f"{who.package} {who.version()}".strip())
         board.rows.append(row)
         if not who.installed:
@@ -128,7 +128,7 @@ def run_scoreboard(
 
 
 def _judge(row: Row, order: Order, processes: int, on_item: Callable[[str, int, int, str], None]) -> None:
-    def told(item: Entry, done: int, total: int) -> None:
+    def told(item: ItemInfo, done: int, total: int) -> None:
         on_item(row.name, done, total, item.case)
 
     try:
