@@ -13,6 +13,8 @@ from torch import Tensor
 Layout = Literal[
     "contiguous", "transposed", "sliced", "padded", "offset", "apart", "expanded", "one column", "one number"
 ]  # fmt: skip
+REPEATED: tuple[Layout, ...] = ("expanded", "one column", "one number")
+"""Those that have rows, columns or elements in memory once."""
 Mode = Literal["grad", "no_grad", "inference"]
 Context = Literal["plain", "autocast", "deterministic", "checkpoint", "saved elsewhere", "bf16 by default"]
 Owner = Literal["leaf", "parameter", "computed"]

@@ -20,7 +20,8 @@ Routing = Literal[
 ]  # fmt: skip
 Data = Literal[
     "plain", "balanced", "lora", "tiny lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid",
-    "subnormal", "tiny dOut", "large", "integer", "elements", "one_hot_elements", "every_element", "nonfinite",
+    "subnormal", "tiny dOut", "large", "integer", "rounded", "elements", "one_hot_elements", "every_element",
+    "nonfinite",
 ]  # fmt: skip
 Special = Literal["", "nan row", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote"]
 GateValues = Literal["positive", "negative", "some zero", "one NaN"]
@@ -49,9 +50,9 @@ class Case:
             over 2^±60; `boundary`, scale bytes at both ends of the range that decodes finitely; `off_grid`, fp32
             numbers that no 16-bit format holds; `subnormal`, activations below the normal range; `tiny dOut`, dOut
             alone; `large`, activations so large that results in fp16 are infinite, and adapters so small that Z and V
-            are not; `integer`, fixtures that are exact in any order of summation (see `integer`); `elements`,
-            `one_hot_elements`, `every_element`, `nonfinite`: codes under chosen scale bytes (see `elements`, which
-            makes these cases).
+            are not; `integer`, fixtures that are exact in any order of summation (see `integer`); `rounded`, the
+            same with results that 16 bits round (see `rounded`); `elements`, `one_hot_elements`, `every_element`,
+            `nonfinite`: codes under chosen scale bytes (see `elements`, which makes these cases).
         scaling: LoRA's s.
         bias: whether there are expert biases.
         nan_bias: one of those is NaN.
@@ -142,7 +143,7 @@ class Case:
     @property
     def exact(self) -> bool:
         """Whether every honest result is the same to the last bit, in any order of summation."""
-        return self.data in ("integer", "elements", "one_hot_elements", "nonfinite")
+        return self.data in ("integer", "rounded", "elements", "one_hot_elements", "nonfinite")
 
     def draw_seed(self, seed: int) -> int:
         """Seed of this case's own stream."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mxref.verification.cases.call import Call
+from mxref.verification.cases.call import REPEATED, Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import covering_array
 from mxref.verification.cases.domain import Class, Dimension, Expense, dimensions_for, living
@@ -49,7 +49,7 @@ def case_of(name: str, classes: dict[str, Class]) -> Case:
         fields |= each.case
         how |= each.call
     gated, rows = fields.pop("gated", False), fields.pop("rows", 0)
-    repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {"expanded", "one column", "one number"}
+    repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {*REPEATED}
     power_of_two = abs(frexp(fields["scaling"])[0]) in (0.0, 0.5)
     exact = power_of_two and not repeated  # sums of as many equal terms are large
     fields.setdefault("data", "integer" if exact else "balanced")

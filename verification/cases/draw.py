@@ -15,6 +15,7 @@ from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.elements import draw_elements
 from mxref.verification.cases.gauge import Gauge, draw_gauge, scale_bytes
 from mxref.verification.cases.integer import draw_integer
+from mxref.verification.cases.rounded import draw_rounded
 from mxref.verification.cases.routing import draw_routing
 from mxref.verification.cases.special import as_asked, repeated
 from mxref.weights import MXWeights
@@ -33,6 +34,8 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
         sample = draw_elements(case)
     elif case.data == "integer":
         sample = draw_integer(case, seed)
+    elif case.data == "rounded":
+        sample = draw_rounded(case, seed)
     else:
         generator = torch.Generator().manual_seed(case.draw_seed(seed))
         sample = _draw(case, *_draw_weights(case, generator), "cpu", generator)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mxref.verification.cases.call import REPEATED
+
 
 @dataclass(frozen=True)
 class Exclusion:
@@ -18,12 +20,11 @@ class Exclusion:
 
 _DRAWN = ("ordinary", "off every grid", "subnormal", "scales far apart", "scales at both ends")
 _NO_ROW = ("NaN in a row", "inf in a row", "NaN in dOut", "inf in dOut", "NaN in a remote row")
-_REPEATED = ("expanded", "one column", "one number")
 _GATES = ("another number a token", "positive", "negative", "some zero", "one a row", "one NaN", "subnormal in fp16")
 _OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
 _WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("backward pass", ("one by one", "create_graph")), ("context", ("checkpoint", "saved elsewhere")),
-    ("layout of dOut", ("transposed", "sliced", "padded", "offset", *_REPEATED)),
+    ("layout of dOut", ("transposed", "sliced", "padded", "offset", *REPEATED)),
 )  # fmt: skip
 
 EXCLUDED: tuple[Exclusion, ...] = (
@@ -34,7 +35,7 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("adapters", _OVERFLOWING, "scaling", ("a third", "sixteen thirds"), "no exact sum"),
     Exclusion("adapters", _OVERFLOWING, "layout of x", ("expanded",), "no exact sum"),
     Exclusion("adapters", _OVERFLOWING, "layout of A and B", ("expanded",), "no exact sum"),
-    Exclusion("adapters", _OVERFLOWING, "layout of dOut", _REPEATED, "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "layout of dOut", REPEATED, "no exact sum"),
     Exclusion("values", ("off every grid",), "dtype", ("bf16", "fp16"), "16-bit activations lie on a grid"),
     Exclusion("values", ("off every grid",), "parameters", ("fp32", "adapters in fp32"),
               "the same as the activations' dtype"),
@@ -45,7 +46,7 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("values", ("NaN in a row", "inf in a row", "NaN in a remote row"), "layout of x", ("expanded",),
               "all rows are the same"),
     Exclusion("values", ("NaN in dOut", "inf in dOut", "NaN in a remote row"), "layout of dOut",
-              _REPEATED, "all rows or columns are the same"),
+              REPEATED, "all rows or columns are the same"),
     Exclusion("values", ("NaN in a remote row",), "layout of biases and gates", ("expanded",), "all rows are the same"),
     Exclusion("values", ("scales far apart", "scales at both ends"), "layout of dOut",
               ("one column", "one number"), "columns differ by more than the range of a sum"),

@@ -78,15 +78,15 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple
     own = case.dtypes
     lora_A = lora_B = bias = gates = None
     if r:
-        A = _at_most(2, E, r, K, draw).flatten(0, 1)  # [E·r, K]
-        B = _at_most(2, E, r, N, draw).permute(2, 0, 1).flatten(1)  # [N, E·r]
+        A = at_most(2, E, r, K, draw).flatten(0, 1)  # [E·r, K]
+        B = at_most(2, E, r, N, draw).permute(2, 0, 1).flatten(1)  # [N, E·r]
         lora_A, lora_B = (A * gauge.u).to(own["lora_A"]), (B * gauge.t[:, None]).to(own["lora_B"])
     if case.bias:
         most = max(1, min(4, _GATED // max(case.gate_slots, 1)))
         bias = (torch.randint(-most, most + 1, (E, N), generator=draw) * gauge.t).to(own["expert_biases"])
     if case.gate_slots:
         gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
-    x = _dealt(case.input_rows, K, nonzeros, every, draw)
+    x = dealt(case.input_rows, K, nonzeros, every, draw)
     x[1:2] = 0.0  # as a padding token's row, which gets a bias all the same
     problem = Problem(
         (x / gauge.u).to(case.dtype),
@@ -102,10 +102,10 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple
         case.grouped_out,
     )
     problem.validate(check_values=True)
-    return repeated(case, problem, (_dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype))
+    return repeated(case, problem, (dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype))
 
 
-def _dealt(rows: int, columns: int, nonzeros: int, every: int, draw: torch.Generator) -> Tensor:
+def dealt(rows: int, columns: int, nonzeros: int, every: int, draw: torch.Generator) -> Tensor:
     """Nonzeros ±1 in every so many rows, the columns dealt like cards, each its fair share: fp64 [rows, columns]."""
     deck = [torch.randperm(columns, generator=draw) for _ in range(-(-rows * nonzeros // columns))]
     x = torch.zeros(rows, columns, dtype=torch.float64)
@@ -116,7 +116,7 @@ def _dealt(rows: int, columns: int, nonzeros: int, every: int, draw: torch.Gener
     return x
 
 
-def _at_most(count: int, experts: int, rank: int, columns: int, draw: torch.Generator) -> Tensor:
+def at_most(count: int, experts: int, rank: int, columns: int, draw: torch.Generator) -> Tensor:
     """At most `count` nonzeros ±1 in each column of each expert: fp64 [E, r, columns]."""
     x = torch.zeros(experts, rank, columns, dtype=torch.float64)
     for _ in range(count):

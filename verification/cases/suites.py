@@ -22,6 +22,7 @@ from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import domain_cases
 from mxref.verification.cases.elements import element_cases, elements_to_128, every_element
 from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
+from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.weights import MXLayout
 
@@ -41,6 +42,8 @@ _BEYOND_FP16 = Case(
     "integer, results beyond fp16", 4, 64, 96, 20, 2, 0, _FP16, data="integer", gate_slots=2, gate_exponent=13
 )
 """Some results round to infinity, which nothing may saturate."""
+_MOST_ROWS = 2**13
+"""Of a case whose numbers are drawn by trial."""
 _TAGS = {_BF16: "bf16", _FP16: "fp16", _FP32: "fp32"}
 
 
@@ -120,7 +123,15 @@ def exact_cases(scope: Scope) -> list[Case]:
         fixtures = _some(fixtures)
     large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
     beyond = [_BEYOND_FP16, ABOUT_TILES] if scope.suite != "small" and _FP16 in scope.dtypes else []
-    return [*fixtures, *large, *beyond, *(case for case in _domain(scope) if case.exact)]
+    return [*fixtures, *large, *beyond, *(case for case in _domain(scope) if case.exact), *_rounded_domain(scope)]
+
+
+def _rounded_domain(scope: Scope) -> list[Case]:
+    """The cases of every pair of classes in 16 bits once more, with exact sums that have to be rounded."""
+    if scope.suite == "small":
+        return []
+    pairs = _domain(replace(scope, suite="quick"))
+    return [rounded(case) for case in pairs if case.dtype != _FP32 and case.rows <= _MOST_ROWS]
 
 
 def _some(cases: Iterable[Case]) -> list[Case]:

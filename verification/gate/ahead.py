@@ -137,7 +137,7 @@ def _without_memory(item: Item) -> Drawn:
     """The item's sample on the meta device, to be asked of our kernels alone: there is no autocast there."""
     case = item.case
     if isinstance(case, Case):  # whose values are looked at when it is drawn, and integers are drawn more than once
-        data = "balanced" if case.data == "integer" else case.data
+        data = "balanced" if case.data in ("integer", "rounded") else case.data
         return draw(replace(case, data=data, call=replace(case.call, context="plain")), seed=item.seed).to("meta")
     return drawing(case, torch.device("meta"), item.seed)()
 

@@ -1,0 +1,163 @@
+"""Integers whose sums are exact in any order, and whose results 16 bits have to round.
+
+Z, Y, dY, V, D and all gradients are integers, or halves, with more bits than bf16 or fp16 has, often half way between
+two numbers. fp32 holds every partial sum, so that each rounding point of the contract decides bits: one that is left
+out, comes twice or rounds ties another way shows, in whatever circumstance that happens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import frexp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
+from mxref.problem import Problem
+from mxref.scattermoe import Rounded, RoundingPoints, backward, forward
+from mxref.verification.cases.call import REPEATED
+from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.integer import at_most, dealt, draw_integer
+from mxref.verification.cases.routing import draw_routing
+from mxref.verification.cases.special import repeated
+from mxref.weights import MXWeights
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """The largest magnitude of each operand."""
+
+    x: int
+    dOut: int
+    A: int
+    B: int
+    gates: int
+
+
+_SMALL = (_Largest(31, 31, 2, 2, 3), _Largest(15, 15, 2, 2, 3), _Largest(7, 7, 1, 1, 2))
+_BF16 = (_Largest(255, 255, 7, 7, 15), _Largest(127, 255, 3, 3, 7), _Largest(63, 127, 3, 3, 7), *_SMALL)
+_FP16_FORWARD = (_Largest(255, 3, 7, 1, 3), _Largest(255, 1, 7, 1, 1), _Largest(255, 1, 3, 1, 1), *_SMALL)
+_FP16_BACKWARD = (_Largest(3, 255, 1, 7, 15), _Largest(1, 255, 1, 7, 15), _Largest(1, 255, 1, 3, 7), *_SMALL)
+"""Each is tried, until fp32 holds every sum and the activation dtype every result. fp16 has room for many bits in one
+pass alone."""
+
+_BIAS = 64
+_NONZEROS = 16
+"""In a row of x; dOut has a quarter. A column of lora_A and a row of lora_B have as many in each expert as dOut."""
+_EXACT = 2.0**24 / 1.02
+"""Units that the magnitudes of a sum's terms may have together; the rounding of the terms adds less than the rest."""
+_UNIT = 0.5
+"""Of weights under the scale byte of 2^0."""
+_NO_SIGNS = 0x77
+_FINITE = 60_000.0
+"""What fp16 holds."""
+
+
+def rounded(case: Case) -> Case:
+    """A case in 16 bits with such numbers in place of its own: finite, scaled by a power of two, nothing repeated."""
+    power_of_two = abs(frexp(case.scaling)[0]) in (0.0, 0.5)
+    x, adapters, dOut = ("contiguous" if layout in REPEATED else layout for layout in
+                         (case.call.x, case.call.adapters, case.call.dOut))  # fmt: skip
+    return replace(
+        case,
+        name=f"{case.name}, rounded",
+        data="rounded",
+        scaling=case.scaling if power_of_two else 0.5,
+        special="",
+        nan_bias=False,
+        gate_exponent=0,
+        gate_values="positive" if case.gate_values == "one NaN" else case.gate_values,
+        adapter_values="zero B" if case.adapter_values == "zero B" else "ordinary",
+        call=replace(case.call, x=x, adapters=adapters, dOut=dOut),
+        covers=(),
+    )
+
+
+def draw_rounded(case: Case, seed: int) -> Sample:
+    """Draw, on the CPU, until fp32 holds every sum; the case's plain integers (`draw_integer`) where none does."""
+    draw = torch.Generator().manual_seed(case.draw_seed(seed))
+    fp16 = _FP16_FORWARD if torch.randint(0, 2, (), generator=draw) else _FP16_BACKWARD
+    for largest in fp16 if case.dtype == torch.float16 else _BF16:
+        sample = _draw(case, draw, largest)
+        if _sums_are_exact(sample) and _is_finite(sample):
+            return sample
+    return draw_integer(case, seed)
+
+
+def rounding_points(sample: Sample, points: RoundingPoints) -> dict[str, Rounded]:
+    """Every rounding point of the reference's two passes, by its name there."""
+    fwd = forward(sample.problem, points)
+    bwd = backward(sample.problem, fwd, sample.grad_out, points)
+    return {name: point for name, point in (vars(fwd) | vars(bwd)).items() if isinstance(point, Rounded)}
+
+
+def _draw(case: Case, draw: torch.Generator, largest: _Largest) -> Sample:
+    E, K, N, r, own = case.experts, case.K, case.N, case.rank, case.dtypes
+    packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
+    scales = torch.full((E, N, K // MX_BLOCK_SIZE), E8M0_BIAS, dtype=torch.uint8)
+    few = _NONZEROS // 4
+    lora_A = lora_B = bias = gates = None
+    if r:
+        A = at_most(few, E, r, K, draw) * _up_to(largest.A, (E, r, K), draw)
+        B = at_most(few, E, r, N, draw) * _up_to(largest.B, (E, r, N), draw)
+        lora_A, lora_B = A.flatten(0, 1).to(own["lora_A"]), B.permute(2, 0, 1).flatten(1).to(own["lora_B"])
+    if case.bias:
+        bias = (_up_to(2 * _BIAS, (E, N), draw) - _BIAS).to(own["expert_biases"])
+    if case.gate_slots:
+        gates = _up_to(largest.gates, (case.rows // case.gate_slots, case.gate_slots), draw).to(own["gates"])
+    x = _sparse(case.input_rows, K, _NONZEROS, largest.x, draw)
+    x[1:2] = 0.0  # as a padding token's row, which gets a bias all the same
+    problem = Problem(
+        x.to(case.dtype),
+        MXWeights(packed, scales, K, N),
+        case.k,
+        *draw_routing(case, draw),
+        lora_A,
+        lora_B,
+        case.scaling,
+        bias,
+        gates,
+        case.grouped_in,
+        case.grouped_out,
+    )
+    problem.validate(check_values=True)
+    return Sample(case, *repeated(case, problem, _sparse(*case.output_shape, few, largest.dOut, draw).to(case.dtype)))
+
+
+def _up_to(largest: int, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    return torch.randint(1, largest + 1, shape, generator=draw)
+
+
+def _sparse(rows: int, columns: int, nonzeros: int, largest: int, draw: torch.Generator) -> Tensor:
+    """So many integers a row, the columns dealt like cards: fp64 [rows, columns]."""
+    return dealt(rows, columns, min(nonzeros, columns), 1, draw) * _up_to(largest, (rows, columns), draw)
+
+
+def _sums_are_exact(sample: Sample) -> bool:
+    """Whether fp32 holds the sum of the magnitudes of every sum's terms."""
+    problem = sample.problem
+    assert isinstance(problem.expert_weights, MXWeights)
+    operands: dict[str, Any] = {name: x.abs() for name, x in problem.arguments().items() if _is_summed(x)}
+    weights = replace(problem.expert_weights, packed=problem.expert_weights.packed & _NO_SIGNS)
+    magnitudes = replace(problem, **operands, expert_weights=weights, scaling=abs(problem.scaling))
+    positive = replace(sample, problem=magnitudes, grad_out=sample.grad_out.abs())
+    largest = max(_most(point) for point in rounding_points(positive, RoundingPoints.exact()).values())
+    return largest <= _EXACT * min(_UNIT, abs(problem.scaling) or 1.0)
+
+
+def _is_summed(operand: Any) -> bool:
+    return isinstance(operand, Tensor) and operand.is_floating_point()
+
+
+def _is_finite(sample: Sample) -> bool:
+    """Whether fp16, if it is the activation dtype, holds every result."""
+    if sample.case.dtype != torch.float16:
+        return True
+    points = rounding_points(sample, RoundingPoints.contract(torch.float16))
+    return all(_most(point) <= _FINITE for point in points.values())
+
+
+def _most(point: Rounded) -> float:
+    return float(point.exact.abs().max()) if point.exact.numel() else 0.0
