@@ -74,19 +74,28 @@ def in_poisoned_memory(candidate: Candidate, sample: Sample) -> list[Answer]:
 
 
 def with_two_backwards(candidate: Candidate, sample: Sample) -> list[Answer]:
-    """The gradients of two backward passes over one retained graph."""
+    """The gradients of two backward passes over one retained graph, the second for −2·dOut, divided by −2.
+
+    Between them the caller overwrites the first ones, which are its own. Zeros have no sign here.
+    """
     kept: list[Outputs] = []
 
     def first() -> Outputs:
         y, leaves = candidate.trace(sample)
         gradients = candidate.gradients(sample, y, leaves, retain_graph=True)
-        kept.append(candidate.gradients(sample, y, leaves) if gradients else {})
-        return {tensor: None if x is None else x.clone() for tensor, x in gradients.items()}
+        copies = {tensor: None if x is None else x + 0.0 for tensor, x in gradients.items()}
+        for x in gradients.values():
+            if x is not None and x.is_contiguous():  # others may have elements in memory once
+                x.mul_(float("nan"))
+        other = replace(sample, grad_out=-2.0 * sample.grad_out)
+        again = candidate.gradients(other, y, leaves) if gradients else {}
+        kept.append({tensor: None if x is None else x / -2.0 + 0.0 for tensor, x in again.items()})
+        return copies
 
     answer = answered(first)
     if answer.error is not None:
         return [answer]
-    return [answer, Answer(kept[0], circumstance="in a second backward pass", like=0)]
+    return [answer, Answer(kept[0], circumstance="in a second backward pass, for −2·dOut", like=0)]
 
 
 def for_every_subset(candidate: Candidate, sample: Sample) -> list[Answer]:

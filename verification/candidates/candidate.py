@@ -131,12 +131,16 @@ class Candidate:
         asked = [list(leaves)] if once else [[tensor] for tensor in leaves]
         named: dict[str, Tensor | None] = {}
         held = {tensor: leaf.grad for tensor, leaf in leaves.items() if leaf.is_leaf}
+        given = _versions(incoming, *leaves.values())
         for number, tensors in enumerate(asked, 1):
-            found = torch.autograd.grad(
-                y, [leaves[tensor] for tensor in tensors], incoming, retain_graph or number < len(asked),
-                sample.case.call.backward == "create_graph", allow_unused=True,
-            )  # fmt: skip
+            with sample.case.call.around_backward(sample.problem.device.type):
+                found = torch.autograd.grad(
+                    y, [leaves[tensor] for tensor in tensors], incoming, retain_graph or number < len(asked),
+                    sample.case.call.backward == "create_graph", allow_unused=True,
+                )  # fmt: skip
             named |= {tensor: None if x is None else x.detach() for tensor, x in zip(tensors, found, strict=True)}
+        if _versions(incoming, *leaves.values()) != given:
+            raise UnusableAnswerError("its backward pass changes dOut or an operand in place; expected both unchanged")
         for tensor, grad in held.items():
             if leaves[tensor].grad is not grad:
                 raise UnusableAnswerError(
@@ -194,6 +198,11 @@ def _operands(sample: Sample, copy: bool) -> tuple[dict[str, Any], dict[str, Ten
     required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
     operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
     return operands, {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """How often each was changed in place, as far as autograd counts it."""
+    return [x._version for x in tensors]
 
 
 def _packed(weights: Tensor | MXWeights, layout: Layout) -> dict[str, MXWeights]:

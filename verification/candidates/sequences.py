@@ -234,9 +234,13 @@ def _changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, 
     if operand == "sorted_scattered_idxs":
         return [(problem.sorted_scattered_idxs, problem.sorted_scattered_idxs.flip(0))]
     if operand == "packed" and isinstance(weights, MXWeights):
-        return [(weights.packed, weights.packed ^ 0x88)]  # the sign bits of both codes
+        codes, part = weights.packed.clone(), slice(-1) if again else slice(-1, None)  # the last expert's alone first
+        codes[part] ^= 0x88  # the sign bits of both codes
+        return [(weights.packed, codes)]
     if operand == "scales" and isinstance(weights, MXWeights):
-        return [(weights.scales, weights.scales + (1 - 2 * again))]  # weights are doubled, and halved again
+        scales = weights.scales.clone()
+        scales[-1] += 1 - 2 * again  # the last expert's weights are doubled, and halved again
+        return [(weights.scales, scales)]
     x = getattr(problem, operand, None)
     return [(x, -x)] if isinstance(x, Tensor) else []
 

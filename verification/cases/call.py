@@ -87,6 +87,12 @@ class Call:
         with modes[self.mode](), _CONTEXTS.get(self.context, _plain)(device_type):
             yield
 
+    @contextmanager
+    def around_backward(self, device_type: str) -> Iterator[None]:
+        """What of the context is global state, which holds in the backward pass too."""
+        with _CONTEXTS[self.context](device_type) if self.context in _GLOBAL else nullcontext():
+            yield
+
 
 def _plain(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
@@ -119,6 +125,9 @@ _CONTEXTS: dict[Context, Callable[[str], AbstractContextManager[object]]] = {
     "bf16 by default": _default_dtype,
 }
 """All but checkpointing; each puts back only what it changed, for what a candidate leaves changed is to be seen."""
+
+
+_GLOBAL: tuple[Context, ...] = ("deterministic", "bf16 by default")
 
 
 def lay_out(x: Tensor, layout: Layout) -> Tensor:

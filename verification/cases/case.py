@@ -25,7 +25,7 @@ Data = Literal[
 ]  # fmt: skip
 Special = Literal["", "nan row", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote"]
 GateValues = Literal["positive", "negative", "some zero", "one NaN"]
-AdapterValues = Literal["ordinary", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows"]
+AdapterValues = Literal["ordinary", "zero A", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Case:
         dtype: activation dtype.
         parameter_dtype: dtype of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
         adapter_dtype: of lora_A and lora_B, where it is another one.
+        own_dtypes: of lora_A, lora_B, biases and gates, in place of both, where they differ.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
             at most ten experts active; the same expert in several slots of a token; positions descending within an
             expert; a quarter of the rows sentinels, or all of them; sentinels with ids far above E; or each expert as
@@ -60,8 +61,8 @@ class Case:
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
         gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `one NaN`
             the middle one to NaN.
-        adapter_values: lora_B is zero, as training begins; lora_A or lora_B of the last expert holds a NaN; Z,
-            or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term.
+        adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds a NaN;
+            Z, or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term.
         special: what is not finite: one row of x or dOut, one expert's weights, or what only sentinels' slots read.
         grouped_in: inputs come in expert order, one row a routed row.
         fan_out: k, rows that each input row feeds; None for top_k (1 with `grouped_in`).
@@ -84,6 +85,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     parameter_dtype: torch.dtype | None = None
     adapter_dtype: torch.dtype | None = None
+    own_dtypes: tuple[torch.dtype, ...] = ()
     routing: Routing = "uniform"
     data: Data = "plain"
     scaling: float = 2.0
@@ -133,7 +135,8 @@ class Case:
         """Of each parameter, by its name in `Problem`."""
         others = self.parameter_dtype or self.dtype
         adapters = self.adapter_dtype or others
-        return {"lora_A": adapters, "lora_B": adapters, "expert_biases": others, "gates": others}
+        dtypes = self.own_dtypes or (adapters, adapters, others, others)
+        return dict(zip(("lora_A", "lora_B", "expert_biases", "gates"), dtypes, strict=True))
 
     @property
     def narrow(self) -> bool:

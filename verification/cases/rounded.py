@@ -43,6 +43,7 @@ _FP16_BACKWARD = (_Largest(3, 255, 1, 7, 15), _Largest(1, 255, 1, 7, 15), _Large
 """Each is tried, until fp32 holds every sum and the activation dtype every result. fp16 has room for many bits in one
 pass alone."""
 
+_MOST_EXPERTS, _FEWEST_TOKENS = 8, 9
 _BIAS = 64
 _NONZEROS = 16
 """In a row of x; dOut has a quarter. A column of lora_A and a row of lora_B have as many in each expert as dOut."""
@@ -56,21 +57,28 @@ _FINITE = 60_000.0
 
 
 def rounded(case: Case) -> Case:
-    """A case in 16 bits with such numbers in place of its own: finite, scaled by a power of two, nothing repeated."""
-    power_of_two = abs(frexp(case.scaling)[0]) in (0.0, 0.5)
+    """A case in 16 bits with such numbers in place of its own, where nothing keeps a wrong result from being seen.
+
+    There are rows, and experts have some; all gradients are asked for; numbers are finite; factors are powers of two,
+    not zero; no operand is repeated. There are not more than `_MOST_EXPERTS`, most of which would be idle.
+    """
+    power_of_two = abs(frexp(case.scaling)[0]) == 0.5
     x, adapters, dOut = ("contiguous" if layout in REPEATED else layout for layout in
                          (case.call.x, case.call.adapters, case.call.dOut))  # fmt: skip
     return replace(
         case,
         name=f"{case.name}, rounded",
         data="rounded",
+        experts=min(case.experts, _MOST_EXPERTS),
+        tokens=max(case.tokens, _FEWEST_TOKENS),
+        routing="sentinels" if case.routing == "all_sentinels" else case.routing,
         scaling=case.scaling if power_of_two else 0.5,
         special="",
         nan_bias=False,
         gate_exponent=0,
         gate_values="positive" if case.gate_values == "one NaN" else case.gate_values,
-        adapter_values="zero B" if case.adapter_values == "zero B" else "ordinary",
-        call=replace(case.call, x=x, adapters=adapters, dOut=dOut),
+        adapter_values="zero A" if case.adapter_values == "zero A" else "ordinary",
+        call=replace(case.call, x=x, adapters=adapters, dOut=dOut, needs=None, mode="grad"),
         covers=(),
     )
 

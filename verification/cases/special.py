@@ -69,6 +69,8 @@ def _overflowing(sample: Sample) -> Sample:
 
 def _adapters(case: Case, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     kind, changed = case.adapter_values, dict[str, Tensor]()
+    if kind == "zero A":
+        changed["lora_A"] = torch.zeros_like(A)
     if "zero B" in kind:
         changed["lora_B"] = torch.zeros_like(B)
     if "nan A" in kind:

@@ -123,11 +123,24 @@ def exact_cases(scope: Scope) -> list[Case]:
         fixtures = _some(fixtures)
     large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
     beyond = [_BEYOND_FP16, ABOUT_TILES] if scope.suite != "small" and _FP16 in scope.dtypes else []
-    return [*fixtures, *large, *beyond, *(case for case in _domain(scope) if case.exact), *_rounded_domain(scope)]
+    mixed = _mixed(scope) if scope.suite != "small" else []
+    domain = [case for case in _domain(scope) if case.exact]
+    return [*fixtures, *large, *beyond, *mixed, *domain, *_rounded_domain(scope)]
+
+
+def _mixed(scope: Scope) -> list[Case]:
+    """Parameters of different dtypes, each of which its gradient has; and lora_A zero in place of lora_B."""
+    base = Case("integer, A zero", 4, 64, 96, 20, 2, 4, data="integer", scaling=0.5, bias=True, gate_slots=2)
+    cases = [replace(base, adapter_values="zero A")]
+    for dtype in scope.dtypes:
+        for own in ((_FP32, _BF16, _FP16, _FP32), (_BF16, _FP32, _FP32, _FP16)):
+            name = f"integer, {_TAGS[dtype]}, A {_TAGS[own[0]]}, B {_TAGS[own[1]]}"
+            cases.append(replace(base, name=name, dtype=dtype, own_dtypes=own))
+    return [*cases, *(rounded(case) for case in cases if case.dtype != _FP32)]
 
 
 def _rounded_domain(scope: Scope) -> list[Case]:
-    """The cases of every pair of classes in 16 bits once more, with exact sums that have to be rounded."""
+    """Cases of every pair of classes in 16 bits once more, with exact sums to be rounded and nothing in the way."""
     if scope.suite == "small":
         return []
     pairs = _domain(replace(scope, suite="quick"))

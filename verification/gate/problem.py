@@ -33,6 +33,7 @@ _LAYOUTS = {
 _OPTIONS = {
     "parameter_dtype": "parameters",
     "adapter_dtype": "adapters in",
+    "own_dtypes": "A, B, biases and gates in",
     "routing": "routing",
     "data": "values",
     "special": "special",
@@ -102,5 +103,5 @@ def _plain(value: object) -> str | int | float:
     if isinstance(value, int | float | str):
         return value
     if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "none"
+        return " ".join(str(_plain(each)) for each in value) or "none"
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)

@@ -19,6 +19,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.candidates.shipped import golden, torch_composite
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.checks.finding import Status
@@ -237,3 +238,48 @@ def test_the_call_that_looks_for_an_interpreter_leaves_no_state_changed() -> Non
 
     assert not runs_interpreted(Candidate("leaks", leaks), torch.device("cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose gradient goes through a function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Any) -> Tensor:
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.change(grad), None
+
+
+def tapped(operand: str, change: Any) -> Candidate:
+    """The golden model with a change to one operand's gradient; "Y": to dOut."""
+
+    def call(**operands: Any) -> Tensor:
+        if operand == "Y":
+            return _Tap.apply(mxref.parallel_linear_lora(**operands), change)  # type: ignore[no-any-return, no-untyped-call]
+        given = _Tap.apply(operands[operand], change)  # type: ignore[no-untyped-call]
+        return mxref.parallel_linear_lora(**operands | {operand: given})
+
+    return Candidate("tapped", call)
+
+
+@pytest.mark.parametrize(
+    ("context", "state"),
+    [
+        ("deterministic", torch.are_deterministic_algorithms_enabled),
+        ("bf16 by default", lambda: torch.get_default_dtype() == torch.bfloat16),
+    ],
+)
+def test_global_state_holds_in_the_backward_pass_too(context: Any, state: Any) -> None:
+    sample = draw(replace(SMALL, data="integer", scaling=0.5, call=Call(context=context)))
+    wrong = tapped("inputs", lambda grad: grad / 2 if state() else grad)
+    assert {finding.tensor for finding in ask("integer", wrong, sample) if not finding.ok} == {"dX"}
+    assert not state()
+
+
+def test_a_backward_pass_that_changes_dOut_is_told() -> None:
+    sample = draw(replace(SMALL, data="integer", scaling=0.5))
+    (finding, *_) = ask("integer", tapped("Y", lambda grad: grad.zero_() + 1.0), sample)
+    assert "changes dOut or an operand in place" in finding.reason

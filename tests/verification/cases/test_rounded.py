@@ -21,6 +21,7 @@ from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.suites import exact_cases
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.values import equal
+from mxref.verification.gate.problem import problem_of, problem_text
 from mxref.verification.studies.honest.emulation import Dot, Emulated, blocks, fused_chain, tensor_core
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -91,3 +92,32 @@ def test_every_rounding_point_of_the_contract_is_asked_for_bit_by_bit() -> None:
 def test_an_interpreter_that_does_not_round_is_not_asked(suite: str) -> None:
     cases = exact_cases(Scope(suite, "cpu", interpreted=True))  # type: ignore[arg-type]
     assert not [case for case in cases if case.data == "rounded"]
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_parameters_may_differ_in_dtype(interpreted: bool) -> None:
+    """A gradient has its own parameter's dtype and nobody else's rounding."""
+    scope = Scope("quick", "cpu", interpreted=interpreted)
+    mixed = [case for case in exact_cases(scope) if case.own_dtypes]
+    assert {case.dtype for case in mixed} == set(scope.dtypes)
+    for case in mixed:
+        sample = draw(case)
+        found = {name: getattr(sample.problem, name).dtype for name in case.dtypes}
+        assert (found, len(set(found.values()))) == (case.dtypes, 3)
+        assert "A, B, biases and gates in" in problem_text(problem_of(case, 0))
+
+
+def test_nothing_keeps_a_wrong_result_from_being_seen() -> None:
+    """No class that leaves nothing to see takes part, and every other one does."""
+    scope = Scope("quick", "cpu", interpreted=False)
+    cases = [case for case in exact_cases(scope) if case.data == "rounded" and not case.own_dtypes]
+    for case in cases:
+        assert case.tokens >= 9
+        assert case.routing != "all_sentinels"
+        assert case.scaling
+        assert all(case.call.wants(name) for name in ("dX", "dA", "dB", "dbias", "dgates"))
+    routings = {(case.routing, case.grouped_in) for case in cases}
+    assert {("descending", False), ("duplicates", False), ("sentinels", False)} <= routings
+    dense = {(case.call.weights, case.call.context) for case in cases if case.dense}
+    assert {weights for weights, _ in dense} >= {"sliced", "padded", "transposed"}
+    assert {case.call.context for case in cases if not case.grouped_in and case.k > 1} >= {"deterministic", "autocast"}

@@ -158,7 +158,29 @@ def test_a_backward_pass_that_uses_its_graph_up() -> None:
         out: Tensor = Gradient.apply(layer(**operands), change)
         return out
 
+    def keeps_the_first(**operands: Any) -> Tensor:
+        memory: list[Tensor] = []
+
+        def change(grad: Tensor) -> Tensor:
+            memory.append(grad.clone())
+            return memory[0].clone()
+
+        out: Tensor = Gradient.apply(layer(**operands), change)
+        return out
+
+    def hands_its_own_memory_out(**operands: Any) -> Tensor:
+        memory: list[Tensor] = []
+
+        def change(grad: Tensor) -> Tensor:
+            memory.append(grad.clone())
+            return memory[0] if len(memory) == 1 else memory[0] * -2.0
+
+        x = Gradient.apply(operands["inputs"], change)
+        return layer(**operands | {"inputs": x})
+
     assert ("second backward", "dX") in failed(ask("second backward", candidate(twice), PLAIN))
+    assert ("second backward", "dX") in failed(ask("second backward", candidate(keeps_the_first), PLAIN))
+    assert ("second backward", "dX") in failed(ask("second backward", candidate(hands_its_own_memory_out), PLAIN))
     (finding,) = ask("second backward", candidate(lambda **operands: layer(**operands).detach()), PLAIN)
     assert finding.status is Status.FAIL
 
