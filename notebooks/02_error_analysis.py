@@ -31,7 +31,7 @@ from mxref.verification.candidates.starting_point import layer as composite
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope
 from mxref.verification.checks.finding import DriftMap, ErrorSample, Status
-from mxref.verification.checks.registry import CHECKS
+from mxref.verification.checks.registry import DECODE, INTEGER, VALUES
 from mxref.verification.gate.plan import plan, plan_cases
 from mxref.verification.gate.run import judge
 
@@ -117,10 +117,10 @@ how = ACCUMULATIONS["fp32-blocks-64"]
 ordinary = Case("ordinary", experts=4, K=128, N=192, tokens=128, top_k=2, rank=8, data="balanced")
 integers = Case("integer", experts=4, K=64, N=96, tokens=20, top_k=2, rank=4, data="integer", scaling=0.5)
 
-GUARDS = ("decode", "integer", "interval", "drift", "sign", "exponent")
+GUARDS = tuple(check.name for check in (DECODE, INTEGER, *VALUES))
 CLASSIC = ("ratio std < 0.5", "allclose, rtol = atol = 0.01")
-items = plan(Scope("quick", "cpu"), own=False, checks=[check for check in CHECKS if check.name == "decode"])
-items += plan_cases([integers, ordinary], torch.device("cpu"), seed=0, values=GUARDS[2:])
+items = plan(Scope("quick", "cpu"), own=False, checks=[DECODE])
+items += plan_cases([integers, ordinary], torch.device("cpu"), seed=0, values=VALUES)
 findings, errors, maps = {}, {}, {}
 for name, call in BUGS.items():
     candidate = Candidate(name, call, accumulation=how)

@@ -216,7 +216,7 @@ def test_a_mutant_is_asked_what_runs_its_function() -> None:
     """What does not cannot notice; a function of the host may have prepared what a later question uses."""
     checks = [check for check in CHECKS if check.name in ("integer", "decoder", "activation")]
     items = [next(item for item in questions(CPU) if check in item.checks) for check in checks]
-    [healthy] = run([None], items, _setting())
+    [healthy] = run([None], items, _setting(traced=True))
     ran = {item.checks[0].name: healthy.coverage[item.id] for item in items}
     assert Place("device/grouped_matmul.py", "grouped_matmul_kernel") in ran["integer"] - ran["decoder"]
     assert Place("device/activation.py", "sigmoids") in ran["activation"] - ran["integer"] - ran["decoder"]

@@ -41,6 +41,7 @@ class Task:
         device: what they were made for.
         gpu: the one to see, as CUDA_VISIBLE_DEVICES names it; None for what is visible anyway.
         every: see `is_open`.
+        traced: note which functions run.
     """
 
     mutant: Mutant | None
@@ -49,6 +50,7 @@ class Task:
     device: torch.device
     gpu: str | None
     every: bool
+    traced: bool
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,10 @@ def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
         send(Said(None, {IMPORT: traceback.format_exc(limit=1).strip().splitlines()[-1]}))
         return
     slopes, kills = slopes_in(task.items), set[str]()
-    traced = task.mutant is None and task.device.type == "cpu"
     for number, item in enumerate(task.items):
         if is_open(item, kills, task.every):
             send(Said(number))
-            with functions_run(folder) if traced else nullcontext() as functions:
+            with functions_run(folder) if task.traced else nullcontext() as functions:
                 rejections = _rejections(item, candidate, slopes)
             if rejections or functions is not None:
                 send(Said(number, rejections, None if functions is None else frozenset(functions)))

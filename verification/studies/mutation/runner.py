@@ -78,6 +78,7 @@ class Setting:
         matrix: ask every check about each mutant by hand, not only until one is enough; see `is_open`.
         jobs: processes at once.
         trial_seconds: processor time after which a question about a mutant counts as hung.
+        traced: note which functions the unmutated sources' items run, in the interpreter; it doubles their time.
     """
 
     sources: Mapping[str, Source]
@@ -85,6 +86,7 @@ class Setting:
     matrix: bool = False
     jobs: int = 1
     trial_seconds: float = 20.0
+    traced: bool = False
 
     def limits(self, lenience: int = 1) -> Limits:
         """Of one question."""
@@ -180,7 +182,8 @@ class _Judge:
         gpu = self._gpus[self._jobs % len(self._gpus)] if self._gpus else None
         self._jobs += 1
         sources, device = self._setting.sources, self._setting.device
-        task = Task(outcome.mutant, sources, items, device, gpu, self._setting.asks_all(outcome.mutant))
+        traced = self._setting.traced and outcome.mutant is None and device.type == "cpu"
+        task = Task(outcome.mutant, sources, items, device, gpu, self._setting.asks_all(outcome.mutant), traced)
         return Job(part, run_child, (task, part.folder), _IMPORTING)
 
     def hear(self, job: Job[_Part], said: Said | Ended, alone: bool = False) -> list[Job[_Part]]:

@@ -131,7 +131,8 @@ def judge(
         for check, reason in outcome.unjudged.items():
             raise FalseKillError(f"check {check!r} gives no answer about the unmutated sources: {reason}")
 
-    healthy = run([None], items, setting, apart=True, on_outcome=judged)
+    swept = any(not mutant.by_hand for mutant in mutants)
+    healthy = run([None], items, replace(setting, traced=swept), apart=True, on_outcome=judged)
     coverage = {item: functions for outcome in healthy for item, functions in outcome.coverage.items()}
     on_start("mutants")
     outcomes = run(mutants, items, setting, coverage=coverage, until=start + seconds, on_outcome=judged)
