@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mxref.problem import Problem
-from mxref.scattermoe import Backward, Forward, Rounded, RoundingPoints, backward, forward
+from mxref.scattermoe import Rounded, RoundingPoints, backward, forward
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.gauge import draw_gauge, scale_bytes
 from mxref.verification.cases.routing import draw_routing
@@ -61,13 +61,15 @@ def is_exact_everywhere(problem: Problem, grad_out: Tensor, points: RoundingPoin
 
 def _inexact(problem: Problem, grad_out: Tensor, points: RoundingPoints) -> int:
     """For how many values it is not."""
+    found = rounding_points(problem, grad_out, points).values()
+    return sum(int((point.exact != point.value).sum()) for point in found)
+
+
+def rounding_points(problem: Problem, grad_out: Tensor, points: RoundingPoints) -> dict[str, Rounded]:
+    """Every rounding point of the reference's two passes, by its name there."""
     fwd = forward(problem, points)
     bwd = backward(problem, fwd, grad_out, points)
-    return sum(int((point.exact != point.value).sum()) for point in _rounding_points(fwd, bwd))
-
-
-def _rounding_points(fwd: Forward, bwd: Backward) -> list[Rounded]:
-    return [point for trace in (fwd, bwd) for point in vars(trace).values() if isinstance(point, Rounded)]
+    return {name: point for name, point in (vars(fwd) | vars(bwd)).items() if isinstance(point, Rounded)}
 
 
 def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple[Problem, Tensor]:
@@ -86,11 +88,26 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple
         bias = (torch.randint(-most, most + 1, (E, N), generator=draw) * gauge.t).to(own["expert_biases"])
     if case.gate_slots:
         gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
-    x = dealt(case.input_rows, K, nonzeros, every, draw)
+    x = dealt(case.input_rows, K, nonzeros, every, draw) / gauge.u
+    problem = problem_of_integers(case, draw, x, MXWeights(packed, scales, K, N), lora_A, lora_B, bias, gates)
+    return repeated(case, problem, (dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype))
+
+
+def problem_of_integers(
+    case: Case,
+    draw: torch.Generator,
+    x: Tensor,
+    weights: MXWeights,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    gates: Tensor | None,
+) -> Problem:
+    """The case's problem over drawn operands, with a drawn routing, its second row of x zero."""
     x[1:2] = 0.0  # as a padding token's row, which gets a bias all the same
     problem = Problem(
-        (x / gauge.u).to(case.dtype),
-        MXWeights(packed, scales, K, N),
+        x.to(case.dtype),
+        weights,
         case.k,
         *draw_routing(case, draw),
         lora_A,
@@ -102,7 +119,7 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple
         case.grouped_out,
     )
     problem.validate(check_values=True)
-    return repeated(case, problem, (dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype))
+    return problem
 
 
 def dealt(rows: int, columns: int, nonzeros: int, every: int, draw: torch.Generator) -> Tensor:

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
-from mxref.problem import Problem
-from mxref.scattermoe import Rounded, RoundingPoints, backward, forward
+from mxref.scattermoe import Rounded, RoundingPoints
 from mxref.verification.cases.call import REPEATED
 from mxref.verification.cases.case import Case, Sample
-from mxref.verification.cases.integer import at_most, dealt, draw_integer
-from mxref.verification.cases.routing import draw_routing
+from mxref.verification.cases.integer import at_most, dealt, draw_integer, problem_of_integers, rounding_points
 from mxref.verification.cases.special import repeated
 from mxref.weights import MXWeights
 
@@ -94,13 +92,6 @@ def draw_rounded(case: Case, seed: int) -> Sample:
     return draw_integer(case, seed)
 
 
-def rounding_points(sample: Sample, points: RoundingPoints) -> dict[str, Rounded]:
-    """Every rounding point of the reference's two passes, by its name there."""
-    fwd = forward(sample.problem, points)
-    bwd = backward(sample.problem, fwd, sample.grad_out, points)
-    return {name: point for name, point in (vars(fwd) | vars(bwd)).items() if isinstance(point, Rounded)}
-
-
 def _draw(case: Case, draw: torch.Generator, largest: _Largest) -> Sample:
     E, K, N, r, own = case.experts, case.K, case.N, case.rank, case.dtypes
     packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
@@ -116,21 +107,7 @@ def _draw(case: Case, draw: torch.Generator, largest: _Largest) -> Sample:
     if case.gate_slots:
         gates = _up_to(largest.gates, (case.rows // case.gate_slots, case.gate_slots), draw).to(own["gates"])
     x = _sparse(case.input_rows, K, _NONZEROS, largest.x, draw)
-    x[1:2] = 0.0  # as a padding token's row, which gets a bias all the same
-    problem = Problem(
-        x.to(case.dtype),
-        MXWeights(packed, scales, K, N),
-        case.k,
-        *draw_routing(case, draw),
-        lora_A,
-        lora_B,
-        case.scaling,
-        bias,
-        gates,
-        case.grouped_in,
-        case.grouped_out,
-    )
-    problem.validate(check_values=True)
+    problem = problem_of_integers(case, draw, x, MXWeights(packed, scales, K, N), lora_A, lora_B, bias, gates)
     return Sample(case, *repeated(case, problem, _sparse(*case.output_shape, few, largest.dOut, draw).to(case.dtype)))
 
 
@@ -150,8 +127,8 @@ def _sums_are_exact(sample: Sample) -> bool:
     operands: dict[str, Any] = {name: x.abs() for name, x in problem.arguments().items() if _is_summed(x)}
     weights = replace(problem.expert_weights, packed=problem.expert_weights.packed & _NO_SIGNS)
     magnitudes = replace(problem, **operands, expert_weights=weights, scaling=abs(problem.scaling))
-    positive = replace(sample, problem=magnitudes, grad_out=sample.grad_out.abs())
-    largest = max(_most(point) for point in rounding_points(positive, RoundingPoints.exact()).values())
+    sums = rounding_points(magnitudes, sample.grad_out.abs(), RoundingPoints.exact())
+    largest = max(map(_most, sums.values()))
     return largest <= _EXACT * min(_UNIT, abs(problem.scaling) or 1.0)
 
 
@@ -163,7 +140,7 @@ def _is_finite(sample: Sample) -> bool:
     """Whether fp16, if it is the activation dtype, holds every result."""
     if sample.case.dtype != torch.float16:
         return True
-    points = rounding_points(sample, RoundingPoints.contract(torch.float16))
+    points = rounding_points(sample.problem, sample.grad_out, RoundingPoints.contract(torch.float16))
     return all(_most(point) <= _FINITE for point in points.values())
 
 

@@ -16,7 +16,8 @@ from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
-from mxref.verification.cases.rounded import rounded, rounding_points
+from mxref.verification.cases.integer import rounding_points
+from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.suites import exact_cases
 from mxref.verification.checks.expectation import Expectation
@@ -69,7 +70,8 @@ def test_a_point_that_is_declared_is_right_and_one_that_is_not_shows(point: str)
 @pytest.mark.parametrize(("tensor", "point"), [("Y", "out"), ("dX", "dx"), ("dA", "dA"), ("dB", "dB")])
 def test_a_tie_that_is_rounded_away_from_zero_shows(tensor: str, point: str) -> None:
     sample, contract = drawn("gates"), RoundingPoints.contract(BF16)
-    outputs, exact = Emulated(blocks(16), BF16, contract).run(sample), rounding_points(sample, contract)[point].exact
+    outputs = Emulated(blocks(16), BF16, contract).run(sample)
+    exact = rounding_points(sample.problem, sample.grad_out, contract)[point].exact
     ulp = torch.exp2(torch.frexp(exact)[1].double() - 8)
     away = torch.sign(exact) * torch.floor(exact.abs() / ulp + 0.5) * ulp
     assert failures(outputs | {tensor: away}, sample) == {tensor}
@@ -81,7 +83,8 @@ def test_every_rounding_point_of_the_contract_is_asked_for_bit_by_bit() -> None:
     assert {case.dtype for case in cases} == {BF16, FP16}
     rounds = Counter[str]()
     for case in cases[:60]:
-        points = rounding_points(draw(case), RoundingPoints.contract(case.dtype))
+        sample = draw(case)
+        points = rounding_points(sample.problem, sample.grad_out, RoundingPoints.contract(case.dtype))
         rounds.update(name for name, point in points.items() if bool((point.exact != point.value).any()))
     assert min(rounds[name] for name in ("z", "y", "out", "dy", "v", "d", "dx", "dA", "dB", "dbias", "dgates")) >= 3, (
         rounds
