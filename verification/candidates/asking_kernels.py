@@ -67,7 +67,7 @@ def by_operators(candidate: Candidate, sample: Sample) -> list[Answer]:
         "A of some experts": lambda: kernels.selective_lora_weights(A, B, some, problem.E)[0],
         "B of some experts": lambda: kernels.selective_lora_weights(A, B, some, problem.E)[1],
         "W of no experts": lambda: kernels.dequantize_experts(weights, some[:0], problem.dtype),
-        "W of some experts": lambda: _decoded_between_sentinels(kernels, weights, some, problem.dtype),
+        "W of some experts": lambda: _decoded_behind_sentinels(kernels, weights, some, problem.dtype),
     }
     return [answered(partial(_watching, sample, partial(_as_output, call)), label) for label, call in calls.items()]
 
@@ -213,14 +213,14 @@ def _kernels(candidate: Candidate) -> ModuleType:
     return candidate.operators
 
 
-def _decoded_between_sentinels(kernels: ModuleType, weights: MXWeights, some: Tensor, dtype: torch.dtype) -> Tensor:
-    """The listed experts' weights, in a list that also holds ids of no expert, whose slots must stay as they are."""
-    ids = torch.tensor([-1, *some.tolist(), weights.E], device=some.device)
+def _decoded_behind_sentinels(kernels: ModuleType, weights: MXWeights, some: Tensor, dtype: torch.dtype) -> Tensor:
+    """The listed experts' weights, behind ids of no expert, whose slots must stay as they are."""
+    ids = torch.tensor([-1, weights.E, *some.tolist()], device=some.device)
     out = torch.full((ids.numel(), weights.N, weights.K), float("nan"), dtype=dtype, device=some.device)
     decoded: Tensor = kernels.dequantize_experts(weights, ids, dtype, out)
-    if not (decoded[0].isnan().all() and decoded[-1].isnan().all()):
+    if not decoded[:2].isnan().all():
         raise ValueError("a slot that stands for no expert was written")
-    return decoded[1:-1]
+    return decoded[2:]
 
 
 def _into_nan(operator: Callable[..., Tensor], columns: int, x: Tensor, *arguments: Any) -> Callable[[], Tensor]:

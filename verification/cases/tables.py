@@ -63,6 +63,7 @@ def table_cases() -> list[TableCase]:
         TableCase("worst case", 3 * 31 + 1, (31, 62, 93)),
         TableCase("one row", 1, (0, 1)),
         TableCase("no rows", 0, (0, 0)),
+        TableCase("200 experts", 600, tuple(range(3, 600, 3))),
         TableCase("no sentinels, one expert", 64, (64,)),
         TableCase("thousands of rows", 5000, (7, 4900)),
         TableCase("one more than 1024", 1025, (1025,)),

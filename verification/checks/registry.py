@@ -7,7 +7,7 @@ function of `checks` that compares answers with an expectation, and a line here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -19,6 +19,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.sequences import in_sequences
 from mxref.verification.cases import small, suites
 from mxref.verification.cases.activation import ActivationCase, activation_cases
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.tables import TableCase, table_cases
@@ -84,9 +85,16 @@ def _small(cases: Callable[[str], list[Case]]) -> Cases:
     return lambda scope: cases(scope.device_type)
 
 
-def _few(cases: Callable[[str], list[Case]]) -> Cases:
+def _few(cases: Callable[[str], list[Case]]) -> Callable[[Scope], list[Case]]:
     """All small cases where mutants are judged, which may be visible in one alone; otherwise the first five."""
     return lambda scope: cases(scope.device_type)[: None if scope.suite == "small" else 5]
+
+
+def _watched(scope: Scope) -> list[Case]:
+    """Few integer cases, and packed weights that begin anywhere."""
+    small_cases = _few(small.integer_cases)(scope)
+    offset = replace(small_cases[0], name="offset weights", call=Call(weights="offset"))
+    return [*small_cases, *suites.in_fragments([offset])]
 
 
 def _named(cases: Callable[[Suite, str], list[Case]]) -> Cases:
@@ -155,9 +163,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "addresses",
-        "Every load and store lies inside the tensors of its launch, and no two programs write the same element: a "
-        "mask that is too wide often changes no result, and faults one day.",
-        Asked.INTERPRETED, _few(small.integer_cases), asking_kernels.with_watched_memory, inside_tensors,
+        "Every load and store lies inside the tensors of its launch, at a multiple of its size, and no two programs "
+        "write the same element: a mask that is too wide often changes no result, and faults one day.",
+        Asked.INTERPRETED, _watched, asking_kernels.with_watched_memory, inside_tensors,
     ),
     Check(
         "interval",

@@ -122,6 +122,17 @@ def test_a_mask_that_is_one_too_wide_raises(reads: int, writes: int, what: str) 
 
 
 @interpreted
+def test_an_address_that_no_gpu_takes_raises() -> None:
+    apart = torch.zeros(33, dtype=torch.uint8)[1:]
+    source = apart.numpy().view("float32")
+    with (
+        pytest.raises(InterpreterError, match="reads 8 of 8 elements at no multiple of their 4 bytes"),
+        checked_memory(),
+    ):
+        _copy[(1,)](torch.from_numpy(source), torch.zeros(8), 8, 8, BLOCK=8)
+
+
+@interpreted
 def test_two_programs_that_write_the_same_element_raise() -> None:
     target = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(IndexError, match="write 1 elements that another one writes too"), checked_memory():

@@ -74,19 +74,23 @@ class _Touched:
         self._written.setdefault(program, []).append(live.ravel())
 
     def check(self, what: str, addresses: npt.NDArray[Any], mask: npt.NDArray[Any], size: int) -> npt.NDArray[np.int64]:
-        """The addresses with a mask; an IndexError unless `size` bytes at each of them lie inside a tensor."""
+        """The addresses with a mask; an IndexError unless each is a multiple of `size`, whose bytes lie in a tensor."""
         live: npt.NDArray[np.int64] = addresses.astype(np.int64)[np.broadcast_to(mask.astype(bool), addresses.shape)]
         self.count += live.size
         tensor = np.searchsorted(self._starts, live, side="right") - 1
         outside = (tensor < 0) | (live + size > self._ends[tensor])
         if outside.any():
             raise IndexError(f"{what} {int(outside.sum())} of {live.size} elements outside the launch's tensors")
+        misaligned = int((live % size != 0).sum())
+        if misaligned:
+            raise IndexError(f"{what} {misaligned} of {live.size} elements at no multiple of their {size} bytes")
         return live
 
 
 @contextmanager
 def checked_memory() -> Iterator[_Touched]:
-    """Within this context an interpreted kernel that leaves its tensors, or writes an element twice, raises."""
+    """Within this context an interpreted kernel that leaves its tensors, reads or writes an element at an
+    address that no GPU takes, or writes one twice, raises."""
     touched = _Touched()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, to_host = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
