@@ -28,6 +28,7 @@ from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
+from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
 from mxref.verification.cases.call import Layout, lay_out
 from mxref.verification.cases.case import Case, Sample
@@ -235,7 +236,7 @@ def _settled(outputs: Mapping[str, Tensor | None]) -> None:
     copies = {name: x.clone() for name, x in here.items()}
     torch.cuda.synchronize()
     for name, x in here.items():
-        if not torch.equal(copies[name].contiguous().view(torch.uint8), x.contiguous().view(torch.uint8)):
+        if not torch.equal(bytes_of(copies[name]), bytes_of(x)):
             raise UnusableAnswerError(
                 f"{name} changed after the call had returned: it is computed on another stream, for which the caller's "
                 "stream does not wait"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mxref.problem import Problem
+from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.cases.call import Call
 from mxref.weights import MXLayout, MXWeights
 
@@ -181,7 +182,7 @@ class Sample:
         found: list[object] = [self.case]
 
         def note(name: str, x: Tensor) -> Tensor:
-            content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            content = bytes_of(x.cpu()).numpy()
             found.append((name, x.shape, x.dtype, zlib.crc32(content.tobytes())))
             return x
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.candidates.answer import Answer, Outputs
 from mxref.verification.cases.case import Sample
 from mxref.verification.checks.elements import axes_of, name_of, raised
@@ -102,10 +102,3 @@ def _common(different: Tensor, got: Tensor, expected: Tensor, axes: Sequence[Axi
 
 def _same(a: Outputs, b: Outputs) -> bool:
     return all(finding.ok for finding in _compare("", a, b, ""))
-
-
-def bytes_of(x: Tensor) -> Tensor:
-    """The bytes of each element: uint8, one dimension more."""
-    if not x.numel():  # whose strides may be any, and torch would want the last to be 1
-        return x.new_empty(*x.shape, x.element_size(), dtype=torch.uint8)
-    return x.detach().contiguous().flatten().view(torch.uint8).view(*x.shape, x.element_size())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE
 from mxref.verification.arithmetic.interval import Interval
-from mxref.verification.checks.bits import bytes_of
+from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.checks.elements import compare
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.patterns import Axis

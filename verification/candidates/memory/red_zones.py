@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.candidates.answer import Written
 from mxref.verification.candidates.memory.fresh import Allocations
 from mxref.verification.cases.case import Sample
@@ -29,11 +30,11 @@ class RedZone:
         self.inside = self._buffer[zone : zone + operand.numel()].view(operand.shape)
         self.inside.copy_(operand.detach())
         self.numel, self._zone = operand.numel(), zone
-        self._before = _bytes_of(self._buffer).clone()
+        self._before = bytes_of(self._buffer).clone()
 
     def written(self, place: str) -> Written:
         """Bytes that differ from what was there at first: inside the operand, and around it."""
-        different = (_bytes_of(self._buffer) != self._before).sum(1)
+        different = (bytes_of(self._buffer) != self._before).sum(1)
         inner = int(different[self._zone : self._zone + self.numel].sum())
         return Written(place, self.numel, inner, int(different.sum()) - inner)
 
@@ -77,7 +78,7 @@ class FreshRedZones(Allocations):
         """What was written outside a tensor, the first of them by its dtype and size."""
         for buffer in self._buffers:
             outside = torch.cat([buffer[:_FRESH_ZONE], buffer[-_FRESH_ZONE:]])
-            intact = _bytes_of(outside) == _bytes_of(_garbage(outside.numel(), outside))
+            intact = bytes_of(outside) == bytes_of(_garbage(outside.numel(), outside))
             if not intact.all():
                 size = buffer.numel() - 2 * _FRESH_ZONE
                 return Written("fresh memory", 0, 0, int((~intact).sum()), f"a {buffer.dtype} tensor of {size}")
@@ -90,8 +91,3 @@ def _garbage(size: int, like: Tensor) -> Tensor:
         return torch.full((size * like.element_size(),), 0xFF, dtype=torch.uint8, device=like.device).view(like.dtype)
     largest = True if like.dtype == torch.bool else torch.iinfo(like.dtype).max
     return torch.full((size,), largest, dtype=like.dtype, device=like.device)
-
-
-def _bytes_of(x: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, uint8 [elements, bytes an element]."""
-    return x.view(torch.uint8).view(x.numel(), -1)

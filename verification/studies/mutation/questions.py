@@ -9,6 +9,7 @@ from hashlib import sha256
 
 import torch
 
+from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
@@ -69,7 +70,7 @@ def _digest(answers: Sequence[Answer], expected: object) -> list[Finding]:
         for name, tensor in answer.outputs.items():
             told.update(name.encode())
             if tensor is not None:
-                told.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                told.update(bytes_of(tensor.cpu()).numpy().tobytes())
     return [Finding("", "all samples", "all", Status.FAIL, told.hexdigest(), 0, 0)]
 
 
