@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -192,6 +192,22 @@ def test_the_unmutated_sources_are_judged_in_as_many_processes_as_there_are() ->
     assert [judged.fate for judged in session.judged] == [Fate.UNJUDGED]
     assert session.passed is None
     assert session.exit_code == 1
+
+
+def test_a_stop_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was killed stays killed; who is alive may still be equivalent; who was not begun says so."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    alive = _swept()
+    monkeypatch.setattr(session, "same_code", stop)
+    told = judge([_first_line("raise NameError"), alive], [_item("toy", passes)], _setting(), compile_survivors=True)
+    assert [judged.fate for judged in told.judged] == [Fate.KILLED, Fate.UNJUDGED]
+    assert told.judged[1].reason == "interrupted before it was judged to the end"
+    told = judge([_first_line("raise NameError"), alive], [_item("toy", passes)], _setting(), on_judged=stop)
+    assert sorted(judged.fate for judged in told.judged) == [Fate.KILLED, Fate.UNJUDGED]
+    assert told.passed is None
 
 
 def test_the_matrix_asks_every_check_about_the_mutants_by_hand() -> None:

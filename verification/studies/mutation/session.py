@@ -114,16 +114,20 @@ def judge(
         on_start: told what begins.
         on_judged: called as each mutant is done.
 
+    Interrupted, it ends with what is known by then, once the sources as they are have passed.
+
     Raises:
         FalseKillError: a check rejects the unmutated sources, or gives no answer about them.
     """
     start = time.monotonic()
     checks = dict.fromkeys(check.name for item in items for check in item.checks)
     session = Session(setting.device.type, setting.matrix, [*checks, STATE.name])
+    begun = dict[str, Outcome]()
     on_start("the sources as they are")
 
     def judged(outcome: Outcome) -> None:
         if outcome.mutant is not None:
+            begun[outcome.mutant.name] = outcome
             on_judged(outcome)
             return
         for check, reason in outcome.kills.items():
@@ -134,13 +138,22 @@ def judge(
     swept = any(not mutant.by_hand for mutant in mutants)
     healthy = run([None], items, replace(setting, traced=swept), apart=True, on_outcome=judged)
     coverage = {item: functions for outcome in healthy for item, functions in outcome.coverage.items()}
-    on_start("mutants")
-    outcomes = run(mutants, items, setting, coverage=coverage, until=start + seconds, on_outcome=judged)
-    begun = {outcome.mutant.name: outcome for outcome in outcomes if outcome.mutant is not None}
-    alive = [mutant for mutant in mutants if mutant.name in begun and not begun[mutant.name].killed]
-    reasons, broken = _explain(alive, items, setting, compile_survivors, on_start)
+    reasons, broken, missing = dict[str, str](), set[str](), "there was no time for it"
+    try:
+        on_start("mutants")
+        run(mutants, items, setting, coverage=coverage, until=start + seconds, on_outcome=judged)
+        alive = [mutant for mutant in mutants if mutant.name in begun and not begun[mutant.name].killed]
+        reasons |= _declared_equivalent(alive, items, setting, on_start)
+        rest = [mutant for mutant in alive if mutant.name not in reasons]
+        if compile_survivors and rest:
+            on_start("compiled code of the survivors")
+            unchanged, broken = same_code(rest, setting.sources, setting.jobs)
+            reasons |= dict.fromkeys(unchanged, "compiles to the unmutated sources' code")
+    except KeyboardInterrupt:  # what is known is kept; who is alive may still be equivalent
+        missing = "interrupted before it was judged to the end"
+        begun = {name: outcome for name, outcome in begun.items() if outcome.killed or name in reasons}
     for mutant in mutants:
-        outcome = begun.get(mutant.name, Outcome(mutant, unjudged={"": "there was no time for it"}))
+        outcome = begun.get(mutant.name, Outcome(mutant, unjudged={"": missing}))
         if mutant.name in broken:
             outcome.kills["compile"] = "does not compile for a GPU, or only with a hazard"
         session.judged.append(_judged(mutant, outcome, reasons.get(mutant.name, "")))
@@ -167,28 +180,18 @@ def _bits_of(outcome: Outcome) -> str:
     return found.group() if found else ""
 
 
-def _explain(
-    survivors: Sequence[Mutant],
-    items: Sequence[Item],
-    setting: Setting,
-    compile_survivors: bool,
-    on_start: Callable[[str], None],
-) -> tuple[dict[str, str], set[str]]:
-    """Name -> why the survivor is equivalent, for those that are; and the names of those that do not compile."""
+def _declared_equivalent(
+    survivors: Sequence[Mutant], items: Sequence[Item], setting: Setting, on_start: Callable[[str], None]
+) -> dict[str, str]:
+    """Name -> the argument, for the survivors that are argued to change nothing and have the sources' bits."""
     declared = arguments(survivors, setting.sources)
-    reasons, broken = dict[str, str](), set[str]()
-    if declared:
-        on_start("bits of the equivalent mutants")
-        whom = [None, *(mutant for mutant in survivors if mutant.name in declared)]
-        told = run(whom, [bits(items)], replace(setting, trial_seconds=60 + 20 * setting.trial_seconds))
-        expected = _bits_of(told[0])
-        if not expected:
-            raise FalseKillError(f"the unmutated sources give no results: {told[0].kills or told[0].unjudged}")
-        same = {outcome.mutant.name for outcome in told if outcome.mutant and _bits_of(outcome) == expected}
-        reasons = {name: argument for name, argument in declared.items() if name in same}
-    rest = [mutant for mutant in survivors if mutant.name not in reasons]
-    if compile_survivors and rest:
-        on_start("compiled code of the survivors")
-        unchanged, broken = same_code(rest, setting.sources, setting.jobs)
-        reasons |= dict.fromkeys(unchanged, "compiles to the unmutated sources' code")
-    return reasons, broken
+    if not declared:
+        return {}
+    on_start("bits of the equivalent mutants")
+    whom = [None, *(mutant for mutant in survivors if mutant.name in declared)]
+    told = run(whom, [bits(items)], replace(setting, trial_seconds=60 + 20 * setting.trial_seconds))
+    expected = _bits_of(told[0])
+    if not expected:
+        raise FalseKillError(f"the unmutated sources give no results: {told[0].kills or told[0].unjudged}")
+    same = {outcome.mutant.name for outcome in told if outcome.mutant and _bits_of(outcome) == expected}
+    return {name: argument for name, argument in declared.items() if name in same}
