@@ -26,7 +26,7 @@ ORDER = {
     "mxref/checkpoints": "names and layouts on disk",
     "kernels/device": "code that runs on the GPU",
     "kernels/layer": "operands in, gradients out",
-    "kernels/compiled": "ahead of time, machine code",
+    "kernels/compiled": "ahead of time",
     "kernels/models": "experts, PEFT, transformers",
     "kernels/parallel": "several GPUs",
     "verification/arithmetic": "accumulation, bounds",
@@ -77,10 +77,11 @@ def _imported(tree: ast.Module, known: dict[str, ast.Module]) -> Iterator[str]:
 
 
 def room(module: str) -> str | None:
-    """The room that a module lies in; None for the lists of public names at the top of a package."""
+    """The room that a module lies in; None for what is at the top of a package: public names, the way to a clone."""
     top, _, rest = module.removeprefix("mxref.").partition(".")
     if top in ("kernels", "verification"):
-        return f"{top}/{rest.partition('.')[0]}" if rest else None
+        name = f"{top}/{rest.partition('.')[0]}"
+        return name if rest and (ROOT / name).is_dir() else None
     return "mxref/checkpoints" if top == "checkpoints" else "mxref"
 
 

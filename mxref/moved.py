@@ -1,4 +1,4 @@
-"""Where the modules of version 0.1 went: importing one of them says what replaced it."""
+"""Where modules of earlier versions went: importing one of them says what replaced it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ def _under(package: str, names: dict[str, str]) -> dict[str, str]:
 MOVED = {
     "mxref.checkpoint": "mxref.checkpoints",
     "mxref.deepseek_checkpoint": "mxref.checkpoints",
+    **dict.fromkeys(
+        ("mxref.kernels.aot", "mxref.kernels.compiled.ahead_of_time"),
+        "mxref.verification.studies.compiled.ahead_of_time",
+    ),
+    "mxref.kernels.machine_code": "mxref.verification.studies.compiled.machine_code",
     "mxref.verification.inspection": "mxref.checkpoints.statistics",
     **_under(
         "mxref.kernels",
         {
-            "aot": "compiled.ahead_of_time",
             "autograd": "layer.autograd",
             "configs": "device.configs",
             "decode": "device.decode",
@@ -36,7 +40,6 @@ MOVED = {
             "layers": "models.moe_block",
             "library": "layer.library",
             "loading": "models.loading",
-            "machine_code": "compiled.machine_code",
             "merging": "models.merging",
             "operands": "layer.operands",
             "packing": "models.packing",
@@ -55,7 +58,7 @@ MOVED = {
             "baselines": "records",
             "behaviour": "checks",
             "bounds": "arithmetic.bounds",
-            "cliffs": "candidates.memory",
+            "cliffs": "candidates.own",
             "composite": "candidates.starting_point",
             "drift": "checks",
             "emulation": "studies.honest",
@@ -70,13 +73,13 @@ MOVED = {
             "metrics": "arithmetic.metrics",
             "mutants": "studies.mutation",
             "mutation": "studies.mutation",
-            "operators": "checks",
+            "operators": "checks.own",
             "options": "cli.options",
-            "outside": "candidates",
+            "outside": "candidates.elsewhere",
             "programs": "candidates.memory",
             "ratios": "checks",
             "sampling": "cases",
-            "scheduling": "checks",
+            "scheduling": "checks.own",
             "scoreboard": "studies.scoreboard",
             "scoreboard_report": "studies.scoreboard",
             "steps": "gate.plan",

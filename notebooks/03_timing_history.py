@@ -24,8 +24,9 @@ import numpy as np
 from mxref.verification.bench import plots
 from mxref.verification.bench.history import FLOOR, judge
 from mxref.verification.bench.timing import Ceilings
-from mxref.verification.cli.history import load_history
-from mxref.verification.records.record import EVIDENCE, read
+from mxref.verification.cli.own.history import load_history
+from mxref.verification.clone import EVIDENCE
+from mxref.verification.records.record import read
 
 plt.rcParams |= {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
 records = {path.parent.name: read(path) for path in sorted(EVIDENCE.glob("*/bench.json"))}

@@ -55,7 +55,8 @@ from mxref.kernels.models.experts import PackedExperts
 from mxref.kernels.models.loading import load_packed_model
 from mxref.kernels.models.peft import get_peft_model
 from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout
-from mxref.verification.records.record import EVIDENCE, write
+from mxref.verification.clone import EVIDENCE
+from mxref.verification.records.record import write
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--record", metavar="DIR", nargs="?", type=Path, const=EVIDENCE)

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available() or os.environ.get("MXREF_RANKS") == "nccl":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mxref.verification.records.record import EVIDENCE, write
+from mxref.verification.clone import EVIDENCE
+from mxref.verification.records.record import write
 
 pytest_plugins = ["pytester"]
 # How long an example takes says how busy the machine is, not whether the code is right.

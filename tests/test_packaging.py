@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -22,18 +23,39 @@ from pathlib import Path, PurePosixPath
 import pytest
 from gpt_oss_checkpoint import make_gpt_oss_checkpoint
 
+from mxref.verification import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import mxref, mxref.kernels, mxref.verification, mxref.checkpoints.gpt_oss, mxref.blocks"
+
+EACH_LINE = """
+import contextlib, io
+from mxref.verification.cli import main
+for words in {lines}:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(words)
+    print(code, " ".join(said.getvalue().split()))
+"""
+"""A line for each command line: its exit code, and what it said."""
+
+LEFT_OUT = (
+    "/own/", "/elsewhere/", "/verification/bench/", "/verification/distributed/", "/verification/models/",
+    "/verification/records/", "/verification/studies/",
+)  # fmt: skip
+"""What only a clone has."""
 
 pytest.importorskip("build")
 pytest.importorskip("setuptools")
 
 
+def clean() -> dict[str, str]:
+    """The environment of a process that finds this project only where it is installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"TRITON_INTERPRET": "1"}
+
+
 def run(*command: str | Path, cwd: Path, expect: int = 0) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [str(part) for part in command], cwd=cwd, env=clean(), capture_output=True, text=True, check=False
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout
@@ -49,18 +71,32 @@ def sources(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(sources, tmp_path_factory) -> Path:
-    """Built the way a release is: the wheel from the sdist, not from the tree."""
+def built(sources, tmp_path_factory) -> Path:
+    """The folder of what a release holds: the sdist, and the wheel built from it, not from the tree."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, sources, cwd=out)
-    (built,) = out.glob("*.whl")
-    return built
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
 
 
 @pytest.fixture(scope="module")
 def wheel_names(wheel) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+def modules() -> set[str]:
+    """Every module of the tree, as the wheel and the sdist name it."""
+    found = set()
+    for folder in ("mxref", "kernels", "verification"):
+        prefix = "mxref" if folder == "mxref" else f"mxref/{folder}"
+        found |= {f"{prefix}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
+    return found
 
 
 def new_environment(directory: Path) -> Path:
@@ -91,12 +127,11 @@ class TestWheel:
         version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
         assert {PurePosixPath(name).parts[0] for name in wheel_names} == {"mxref", f"mxref-{version}.dist-info"}
 
-    def test_holds_every_module(self, wheel_names):
-        for folder in ("mxref", "kernels", "verification"):
-            prefix = "mxref" if folder == "mxref" else f"mxref/{folder}"
-            modules = {f"{prefix}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
-            assert modules, folder
-            assert modules <= wheel_names, modules - wheel_names
+    def test_holds_every_module_but_those_of_a_clone(self, wheel_names):
+        found = modules()
+        left_out = {name for name in found if any(part in f"{name}/" for part in LEFT_OUT)}
+        assert all(any(part in name for name in left_out) for part in LEFT_OUT)
+        assert {name for name in wheel_names if name.endswith(".py")} == found - left_out
 
     def test_holds_the_data_files(self, wheel_names):
         assert "mxref/py.typed" in wheel_names
@@ -104,20 +139,27 @@ class TestWheel:
         assert templates
         assert {f"mxref/verification/report/templates/{name}" for name in templates} <= wheel_names
 
-    def test_of_the_evidence_it_holds_the_ulp_baselines_alone(self, wheel_names):
-        evidence = {name for name in wheel_names if "/evidence/" in name}
-        baselines = (ROOT / "verification" / "evidence").glob("*/ulp_baseline.json")
-        assert evidence == {f"mxref/verification/{path.relative_to(ROOT / 'verification')}" for path in baselines}
-        assert evidence
-
     def test_is_small(self, wheel):
-        assert wheel.stat().st_size < 750_000, "what is no code, such as evidence, has come in"
+        assert wheel.stat().st_size < 400_000, "exclude in pyproject.toml what users of the library do not need"
 
     def test_holds_the_licence(self, wheel_names):
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
 
     def test_holds_no_tests(self, wheel_names):
         assert not [name for name in wheel_names if "/test_" in name or "conftest" in name]
+
+
+class TestSdist:
+    def test_is_whole(self, built):
+        """What the wheel leaves out as well, and the accepted errors."""
+        (archive,) = built.glob("*.tar.gz")
+        with tarfile.open(archive) as opened:
+            names = {name.partition("/")[2] for name in opened.getnames()}
+        assert modules() <= names, modules() - names
+        baselines = (ROOT / "verification" / "evidence").glob("*/ulp_baseline.json")
+        assert {f"mxref/{path.relative_to(ROOT)}" for path in baselines} == {
+            n for n in names if n.endswith("line.json")
+        }
 
 
 class TestInstalled:
@@ -127,6 +169,48 @@ class TestInstalled:
 
     def test_the_command_starts(self, wheel_python, tmp_path):
         assert "usage" in run(wheel_python.parent / "mxref", "--help", cwd=tmp_path).lower()
+
+    def test_what_is_left_out_is_listed_and_says_where_it_is(self, wheel_python, tmp_path):
+        told = " ".join(run(wheel_python.parent / "mxref", "--help", cwd=tmp_path).split())
+        assert told.count("[in a clone only]") == len(cli.OF_A_CLONE)
+        options = (("--distributed",), ("--record",), ("--accept-baseline",), ("--kernel", "peft"))
+        lines = [[command] for command in sorted(cli.OF_A_CLONE)] + [["gate", *words] for words in options]
+        told = run(wheel_python, "-c", f"{IMPORTS}\n{EACH_LINE.format(lines=lines)}", cwd=tmp_path).splitlines()
+        assert len(told) == len(lines)
+        for words, line in zip(lines, told, strict=True):
+            what = "the implementation peft" if "peft" in words else " ".join(("mxref", *words))
+            assert line.startswith("2 ")
+            assert f"{what} is left out of the wheel" in line
+            assert "pip install --editable ." in line
+
+    def test_a_kernel_is_started_and_judged_by_the_command_and_by_pytest(self, wheel_python, tmp_path):
+        mxref, mine = wheel_python.parent / "mxref", tmp_path / "my_kernel.py"
+        run(mxref, "new-kernel", mine.name, cwd=tmp_path)
+        small = ("--shape", "4,64,96,9,2,4", "--case", "integer, plain", "--device", "cpu")
+        assert "PASS" in run(mxref, "gate", "--kernel", "my_kernel.py:layer", *small, cwd=tmp_path)
+        right, wrong = "x @ A.T, dtype, dtype, scaling", "x @ A.T, dtype, dtype, 2 * scaling"
+        assert right in mine.read_text()
+        mine.write_text(mine.read_text().replace(right, wrong))
+        plugin = ("--mxref-kernel", "my_kernel.py:layer", "--mxref-device", "cpu", "--mxref-case", "integer, k 8")
+        told = run(
+            wheel_python,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:xdist",
+            "--ignore=test_my_kernel.py",
+            *plugin,
+            cwd=tmp_path,
+            expect=1,
+        )
+        assert "FAILED ::mxref::integer[integer, k 8]" in told
+
+    def test_the_shipped_kernels_are_judged_by_what_any_candidate_is_asked(self, wheel_python, tmp_path):
+        few = ("--device", "cpu", "--case", "decoder")
+        said = run(wheel_python.parent / "mxref", "gate", *few, cwd=tmp_path)
+        assert "without the checks that only a clone has" in said
+        assert "PASS" in said
 
     def test_an_editable_install_imports_from_anywhere(self, sources, tmp_path):
         python = new_environment(tmp_path / "environment")

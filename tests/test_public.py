@@ -102,7 +102,7 @@ def test_the_seeds_layout_keeps_its_number() -> None:
 def test_commands_and_their_flags(command: str) -> None:
     assert command in cli.COMMANDS
     parser = argparse.ArgumentParser()
-    import_module(f"mxref.verification.cli.{command.replace('-', '_')}").add_arguments(parser)
+    cli.module_of(command).add_arguments(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert set(COMMANDS[command].split()) <= flags
 

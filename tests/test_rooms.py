@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
@@ -34,8 +36,8 @@ ALSO = {"kernels/models": "mxref.checkpoints"}
 ANSWER = "mxref.verification.candidates.answer"
 """The one module of `candidates` that a check may import: what a candidate has answered."""
 
-REGISTRY = "mxref.verification.checks.registry"
-"""The list of checks, which names how candidates are run for each; no check itself."""
+REGISTRY = {f"mxref.verification.checks.{name}" for name in ("check", "registry", "own.registry")}
+"""The lists of checks and their entries, which name how candidates are run for each; no check itself."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,19 @@ def test_kernels_know_the_golden_model_s_containers_alone(imports: list[tuple[st
 
 def test_a_check_knows_an_answer_and_no_candidate(imports: list[tuple[str, str]]) -> None:
     of_candidates = [(a, b) for a, b in imports if rooms.room(a) == "verification/candidates" and a != ANSWER]
-    assert not _named([(a, b) for a, b in of_candidates if rooms.room(b) == "verification/checks" and b != REGISTRY])
+    assert not _named(
+        [(a, b) for a, b in of_candidates if rooms.room(b) == "verification/checks" and b not in REGISTRY]
+    )
+
+
+def test_what_the_wheel_has_imports_nothing_that_it_leaves_out(imports: list[tuple[str, str]]) -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["exclude"]
+
+    def left_out(module: str) -> bool:
+        return any(fnmatch(f"{module}.", f"{pattern}.*") for pattern in patterns)
+
+    assert sum(left_out(module) for module in rooms.modules()) > 100
+    assert not _named([(a, b) for a, b in imports if left_out(a) and not left_out(b)])
 
 
 def test_the_picture_shows_these_imports() -> None:

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation, and what the machine code shows."""
+"""Recorded launches, compiled ahead of time."""

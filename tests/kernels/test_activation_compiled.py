@@ -6,8 +6,8 @@ from uninterpreted import run_python
 
 SCRIPT = """
 import re
-from mxref.kernels.compiled import ahead_of_time as aot
-from mxref.kernels.compiled import machine_code
+from mxref.verification.studies.compiled import ahead_of_time as aot
+from mxref.verification.studies.compiled import machine_code
 from mxref.kernels.device.activation import COLS, ROWS
 seen = set()
 for architecture in ("sm_80", "sm_90", "sm_100"):

@@ -7,7 +7,7 @@ from uninterpreted import run_python
 
 
 def test_every_reachable_launch_compiles() -> None:
-    done = run_python("-m", "mxref.kernels.compiled.ahead_of_time")
+    done = run_python("-m", "mxref.verification.studies.compiled.ahead_of_time")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 violations" in done.stdout
     assert all(architecture in done.stdout for architecture in ("sm_80", "sm_90", "sm_100"))

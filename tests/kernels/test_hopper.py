@@ -11,7 +11,7 @@ STEP = """
 import json, sys, torch
 from mxref import MXWeights
 from mxref.kernels import parallel_linear_lora
-from mxref.kernels.compiled import ahead_of_time as aot
+from mxref.verification.studies.compiled import ahead_of_time as aot
 from mxref.kernels.device.launch import recording
 
 rows, ordered, N, compiles = json.loads(sys.argv[1])

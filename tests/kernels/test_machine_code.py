@@ -5,8 +5,8 @@ from __future__ import annotations
 from uninterpreted import run_python
 
 SCRIPT = """
-from mxref.kernels.compiled import ahead_of_time as aot
-from mxref.kernels.compiled import machine_code
+from mxref.verification.studies.compiled import ahead_of_time as aot
+from mxref.verification.studies.compiled import machine_code
 hopper = [u for u in aot.units("sm_90") if u.kernel == "packed_matmul_kernel"]
 unit = next(u for u in hopper if ("HEIGHTS", (16,)) in u.arguments)
 boxed = next(u for u in hopper if dict(u.arguments).get("rows_box"))

@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from mxref.verification.candidates import packed_products
+from mxref.verification.candidates.elsewhere import packed_products
 
 _HUMMING = """
     import torch

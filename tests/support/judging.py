@@ -14,9 +14,10 @@ from mxref.verification.cases import suites
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.elements import element_cases, every_element
+from mxref.verification.checks.check import Check
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding
-from mxref.verification.checks.registry import CHECKS, Check
+from mxref.verification.checks.registry import CHECKS
 
 BY_NAME: dict[str, Check] = {check.name: check for check in CHECKS}
 

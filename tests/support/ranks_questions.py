@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from mxref.kernels.models.sizes import Batch
 from mxref.verification.distributed.questions import Groups, Place
-from mxref.verification.models.training import Batch
 
 
 @dataclass(frozen=True)

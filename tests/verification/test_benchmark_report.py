@@ -30,9 +30,9 @@ from mxref.verification.bench.pairs import Row
 from mxref.verification.bench.paths import DEQUANTISED, Path
 from mxref.verification.bench.samples import keep_samples
 from mxref.verification.bench.workloads import MEASURES
-from mxref.verification.cli import bench as cli_bench
 from mxref.verification.cli import main
-from mxref.verification.cli.history import load_history
+from mxref.verification.cli.own import bench as cli_bench
+from mxref.verification.cli.own.history import load_history
 from mxref.verification.records.readme import blocks
 from mxref.verification.records.record import read, write
 

@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 import torch
 
+from mxref.kernels.models.sizes import MODELS
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cli import main, options
+from mxref.verification.clone import EVIDENCE
 from mxref.verification.gate.plan import plan
 from mxref.verification.gate.run import run_gate
-from mxref.verification.models.sizes import MODELS
 from mxref.verification.records import freshness
 from mxref.verification.records import sources as syntax
 from mxref.verification.records.freshness import problems, survey
 from mxref.verification.records.gate_summary import gate_summary
 from mxref.verification.records.kernel_sources import kernel_sources
 from mxref.verification.records.readme import README, blocks, filled
-from mxref.verification.records.record import EVIDENCE, KINDS, SCHEMA, folder_name, read, write
+from mxref.verification.records.record import KINDS, SCHEMA, folder_name, read, write
 
 SOURCE = '''
 """What it is."""

@@ -16,7 +16,7 @@ from mxref.verification.bench import plots
 from mxref.verification.bench.history import FLOOR, Run, as_entry, judge, noise, ratios_of
 from mxref.verification.bench.paths import Path
 from mxref.verification.cli import main
-from mxref.verification.cli.history import load_history
+from mxref.verification.cli.own.history import load_history
 from mxref.verification.records.record import write
 
 KEY = ("thin", "step", "automatic")

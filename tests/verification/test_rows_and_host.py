@@ -21,8 +21,9 @@ from mxref.verification.bench.paths import about_peers, peers
 from mxref.verification.bench.report import as_json, as_markdown
 from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
 from mxref.verification.bench.workloads import Workload
-from mxref.verification.cli import bench as cli_bench
-from mxref.verification.cli import bench_host, main
+from mxref.verification.cli import main
+from mxref.verification.cli.own import bench as cli_bench
+from mxref.verification.cli.own import bench_host
 from mxref.verification.records.readme import blocks
 from mxref.verification.records.record import write
 

@@ -15,8 +15,9 @@ from mxref.kernels import Config
 from mxref.kernels.device.configs import config_for
 from mxref.verification.bench import tuning
 from mxref.verification.bench.workloads import Shape
-from mxref.verification.cli import main, tune
-from mxref.verification.cli.tune import pinned_table, table
+from mxref.verification.cli import main
+from mxref.verification.cli.own import tune
+from mxref.verification.cli.own.tune import pinned_table, table
 
 SHAPE = Shape("small", 2, 64, 64, 8, 2, rank=4)
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from mxref.kernels.device.dequant import active_or_sentinel
 from mxref.kernels.device.launch import architecture
 from mxref.kernels.device.schedule import Routing
 from mxref.verification.bench.workloads import DECODING_BYTES, PACKED_BYTES, Measure, Part
-from mxref.verification.candidates import foreign, packed_products
+from mxref.verification.candidates.elsewhere import foreign, packed_products
 from mxref.weights import MXLayout, MXWeights
 
 TUNING = 10.0

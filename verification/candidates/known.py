@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 
 import torch
 
-from mxref.verification.candidates import foreign, packed_products, peft_layer
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import load
 from mxref.verification.candidates.shipped import golden, shipped, torch_composite
+from mxref.verification.clone import of_a_clone
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,14 @@ def version_of(package: str) -> str:
         return ""
 
 
-def _axolotl(device: torch.device) -> Candidate:
-    foreign.load_axolotl()
-    return load(f"{foreign.__name__}:axolotl")
+def _elsewhere(name: str) -> Callable[[torch.device], Candidate]:
+    """Makes an implementation from elsewhere."""
 
+    def make(device: torch.device) -> Candidate:
+        made: Candidate = getattr(of_a_clone("candidates.elsewhere.making", f"the implementation {name}"), name)(device)
+        return made
 
-def _unsloth(device: torch.device) -> Candidate:
-    packed_products.load_unsloth()
-    return load(f"{packed_products.__name__}:unsloth")
-
-
-def _humming(device: torch.device) -> Candidate:
-    packed_products.load_humming()
-    return load(f"{packed_products.__name__}:humming")
-
-
-def _peft(device: torch.device) -> Candidate:
-    import_module("peft")
-    return load(f"{peft_layer.__name__}:peft")
-
-
-def _grouped_mm(device: torch.device) -> Candidate:
-    import_module("torchao")
-    return load(f"{foreign.__name__}:grouped_mm")
+    return make
 
 
 OWN = "mxref.kernels"
@@ -78,11 +63,11 @@ OWN = "mxref.kernels"
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     OWN: Implementation("this project's Triton kernels", shipped, "mxref"),
-    "axolotl": Implementation("ScatterMoELoRA on MXWeights, Triton", _axolotl, "axolotl", ("cuda",)),
-    "unsloth": Implementation("its packed product, Triton", _unsloth, "unsloth_zoo", ("cuda",)),
-    "humming": Implementation("its packed product, CUDA, forward", _humming, "humming-kernels", ("cuda",)),
-    "peft": Implementation("LoRA in a dense expert parameter", _peft, "peft"),
-    "grouped_mm": Implementation("torchao dequantize + torch._grouped_mm", _grouped_mm, "torchao"),
+    "axolotl": Implementation("ScatterMoELoRA on MXWeights, Triton", _elsewhere("axolotl"), "axolotl", ("cuda",)),
+    "unsloth": Implementation("its packed product, Triton", _elsewhere("unsloth"), "unsloth_zoo", ("cuda",)),
+    "humming": Implementation("its packed product, CUDA, forward", _elsewhere("humming"), "humming-kernels", ("cuda",)),
+    "peft": Implementation("LoRA in a dense expert parameter", _elsewhere("peft"), "peft"),
+    "grouped_mm": Implementation("torchao dequantize + torch._grouped_mm", _elsewhere("grouped_mm"), "torchao"),
     "composite": Implementation("plain PyTorch, fp32 products", lambda _: torch_composite(), "torch"),
     "golden": Implementation("the golden model, fp64", lambda _: golden(), "mxref"),
 }

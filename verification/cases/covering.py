@@ -8,6 +8,7 @@ Engineering 23(7), 1997), ties broken by a seed, so that another seed covers aga
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations, permutations, product
 
 import numpy as np
@@ -66,9 +67,15 @@ def covering_array(
 
     A combination that no whole row can hold, because of what the other dimensions exclude, is left out.
     """
-    sizes = [len(dimension.classes) for dimension in dimensions]
+    sizes = tuple(len(dimension.classes) for dimension in dimensions)
+    return list(_rows(sizes, legal_pairs(dimensions, exclusions).tobytes(), strength, seed))
+
+
+@cache
+def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) -> tuple[Row, ...]:
+    """The rows for so many classes of each dimension; `legal_bytes`: of `legal_pairs`."""
     starts = np.cumsum([0, *sizes[:-1]])
-    legal = legal_pairs(dimensions, exclusions)
+    legal = np.frombuffer(legal_bytes, dtype=bool).reshape(sum(sizes), -1)
     missing = np.array(sorted(combinations_of(legal, sizes, strength)))
     open_ = np.zeros((len(legal),) * strength, dtype=bool)  # symmetric: a combination in every order
     for order in permutations(range(strength)):
@@ -89,7 +96,7 @@ def covering_array(
         row = max(found, key=lambda row: int(open_[np.ix_(*[row] * strength)].sum()))
         open_[np.ix_(*[row] * strength)] = False
         rows.append(tuple(int(each - start) for each, start in zip(row, starts, strict=True)))
-    return rows
+    return tuple(rows)
 
 
 def _fill(
@@ -101,21 +108,30 @@ def _fill(
     draw: np.random.Generator,
 ) -> Row | None:
     """A whole row around the chosen classes, or None where there is none."""
-    dimension_of = np.repeat(np.arange(len(sizes)), sizes)
-    left = [d for d in draw.permutation(len(sizes)).tolist() if d not in {int(dimension_of[c]) for c in chosen}]
-    # Dimensions that the choice so far restricts most come first, so that a row seldom runs into a dead end.
-    left.sort(key=lambda d: int(legal[chosen][:, starts[d] : starts[d] + sizes[d]].all(0).sum()))
+    held = set((np.searchsorted(starts, chosen, side="right") - 1).tolist())
+    left = [d for d in draw.permutation(len(sizes)).tolist() if d not in held]
     possible: Pairs = np.logical_and.reduce(legal[chosen])
+    # Dimensions that the choice so far restricts most come first, so that a row seldom runs into a dead end.
+    left.sort(key=np.add.reduceat(possible, starts, dtype=int).tolist().__getitem__)
+    gain = np.zeros(len(legal), dtype=int)  # open combinations of a class with chosen ones, in every order
+    for count, best in enumerate(chosen):
+        gain += _gained(open_, best, chosen[:count])
     while left:
         dimension = left.pop(0)
-        own = draw.permutation(np.arange(starts[dimension], starts[dimension] + sizes[dimension]))
+        own = starts[dimension] + draw.permutation(sizes[dimension])
         room = np.logical_or.reduceat(legal[own] & possible, starts, axis=1)  # left in each dimension, by class
         classes = own[possible[own] & room[:, left].all(1)]
         if not classes.size:
             return None
-        beside = np.array(chosen)
-        gained = open_[np.ix_(classes, *[beside] * (open_.ndim - 1))].sum(tuple(range(1, open_.ndim)))
-        best = int(classes[gained.argmax()])
+        best = int(classes[gain[classes].argmax()])
+        gain += _gained(open_, best, chosen)
         chosen.append(best)
         possible = possible & legal[best]
     return tuple(sorted(chosen))
+
+
+def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.int64]:
+    """For every class, how many open combinations hold it and `best`, and else chosen classes, in every order."""
+    if open_.ndim == 3:
+        return np.asarray(2 * open_[best][list(chosen)].sum(0))
+    return np.asarray(open_[best].astype(int))

@@ -8,11 +8,13 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.clone import IS_CLONE, LeftOutError, of_a_clone
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "OF_A_CLONE", "main", "module_of"]
 
 COMMANDS = {
     "gate": "judge an implementation against the golden model",
@@ -30,8 +32,11 @@ COMMANDS = {
     "history": "speed over commits; fails on a slowdown",
     "evidence": "which records are kept, and which are stale",
 }
-"""Every subcommand and what it does; each is a module of this package with `add_arguments(parser)` and
-`run(arguments)`, whose docstring is the command's help."""
+"""Every subcommand and what it does; each is a module of this package, or of its folder `own`, with
+`add_arguments(parser)` and `run(arguments)`, whose docstring is the command's help."""
+
+OF_A_CLONE = frozenset(COMMANDS) - {"gate", "new-kernel", "warm", "inspect"}
+"""Commands about this project's own sources, in the folder `own`, which the wheel leaves out."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
         return int(arguments.run(arguments))
-    except UsageError as error:
+    except (UsageError, LeftOutError) as error:
         print(f"mxref: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -58,16 +63,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def module_of(command: str) -> ModuleType:
+    """A command's module.
+
+    Raises:
+        LeftOutError: it is of a clone, and this is none.
+    """
+    name = command.replace("-", "_")
+    if command in OF_A_CLONE:
+        return of_a_clone(f"cli.own.{name}", f"mxref {command}")
+    return import_module(f"{__name__}.{name}")
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Only the subcommand's own module is imported, after it is known whether kernels will be interpreted."""
     parser = _Parser(prog="mxref", description="MXFP4 ScatterMoE-LoRA: judge an implementation by the golden model.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, about in COMMANDS.items():
         if argv[:1] != [name]:
-            commands.add_parser(name, help=about)
+            left_out = name in OF_A_CLONE and not IS_CLONE
+            commands.add_parser(name, help=f"{about} [in a clone only]" if left_out else about)
             continue
         _choose_interpreter(argv)
-        module = import_module(f"{__name__}.{name.replace('-', '_')}")
+        module = module_of(name)
         described, *shown = re.split(r"\n\n(?=examples?:|exit codes:)", str(module.__doc__), maxsplit=1)
         as_it_is = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(

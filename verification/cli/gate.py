@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -31,18 +32,22 @@ from mxref.verification.candidates.processes import cores
 from mxref.verification.cli import gate_distributed, options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.clone import EVIDENCE, IS_CLONE, LeftOutError, of_a_clone
 from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.process import ItemInfo, Refused
 from mxref.verification.gate.projections import Projections
 from mxref.verification.gate.result import GateResult
-from mxref.verification.records import record, ulp_baseline
-from mxref.verification.records.gate_summary import gate_summary
-from mxref.verification.records.record import EVIDENCE
 from mxref.verification.report.output import new_table
 from mxref.verification.report.page import write
 from mxref.verification.report.terminal import print_result
 
+_OF_A_CLONE = {
+    "distributed": "cli.own.gate_steps",
+    "record": "cli.own.gate_records",
+    "accept_baseline": "cli.own.gate_records",
+}
+"""Options that the wheel leaves out, and the module of each."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         return _run(arguments)
-    except (UsageError, BrokenPipeError):
+    except (UsageError, LeftOutError, BrokenPipeError):
         raise
     except Exception as error:  # exit code 1 would blame the candidate
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -134,9 +139,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     device = options.choose_device(arguments.device, arguments.require_gpu)
     gate_distributed.check(arguments)
+    for option in _OF_A_CLONE:
+        if getattr(arguments, option):
+            _part(option)
     if arguments.distributed:
+        steps = _part("distributed")
+        steps.check(arguments)
         _prepare(arguments.out)
-        return _report(gate_distributed.judge(arguments, device), arguments, device)
+        return _report(steps.judge(arguments, device), arguments, device)
     narrowed = not _own(arguments) or arguments.case or arguments.rerun or arguments.fail_fast
     if arguments.record is not None and (device.type != "cuda" or narrowed):
         raise UsageError("--record keeps a whole suite on the shipped kernels and a GPU; leave out what narrows it")
@@ -155,10 +165,19 @@ def _run(arguments: argparse.Namespace) -> int:
     return _report(result, arguments, device)
 
 
+def _part(option: str) -> ModuleType:
+    """The module of an option that the wheel leaves out.
+
+    Raises:
+        LeftOutError: this is no clone.
+    """
+    return of_a_clone(_OF_A_CLONE[option], f"mxref gate --{option.replace('_', '-')}")
+
+
 def _report(result: GateResult, arguments: argparse.Namespace, device: torch.device) -> int:
     """Print and write what was found; the exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    accepted = _baseline(result, device, arguments)
+    accepted = _baseline(result, arguments, device)
     print_result(result, console, verbose=arguments.verbose)
     try:
         data, page = write(result, arguments.out)
@@ -170,11 +189,8 @@ def _report(result: GateResult, arguments: argparse.Namespace, device: torch.dev
     if accepted is not None:
         options.note(console, "baseline", accepted)
     if arguments.record is not None:
-        if arguments.distributed:
-            kept = gate_distributed.keep(result, arguments, device)
-        else:
-            kept = record.write("gate", gate_summary(result), device, arguments.record)
-        options.note(console, "evidence", kept)
+        part = _part("distributed" if arguments.distributed else "record")
+        options.note(console, "evidence", part.keep(result, arguments, device))
     return result.exit_code
 
 
@@ -192,19 +208,12 @@ def _own(arguments: argparse.Namespace) -> bool:
     return ours and not declared and a.weights is None and a.shape is None
 
 
-def _baseline(result: GateResult, device: torch.device, arguments: argparse.Namespace) -> Path | None:
+def _baseline(result: GateResult, arguments: argparse.Namespace, device: torch.device) -> Path | None:
     """Hold the shipped kernels' errors against the accepted ones, or accept them if all is well; the written file."""
-    if not _own(arguments):
+    if not (_own(arguments) and IS_CLONE):
         return None
-    if arguments.accept_baseline is None:
-        result.findings += ulp_baseline.baseline_findings(result.findings, device, result.seed)
-        return None
-    if any(not finding.ok for finding in result.findings):
-        return None
-    try:
-        return ulp_baseline.accept(result.findings, device, result.seed, arguments.accept_baseline)
-    except ValueError as error:
-        raise UsageError(f"--accept-baseline: {error}") from None
+    written: Path | None = _part("accept_baseline").baseline(result, arguments, device)
+    return written
 
 
 def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
@@ -232,7 +241,8 @@ def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
 def _suite(order: Order) -> str:
     """What to call it."""
     if order.projections is None:
-        return ", ".join(filter(None, [order.suite if order.shape is None else "", order.narrowed]))
+        part = "" if IS_CLONE or not is_own(order.kernel) else "without the checks that only a clone has"
+        return ", ".join(filter(None, [order.suite if order.shape is None else "", part, order.narrowed]))
     only = f", cases matching {' or '.join(order.patterns)}" if order.patterns else ""
     return order.projections.about + only
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mxref.verification.candidates.processes import cores
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.records.record import EVIDENCE
+from mxref.verification.clone import EVIDENCE
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

@@ -29,11 +29,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
+from mxref.kernels.models.sizes import MODELS, Batch
 from mxref.verification.cli.options import add_jobs, positive, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
 from mxref.verification.cli.usage import UsageError
-from mxref.verification.models.sizes import MODELS
-from mxref.verification.models.training import Batch
 
 if TYPE_CHECKING:
     from mxref.kernels.models.warming import Experts

@@ -33,7 +33,7 @@ from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.plan import Drawn, Item, drawing
+from mxref.verification.gate.plan import Item, drawing
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _aligning() -> Iterator[None]:
         yield
 
 
-def _without_memory(item: Item) -> Drawn:
+def _without_memory(item: Item) -> Any:
     """The item's sample on the meta device, to be asked of our kernels alone: there is no autocast there."""
     case = item.case
     if isinstance(case, Case):  # whose values are looked at when it is drawn, and integers are drawn more than once

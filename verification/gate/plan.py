@@ -9,18 +9,18 @@ from fnmatch import fnmatch
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
+from typing import Any
 
 import torch
 
 from mxref.checkpoints import Checkpoint, ExpertTensor, open_checkpoint, read_expert_weights
 from mxref.verification.cases import suites
-from mxref.verification.cases.activation import ActivationCase, ActivationSample
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import usual_dtype
 from mxref.verification.cases.subset import Subset
-from mxref.verification.cases.tables import TableCase, TableSample
+from mxref.verification.checks.check import Cases, Check, OwnCase
 from mxref.verification.checks.expectation import slopes_of
 from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import (
@@ -31,14 +31,10 @@ from mxref.verification.checks.registry import (
     INTERVAL,
     POISON,
     SECOND_BACKWARD,
-    Cases,
-    Check,
 )
 from mxref.verification.gate.problem import problem_of, weights_of
 from mxref.verification.gate.projections import Projections
 from mxref.weights import MXLayout
-
-Drawn = Sample | TableSample | ActivationSample
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ class Item:
     """
 
     checks: tuple[Check, ...]
-    case: Case | TableCase | ActivationCase
-    draw: Callable[[], Drawn]
+    case: Case | OwnCase
+    draw: Callable[[], Any]
     seed: int = 0
 
     @property
@@ -82,7 +78,7 @@ class Item:
         return replace(finding, id=self.id, problem=problem, weights=weights)
 
     @cached_property
-    def sample(self) -> Drawn:
+    def sample(self) -> Any:
         """The sample, drawn once."""
         return self.draw()
 
@@ -174,13 +170,9 @@ def slopes_in(items: Sequence[Item]) -> int:
     return sum(item.slopes for item in items)
 
 
-def drawing(case: Case | TableCase | ActivationCase, device: torch.device, seed: int) -> Callable[[], Drawn]:
+def drawing(case: Case | OwnCase, device: torch.device, seed: int) -> Callable[[], Any]:
     """What draws a case on a device."""
-    if isinstance(case, TableCase):
-        return lambda: TableSample(case, device)
-    if isinstance(case, ActivationCase):
-        return lambda: case.sample(device, seed)
-    return lambda: draw(case, device, seed)
+    return lambda: draw(case, device, seed) if isinstance(case, Case) else case.sample(device, seed)
 
 
 def _reading(checkpoint: Checkpoint, tensor: ExpertTensor, count: int, name: str, scope: Scope) -> Callable[[], Sample]:

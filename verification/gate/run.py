@@ -14,9 +14,10 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.global_state import GlobalState
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.cases.case import Sample
+from mxref.verification.checks.check import Check
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import INTERVAL, STATE, Check
+from mxref.verification.checks.registry import INTERVAL, STATE
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import GateResult, describe_device
 

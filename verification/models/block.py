@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.sizes import Batch
 from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.verification.bench.timing import Ceilings, Clock, measure_ceilings
 from mxref.verification.bench.workloads import PACKED_BYTES
-from mxref.verification.models.training import Batch
 
 __all__ = ["Block", "Product", "block_limit", "products", "time_block"]
 

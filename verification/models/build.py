@@ -20,9 +20,9 @@ from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.kernels.models import loading
 from mxref.kernels.models.packing import experts_modules, matrix_shape, put_packed
 from mxref.kernels.models.peft import get_peft_model
+from mxref.kernels.models.sizes import EXPERT_TARGETS, Model
 from mxref.kernels.models.stacks import PROJECTIONS
 from mxref.verification.bench.workloads import PACKED_BYTES
-from mxref.verification.models.sizes import EXPERT_TARGETS, Model
 from mxref.weights import MXWeights
 
 __all__ = ["Needs", "adapted", "decoder_layers", "empty_model", "filled", "needs"]

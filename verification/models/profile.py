@@ -20,7 +20,8 @@ from torch import nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mxref.verification.models.training import Batch, finish, training_step
+from mxref.kernels.models.sizes import Batch
+from mxref.verification.models.training import finish, training_step
 
 __all__ = ["ELSE", "KINDS", "Kind", "Shares", "profiled", "shares"]
 

@@ -18,15 +18,14 @@ import peft
 import torch
 
 from mxref.kernels.models.loading import load_packed_model, save_packed_model
+from mxref.kernels.models.sizes import Batch, Model
 from mxref.verification.bench.benchmark import gate_paths
 from mxref.verification.bench.paths import our_paths
 from mxref.verification.bench.timing import EventClock
 from mxref.verification.models.block import products, time_block
 from mxref.verification.models.build import adapted, decoder_layers, empty_model, filled, needs
 from mxref.verification.models.profile import profiled
-from mxref.verification.models.sizes import Model
 from mxref.verification.models.training import (
-    Batch,
     Steps,
     finish,
     is_out_of_memory,

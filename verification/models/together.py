@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
+from mxref.kernels.models.sizes import Batch, Model
 from mxref.kernels.parallel.sharding import shard_model
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.distributed.questions import Place
@@ -16,8 +17,7 @@ from mxref.verification.distributed.ranks import Raised
 from mxref.verification.distributed.world import Lost, World
 from mxref.verification.models.build import adapted, decoder_layers, empty_model, filled
 from mxref.verification.models.profile import KINDS, Kind, Shares, profiled
-from mxref.verification.models.sizes import Model
-from mxref.verification.models.training import Batch, Steps, is_out_of_memory, time_steps
+from mxref.verification.models.training import Steps, is_out_of_memory, time_steps
 from mxref.verification.report.output import markdown_table
 
 __all__ = ["WAYS", "Row", "Together", "table", "trained"]

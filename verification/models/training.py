@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxref.kernels.models.sizes import Batch
+
 __all__ = [
-    "Batch", "Steps", "finish", "is_out_of_memory", "peak_bytes", "peak_host_bytes", "release", "time_steps",
+    "Steps", "finish", "is_out_of_memory", "peak_bytes", "peak_host_bytes", "release", "time_steps",
     "training_step",
 ]  # fmt: skip
 
@@ -24,38 +26,6 @@ _LEAD_IN = 1
 
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 """What errors of CUDA and its libraries say when the card is full and PyTorch's allocator was not the one to ask."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences and tokens in each."""
-
-    sequences: int
-    tokens: int
-
-    @classmethod
-    def read(cls, text: str) -> Batch:
-        """From a text such as 4x1024.
-
-        Raises:
-            ValueError: it is another.
-        """
-        if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,6}", text):
-            raise ValueError(f"{text!r} is no batch; expected sequences x tokens in each, such as 4x1024")
-        sequences, tokens = text.split("x")
-        return cls(int(sequences), int(tokens))
-
-    @property
-    def size(self) -> int:
-        """Tokens of all sequences."""
-        return self.sequences * self.tokens
-
-    def doubled(self) -> Batch:
-        """With twice as many sequences."""
-        return replace(self, sequences=2 * self.sequences)
-
-    def __str__(self) -> str:
-        return f"{self.sequences} × {self.tokens}"
 
 
 @dataclass(frozen=True)

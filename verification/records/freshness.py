@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mxref.verification.clone import EVIDENCE
 from mxref.verification.records.kernel_sources import PACKAGE
-from mxref.verification.records.record import EVIDENCE, KINDS, Entry, read
+from mxref.verification.records.record import KINDS, Entry, read
 from mxref.verification.records.sources import digests
 from mxref.verification.records.versions import versions
 

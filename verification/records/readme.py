@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mxref.kernels.models.sizes import MODELS
 from mxref.verification.bench.summary import milliseconds_and_ratio, summary
 from mxref.verification.checks.registry import BASELINE, CHECKS, STATE
+from mxref.verification.clone import EVIDENCE
 from mxref.verification.distributed.registry import CHECKS as STEP_CHECKS
 from mxref.verification.distributed.registry import ENDS
 from mxref.verification.models.report import model_summary
-from mxref.verification.models.sizes import MODELS
 from mxref.verification.records.freshness import State, survey
-from mxref.verification.records.record import EVIDENCE, KINDS
+from mxref.verification.records.record import KINDS
 from mxref.verification.report.output import markdown_table
 
 README = EVIDENCE.parent.parent / "README.md"

@@ -22,17 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxref.kernels.models.sizes import MODELS, TINY
+from mxref.verification.clone import EVIDENCE
 from mxref.verification.distributed.registry import OWN
-from mxref.verification.models.sizes import MODELS, TINY
 from mxref.verification.records.kernel_sources import kernel_sources
 from mxref.verification.records.sources import digest, digests
 from mxref.verification.records.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-EVIDENCE = Path(__file__).resolve().parent.parent / "evidence"
-"""Where records are kept, one folder a device."""
 
 SCHEMA = "mxref.record/2"
 

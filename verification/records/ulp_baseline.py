@@ -24,7 +24,8 @@ from mxref.verification.arithmetic.thresholds import RMS_TOLERANCE
 from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import BASELINE, INTERVAL
-from mxref.verification.records.record import EVIDENCE, folder_name, read, record_path, write
+from mxref.verification.clone import EVIDENCE
+from mxref.verification.records.record import folder_name, read, record_path, write
 
 _KIND = "ulp_baseline"
 _JUDGED = INTERVAL.name  # whose errors are kept

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import CHECKS
-from mxref.verification.distributed.registry import CHECKS as STEP_CHECKS
+from mxref.verification.checks.registry import BASELINE, STATE, why
 from mxref.verification.report.words import tensor_order
 
 _LAST = ("drift", "exponent", "sign", "interval")
 """Checks of ordinary numbers name a bug less plainly than exact ones; of these, the best first."""
 _SEVERAL = 3
 """Items whose problems have something in common that is more than chance."""
-_NAMED = [check.name for check in STEP_CHECKS] + [check.name for check in CHECKS]
-_NAMING = [name for name in _NAMED if name not in _LAST] + list(_LAST)
+_OUTSIDE = (STATE.name, BASELINE.name)
+"""No checks of a case."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,26 @@ class Cause:
         }
 
 
-def causes(findings: Sequence[Finding]) -> list[Cause]:
+def causes(findings: Sequence[Finding], checks: Iterable[str] | None = None) -> list[Cause]:
     """The failures among the findings, grouped: those of one item stand together, and items whose failures that name
     best say the same but for numbers.
+
+    `checks`: names of the checks that were asked, in their order; by default those of a layer.
     """
+    names = [name for name in (why() if checks is None else checks) if name not in (*_LAST, *_OUTSIDE)]
+    rank = partial(_rank, {name: place for place, name in enumerate((*names, *_LAST))})
     items: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         if finding.status is Status.FAIL:
             items.setdefault((finding.id, "" if finding.id else finding.case), []).append(finding)
     groups: dict[str, list[Finding]] = {}
     for failed in items.values():
-        groups.setdefault(_said(min(failed, key=_rank)), []).extend(failed)
+        groups.setdefault(_said(min(failed, key=rank)), []).extend(failed)
     found = []
     for group in groups.values():
-        naming, *others = sorted(group, key=_rank)
+        naming, *others = sorted(group, key=rank)
         found.append(Cause(naming, tuple(others)))
-    return sorted(found, key=lambda cause: (_rank(cause.naming)[:3], -len(cause.others)))
+    return sorted(found, key=lambda cause: (rank(cause.naming)[:3], -len(cause.others)))
 
 
 def _said(finding: Finding) -> str:
@@ -79,9 +83,9 @@ def _without_numbers(text: str) -> str:
     return re.sub(r"[\d.,−]+", "#", text)
 
 
-def _rank(finding: Finding) -> tuple[bool, bool, bool, int, tuple[int, str], int, int]:
+def _rank(places: Mapping[str, int], finding: Finding) -> tuple[bool, bool, bool, int, tuple[int, str], int, int]:
     """Sort key: what ended a run, then exact checks, then what says where; the first tensor, the smallest problem."""
-    place = _NAMING.index(finding.check) if finding.check in _NAMING else -1
+    place = places.get(finding.check, -1)
     somewhere = any(pattern != "every element" and "2^" not in pattern for pattern in finding.patterns)
     first, ordinary = tensor_order(finding.tensor), finding.check in _LAST
     return finding.tensor != "all", ordinary, not somewhere, place, first, -len(finding.patterns), finding.elements

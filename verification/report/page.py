@@ -101,7 +101,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
             "versions": result.versions,
         },
         "checks": dict(result.why),
-        "causes": [_cause_json(cause, result.command) for cause in causes(result.findings)],
+        "causes": [_cause_json(cause, result.command) for cause in causes(result.findings, result.why)],
         "drift": [_map_json(drift) for drift in result.maps],
         "findings": [finding.as_json() for finding in result.findings],
     }
@@ -120,7 +120,7 @@ def as_html(result: GateResult) -> str:
     environment.filters["problem"] = problem_text
     environment.filters.update(detail=detail_text, bare=lambda name: name.removeprefix(_NOT_JUDGED))
     environment.filters["css"] = lambda status: _BADGE[status][1]
-    failed, found = failures(result), causes(result.findings)
+    failed, found = failures(result), causes(result.findings, result.why)
     drifted = {(f.case, f.tensor) for f in failed if f.check == DRIFT.name}
     return environment.get_template("gate.html").render(
         result=result,

@@ -38,7 +38,7 @@ def print_result(result: GateResult, console: Console, verbose: bool = False) ->
     console.print(_every_finding(result.findings) if verbose else _by_check_and_tensor(result.findings))
     if any(many_ulp(finding) for finding in result.findings):
         console.print(Text(f"{FOOTNOTE}\n", style="bright_black"))
-    found = causes(result.findings)
+    found = causes(result.findings, result.why)
     for cause in found[:_SHOWN]:
         console.print(_failure(cause, result.command, verbose))
     if len(found) > _SHOWN:

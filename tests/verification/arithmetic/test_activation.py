@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mxref.activation import columns, halves
 from mxref.swiglu import GPT_OSS, SILU, SwiGLU
-from mxref.verification.arithmetic.activation import activation_intervals
-from mxref.verification.arithmetic.elementary import NUMPY, NVIDIA, Elementary, elementary
-from mxref.verification.cases.activation import ActivationCase
+from mxref.verification.arithmetic.own.activation import activation_intervals
+from mxref.verification.arithmetic.own.elementary import NUMPY, NVIDIA, Elementary, elementary
+from mxref.verification.cases.own.activation import ActivationCase
 
 CPU = torch.device("cpu")
 FORMS = {"gpt-oss": GPT_OSS, "SiLU": SILU, "limited": SwiGLU(limit=10.0)}

@@ -14,8 +14,8 @@ from judging import ask, integers, quick
 
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
-from mxref.verification.candidates import foreign
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.elsewhere import foreign
 from mxref.verification.candidates.loading import load
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
@@ -29,7 +29,7 @@ BF16 = {case.name: case for case in quick("cuda")}
 @pytest.fixture(scope="module")
 def composite() -> Candidate:
     pytest.importorskip("torchao")
-    return load("mxref.verification.candidates.foreign:grouped_mm")
+    return load("mxref.verification.candidates.elsewhere.foreign:grouped_mm")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

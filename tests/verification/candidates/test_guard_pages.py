@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mxref.verification.candidates.memory import guard_pages
+from mxref.verification.candidates.own import guard_pages
 
 STEPS = ["cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemSetAccess"]
 UNDONE = {"cuMemAddressReserve": "cuMemAddressFree", "cuMemCreate": "cuMemRelease", "cuMemMap": "cuMemUnmap"}

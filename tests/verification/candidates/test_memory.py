@@ -10,9 +10,9 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from mxref.verification.candidates.memory.fresh import uninitialised_memory
-from mxref.verification.candidates.memory.interpreted import INDEX_LIMIT, checked_indices, checked_memory
 from mxref.verification.candidates.memory.program_order import reversed_programs
 from mxref.verification.candidates.memory.red_zones import FreshRedZones, RedZone, between_red_zones
+from mxref.verification.candidates.own.interpreted import INDEX_LIMIT, checked_indices, checked_memory
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 

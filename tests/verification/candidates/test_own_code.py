@@ -52,7 +52,7 @@ def test_a_function_s_code_counts_too() -> None:
         (Status, "FAIL", "finding.Status.FAIL"),
         (Status.FAIL, "_value_", "finding.Status._value_"),
         (strata, "SINGULAR", "strata.SINGULAR"),
-        (CHECKS[0], "compare", "registry.Check.compare"),
+        (CHECKS[0], "compare", "check.Check.compare"),
     ],
 )
 def test_constants_and_members_and_what_a_list_holds_count_too(holder: Any, name: str, told: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from foreign_packages import on_path, write_humming, write_unsloth
 from judging import ask
 
-from mxref.verification.candidates import packed_products
+from mxref.verification.candidates.elsewhere import packed_products
 from mxref.verification.candidates.known import implementation
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw

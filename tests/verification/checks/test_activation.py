@@ -12,12 +12,12 @@ from torch import Tensor
 from mxref import activation as golden
 from mxref.swiglu import SwiGLU
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.candidates.asking_activation import with_its_gradient
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.cases.activation import ActivationCase, activation_cases
+from mxref.verification.candidates.own.asking_activation import with_its_gradient
+from mxref.verification.cases.own.activation import ActivationCase, activation_cases
 from mxref.verification.cases.scope import Scope
-from mxref.verification.checks.activation import right_activation
 from mxref.verification.checks.finding import Finding
+from mxref.verification.checks.own.activation import right_activation
 
 CPU = torch.device("cpu")
 CASES = activation_cases(Scope("quick", "cuda"))

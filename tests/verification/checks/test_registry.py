@@ -17,8 +17,9 @@ from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.scope import Scope, Suite
+from mxref.verification.checks.check import Asked, Check
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import BASELINE, CHECKS, STATE, Asked, Check, why
+from mxref.verification.checks.registry import BASELINE, CHECKS, STATE, why
 from mxref.verification.gate.plan import Item, plan
 from mxref.verification.gate.run import judge
 

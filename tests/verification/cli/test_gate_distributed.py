@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mxref.verification.cli import gate_distributed, main
+from mxref.verification.cli import main
+from mxref.verification.cli.own import gate_steps
 from mxref.verification.distributed.cases import CASES
 from mxref.verification.records.freshness import survey
 from mxref.verification.records.kernel_sources import step_sources
@@ -58,8 +59,8 @@ def test_a_failed_item_is_asked_again_alone(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_whole_run_of_an_own_step_is_kept_as_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_distributed, "CASES", CASES[:1])
-    monkeypatch.setattr(gate_distributed, "_WORLDS", (2,))
+    monkeypatch.setattr(gate_steps, "CASES", CASES[:1])
+    monkeypatch.setattr(gate_steps, "_WORLDS", (2,))
     command = ["gate", "--distributed", "--device", "cpu", "--out", str(tmp_path), "--record", str(tmp_path)]
     assert main([*command, "--step", "fully-sharded"]) == 0
     [state] = survey(tmp_path)

@@ -8,7 +8,8 @@ import torch
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.scope import Scope, Suite
 from mxref.verification.cases.subset import parse_subset
-from mxref.verification.checks.registry import CHECKS, INTERVAL, SIGN, Asked
+from mxref.verification.checks.check import Asked
+from mxref.verification.checks.registry import CHECKS, INTERVAL, SIGN
 from mxref.verification.gate.plan import Item, matches, plan, plan_cases
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -6,11 +6,10 @@ import pytest
 import torch
 from benchmarks import WallClock
 
+from mxref.kernels.models.sizes import TINY, Batch
 from mxref.verification.bench.timing import Ceilings
 from mxref.verification.models.block import Product, block_limit, products, time_block
 from mxref.verification.models.build import adapted, decoder_layers, empty_model, filled
-from mxref.verification.models.sizes import TINY
-from mxref.verification.models.training import Batch
 
 CPU = torch.device("cpu")
 GATE_UP, DOWN = Product(32, 2880, 5760, 16, 4096, 16384), Product(32, 2880, 2880, 16, 16384, 16384)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mxref.kernels.models.experts import PackedExperts
+from mxref.kernels.models.sizes import MODELS, TINY, Model
 from mxref.verification.models.build import Needs, adapted, decoder_layers, empty_model, filled, needs
-from mxref.verification.models.sizes import MODELS, TINY, Model
 from mxref.weights import decode_mxfp4
 
 CPU = torch.device("cpu")

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from mxref.verification.cli import bench_models, main
+from mxref.kernels.models.sizes import MODELS
+from mxref.verification.cli import main
+from mxref.verification.cli.own import bench_models
 from mxref.verification.models.block import Block
 from mxref.verification.models.build import empty_model, needs
 from mxref.verification.models.profile import ELSE, Shares
 from mxref.verification.models.report import as_page, figures
 from mxref.verification.models.run import ModelRun
 from mxref.verification.models.side import Stored, Task
-from mxref.verification.models.sizes import MODELS
 from mxref.verification.models.training import Steps
 from mxref.verification.records.readme import blocks
 from mxref.verification.records.record import KINDS, read, write

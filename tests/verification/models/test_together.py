@@ -11,12 +11,12 @@ import pytest
 import torch
 from ranks_questions import Raises
 
-from mxref.verification.cli import bench_models, bench_parallel, main
+from mxref.kernels.models.sizes import TINY, Batch
+from mxref.verification.cli import main
+from mxref.verification.cli.own import bench_models, bench_parallel
 from mxref.verification.models import together
 from mxref.verification.models.profile import ELSE, KINDS
-from mxref.verification.models.sizes import TINY
 from mxref.verification.models.together import Row, Together, table, trained
-from mxref.verification.models.training import Batch
 
 BATCH = Batch(1, 8)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mxref.kernels.models.sizes import TINY, Batch
 from mxref.verification.models import side
 from mxref.verification.models.build import empty_model, needs
 from mxref.verification.models.profile import ELSE, KINDS, Shares
 from mxref.verification.models.run import ModelRun, run_model
 from mxref.verification.models.side import Stored, Task, store, train
-from mxref.verification.models.sizes import TINY
-from mxref.verification.models.training import Batch, Steps, is_out_of_memory, time_steps
+from mxref.verification.models.training import Steps, is_out_of_memory, time_steps
 
 CPU = torch.device("cpu")
 ONE = replace(TINY, layers=1)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mxref.verification.cli import main
-from mxref.verification.cli import mutants as command
+from mxref.verification.cli.own import mutants as command
+from mxref.verification.clone import EVIDENCE
 from mxref.verification.records import record as records
 from mxref.verification.studies.mutation.catalogue import catalogue
 from mxref.verification.studies.mutation.locate import StaleMutantError
@@ -66,7 +67,7 @@ def test_a_record_is_plain_data_and_a_page(tmp_path: Path) -> None:
     assert mutants[-1].edit(SOURCES[mutants[-1].place.file].text)[1] in text
 
 
-@pytest.mark.parametrize("path", sorted(records.EVIDENCE.glob("*/mutants.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*/mutants.json")), ids=lambda path: path.parent.name)
 def test_what_is_recorded_is_explained(path: Path) -> None:
     """Every mutant by hand is judged; the systematic ones, named by their places, may be judged little by little."""
     entry = records.read(path)

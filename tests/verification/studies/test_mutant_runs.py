@@ -21,11 +21,12 @@ import torch
 from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.own.tables import TableCase, TableSample
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import drawn_cases, smallest
-from mxref.verification.cases.tables import TableCase, TableSample
+from mxref.verification.checks.check import Asked, Check
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import CHECKS, Asked, Check
+from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate.plan import Item, plan
 from mxref.verification.studies.mutation import compiled, runner, session
 from mxref.verification.studies.mutation.catalogue import catalogue, stratified

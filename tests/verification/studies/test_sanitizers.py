@@ -13,7 +13,7 @@ import torch
 from uninterpreted import run_python
 
 from mxref.verification.cli import main
-from mxref.verification.cli import sanitize as command
+from mxref.verification.cli.own import sanitize as command
 from mxref.verification.studies.sanitizers import run
 from mxref.verification.studies.sanitizers.run import payload, watch
 from mxref.verification.studies.sanitizers.tools import DONE, TOOLS, Report, Tool, read_report

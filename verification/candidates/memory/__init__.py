@@ -1,1 +1,1 @@
-"""Memory that candidates run in: red zones, guard pages, a watched interpreter."""
+"""Memory that candidates run in: red zones, fresh memory; and the order in which programs run."""

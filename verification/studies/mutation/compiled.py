@@ -70,7 +70,8 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
 
         if compare([])[0] != [_SAME]:  # and fills the cache for all others
             raise RuntimeError(
-                f"the unmutated kernels do not compile for {_ARCHITECTURE}; see python -m mxref.kernels.compiled.ahead_of_time"
+                f"the unmutated kernels do not compile for {_ARCHITECTURE}; "
+                "see python -m mxref.verification.studies.compiled.ahead_of_time"
             )
         parts = [folders[1 + job :: jobs] for job in range(jobs)]
         with ThreadPoolExecutor(jobs) as pool:
@@ -82,7 +83,7 @@ def same_code(mutants: Sequence[Mutant], sources: Mapping[str, Source], jobs: in
 def _digests(folder: Path) -> Iterator[tuple[str, Any]]:
     """A digest of each launch's code, and the launch, in a fresh import of the kernels in `folder`."""
     import_kernels(folder)
-    from mxref.kernels.compiled.ahead_of_time import units
+    from mxref.verification.studies.compiled.ahead_of_time import units
 
     for unit in units(_ARCHITECTURE):
         text = f"{unit.kernel}\0{unit.key}\0{unit.build().asm['ptx']}"
@@ -93,7 +94,7 @@ def _judge(folder: Path, expected: Sequence[str]) -> str:
     """The word for a folder whose digests should be `expected`, launch by launch until one differs."""
     for (digest, unit), wanted in zip_longest(_digests(folder), expected, fillvalue=("", None)):
         if digest != wanted:
-            from mxref.kernels.compiled.ahead_of_time import compile_unit
+            from mxref.verification.studies.compiled.ahead_of_time import compile_unit
 
             return _BROKEN if unit is not None and compile_unit(unit).hazards else _OTHER
     return _SAME

@@ -15,10 +15,11 @@ from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.own.tables import TableCase
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cases.tables import TableCase, TableSample
+from mxref.verification.checks.check import Asked, Check
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.checks.registry import CHECKS, STATE, Asked, Check
+from mxref.verification.checks.registry import CHECKS, STATE
 from mxref.verification.gate.plan import Item, plan
 
 IMPORT, BITS = "import", "bits"
@@ -56,11 +57,11 @@ def bits(items: Sequence[Item]) -> Item:
     fixtures = [item for item in items if item.checks[0].ask is once]
 
     def ask(candidate: Candidate, sample: object) -> list[Answer]:
-        return [answer for item in fixtures for answer in once(candidate, item.sample)]  # type: ignore[arg-type]
+        return [answer for item in fixtures for answer in once(candidate, item.sample)]
 
     check = Check(BITS, "Equivalent mutants have the sources' bits.", Asked.OWN, lambda scope: [], ask, _digest)
     case = TableCase("all samples", 0, ())
-    return Item((check,), case, lambda: TableSample(case, torch.device("cpu")))
+    return Item((check,), case, lambda: case.sample(torch.device("cpu"), 0))
 
 
 def _digest(answers: Sequence[Answer], expected: object) -> list[Finding]:

@@ -1,18 +1,51 @@
-"""Models that are trained whole: published sizes, as configurations of transformers.
+"""Models that are trained whole, and what on: published sizes, as configurations of transformers, and batches.
 
 Nothing here imports transformers before a configuration is asked for.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["EXPERT_TARGETS", "MODELS", "TINY", "Model"]
+__all__ = ["EXPERT_TARGETS", "MODELS", "TINY", "Batch", "Model"]
 
 EXPERT_TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 """PEFT's `target_parameters` of the experts, the same in all of these models."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences and tokens in each."""
+
+    sequences: int
+    tokens: int
+
+    @classmethod
+    def read(cls, text: str) -> Batch:
+        """From a text such as 4x1024.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,6}", text):
+            raise ValueError(f"{text!r} is no batch; expected sequences x tokens in each, such as 4x1024")
+        sequences, tokens = text.split("x")
+        return cls(int(sequences), int(tokens))
+
+    @property
+    def size(self) -> int:
+        """Tokens of all sequences."""
+        return self.sequences * self.tokens
+
+    def doubled(self) -> Batch:
+        """With twice as many sequences."""
+        return replace(self, sequences=2 * self.sequences)
+
+    def __str__(self) -> str:
+        return f"{self.sequences} × {self.tokens}"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 
 from mxref.verification.cli.options import note, writable_folder
+from mxref.verification.clone import EVIDENCE
 from mxref.verification.records.readme import update_readme
-from mxref.verification.records.record import EVIDENCE, Entry, write
+from mxref.verification.records.record import Entry, write
 from mxref.verification.report.output import write_json
 
 if TYPE_CHECKING:

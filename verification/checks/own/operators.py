@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.cases.tables import TableCase, TableSample
+from mxref.verification.cases.own.tables import TableCase, TableSample
 from mxref.verification.checks.elements import raised
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of every launch the dispatch can make, for GPUs that this machine does not have.
 
-    python -m mxref.kernels.compiled.ahead_of_time [--arch sm_90]
+    python -m mxref.verification.studies.compiled.ahead_of_time [--arch sm_90]
 
 The layer's own host code runs forward and backward on `meta` tensors for each architecture, tiling and dtype, the
 launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
@@ -23,7 +23,6 @@ import triton
 from torch import Tensor
 
 from mxref.formats import MXFP4
-from mxref.kernels.compiled.machine_code import Resources, disassemble, hazards, resources
 from mxref.kernels.compiled.units import Unit, units_of
 from mxref.kernels.device.activation import activate, activate_backward
 from mxref.kernels.device.configs import SHARED_MEMORY, Config, reachable_configs
@@ -31,6 +30,7 @@ from mxref.kernels.device.dequant import dequantize_experts
 from mxref.kernels.device.launch import INTERPRETED, Launch, recording
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.swiglu import GPT_OSS, SILU, SwiGLU
+from mxref.verification.studies.compiled.machine_code import Resources, disassemble, hazards, resources
 from mxref.weights import MXLayout, MXWeights
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

@@ -22,12 +22,12 @@ from mxref.scattermoe import RoundingPoints, backward, forward
 from mxref.verification.candidates.answer import Answer, Outputs, answered
 from mxref.verification.candidates.asking import by_its_decoder, once
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.memory.guard_pages import GuardPages
-from mxref.verification.candidates.memory.interpreted import INDEX_LIMIT, checked_indices, checked_memory
 from mxref.verification.candidates.memory.red_zones import FreshRedZones, RedZone, between_red_zones
+from mxref.verification.candidates.own.guard_pages import GuardPages
+from mxref.verification.candidates.own.interpreted import INDEX_LIMIT, checked_indices, checked_memory
 from mxref.verification.cases.case import Sample
-from mxref.verification.cases.out_of_range import offsets_out_of_range, positions_out_of_range
-from mxref.verification.cases.tables import TableSample
+from mxref.verification.cases.own.out_of_range import offsets_out_of_range, positions_out_of_range
+from mxref.verification.cases.own.tables import TableSample
 from mxref.weights import MXWeights
 
 

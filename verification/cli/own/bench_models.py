@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mxref.verification.cli import bench_parallel
-from mxref.verification.cli.keeping import keep, show
+from mxref.kernels.models.sizes import MODELS, Model
 from mxref.verification.cli.options import choose_device, positive, terminal, writable_folder
+from mxref.verification.cli.own import bench_parallel
+from mxref.verification.cli.own.keeping import keep, show
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
 from mxref.verification.models.report import as_page, figures
-from mxref.verification.models.sizes import MODELS, Model
 from mxref.verification.records.freshness import survey
 from mxref.verification.records.record import KINDS, folder_name
 from mxref.verification.report.output import write_json
@@ -147,8 +147,8 @@ def _one(model: Model, tasks: list[Task], arguments: argparse.Namespace, device:
 
 
 def _tasks(model: Model, arguments: argparse.Namespace) -> list[Task]:
+    from mxref.kernels.models.sizes import Batch
     from mxref.verification.models.side import Task
-    from mxref.verification.models.training import Batch
 
     try:
         batches = tuple(Batch.read(text) for text in arguments.batch or ("1x512", "4x1024"))

@@ -17,7 +17,7 @@ from mxref.verification.bench.pairs import digits
 from mxref.verification.bench.paths import our_paths
 from mxref.verification.bench.summary import milliseconds_and_ratio
 from mxref.verification.bench.workloads import Shape
-from mxref.verification.cli.keeping import keep, show
+from mxref.verification.cli.own.keeping import keep, show
 from mxref.verification.cli.progress import Meter
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mxref.not_covered import NotCovered
 from mxref.verification.arithmetic.accumulation import Accumulation
-from mxref.verification.candidates.row_order import RowOrder
+from mxref.verification.candidates.elsewhere.row_order import RowOrder
 from mxref.weights import MXWeights
 
 

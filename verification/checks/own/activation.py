@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mxref.rounding import round_to
-from mxref.verification.arithmetic.activation import activation_intervals
-from mxref.verification.arithmetic.elementary import elementary
 from mxref.verification.arithmetic.interval import Interval
+from mxref.verification.arithmetic.own.activation import activation_intervals
+from mxref.verification.arithmetic.own.elementary import elementary
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.cases.activation import ActivationSample
+from mxref.verification.cases.own.activation import ActivationSample
 from mxref.verification.checks.elements import compare, raised
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.patterns import Axis

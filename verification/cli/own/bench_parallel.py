@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from mxref.kernels.models.sizes import Model
 from mxref.verification.bench.pairs import digits
-from mxref.verification.cli.keeping import keep, show
 from mxref.verification.cli.options import positive, writable_folder
+from mxref.verification.cli.own.keeping import keep, show
 from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
-from mxref.verification.models.sizes import Model
 from mxref.verification.records.kernel_sources import step_sources
 from mxref.verification.report.output import write_json
 
@@ -89,8 +89,8 @@ def run(model: Model, arguments: argparse.Namespace, device: torch.device, conso
 
 def _questions(model: Model, arguments: argparse.Namespace) -> Iterator[tuple[Together, int]]:
     """What is trained, and by how many ranks. Dense experts are never divided here: beside those that are, FSDP2."""
+    from mxref.kernels.models.sizes import Batch
     from mxref.verification.models.together import Together
-    from mxref.verification.models.training import Batch
 
     batches = [Batch.read(text) for text in arguments.batch or ("4x1024",)]
     sides: tuple[Any, ...] = ("packed", "dense") if arguments.side == "both" else (arguments.side,)

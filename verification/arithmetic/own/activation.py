@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mxref.activation import columns, exact_gradient, exact_hidden, halves
 from mxref.swiglu import SwiGLU
-from mxref.verification.arithmetic.elementary import Approximate, Elementary, exp_of_minus, reciprocal
 from mxref.verification.arithmetic.interval import Interval
+from mxref.verification.arithmetic.own.elementary import Approximate, Elementary, exp_of_minus, reciprocal
 
 __all__ = ["activation_intervals"]
 

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from mxref.verification.cli.options import terminal
 from mxref.verification.cli.usage import UsageError
+from mxref.verification.clone import EVIDENCE
 from mxref.verification.records.freshness import State, problems, survey
 from mxref.verification.records.readme import update_readme
-from mxref.verification.records.record import EVIDENCE
 
 _COLUMNS = ("where", "record", "date", "result", "sources", "versions here")
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxref.verification.candidates.row_order import RowOrder
+from mxref.verification.candidates.elsewhere.row_order import RowOrder
 from mxref.weights import MXWeights
 
 _PRODUCT = (

@@ -46,6 +46,10 @@ class TableCase:
         """A permutation of 0..P−1, int64 on the CPU."""
         return torch.randperm(self.P, generator=torch.Generator().manual_seed(self.P))
 
+    def sample(self, device: torch.device, seed: int) -> TableSample:
+        """The routing there; nothing of it is drawn."""
+        return TableSample(self, device)
+
 
 @dataclass(frozen=True)
 class TableSample:

@@ -1,0 +1,1 @@
+"""The arithmetic of what only this project's kernels are asked."""

@@ -1,0 +1,1 @@
+"""Implementations from elsewhere, for the scoreboard and the benchmarks."""

@@ -1,0 +1,1 @@
+"""Cases that only this project's kernels are asked about."""

@@ -1,0 +1,74 @@
+"""What a check is: its name and reason, who is asked what, and how answers are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+
+from mxref.verification.candidates.answer import Answer
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.scope import Scope, Suite
+from mxref.verification.checks.finding import Finding
+
+
+class Asked(StrEnum):
+    """Who is asked."""
+
+    ANY = "any candidate"
+    OWN = "this project's kernels"
+    INTERPRETED = "this project's kernels, interpreted"
+    OWN_ON_GPU = "this project's kernels, on a GPU"
+
+
+class OwnCase(Protocol):
+    """A case of another kind, which only this project's kernels are asked about; its sample is known to its check."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+
+    def sample(self, device: torch.device, seed: int) -> Any:
+        """The operands."""
+
+
+Cases = Callable[[Scope], Sequence[Case | OwnCase]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: unique, in words.
+        why: what it sees that others do not, for a reader who meets it for the first time.
+        asked: who is asked.
+        cases: what is asked about.
+        ask: how a candidate is run for it; checks with the same `ask` and `cases` share the run.
+        compare: answers and an expectation (the sample, if the case is no Case) -> findings, without the check's name.
+    """
+
+    name: str
+    why: str
+    asked: Asked
+    cases: Cases = lambda scope: []
+    ask: Callable[[Candidate, Any], list[Answer]] = lambda candidate, sample: []
+    compare: Callable[[Sequence[Answer], Any], list[Finding]] = lambda answers, expected: []
+
+    def is_for(self, own: bool, device: torch.device) -> bool:
+        """Whether a candidate is asked on a device; `own`: it is this project's kernels."""
+        return {
+            Asked.ANY: True,
+            Asked.OWN: own,
+            Asked.INTERPRETED: own and device.type == "cpu",
+            Asked.OWN_ON_GPU: own and device.type == "cuda",
+        }[self.asked]
+
+
+def named(cases: Callable[[Suite, str], list[Case]]) -> Cases:
+    """The named cases of a suite."""
+    return lambda scope: cases(scope.suite, scope.device_type)

@@ -1,0 +1,1 @@
+"""Checks of this project's kernels alone."""

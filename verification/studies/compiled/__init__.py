@@ -1,0 +1,1 @@
+"""Every launch compiled for GPUs that are not here, and what the machine code shows."""
