@@ -51,13 +51,13 @@ def combinations_of(legal: Pairs, sizes: Sequence[int], strength: int) -> npt.ND
     """Every legal combination of `strength` classes of different dimensions, as ascending class numbers, in a row."""
     starts = np.cumsum([0, *sizes[:-1]])
     ranges = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    found = []
+    found = list[npt.NDArray[np.int64]]()
     for chosen in combinations(ranges, strength):
         together = np.ones([len(each) for each in chosen], dtype=bool)
         for a, b in combinations(range(strength), 2):
             shape = [len(chosen[d]) if d in (a, b) else 1 for d in range(strength)]
             together &= legal[np.ix_(chosen[a], chosen[b])].reshape(shape)
-        found.append(np.argwhere(together) + [each.start for each in chosen])
+        found.append(np.argwhere(together) + np.array([each.start for each in chosen]))
     every = np.concatenate(found)
     return every[np.lexsort(every.T[::-1])]
 
