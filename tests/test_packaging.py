@@ -289,6 +289,10 @@ class TestReadme:
 
     BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
+    def test_the_package_s_own_page_shows_the_same(self):
+        page = (ROOT / "docs" / "package.md").read_text(encoding="utf-8")
+        assert re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) == self.BLOCKS[:1]
+
     def test_the_layer_runs(self):
         (block,) = (block for block in self.BLOCKS if "parallel_linear_lora" in block)
         run(sys.executable, "-c", block + "\nassert x.grad is not None and A.grad is not None", cwd=ROOT)
