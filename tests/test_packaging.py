@@ -217,6 +217,7 @@ class TestInstalled:
         install(python, "--editable", sources)
         where = run(python, "-c", f"{IMPORTS}; print(mxref.kernels.__file__)", cwd=tmp_path).strip()
         assert Path(where).is_relative_to(sources)
+        assert "usage: mxref mutants" in run(python.parent / "mxref", "mutants", "--help", cwd=tmp_path)
         # The editable finder must not offer the root's rooms as packages of their own.
         probe = "from importlib.util import find_spec; print(find_spec('kernels'), find_spec('verification'))"
         assert str(sources) not in run(python, "-c", probe, cwd=tmp_path)
