@@ -29,7 +29,7 @@ from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
-from mxref.verification.cases.call import Layout, lay_out
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXLayout, MXWeights
@@ -126,7 +126,7 @@ class Candidate:
                 "where autograd does not look. Without a backward pass declare `--covers forward`"
             )
         incoming = sample.grad_out.to(y.dtype)
-        incoming = lay_out(incoming, sample.case.call.dOut) if copy else incoming
+        incoming = sample.case.call.lay_out("grad_out", incoming) if copy else incoming
         once = sample.case.call.backward != "one by one"
         asked = [list(leaves)] if once else [[tensor] for tensor in leaves]
         named: dict[str, Tensor | None] = {}
@@ -193,8 +193,8 @@ def _operands(sample: Sample, copy: bool) -> tuple[dict[str, Any], dict[str, Ten
     tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
     operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
     if copy:
-        operands = {name: lay_out(x, call.layout(name)) for name, x in operands.items()}
-        operands |= _packed(problem.expert_weights, call.weights)
+        operands = {name: call.lay_out(name, x) for name, x in operands.items()}
+        operands |= _packed(problem.expert_weights, call)
     required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
     operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
     return operands, {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
@@ -205,11 +205,11 @@ def _versions(*tensors: Tensor) -> list[int]:
     return [x._version for x in tensors]
 
 
-def _packed(weights: Tensor | MXWeights, layout: Layout) -> dict[str, MXWeights]:
+def _packed(weights: Tensor | MXWeights, call: Call) -> dict[str, MXWeights]:
     """Packed weights whose bytes and scales lie as a call has them: contiguous, wherever they begin."""
-    if not isinstance(weights, MXWeights) or layout == "contiguous":
+    if not isinstance(weights, MXWeights) or (call.weights, call.storage) == ("contiguous", "its own"):
         return {}
-    packed, scales = (lay_out(x, layout) for x in (weights.packed, weights.scales))
+    packed, scales = call.lay_out("packed", weights.packed), call.lay_out("scales", weights.scales)
     return {"expert_weights": replace(weights, packed=packed, scales=scales)}
 
 

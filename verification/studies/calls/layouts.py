@@ -101,14 +101,14 @@ dOut_expanded = bug(
 )(_misread_dOut(lambda g: torch.cat((g[:1], torch.zeros_like(g[1:]))) if g.stride(0) == 0 else g))  # fmt: skip
 
 
-positions_strided = bug("positions read as contiguous", _NO_STRIDES, layout_of_indices="sliced")(
+positions_strided = bug("positions read as contiguous", _NO_STRIDES, layout_of_positions="sliced")(
     _misread(as_if_contiguous, "sorted_scattered_idxs")
 )
-offsets_strided = bug("expert_offsets read as contiguous", _NO_STRIDES, layout_of_indices="sliced")(
+offsets_strided = bug("expert_offsets read as contiguous", _NO_STRIDES, layout_of_offsets="sliced")(
     _misread(as_if_contiguous, "expert_offsets")
 )
 indices_offset = bug(
-    "offset of positions lost", "takes the storage's address for the tensor's", layout_of_indices="offset"
+    "offset of positions lost", "takes the storage's address for the tensor's", layout_of_positions="offset"
 )(_misread(_from_the_start, "sorted_scattered_idxs"))
 dense_offset = bug("offset of dense weights lost", "takes the storage's address", weights="dense, offset")(
     _misread(_from_the_start, "expert_weights")
