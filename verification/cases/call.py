@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Layout = Literal[
     "contiguous", "transposed", "sliced", "padded", "offset", "apart", "overlapping", "expanded", "one column",
     "one number",
@@ -19,10 +21,15 @@ REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one nu
 """Those that have elements, rows or columns in memory once."""
 Storage = Literal["its own", "shared"]
 Mode = Literal["grad", "no_grad", "inference"]
-Context = Literal["plain", "autocast", "deterministic", "checkpoint", "saved elsewhere", "bf16 by default"]
+Context = Literal[
+    "plain", "autocast", "autocast in backward", "autocast in both passes", "deterministic", "checkpoint",
+    "saved elsewhere", "bf16 by default",
+]  # fmt: skip
 Owner = Literal["leaf", "parameter", "computed"]
 Arguments = Literal["spelled out", "defaults left out"]
-Backward = Literal["at once", "one by one", "create_graph"]
+Backward = Literal["at once", "one by one", "create_graph", "accumulated"]
+Threads = Literal["one", "another", "another in backward"]
+Output = Literal["kept", "overwritten"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,13 @@ class Call:
         needs: gradients that are asked for, of "dX", "dA", "dB", "dbias", "dgates"; None for all that can be.
         mode: under which gradient mode the forward pass runs; no gradient is asked for but in "grad".
         backward: the gradients are asked for at once; one after the other, over a retained graph, as pipelines do that
-            put off a weight's gradient; or with `create_graph`.
-        context: what else is active around the forward pass: autocast, deterministic algorithms, a checkpointed
-            region, which runs it again in the backward pass, hooks that give the backward pass copies of what was
-            saved, or another default dtype.
+            put off a weight's gradient; with `create_graph`; or by two backward passes over a retained graph that
+            accumulate in `.grad`, which holds none before the first.
+        context: what else is active: autocast around the forward pass, the backward pass, or both; deterministic
+            algorithms or another default dtype around both; a checkpointed region, which runs the forward pass again in
+            the backward pass; or hooks that give the backward pass copies of what was saved.
+        threads: the call is made in the main thread, or in another one, or its backward pass is asked for in another.
+        output: what the call returned stays as it is until the backward pass, or the caller has overwritten it by then.
     """
 
     x: Layout = "contiguous"
@@ -67,6 +77,8 @@ class Call:
     mode: Mode = "grad"
     backward: Backward = "at once"
     context: Context = "plain"
+    threads: Threads = "one"
+    output: Output = "kept"
 
     def layout(self, operand: str) -> Layout:
         """Of an operand by its name in `Problem`, or "grad_out"."""
@@ -96,13 +108,13 @@ class Call:
         modes: dict[Mode, Any] = {
             "grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode
         }  # fmt: skip
-        with modes[self.mode](), _CONTEXTS.get(self.context, _plain)(device_type):
+        with modes[self.mode](), _FORWARD.get(self.context, _plain)(device_type):
             yield
 
     @contextmanager
     def around_backward(self, device_type: str) -> Iterator[None]:
-        """What of the context is global state, which holds in the backward pass too."""
-        with _CONTEXTS[self.context](device_type) if self.context in _GLOBAL else nullcontext():
+        """What of the context is active in the backward pass."""
+        with _BACKWARD.get(self.context, _plain)(device_type):
             yield
 
 
@@ -130,16 +142,26 @@ def _default_dtype(device_type: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-_CONTEXTS: dict[Context, Callable[[str], AbstractContextManager[object]]] = {
-    "autocast": lambda device_type: torch.autocast(device_type, torch.bfloat16),
-    "deterministic": _deterministic,
+def _autocast(device_type: str) -> AbstractContextManager[object]:
+    return torch.autocast(device_type, torch.bfloat16)
+
+
+_Contexts = dict[Context, Callable[[str], AbstractContextManager[object]]]
+_GLOBAL: _Contexts = {
+    "autocast in both passes": _autocast, "deterministic": _deterministic, "bf16 by default": _default_dtype
+}  # fmt: skip
+_FORWARD: _Contexts = _GLOBAL | {
+    "autocast": _autocast,
     "saved elsewhere": lambda device_type: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy),
-    "bf16 by default": _default_dtype,
 }
+_BACKWARD: _Contexts = _GLOBAL | {"autocast in backward": _autocast}
 """All but checkpointing; each puts back only what it changed, for what a candidate leaves changed is to be seen."""
 
 
-_GLOBAL: tuple[Context, ...] = ("deterministic", "bf16 by default")
+def in_another_thread(function: Callable[[], T]) -> T:
+    """What a function returns, or raises, in a thread that ends with it."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result()
 
 
 _BEFORE = 64

@@ -196,11 +196,14 @@ DIMENSIONS: tuple[Dimension, ...] = (
         ),
     ),
     _how("gradient mode", "mode", "grad", "no_grad", "inference"),
-    _how("backward pass", "backward", "at once", "one by one", "create_graph"),
+    _how("backward pass", "backward", "at once", "one by one", "create_graph", "accumulated"),
     _how(
         "context", "context",
-        "plain", "autocast", "deterministic", "checkpoint", "saved elsewhere", "bf16 by default",
+        "plain", "autocast", "autocast in backward", "autocast in both passes", "deterministic", "checkpoint",
+        "saved elsewhere", "bf16 by default",
     ),
+    _how("threads", "threads", "one", "another", "another in backward"),
+    _how("output", "output", "kept", "overwritten"),
     _of(
         "values",
         exact={}, ordinary={"data": "balanced"}, off_every_grid={"data": "off_grid"}, subnormal={"data": "subnormal"},

@@ -30,7 +30,9 @@ _SHARED = ("overlapping", "expanded")
 _ROWS_SHARE = "all rows are the same, or share elements"
 _OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
 _WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("backward pass", ("one by one", "create_graph")), ("context", ("checkpoint", "saved elsewhere")),
+    ("backward pass", ("one by one", "create_graph", "accumulated")),
+    ("context", ("autocast in backward", "autocast in both passes", "checkpoint", "saved elsewhere")),
+    ("threads", ("another in backward",)), ("output", ("overwritten",)),
     ("layout of dOut", ("transposed", "sliced", "padded", "offset", *REPEATED)),
 )  # fmt: skip
 

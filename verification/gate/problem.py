@@ -32,6 +32,8 @@ _LAYOUTS = {
     "backward": "backward pass",
     "mode": "gradient mode",
     "context": "context",
+    "threads": "threads",
+    "output": "output",
 }
 _OPTIONS = {
     "parameter_dtype": "parameters",
