@@ -113,8 +113,8 @@ class Candidate:
     def trace(self, sample: Sample, copy: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The forward pass alone: the output, and the leaves of its graph by the name of their gradient.
 
-        Operands are copies, laid out as the case's call has them; `copy=False` hands them over where they lie.
-        Raises what `run` does.
+        Operands are copies, laid out as the case's call has them; `copy=False` hands over the tensors themselves, which
+        from then on require a gradient. Raises what `run` does.
         """
         operands, leaves = _operands(sample, copy)
         return self._forward(sample, operands), leaves
@@ -240,7 +240,7 @@ def _operands(sample: Sample, copy: bool) -> tuple[dict[str, Any], dict[str, Ten
     """The operands by name as the case's call has them, and the leaves among them by the name of their gradient."""
     call, problem = sample.case.call, sample.problem
     tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
-    operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
+    operands: dict[str, Any] = {name: x.detach() if copy else x for name, x in tensors.items()}
     if copy:
         operands = {name: call.lay_out(name, x) for name, x in operands.items()}
         operands |= _packed(problem.expert_weights, call)
