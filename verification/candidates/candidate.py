@@ -30,7 +30,9 @@ from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
-from mxref.verification.cases.call import Layout, lay_out
+from mxref.verification.candidates.backward import BACKWARDS
+from mxref.verification.candidates.memory.sharing import same_values, share_elements
+from mxref.verification.cases.call import Call, in_another_thread
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXLayout, MXWeights
@@ -88,28 +90,50 @@ class Candidate:
             NotCovered: the candidate declines this call.
             UnusableAnswerError: it lacks a keyword that the call needs, returned something else than a dense tensor of
                 the right shape and dtype on the sample's device (interpreted, this project's kernels return fp32), or
-                a tensor without a graph where gradients are asked for, or it sets an operand's `.grad` itself.
+                a tensor without a graph where gradients are asked for, it sets an operand's `.grad` itself, changes an
+                operand, or gives results that share memory with operands or with each other.
             Exception: whatever else the candidate raises.
         """
-        y, leaves = self.trace(sample)
-        return {"Y": y.detach(), **self.gradients(sample, y, leaves)}
+        operands, leaves = _operands(sample, copy=True)
+        y = self._forward(sample, operands)
+        outputs = self._backward(sample, y, leaves)
+        _check_unchanged(sample, operands)
+        return outputs
+
+    def _backward(self, sample: Sample, y: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """Y and the gradients, where the caller may overwrite Y in between."""
+        if not leaves or sample.case.call.output == "kept":
+            return {"Y": y.detach(), **self.gradients(sample, y, leaves)}
+        kept = y.detach().clone()
+        try:
+            y.detach().fill_(float("nan"))
+            return {"Y": kept, **self.gradients(sample, y, leaves)}
+        except RuntimeError:  # what autograd has saved of it may not change, and says so
+            return self.run(sample.called(output="kept"))
 
     def trace(self, sample: Sample, copy: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The forward pass alone: the output, and the leaves of its graph by the name of their gradient.
 
-        Operands are copies, laid out as the case's call has them; `copy=False` hands them over where they lie.
-        Raises what `run` does.
+        Operands are copies, laid out as the case's call has them; `copy=False` hands over the tensors themselves, which
+        from then on require a gradient. Raises what `run` does.
         """
-        call, problem = sample.case.call, sample.problem
         operands, leaves = _operands(sample, copy)
+        return self._forward(sample, operands), leaves
+
+    def _forward(self, sample: Sample, operands: dict[str, Any]) -> Tensor:
+        call, problem = sample.case.call, sample.problem
         arguments = self._accepted(replace(problem, **operands).arguments(), sample.case)
-        with call.surroundings(problem.device.type):
-            if call.context == "checkpoint":
-                y = checkpoint(partial(self.call, **arguments), use_reentrant=False)
-            else:
-                y = self.call(**arguments)
+
+        def forward() -> Any:
+            with call.surroundings(problem.device.type):
+                if call.context == "checkpoint":
+                    return checkpoint(partial(self.call, **arguments), use_reentrant=False)
+                return self.call(**arguments)
+
+        y = in_another_thread(forward) if call.threads == "another" else forward()
         self._check_output(y, sample)
-        return y, leaves
+        _check_apart({"Y": y}, operands)
+        return y  # type: ignore[no-any-return]
 
     def gradients(
         self, sample: Sample, y: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False, copy: bool = True
@@ -126,20 +150,18 @@ class Candidate:
                 f"Y does not require grad, though gradients of {operands} are asked for: it was detached, or computed "
                 "where autograd does not look. Without a backward pass declare `--covers forward`"
             )
-        incoming = sample.grad_out.to(y.dtype)
-        incoming = lay_out(incoming, sample.case.call.dOut) if copy else incoming
-        once = sample.case.call.backward != "one by one"
-        asked = [list(leaves)] if once else [[tensor] for tensor in leaves]
-        named: dict[str, Tensor | None] = {}
+        call, incoming = sample.case.call, sample.grad_out.to(y.dtype)
+        incoming = call.lay_out("grad_out", incoming) if copy else incoming
         held = {tensor: leaf.grad for tensor, leaf in leaves.items() if leaf.is_leaf}
         given = _versions(incoming, *leaves.values())
-        for number, tensors in enumerate(asked, 1):
-            with sample.case.call.around_backward(sample.problem.device.type):
-                found = torch.autograd.grad(
-                    y, [leaves[tensor] for tensor in tensors], incoming, retain_graph or number < len(asked),
-                    sample.case.call.backward == "create_graph", allow_unused=True,
-                )  # fmt: skip
-            named |= {tensor: None if x is None else x.detach() for tensor, x in zip(tensors, found, strict=True)}
+
+        def backward() -> dict[str, Tensor | None]:
+            with call.around_backward(sample.problem.device.type):
+                return BACKWARDS[call.backward](y, leaves, incoming, retain_graph)
+
+        found = in_another_thread(backward) if call.threads == "another in backward" else backward()
+        named = {tensor: None if x is None else x.detach() for tensor, x in found.items()}
+        _check_apart(named, {"dOut": incoming, "Y": y, **{OPERAND_OF[tensor]: leaf for tensor, leaf in leaves.items()}})
         if _versions(incoming, *leaves.values()) != given:
             raise UnusableAnswerError("its backward pass changes dOut or an operand in place; expected both unchanged")
         for tensor, grad in held.items():
@@ -188,14 +210,41 @@ class Candidate:
         return arguments
 
 
+def _check_unchanged(sample: Sample, operands: Mapping[str, Any]) -> None:
+    """Raise an UnusableAnswerError if a copy of an operand is not what the sample has any more."""
+
+    def held(name: str, x: Tensor) -> Tensor:
+        weights = operands.get("expert_weights")
+        copy = getattr(weights, name, None) if name in ("packed", "scales") else operands.get(name)
+        if isinstance(copy, Tensor) and not same_values(copy.detach(), x):
+            raise UnusableAnswerError(f"changes {name} in place; expected every operand unchanged")
+        return x
+
+    sample.mapped(held)
+
+
+def _check_apart(results: Mapping[str, Tensor | None], others: Mapping[str, Any]) -> None:
+    """Raise an UnusableAnswerError if a result shares elements with anything else, so that changing one changes both.
+
+    `others`: an operand, or another tensor that a caller holds, by name.
+    """
+    held = {name: x for name, x in others.items() if isinstance(x, Tensor)}
+    for name, x in results.items():
+        for other, its in held.items():
+            if x is not None and share_elements(x, its):
+                raise UnusableAnswerError(f"{name} shares memory with {other}; expected a tensor of its own")
+        if x is not None:
+            held[name] = x
+
+
 def _operands(sample: Sample, copy: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The operands by name as the case's call has them, and the leaves among them by the name of their gradient."""
     call, problem = sample.case.call, sample.problem
     tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
-    operands: dict[str, Any] = {name: x.detach() for name, x in tensors.items()}
+    operands: dict[str, Any] = {name: x.detach() if copy else x for name, x in tensors.items()}
     if copy:
-        operands = {name: lay_out(x, call.layout(name)) for name, x in operands.items()}
-        operands |= _packed(problem.expert_weights, call.weights)
+        operands = {name: call.lay_out(name, x) for name, x in operands.items()}
+        operands |= _packed(problem.expert_weights, call)
     required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
     operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
     return operands, {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
@@ -206,11 +255,11 @@ def _versions(*tensors: Tensor) -> list[int]:
     return [x._version for x in tensors]
 
 
-def _packed(weights: Tensor | MXWeights, layout: Layout) -> dict[str, MXWeights]:
+def _packed(weights: Tensor | MXWeights, call: Call) -> dict[str, MXWeights]:
     """Packed weights whose bytes and scales lie as a call has them: contiguous, wherever they begin."""
-    if not isinstance(weights, MXWeights) or layout == "contiguous":
+    if not isinstance(weights, MXWeights) or (call.weights, call.storage) == ("contiguous", "its own"):
         return {}
-    packed, scales = (lay_out(x, layout) for x in (weights.packed, weights.scales))
+    packed, scales = call.lay_out("packed", weights.packed), call.lay_out("scales", weights.scales)
     return {"expert_weights": replace(weights, packed=packed, scales=scales)}
 
 

@@ -1,4 +1,4 @@
-"""Whether a candidate's kernels run in Triton's interpreter, seen by running one small call."""
+"""The first call of a candidate: in rare circumstances, and whether it runs in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,17 +14,31 @@ from mxref.verification.cases.draw import draw
 from mxref.verification.cases.small import smallest
 
 
-def runs_interpreted(candidate: Candidate, device: torch.device) -> bool:
-    """Whether a call on the device starts an interpreted kernel: such a candidate computes in fp32 alone.
+def call_first(candidate: Candidate, device: torch.device) -> None:
+    """One small call under inference_mode and autocast, with bf16 as the default dtype.
 
-    A candidate that fails the call is taken to be plain PyTorch; what it fails at, or leaves changed in torch's state,
-    which is put back, is for the checks to find.
+    Whatever a candidate makes once and keeps is made in it, and has to do for training. A candidate that fails the
+    call, or leaves torch's state changed, which is put back, is for the checks to find.
+    """
+    case = candidate.covers.of(candidate.covers.fitted(smallest(torch.float32)))
+    before, sample = GlobalState.now(), draw(case, device)
+    torch.set_default_dtype(torch.bfloat16)
+    answered(lambda: candidate.run(sample.called(mode="inference", context="autocast")))
+    before.restore()
+
+
+def runs_interpreted(candidate: Candidate, device: torch.device) -> bool:
+    """Whether a candidate's first call, `call_first`, starts an interpreted kernel: such a one computes in fp32 alone.
+
+    A candidate that fails the call is taken to be plain PyTorch.
     """
     if device.type != "cpu":
+        call_first(candidate, device)
         return False
     try:
         from triton.runtime.interpreter import GridExecutor
     except ImportError:
+        call_first(candidate, device)
         return False
     started = False
     launch = GridExecutor.__call__
@@ -34,8 +48,6 @@ def runs_interpreted(candidate: Candidate, device: torch.device) -> bool:
         started = True
         return launch(self, *args, **kwargs)
 
-    before, sample = GlobalState.now(), draw(smallest(torch.float32))
     with patch.object(GridExecutor, "__call__", noticed):
-        answered(lambda: candidate.run(sample))
-    before.restore()
+        call_first(candidate, device)
     return started

@@ -5,7 +5,7 @@ hypothesis' state machines choose what is called when, and shrink a sequence tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, settings
@@ -31,8 +31,10 @@ _CHANGED = (
     "sorted_scattered_idxs", "routing",
 )  # fmt: skip
 """What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
-_TURNS = "abbabaab"
-"""Calls without a graph, whose outputs are all kept: of two buffers, or three or four, that take turns one differs."""
+_CHANGES = "in place", "in place, through .data", ".data is another tensor"
+"""How: as autograd counts it, behind its back in the same memory, or in other memory."""
+_MANY = 16
+"""Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again."""
 
 
 def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
@@ -57,9 +59,10 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
         verbosity=Verbosity.quiet, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     try:
+        _as_in_evaluation(Machine())
+        _as_in_pipelines(Machine())
         for operand in _CHANGED:
             _as_in_training(Machine(), operand)
-        _as_in_evaluation(Machine())
         run_state_machine_as_test(Machine, settings=profile)
     except _DifferentError as error:
         return list(error.answers)
@@ -68,28 +71,41 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
     return list(seen[-1]) if seen else []
 
 
-def _as_in_training(machine: _Calls, operand: str) -> None:
-    """Two calls at once, and operands that change between the passes; chance seldom finds sequences of this length."""
+def _as_in_evaluation(machine: _Calls) -> None:
+    """Results without a graph, many of them alive at once; then training on the same operands."""
+    machine.evaluate(which="a")
+    for _ in range(_MANY):
+        machine.evaluate(which="d")
+    machine.look_again()
+    machine.forward(which="a")
+    machine.backward(index=0, retain=False)
+
+
+def _as_in_pipelines(machine: _Calls) -> None:
+    """Many graphs alive at once, whose backward passes come in another order; then two calls that differ in more."""
+    machine.forward(which="a")
+    for _ in range(_MANY):
+        machine.forward(which="d")
+    for index in (0, -1, 0, -1):
+        machine.backward(index=index, retain=False)
+    machine.look_again()
     machine.forward(which="a")
     machine.forward(which="b")
-    machine.backward(index=0, retain=False)
-    machine.backward(index=0, retain=False)
+    machine.backward(index=-2, retain=False)
+    machine.backward(index=-1, retain=False)
     machine.look_again()
+
+
+def _as_in_training(machine: _Calls, operand: str) -> None:
+    """Operands that change between passes and calls; chance seldom finds sequences of this length."""
     machine.forward(which="a")
     machine.update(which="a", operand=operand)
     machine.backward(index=0, retain=False)
-    machine.forward(which="a")
-    machine.backward(index=0, retain=False)
-    machine.update(which="a", operand=operand, noted=False)
-    machine.forward(which="a")
-    machine.backward(index=0, retain=False)
-
-
-def _as_in_evaluation(machine: _Calls) -> None:
-    """Results without a graph, several of them alive at once."""
-    for which in _TURNS:
-        machine.evaluate(which=which)
-    machine.look_again()
+    for how in ("", *_CHANGES[1:]):
+        if how:
+            machine.update(which="a", operand=operand, how=how)
+        machine.forward(which="a")
+        machine.backward(index=0, retain=False)
 
 
 class _DifferentError(AssertionError):
@@ -123,10 +139,10 @@ class _Pending:
 
 
 class _Calls(RuleBasedStateMachine):
-    """Calls on three sets of operands.
+    """Calls on four sets of operands, each the same tensors in every call.
 
     a: the sample. b: the same shapes with other signs, another scaling and, without gates, another order of rows.
-    c: the first tokens of a alone, whose rows of x lie where those of a do.
+    c: the first tokens of a alone, whose rows of x lie where those of a do. d: a with other signs.
     """
 
     def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]]) -> None:
@@ -135,33 +151,32 @@ class _Calls(RuleBasedStateMachine):
         self.pending: list[_Pending] = []
         self.gradients: list[tuple[Outputs, Outputs]] = []  # as they are, and a copy of each as it came
         a = sample.mapped(lambda _, x: x.clone())
-        b = sample.mapped(lambda name, x: -x if name in _TURNED else x.clone())
+        b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))
         order = sample.problem.gates is None and not sample.problem.grouped_out
         b = b.changed(scaling=-2 * sample.problem.scaling, grouped_out=order)
         first = torch.arange(sample.case.tokens // 2, device=sample.problem.device)
         c = without(a, first)
         c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
-        self.samples = {"a": a, "b": b, "c": c}
+        self.samples = {"a": a, "b": b, "c": c, "d": d}
+        self.expected: dict[str, Outputs] = {}  # as long as the operands are what they are
 
-    @rule(which=st.sampled_from("abc"))
+    @rule(which=st.sampled_from("abcd"))
     def forward(self, which: str) -> None:
         """Call, and hold the output against the golden model."""
         name = f"y{sum(line.startswith('y') for line in self.script)}"
         self.script.append(f"{name} = layer({which})")
         sample = self.samples[which]
         y, leaves = self.candidate.trace(sample, copy=False)
-        pending = _Pending(name, which, y, leaves, golden().run(sample), y.detach().clone())
+        pending = _Pending(name, which, y, leaves, self._golden(which), y.detach().clone())
         self.pending.append(pending)
         self._hold({"Y": y.detach()}, pending.expected)
 
-    @rule(which=st.sampled_from("abc"))
-    def evaluate(self, which: str) -> None:
-        """Call under no_grad, with nothing that requires a gradient, and keep the output."""
-        self.script.append(f"layer({which}) under no_grad")
-        sample = self.samples[which]
-        sample = replace(sample, case=replace(sample.case, call=replace(sample.case.call, needs=(), mode="no_grad")))
-        y, _ = self.candidate.trace(sample, copy=False)
-        self._hold({"Y": y}, golden().run(sample))
+    @rule(which=st.sampled_from("abcd"), mode=st.sampled_from(("inference", "no_grad")))
+    def evaluate(self, which: str, mode: str = "inference") -> None:
+        """Call without a graph and keep the output."""
+        self.script.append(f"layer({which}) under {mode}")
+        y, _ = self.candidate.trace(self.samples[which].called(mode=mode), copy=False)
+        self._hold({"Y": y}, self._golden(which))
         self.gradients.append(({"Y": y}, {"Y": y.clone()}))
 
     @precondition(lambda self: bool(self.pending))
@@ -184,13 +199,13 @@ class _Calls(RuleBasedStateMachine):
 
     @precondition(lambda self: bool(self.pending))
     @rule(which=st.sampled_from("ab"), operand=st.sampled_from(_CHANGED))
-    def update(self, which: str, operand: str, noted: bool = True) -> None:
-        """Change operands in place: signs, powers of two or order, which leave every sum exact.
+    def update(self, which: str, operand: str, how: str = _CHANGES[0]) -> None:
+        """Give operands other values: signs, powers of two or order, which leave every sum exact.
 
         Args:
             which: operands of "a" or "b".
             operand: one of _CHANGED; nothing happens where the sample has none.
-            noted: autograd counts the change; otherwise it is made through `.data`, and no pass may be pending.
+            how: one of _CHANGES; but for the first, which autograd counts, no pass may be pending.
         """
         problem = self.samples[which].problem
         again = sum(line.startswith(f"change {which}.{operand} ") for line in self.script) % 2 == 1
@@ -198,9 +213,14 @@ class _Calls(RuleBasedStateMachine):
         if not changed:
             return
         for old, new in changed:
-            (old if noted else old.data).copy_(new)
-        self.script.append(f"change {which}.{operand} in place{'' if noted else ', through .data'}")
+            if how == ".data is another tensor":
+                old.data = new.detach().clone()
+            else:
+                (old.detach() if how == "in place" else old.data).copy_(new)
+        self.script.append(f"change {which}.{operand} {how}")
         touched = {"b"} if which == "b" else {"a", "c"}
+        for each in touched:
+            self.expected.pop(each, None)
         for pending in self.pending:
             pending.changed |= pending.which in touched
 
@@ -213,6 +233,12 @@ class _Calls(RuleBasedStateMachine):
             self._hold({"Y": pending.y.detach()}, {"Y": pending.kept})
         for gradients, kept in self.gradients:
             self._hold(gradients, kept)
+
+    def _golden(self, which: str) -> Outputs:
+        """The golden model's results for operands as they are."""
+        if which not in self.expected:
+            self.expected[which] = golden().run(self.samples[which])
+        return self.expected[which]
 
     def _hold(self, got: Outputs, expected: Outputs) -> None:
         """Keep the answers; raise if a value is wrong."""

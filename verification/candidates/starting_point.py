@@ -33,7 +33,23 @@ class _Round(torch.autograd.Function):
         return ctx.scale * rounded, None, None, None
 
 
+class _Product(torch.autograd.Function):
+    """a·b, and backwards its two products, in fp32 even where the caller's autocast is active then."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), (of_a, of_b) = ctx.saved_tensors, ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad @ b.T if of_a else None, a.T @ grad if of_b else None
+
+
 _round: Callable[..., Tensor] = _Round.apply
+_product: Callable[..., Tensor] = _Product.apply
 
 
 def layer(
@@ -68,12 +84,13 @@ def layer(
         outputs = []
         for e, (start, end) in enumerate(pairwise([0, *expert_offsets.tolist()])):
             x = rows[start:end]
-            y = x @ W[e]
+            y = _product(x, W[e])
             if lora_A is not None and lora_B is not None:
                 r = lora_A.shape[0] // E
                 own = slice(e * r, (e + 1) * r)
                 A, B = _round(lora_A[own].float(), dtype, None), _round(lora_B[:, own].float(), dtype, None)
-                y = y + _round(x @ A.T, dtype, dtype, scaling) @ B.T  # s·Z; V, its gradient, is rounded before s too
+                z = _round(_product(x, A.T), dtype, dtype, scaling)  # s·Z; V, its gradient, is rounded before s too
+                y = y + _product(z, B.T)
             if expert_biases is not None:
                 y = y + expert_biases[e].float()
             outputs.append(y)

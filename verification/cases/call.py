@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Layout = Literal[
-    "contiguous", "transposed", "sliced", "padded", "offset", "apart", "expanded", "one column", "one number"
+    "contiguous", "transposed", "sliced", "padded", "offset", "apart", "overlapping", "expanded", "one column",
+    "one number",
 ]  # fmt: skip
-REPEATED: tuple[Layout, ...] = ("expanded", "one column", "one number")
-"""Those that have rows, columns or elements in memory once."""
+REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one number")
+"""Those that have elements, rows or columns in memory once."""
+Storage = Literal["its own", "shared"]
 Mode = Literal["grad", "no_grad", "inference"]
-Context = Literal["plain", "autocast", "deterministic", "checkpoint", "saved elsewhere", "bf16 by default"]
+Context = Literal[
+    "plain", "autocast", "autocast in backward", "autocast in both passes", "deterministic", "checkpoint",
+    "saved elsewhere", "bf16 by default",
+]  # fmt: skip
 Owner = Literal["leaf", "parameter", "computed"]
 Arguments = Literal["spelled out", "defaults left out"]
-Backward = Literal["at once", "one by one", "create_graph"]
+Backward = Literal["at once", "one by one", "create_graph", "accumulated"]
+Threads = Literal["one", "another", "another in backward"]
+Output = Literal["kept", "overwritten"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,11 @@ class Call:
     """One way to call.
 
     Attributes:
-        x, adapters, others, weights, indices, dOut: how an operand lies in memory, see `lay_out`; `adapters` are lora_A
-            and lora_B, `others` the biases and gates (expanded: a token's slots share one), `weights` dense ones or
-            packed bytes and scales, `indices` the routing tensors, `dOut` the incoming gradient.
+        x, adapters, others, weights, ids, rows, ends, dOut: how an operand lies in memory, see `lay_out`; `adapters`
+            are lora_A and lora_B, `others` the biases and gates (expanded: a token's slots share one), `weights` dense
+            ones or packed bytes and scales, `ids`, `rows` and `ends` sorted_expert_idxs, sorted_scattered_idxs and
+            expert_offsets, `dOut` the incoming gradient.
+        storage: each operand has a storage of its own, or lies in one behind something else, whatever its layout.
         index: dtype of the routing tensors; `positions`, `offsets`: of sorted_scattered_idxs and of expert_offsets,
             where it is another one.
         owner: what needs a gradient is a leaf of the graph, an nn.Parameter (x and gates: a leaf), or the result of
@@ -38,18 +50,24 @@ class Call:
         needs: gradients that are asked for, of "dX", "dA", "dB", "dbias", "dgates"; None for all that can be.
         mode: under which gradient mode the forward pass runs; no gradient is asked for but in "grad".
         backward: the gradients are asked for at once; one after the other, over a retained graph, as pipelines do that
-            put off a weight's gradient; or with `create_graph`.
-        context: what else is active around the forward pass: autocast, deterministic algorithms, a checkpointed
-            region, which runs it again in the backward pass, hooks that give the backward pass copies of what was
-            saved, or another default dtype.
+            put off a weight's gradient; with `create_graph`; or by two backward passes over a retained graph that
+            accumulate in `.grad`, which holds none before the first.
+        context: what else is active: autocast around the forward pass, the backward pass, or both; deterministic
+            algorithms or another default dtype around both; a checkpointed region, which runs the forward pass again in
+            the backward pass; or hooks that give the backward pass copies of what was saved.
+        threads: the call is made in the main thread, or in another one, or its backward pass is asked for in another.
+        output: what the call returned stays as it is until the backward pass, or the caller has overwritten it by then.
     """
 
     x: Layout = "contiguous"
     adapters: Layout = "contiguous"
     others: Layout = "contiguous"
     weights: Layout = "contiguous"
-    indices: Layout = "contiguous"
+    ids: Layout = "contiguous"
+    rows: Layout = "contiguous"
+    ends: Layout = "contiguous"
     dOut: Layout = "contiguous"
+    storage: Storage = "its own"
     index: torch.dtype = torch.int64
     positions: torch.dtype | None = None
     offsets: torch.dtype | None = None
@@ -59,16 +77,22 @@ class Call:
     mode: Mode = "grad"
     backward: Backward = "at once"
     context: Context = "plain"
+    threads: Threads = "one"
+    output: Output = "kept"
 
     def layout(self, operand: str) -> Layout:
         """Of an operand by its name in `Problem`, or "grad_out"."""
         named: dict[str, Layout] = {
             "inputs": self.x, "lora_A": self.adapters, "lora_B": self.adapters, "expert_biases": self.others,
             "gates": "one column" if self.others == "expanded" else self.others, "expert_weights": self.weights,
-            "sorted_expert_idxs": self.indices, "sorted_scattered_idxs": self.indices, "expert_offsets": self.indices,
-            "grad_out": self.dOut,
+            "sorted_expert_idxs": self.ids, "sorted_scattered_idxs": self.rows, "expert_offsets": self.ends,
+            "packed": self.weights, "scales": self.weights, "grad_out": self.dOut,
         }  # fmt: skip
         return named.get(operand, "contiguous")
+
+    def lay_out(self, operand: str, x: Tensor) -> Tensor:
+        """A copy that lies in memory as the call has this operand, by its name as above, "packed" or "scales"."""
+        return lay_out(x, self.layout(operand), _BEFORE if self.storage == "shared" else 0)
 
     def wants(self, gradient: str) -> bool:
         """Whether a gradient is asked for, given that its operand is there."""
@@ -84,13 +108,13 @@ class Call:
         modes: dict[Mode, Any] = {
             "grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode
         }  # fmt: skip
-        with modes[self.mode](), _CONTEXTS.get(self.context, _plain)(device_type):
+        with modes[self.mode](), _FORWARD.get(self.context, _plain)(device_type):
             yield
 
     @contextmanager
     def around_backward(self, device_type: str) -> Iterator[None]:
-        """What of the context is global state, which holds in the backward pass too."""
-        with _CONTEXTS[self.context](device_type) if self.context in _GLOBAL else nullcontext():
+        """What of the context is active in the backward pass."""
+        with _BACKWARD.get(self.context, _plain)(device_type):
             yield
 
 
@@ -118,45 +142,80 @@ def _default_dtype(device_type: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-_CONTEXTS: dict[Context, Callable[[str], AbstractContextManager[object]]] = {
-    "autocast": lambda device_type: torch.autocast(device_type, torch.bfloat16),
-    "deterministic": _deterministic,
+def _autocast(device_type: str) -> AbstractContextManager[object]:
+    return torch.autocast(device_type, torch.bfloat16)
+
+
+_Contexts = dict[Context, Callable[[str], AbstractContextManager[object]]]
+_GLOBAL: _Contexts = {
+    "autocast in both passes": _autocast, "deterministic": _deterministic, "bf16 by default": _default_dtype
+}  # fmt: skip
+_FORWARD: _Contexts = _GLOBAL | {
+    "autocast": _autocast,
     "saved elsewhere": lambda device_type: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy),
-    "bf16 by default": _default_dtype,
 }
+_BACKWARD: _Contexts = _GLOBAL | {"autocast in backward": _autocast}
 """All but checkpointing; each puts back only what it changed, for what a candidate leaves changed is to be seen."""
 
 
-_GLOBAL: tuple[Context, ...] = ("deterministic", "bf16 by default")
+def in_another_thread(function: Callable[[], T]) -> T:
+    """What a function returns, or raises, in a thread that ends with it."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result()
 
 
-def lay_out(x: Tensor, layout: Layout) -> Tensor:
-    """The same values in fresh memory that lies otherwise.
+_BEFORE = 64
+"""Elements before an operand in a storage that it shares: a whole number of the 16 bytes that wide loads want."""
+
+
+def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
+    """The same values in fresh memory that lies otherwise, behind so many other elements of its storage.
 
     transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
     padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
-    second row (of three dimensions: matrix) of a taller one, from its second on.  expanded: one row or matrix, repeated
-    with stride 0; one column, and one number, likewise. What is repeated must be equal.
+    second row (of three dimensions: matrix) of a taller one, from its second on.  overlapping: windows of one long row,
+    each half a row behind the one before.  expanded: one row or matrix, repeated with stride 0; one column, and one
+    number, likewise. What is repeated must be equal.
 
     Memory in between holds NaN, or 0 of integers. Whatever has no element stays as it is; so does whatever has one
-    dimension, unless it is sliced or offset.
+    dimension, unless it is sliced, offset, or expanded and the same everywhere.
     """
-    if layout == "contiguous" or not x.numel() or (x.ndim < 2 and layout not in ("sliced", "offset")):
-        return x.clone(memory_format=torch.contiguous_format)
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "expanded":
-        return x[:1].clone().expand(x.shape)
-    if layout in ("one column", "one number"):
-        return x[: 1 if layout == "one number" else None, :1].clone().expand(x.shape)
-    nothing = float("nan") if x.is_floating_point() else 0
-    if layout == "offset":
-        buffer = x.new_full((x.numel() + 13,), nothing)
-        inside = buffer[13:].view(x.shape)
-    elif layout == "padded":
-        inside = x.new_full((*x.shape[:-1], x.shape[-1] + 5), nothing)[..., :-5]
-    elif layout == "apart":
-        inside = x.new_full((2 * x.shape[0], *x.shape[1:]), nothing)[1::2]
-    else:
-        inside = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), nothing)[..., ::2]
+
+    def memory(*shape: int, before: int = before) -> Tensor:
+        nothing = float("nan") if x.is_floating_point() else 0
+        return x.new_full((before + math.prod(shape),), nothing)[before:].view(shape)
+
+    if not x.numel() or (x.ndim < 2 and layout not in ("sliced", "offset", "expanded")):
+        layout = "contiguous"
+    if layout == "expanded" and x.ndim < 2 and bool((x != x[0]).any()):
+        layout = "contiguous"
+    *rows, columns = x.shape
+    match layout:
+        case "contiguous":
+            inside = memory(*x.shape)
+        case "transposed":
+            inside = memory(*x.mT.shape).mT
+        case "sliced":
+            inside = memory(*rows, 2 * columns)[..., ::2]
+        case "padded":
+            inside = memory(*rows, columns + 5)[..., :-5]
+        case "offset":
+            inside = memory(*x.shape, before=before + 13)
+        case "apart":
+            inside = memory(2 * x.shape[0], *x.shape[1:])[1::2]
+        case "overlapping":
+            windows = memory((len(x) - 1) * window_step(columns) + columns)
+            windows.copy_(torch.cat((x[0], x[1:, columns - window_step(columns) :].flatten())))
+            return windows.unfold(0, columns, window_step(columns))
+        case "expanded":
+            return memory(1, *x.shape[1:]).copy_(x[:1]).expand(x.shape)
+        case "one column":
+            return memory(len(x), 1).copy_(x[:, :1]).expand(x.shape)
+        case "one number":
+            return memory(1, 1).copy_(x[:1, :1]).expand(x.shape)
     return inside.copy_(x)
+
+
+def window_step(columns: int) -> int:
+    """How far apart overlapping rows begin."""
+    return max(columns // 2, 1)

@@ -195,6 +195,10 @@ class Sample:
         problem = replace(self.problem, **operands)
         return Sample(self.case, problem, self.grad_out if grad_out is None else grad_out)
 
+    def called(self, **how: Any) -> Sample:
+        """The sample for another way to call, by the names in `Call`."""
+        return replace(self, case=replace(self.case, call=replace(self.case.call, **how)))
+
     def to(self, device: torch.device | str) -> Sample:
         """The same numbers on another device; what is there already is not copied."""
         return self.mapped(lambda _, tensor: tensor.to(device))

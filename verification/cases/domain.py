@@ -18,6 +18,7 @@ StandsIn = Literal["cheap", "interpreted"]
 Expense = Literal["any", "cheap", "interpreted"]
 """What a suite may cost: anything; on a CPU, plain PyTorch in the quick suite; interpreted kernels in any suite."""
 
+_STRIDED = ("contiguous", "transposed", "sliced", "padded", "offset", "overlapping", "expanded")
 _GRADIENTS = ("dX", "dA", "dB", "dbias", "dgates")
 
 
@@ -27,8 +28,8 @@ class Class:
 
     Attributes:
         name: in words, unique within its dimension.
-        case: fields of `Case` that it sets; "gated" stands for a gate a slot (or for another number of gates a token),
-            "rows" for so many routed rows or more.
+        case: fields of `Case` that it sets; "gated" stands for a gate a slot (or for another number of gates a token,
+            see `domain_cases.slots_of`), "rows" for so many routed rows or more.
         call: fields of `Call` that it sets.
         cost: seconds that such a case takes where `stand_in` takes its place.
         stand_in: fields of `Case` in place of a costly class, just past the same boundary of an implementation's tiles.
@@ -102,7 +103,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
     ),
     _of(
         "rank",
-        four={"rank": 4}, one={"rank": 1}, three={"rank": 3}, tiles_and_a_tail={"rank": 72}, largest={"rank": 128},
+        four={"rank": 4}, one={"rank": 1}, three={"rank": 3}, twelve={"rank": 12}, twenty_four={"rank": 24},
+        forty={"rank": 40}, tiles_and_a_tail={"rank": 72}, largest={"rank": 128},
     ),
     _of(
         "slots", two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, ten={"top_k": 10}
@@ -148,12 +150,13 @@ DIMENSIONS: tuple[Dimension, ...] = (
         none={}, another_number_a_token={"gated": "other"}, positive={"gated": True},
         negative={"gated": True, "gate_values": "negative"},
         some_zero={"gated": True, "gate_values": "some zero"}, one_a_row={"gated": True, "gate_slots": 1},
+        across_tokens={"gated": "across"}, **{"all_a_token's": {"gated": "all"}},
         one_NaN={"gated": True, "gate_values": "one NaN"}, subnormal_in_fp16={"gated": True, "gate_exponent": -16},
     ),
     _of(
         "scaling",
         power_of_two={"scaling": 0.5}, zero={"scaling": 0.0}, negative={"scaling": -2.0}, a_third={"scaling": 1 / 3},
-        an_int={"scaling": 1}, sixteen_thirds={"scaling": 16 / 3},
+        an_int={"scaling": 1}, sixteen_thirds={"scaling": 16 / 3}, beyond_fp16={"scaling": 1e5},
     ),
     _of(
         "adapters",
@@ -169,14 +172,14 @@ DIMENSIONS: tuple[Dimension, ...] = (
         sentinels={"routing": "sentinels"}, all_sentinels={"routing": "all_sentinels"},
         sentinels_far_above={"routing": "far_sentinels"},
     ),
-    _how("layout of indices", "indices", "contiguous", "sliced", "offset"),
-    _how("layout of x", "x", "contiguous", "transposed", "sliced", "padded", "offset", "expanded"),
-    _how("layout of A and B", "adapters", "contiguous", "transposed", "sliced", "padded", "offset", "expanded"),
-    _how("layout of biases and gates", "others", "contiguous", "transposed", "sliced", "padded", "offset", "expanded"),
-    _how(
-        "layout of dOut", "dOut",
-        "contiguous", "transposed", "sliced", "padded", "offset", "expanded", "one column", "one number",
-    ),
+    _how("layout of expert ids", "ids", "contiguous", "sliced", "offset", "expanded"),
+    _how("layout of positions", "rows", "contiguous", "sliced", "offset"),
+    _how("layout of offsets", "ends", "contiguous", "sliced", "offset"),
+    _how("layout of x", "x", *_STRIDED, "one column"),
+    _how("layout of A and B", "adapters", *_STRIDED),
+    _how("layout of biases and gates", "others", *_STRIDED),
+    _how("layout of dOut", "dOut", *_STRIDED, "one column", "one number"),
+    _how("storage", "storage", "its own", "shared"),
     _how("operands", "owner", "leaf", "parameter", "computed"),
     _how("arguments", "arguments", "spelled out", "defaults left out"),
     Dimension(
@@ -193,11 +196,14 @@ DIMENSIONS: tuple[Dimension, ...] = (
         ),
     ),
     _how("gradient mode", "mode", "grad", "no_grad", "inference"),
-    _how("backward pass", "backward", "at once", "one by one", "create_graph"),
+    _how("backward pass", "backward", "at once", "one by one", "create_graph", "accumulated"),
     _how(
         "context", "context",
-        "plain", "autocast", "deterministic", "checkpoint", "saved elsewhere", "bf16 by default",
+        "plain", "autocast", "autocast in backward", "autocast in both passes", "deterministic", "checkpoint",
+        "saved elsewhere", "bf16 by default",
     ),
+    _how("threads", "threads", "one", "another", "another in backward"),
+    _how("output", "output", "kept", "overwritten"),
     _of(
         "values",
         exact={}, ordinary={"data": "balanced"}, off_every_grid={"data": "off_grid"}, subnormal={"data": "subnormal"},

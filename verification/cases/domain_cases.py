@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import frexp
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,8 @@ from mxref.verification.cases.domain import Class, Dimension, Expense, dimension
 from mxref.verification.cases.exclusions import EXCLUDED
 
 _WORD = {2: "pairs", 3: "triples"}
+EXACT_SLOTS = 32
+"""Gates a token, at most, whose sum is exact in any order in 16 bits."""
 
 
 def domain_cases(
@@ -49,21 +51,29 @@ def case_of(name: str, classes: dict[str, Class]) -> Case:
         fields |= each.case
         how |= each.call
     gated, rows = fields.pop("gated", False), fields.pop("rows", 0)
-    repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {*REPEATED}
+    repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {*REPEATED} or how["others"] == "overlapping"
     power_of_two = abs(frexp(fields["scaling"])[0]) in (0.0, 0.5)
-    exact = power_of_two and not repeated  # sums of as many equal terms are large
-    fields.setdefault("data", "integer" if exact else "balanced")
     if rows:
         fields["tokens"] = -(-rows // fields["top_k"])
     if gated:
-        slots = (
-            fields["top_k"] if gated is True else _another_divisor(fields["tokens"] * fields["top_k"], fields["top_k"])
-        )
-        fields.setdefault("gate_slots", slots)
+        fields.setdefault("gate_slots", slots_of(gated, fields["tokens"] * fields["top_k"], fields["top_k"]))
+    # Sums of as many equal terms, or of all rows, are large.
+    exact = power_of_two and not repeated and fields.get("gate_slots", 0) <= EXACT_SLOTS
+    fields.setdefault("data", "integer" if exact else "balanced")
     covers = tuple((dimension, each.name) for dimension, each in classes.items())
     return Case(name, **fields, call=Call(**how), covers=covers)
 
 
-def _another_divisor(rows: int, slots: int) -> int:
-    """Gates a token, more than one and not as many as it has slots, where the rows can be divided so."""
-    return next((g for g in range(2, rows + 1) if rows % g == 0 and g != slots), 1)
+def slots_of(gated: Literal[True, "other", "across", "all"], rows: int, slots: int) -> int:
+    """g: as many gates a token as it has slots, or, where the rows can be divided so, another number of them.
+
+    other: the least other than one.  across: the least that neither divides the slots nor is a multiple of them, so
+    that one row of x feeds several outputs.  all: one token has all gates, [1, P].
+    """
+    if gated is True:
+        return slots
+    if gated == "all":
+        return max(rows, 1)
+    others = [g for g in range(2, rows + 1) if rows % g == 0 and g != slots]
+    across = [g for g in others if g % slots and slots % g]
+    return (across if gated == "across" and across else [*others, 1])[0]

@@ -20,10 +20,19 @@ class Exclusion:
 
 _DRAWN = ("ordinary", "off every grid", "subnormal", "scales far apart", "scales at both ends")
 _NO_ROW = ("NaN in a row", "inf in a row", "NaN in dOut", "inf in dOut", "NaN in a remote row")
-_GATES = ("another number a token", "positive", "negative", "some zero", "one a row", "one NaN", "subnormal in fp16")
+_GATES = (
+    "another number a token", "positive", "negative", "some zero", "one a row", "across tokens", "all a token's",
+    "one NaN", "subnormal in fp16",
+)  # fmt: skip
+_APART = ("scales far apart", "scales at both ends")
+_COLUMNS_DIFFER = "columns differ by more than the range of a sum"
+_SHARED = ("overlapping", "expanded")
+_ROWS_SHARE = "all rows are the same, or share elements"
 _OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
 _WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("backward pass", ("one by one", "create_graph")), ("context", ("checkpoint", "saved elsewhere")),
+    ("backward pass", ("one by one", "create_graph", "accumulated")),
+    ("context", ("autocast in backward", "autocast in both passes", "checkpoint", "saved elsewhere")),
+    ("threads", ("another in backward",)), ("output", ("overwritten",)),
     ("layout of dOut", ("transposed", "sliced", "padded", "offset", *REPEATED)),
 )  # fmt: skip
 
@@ -32,9 +41,11 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("adapters", ("far above", "subnormal A"), "values", tuple(c for c in _DRAWN if c != "ordinary"),
               "both choose the kind of numbers"),
     Exclusion("adapters", _OVERFLOWING, "values", _DRAWN, "rounding to infinity is judged where sums are exact"),
-    Exclusion("adapters", _OVERFLOWING, "scaling", ("a third", "sixteen thirds"), "no exact sum"),
-    Exclusion("adapters", _OVERFLOWING, "layout of x", ("expanded",), "no exact sum"),
-    Exclusion("adapters", _OVERFLOWING, "layout of A and B", ("expanded",), "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "scaling", ("a third", "sixteen thirds", "beyond fp16"), "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "gates", ("all a token's",), "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "layout of x", (*_SHARED, "one column"), "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "layout of A and B", _SHARED, "no exact sum"),
+    Exclusion("adapters", _OVERFLOWING, "layout of biases and gates", ("overlapping",), "no exact sum"),
     Exclusion("adapters", _OVERFLOWING, "layout of dOut", REPEATED, "no exact sum"),
     Exclusion("values", ("off every grid",), "dtype", ("bf16", "fp16"), "16-bit activations lie on a grid"),
     Exclusion("values", ("off every grid",), "parameters", ("fp32", "adapters in fp32"),
@@ -43,20 +54,21 @@ EXCLUDED: tuple[Exclusion, ...] = (
               ("uniform", "empty experts", "one takes all", "an expert twice", "descending positions"),
               "no row is remote"),
     Exclusion("values", _NO_ROW, "rows", ("none",), "there is no row"),
-    Exclusion("values", ("NaN in a row", "inf in a row", "NaN in a remote row"), "layout of x", ("expanded",),
-              "all rows are the same"),
+    Exclusion("values", ("NaN in a row", "inf in a row", "NaN in a remote row"), "layout of x",
+              (*_SHARED, "one column"), "all rows or columns are the same, or share elements"),
     Exclusion("values", ("NaN in dOut", "inf in dOut", "NaN in a remote row"), "layout of dOut",
-              REPEATED, "all rows or columns are the same"),
-    Exclusion("values", ("NaN in a remote row",), "layout of biases and gates", ("expanded",), "all rows are the same"),
-    Exclusion("values", ("scales far apart", "scales at both ends"), "layout of dOut",
-              ("one column", "one number"), "columns differ by more than the range of a sum"),
-    Exclusion("values", ("scales far apart", "scales at both ends"), "layout of A and B", ("expanded",),
-              "rows of B differ by more than the range of a sum"),
-    Exclusion("adapters", ("NaN in A", "B zero, NaN in A", "NaN in B"), "layout of A and B", ("expanded",),
-              "all rows are the same"),
-    Exclusion("biases", ("one NaN",), "layout of biases and gates", ("expanded",), "all rows are the same"),
-    Exclusion("gates", ("some zero", "negative", "one NaN"), "layout of biases and gates", ("expanded",),
-              "all rows are the same"),
+              REPEATED, "all rows or columns are the same, or share elements"),
+    Exclusion("values", ("NaN in a remote row",), "layout of biases and gates", _SHARED, _ROWS_SHARE),
+    Exclusion("values", _APART, "layout of x", ("overlapping", "one column"), _COLUMNS_DIFFER),
+    Exclusion("values", _APART, "layout of dOut", ("overlapping", "one column", "one number"), _COLUMNS_DIFFER),
+    Exclusion("values", _APART, "layout of biases and gates", ("overlapping",), _COLUMNS_DIFFER),
+    Exclusion("values", _APART, "layout of A and B", _SHARED, "columns of A, or rows of B, differ likewise"),
+    Exclusion("adapters", ("NaN in A", "B zero, NaN in A", "NaN in B"), "layout of A and B", _SHARED, _ROWS_SHARE),
+    Exclusion("biases", ("one NaN",), "layout of biases and gates", _SHARED, _ROWS_SHARE),
+    Exclusion("gates", ("some zero", "negative", "one NaN"), "layout of biases and gates", _SHARED, _ROWS_SHARE),
+    Exclusion("layout of expert ids", ("expanded",), "routing",
+              ("uniform", "empty experts", "an expert twice", "descending positions", "sentinels",
+               "sentinels far above"), "rows have different experts"),
     Exclusion("values", ("NaN expert",), "weights", ("dense, expanded",), "all experts are the same"),
     Exclusion("parameters", ("fp32", "adapters in fp32"), "dtype", ("fp32",), "the same as the activations' dtype"),
     Exclusion("parameters", ("bf16",), "dtype", ("bf16",), "the same as the activations' dtype"),

@@ -61,8 +61,10 @@ def rounded(case: Case) -> Case:
     not zero; no operand is repeated. There are not more than `_MOST_EXPERTS`, most of which would be idle.
     """
     power_of_two = abs(frexp(case.scaling)[0]) == 0.5
+    call = case.call
     x, adapters, dOut = ("contiguous" if layout in REPEATED else layout for layout in
-                         (case.call.x, case.call.adapters, case.call.dOut))  # fmt: skip
+                         (call.x, call.adapters, call.dOut))  # fmt: skip
+    others = "contiguous" if call.others == "overlapping" else call.others
     return replace(
         case,
         name=f"{case.name}, rounded",
@@ -76,7 +78,7 @@ def rounded(case: Case) -> Case:
         gate_exponent=0,
         gate_values="positive" if case.gate_values == "one NaN" else case.gate_values,
         adapter_values="zero A" if case.adapter_values == "zero A" else "ordinary",
-        call=replace(case.call, x=x, adapters=adapters, dOut=dOut, needs=None, mode="grad"),
+        call=replace(call, x=x, adapters=adapters, others=others, dOut=dOut, needs=None, mode="grad"),
         covers=(),
     )
 

@@ -109,7 +109,7 @@ def unordered_cases(device_type: str) -> list[Case]:
 
 
 def index_cases(device_type: str) -> list[Case]:
-    """Sizes far below a limit whose products go beyond it, see `candidates.memory.interpreted`."""
+    """Sizes far below a limit whose products go beyond it, see `candidates.own.interpreted`."""
     sizes = Case(
         "sizes", 48, 96, 352, 90, 2, 0, usual_dtype(device_type), routing="ten_active", bias=True, use_fused_dX=True,
         use_fused_gather=True,

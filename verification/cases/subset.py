@@ -17,6 +17,7 @@ from typing import Any
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension
+from mxref.verification.cases.domain_cases import slots_of
 
 _NUMBERS: dict[str, Callable[[Case], int]] = {
     "rows": lambda case: case.rows,
@@ -187,7 +188,10 @@ def _class_of(case: Case, dimension: str) -> str:
 
     def agrees(each: Class) -> bool:
         fields = {name: value for name, value in each.case.items() if name not in ("gated", "rows")}
-        gated = not each.case.get("gated") or case.gate_slots > 0
+        kind = each.case.get("gated")
+        gated = not kind or case.gate_slots > 0
+        if kind in ("across", "all"):
+            gated = case.gate_slots == slots_of(kind, case.rows, case.top_k)
         return (
             gated
             and all(getattr(case, name) == value for name, value in fields.items())

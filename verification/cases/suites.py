@@ -19,7 +19,7 @@ import torch
 from mxref.fragments import TILE
 from mxref.verification.cases import named, small
 from mxref.verification.cases.case import Case
-from mxref.verification.cases.domain_cases import domain_cases
+from mxref.verification.cases.domain_cases import EXACT_SLOTS, domain_cases
 from mxref.verification.cases.elements import element_cases, elements_to_128, every_element
 from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
 from mxref.verification.cases.rounded import rounded
@@ -144,7 +144,8 @@ def _rounded_domain(scope: Scope) -> list[Case]:
     if scope.suite == "small":
         return []
     pairs = _domain(replace(scope, suite="quick"))
-    return [rounded(case) for case in pairs if case.dtype != _FP32 and case.rows <= _MOST_ROWS]
+    few = (case for case in pairs if case.rows <= _MOST_ROWS and case.gate_slots <= EXACT_SLOTS)
+    return [rounded(case) for case in few if case.dtype != _FP32]
 
 
 def _some(cases: Iterable[Case]) -> list[Case]:

@@ -138,7 +138,8 @@ def _without_memory(item: Item) -> Any:
     case = item.case
     if isinstance(case, Case):  # whose values are looked at when it is drawn, and integers are drawn more than once
         data = "balanced" if case.data in ("integer", "rounded") else case.data
-        return draw(replace(case, data=data, call=replace(case.call, context="plain")), seed=item.seed).to("meta")
+        call = replace(case.call, context="plain", threads="one")  # what records sees its own thread alone
+        return draw(replace(case, data=data, call=call), seed=item.seed).to("meta")
     return drawing(case, torch.device("meta"), item.seed)()
 
 

@@ -18,8 +18,11 @@ _LAYOUTS = {
     "adapters": "layout of A and B",
     "others": "layout of biases and gates",
     "weights": "layout of weights",
-    "indices": "layout of indices",
+    "ids": "layout of expert ids",
+    "rows": "layout of positions",
+    "ends": "layout of offsets",
     "dOut": "layout of dOut",
+    "storage": "storage",
     "index": "indices",
     "positions": "positions",
     "offsets": "offsets",
@@ -29,6 +32,8 @@ _LAYOUTS = {
     "backward": "backward pass",
     "mode": "gradient mode",
     "context": "context",
+    "threads": "threads",
+    "output": "output",
 }
 _OPTIONS = {
     "parameter_dtype": "parameters",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
-from mxref.verification.candidates.probe import runs_interpreted
+from mxref.verification.candidates.memory.sharing import share_elements
+from mxref.verification.candidates.probe import call_first, runs_interpreted
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
@@ -270,6 +272,8 @@ def tapped(operand: str, change: Any) -> Candidate:
     [
         ("deterministic", torch.are_deterministic_algorithms_enabled),
         ("bf16 by default", lambda: torch.get_default_dtype() == torch.bfloat16),
+        ("autocast in backward", lambda: torch.is_autocast_enabled("cpu")),
+        ("autocast in both passes", lambda: torch.is_autocast_enabled("cpu")),
     ],
 )
 def test_global_state_holds_in_the_backward_pass_too(context: Any, state: Any) -> None:
@@ -283,3 +287,137 @@ def test_a_backward_pass_that_changes_dOut_is_told() -> None:
     sample = draw(replace(SMALL, data="integer", scaling=0.5))
     (finding, *_) = ask("integer", tapped("Y", lambda grad: grad.zero_() + 1.0), sample)
     assert "changes dOut or an operand in place" in finding.reason
+
+
+@pytest.mark.parametrize("context", ["autocast", "autocast in backward", "autocast in both passes"])
+def test_plain_pytorch_ignores_autocast_in_either_pass(context: Any) -> None:
+    case = replace(SMALL, call=Call(context=context))
+    findings = ask("interval", torch_composite(), draw(case))
+    assert [str(finding) for finding in findings if finding.status is not Status.PASS] == []
+
+
+def test_each_pass_runs_in_the_thread_that_the_call_says() -> None:
+    seen: list[bool] = []
+    main = threading.get_ident()
+
+    def noting(**operands: Any) -> Tensor:
+        seen.append(threading.get_ident() != main)
+        y = mxref.parallel_linear_lora(**operands)
+        y.register_hook(lambda dOut: seen.append(threading.get_ident() != main))  # type: ignore[no-untyped-call]
+        return y
+
+    for threads in ("one", "another", "another in backward"):
+        Candidate("noting", noting).run(draw(replace(SMALL, call=Call(threads=threads))))
+    assert seen == [False, False, True, False, False, True]
+
+
+def test_what_is_raised_in_another_thread_is_raised_here() -> None:
+    def leaving(**operands: Any) -> Tensor:
+        raise SystemExit(0)
+
+    (finding,) = ask("interval", Candidate("leaving", leaving), draw(replace(SMALL, call=Call(threads="another"))))
+    assert finding.status is Status.FAIL
+    assert "SystemExit" in finding.reason
+
+
+class _Remembering(torch.autograd.Function):
+    """The identity, which is NaN backwards where its output is NaN by then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, save: bool) -> Tensor:
+        y = x.clone()
+        ctx.save_for_backward(*([y] if save else []))
+        ctx.y = None if save else y.detach()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (y,) = ctx.saved_tensors if ctx.y is None else (ctx.y,)
+        return torch.where(y.isnan(), y, grad), None
+
+
+def test_an_output_that_the_caller_overwrites_is_saved_or_not_needed() -> None:
+    """Autograd refuses a saved one that was changed; the case is then asked as it is without the change."""
+
+    def remembering(save: bool) -> Candidate:
+        return Candidate("", lambda **o: _Remembering.apply(mxref.parallel_linear_lora(**o), save))  # type: ignore[no-untyped-call]
+
+    sample = draw(replace(SMALL, data="integer", scaling=0.5, call=Call(output="overwritten")))
+    assert all(finding.ok for finding in ask("integer", remembering(save=True), sample))
+    assert not all(finding.ok for finding in ask("integer", remembering(save=False), sample))
+    assert all(finding.ok for finding in ask("integer", golden(), sample))
+
+
+@pytest.mark.parametrize("owner", ["leaf", "parameter", "computed"])
+def test_gradients_accumulate(owner: Any) -> None:
+    sample = draw(replace(SMALL, data="integer", scaling=0.5, call=Call(backward="accumulated", owner=owner)))
+    passes: list[int] = []
+
+    def kept_in_one_buffer(grad: Tensor) -> Tensor:
+        passes.append(1)
+        return grad * len(passes)
+
+    assert all(finding.ok for finding in ask("integer", golden(), sample))
+    findings = ask("integer", tapped("lora_A", kept_in_one_buffer), sample)
+    assert {finding.tensor for finding in findings if not finding.ok} == {"dA"}
+
+
+def test_an_operand_that_is_changed_behind_autograd_s_back_is_told() -> None:
+    """In any case, not only where memory is watched."""
+
+    def parking(**operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(**operands)
+        operands["sorted_scattered_idxs"].data[operands["sorted_expert_idxs"] >= operands["expert_offsets"].numel()] = 0
+        return y
+
+    (finding,) = ask("interval", Candidate("parking", parking), draw(BF16))
+    assert "changes sorted_scattered_idxs in place" in finding.reason
+    assert all(finding.ok for finding in ask("interval", Candidate("parking", parking), draw(SMALL))), "no sentinels"
+
+
+class _Straight(torch.autograd.Function):
+    """y; dOut is the gradient of x too."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda inputs, **operands: inputs, "Y shares memory with inputs"),
+        (lambda inputs, **operands: _Straight.apply(inputs.detach(), inputs), "dX shares memory with dOut"),
+    ],
+)
+def test_results_have_memory_of_their_own(call: Any, told: str) -> None:
+    square = Case("square", 1, 64, 64, 9, 1, 4, call=Call(needs=("dX",)))
+    (finding,) = ask("interval", Candidate("sharing", call), draw(square))
+    assert told in finding.reason
+
+
+def test_parts_of_one_buffer_share_no_elements() -> None:
+    buffer = torch.zeros(6, 8)
+    assert share_elements(buffer, buffer[2:3, 3:4])
+    assert share_elements(buffer[:, 0], buffer[5])
+    assert not share_elements(buffer[:, ::2], buffer[:, 1::2])
+    assert not share_elements(buffer[:3], buffer[3:])
+    assert not share_elements(buffer[:0], buffer)
+    assert not share_elements(buffer, buffer.clone())
+
+
+def test_a_process_s_first_call_is_made_in_rare_circumstances() -> None:
+    seen: list[tuple[bool, bool, torch.dtype]] = []
+
+    def noting(**operands: Any) -> Tensor:
+        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        seen.append((*modes, torch.get_default_dtype()))
+        return mxref.parallel_linear_lora(**operands)
+
+    call_first(Candidate("noting", noting), torch.device("cpu"))
+    assert seen == [(True, True, torch.bfloat16)]
+    assert torch.get_default_dtype() == torch.float32

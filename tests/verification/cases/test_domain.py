@@ -9,11 +9,11 @@ import torch
 from judging import BY_NAME
 
 from mxref.scattermoe import RoundingPoints, backward, forward
-from mxref.verification.cases.call import lay_out
+from mxref.verification.cases.call import Call, Layout, lay_out
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import combinations_of, covering_array, legal_pairs
 from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension, dimensions_for
-from mxref.verification.cases.domain_cases import domain_cases
+from mxref.verification.cases.domain_cases import domain_cases, slots_of
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.exclusions import EXCLUDED, Exclusion
 from mxref.verification.cases.scope import Scope
@@ -112,18 +112,26 @@ def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -
             signs = {"negative": (True, False), "some zero": (False, True)}.get(classes["gates"], (False, False))
             gates = problem.gates
             assert (bool((gates < 0).any()), bool((gates == 0).any())) == signs, case
-            if classes["gates"] == "another number a token":
-                others = [g for g in range(2, problem.P + 1) if problem.P % g == 0 and g != case.top_k]
-                assert gates.shape[1] in (others or [1]), case
-            else:
-                assert gates.shape[1] == (1 if classes["gates"] == "one a row" else case.top_k)
+            others = [g for g in range(2, problem.P + 1) if problem.P % g == 0 and g != case.top_k]
+            across = [g for g in others if g % case.top_k and case.top_k % g]
+            expected = {
+                "another number a token": others or [1],
+                "across tokens": across or others or [1],
+                "all a token's": [problem.P],
+                "one a row": [1],
+            }
+            assert gates.shape[1] in expected.get(classes["gates"], [case.top_k]), case
         if classes["fan out"] == "a row a slot":
             assert problem.k == 1
         if problem.lora_A is not None and problem.lora_A.numel() and problem.lora_B is not None:
             nan = bool(problem.lora_A.isnan().any()), bool(problem.lora_B.isnan().any())
             assert nan == ("NaN in A" in classes["adapters"], "NaN in B" in classes["adapters"]), case
-        call = case.call
-        assert call.layout("sorted_expert_idxs") == call.layout("expert_offsets") == classes["layout of indices"]
+        layouts = {
+            "expert ids": "sorted_expert_idxs",
+            "positions": "sorted_scattered_idxs",
+            "offsets": "expert_offsets",
+        }
+        assert all(case.call.layout(name) == classes[f"layout of {words}"] for words, name in layouts.items())
         if classes["routing"] == "all sentinels":
             assert bool((problem.sorted_expert_idxs >= problem.E).all())
         if classes["routing"] == "sentinels far above" and bool((problem.sorted_expert_idxs >= problem.E).any()):
@@ -134,8 +142,8 @@ def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -
             assert not bool(problem.lora_B.any())
         for name, x in problem.arguments().items():
             if isinstance(x, torch.Tensor):
-                assert torch.equal(lay_out(x, case.call.layout(name)).nan_to_num(), x.nan_to_num()), (case, name)
-        assert torch.equal(lay_out(sample.grad_out, case.call.dOut).nan_to_num(), sample.grad_out.nan_to_num()), case
+                assert torch.equal(case.call.lay_out(name, x).nan_to_num(), x.nan_to_num()), (case, name)
+        assert torch.equal(case.call.lay_out("grad_out", sample.grad_out).nan_to_num(), sample.grad_out.nan_to_num())
 
 
 def test_a_rounding_to_infinity_is_drawn() -> None:
@@ -153,26 +161,51 @@ def test_a_rounding_to_infinity_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    ["contiguous", "transposed", "sliced", "padded", "offset", "apart", "expanded", "one column", "one number"],
-)
-def test_layouts_hold_the_same_values_in_other_places(layout: str) -> None:
-    alike = {"expanded": torch.arange(4.0), "one column": torch.arange(3.0)[:, None], "one number": torch.tensor(2.0)}
-    x = alike[layout].expand(3, 4) if layout in alike else torch.arange(12.0).view(3, 4)
-    laid = lay_out(x, layout)
+    [
+        "contiguous", "transposed", "sliced", "padded", "offset", "apart", "overlapping", "expanded", "one column",
+        "one number",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("before", [0, 64])
+def test_layouts_hold_the_same_values_in_other_places(layout: Layout, before: int) -> None:
+    alike = {
+        "expanded": torch.arange(4.0).expand(3, 4), "one column": torch.arange(3.0)[:, None].expand(3, 4),
+        "one number": torch.tensor(2.0).expand(3, 4), "overlapping": torch.arange(8.0).unfold(0, 4, 2),
+    }  # fmt: skip
+    x = alike.get(layout, torch.arange(12.0).view(3, 4)).contiguous()
+    laid = lay_out(x, layout, before)
     assert torch.equal(laid, x)
     assert laid.data_ptr() != x.data_ptr()
+    assert laid.storage_offset() == before + {"offset": 13, "apart": 4}.get(layout, 0)
     found = {
-        "contiguous": laid.is_contiguous() and laid.storage_offset() == 0,
+        "contiguous": laid.is_contiguous(),
         "transposed": laid.stride() == (1, 3),
         "sliced": laid.stride() == (8, 2),
         "padded": laid.stride() == (9, 1),
         "one column": laid.stride() == (1, 0),
         "one number": laid.stride() == (0, 0),
-        "offset": laid.is_contiguous() and laid.storage_offset() == 13,
-        "apart": laid.stride() == (8, 1) and laid.storage_offset() == 4,
+        "offset": laid.is_contiguous(),
+        "apart": laid.stride() == (8, 1),
+        "overlapping": laid.stride() == (2, 1),
         "expanded": laid.stride() == (0, 1),
     }
     assert found[layout]
+
+
+def test_each_index_tensor_lies_by_itself_and_shares_memory_only_where_it_is_the_same_everywhere() -> None:
+    call = Call(ids="expanded", rows="sliced")
+    same, ascending = torch.full((4,), 3), torch.arange(4)
+    assert call.lay_out("sorted_expert_idxs", same).stride() == (0,)
+    assert call.lay_out("sorted_expert_idxs", ascending).is_contiguous()
+    assert call.lay_out("sorted_scattered_idxs", ascending).stride() == (2,)
+    assert call.lay_out("expert_offsets", ascending).is_contiguous()
+
+
+def test_gates_that_do_not_fit_the_slots() -> None:
+    assert slots_of("other", rows=36, slots=4) == 2
+    assert slots_of("across", rows=36, slots=4) == 3
+    assert slots_of("across", rows=9, slots=1) == 3  # nothing goes across one slot
+    assert slots_of("all", rows=36, slots=4) == 36
 
 
 def test_a_subset_is_read_in_the_domain_s_words() -> None:

@@ -26,7 +26,8 @@ bf16 = dict(dtype=torch.bfloat16, K=64, N=64)
 cases = [
     Case("more of it", data="integer", grouped_out=True, bias=True, tokens=37, **bf16),
     Case("gates", data="balanced", gate_slots=2, use_fused_dX=True, **bf16),
-    Case("offset", data="balanced", call=Call(x="offset", indices="offset", adapters="offset"), **bf16),
+    Case("offset", data="balanced", **bf16,
+         call=Call(x="offset", ids="offset", rows="offset", ends="offset", adapters="offset")),
 ]
 candidate, cpu = shipped(torch.device("cpu")), torch.device("cpu")
 items = plan_cases(cases, cpu, 0)

@@ -116,6 +116,42 @@ class RankTail(Layer):
         return replace(problem, lora_B=B.flatten(1))
 
 
+@bug("ranks of a tile and a quarter", "has tiles of 32 ranks, of which it takes one up to 63", rank="forty")
+class RankTile(Layer):
+    """The last adapter rows do not take part."""
+
+    def read(self, problem: Problem) -> Problem:
+        if problem.lora_B is None or not 32 < problem.rank < 64:
+            return problem
+        B = problem.lora_B.detach().clone().view(problem.N, problem.E, problem.rank)
+        B[..., 32:] = 0
+        return replace(problem, lora_B=B.flatten(1))
+
+
+@bug("a token's gates in one tile", "sums up 32 slots, more than any router has", gates="all a token's",
+     rows="a tile and a tail")  # fmt: skip
+class GateTile(Layer):
+    """The rest does not take part."""
+
+    def read(self, problem: Problem) -> Problem:
+        if problem.gates is None:
+            return problem
+        gates = problem.gates.detach().clone()
+        gates[:, 32:] = 0
+        return replace(problem, gates=gates)
+
+
+@bug("s as fp16 holds it", "hands s to the kernel in the activations' dtype, saturated", scaling="beyond fp16",
+     dtype="fp16")  # fmt: skip
+class ScalingRange(Layer):
+    """Nothing else is wrong with large factors."""
+
+    def read(self, problem: Problem) -> Problem:
+        if problem.dtype != _FP16:
+            return problem
+        return replace(problem, scaling=max(-65504.0, min(problem.scaling, 65504.0)))
+
+
 @bug("eight slots at most", "has a tile of eight slots in the gates' gradient", slots="ten", gates="positive")
 class Slots(Layer):
     """The rest gets no gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -149,6 +150,42 @@ def _alone(name: str, needs: Mapping[str, bool]) -> bool:
     return needs[name] and sum(needs.values()) == 1
 
 
+gates_across = bug("dX of gates across tokens", "takes gates for those of a row's own slots", gates="across tokens",
+                   slots="two", input_order="by token", fan_out="a row a token")(
+    _backward(lambda p, dOut, needs, found: _times(found, "dX", 2.0) if p.gates is not None and p.gates.shape[1] % p.k
+              else {})
+)  # fmt: skip
+autocast_backward = bug("autocast followed in backward", "leaves a product of its backward pass to autocast",
+                        context="autocast in backward", dtype="fp32")(
+    _backward(lambda p, dOut, needs, found: {"dX": _through_bf16(found["dX"])} if p.dtype == torch.float32
+              and torch.is_autocast_enabled(dOut.device.type) else {})
+)  # fmt: skip
+zeros_shared = bug("one buffer of zeros", "gives all gradients that are zero the same memory", scaling="zero",
+                   gradients="all")(
+    _backward(lambda p, dOut, needs, found: _in_one_buffer(found, "dA", "dB") if p.scaling == 0 else {})
+)  # fmt: skip
+held_added = bug("what .grad holds added twice", "adds lora_A.grad to what it returns, which autograd does",
+                 backward_pass="accumulated")(
+    _backward(lambda p, dOut, needs, found: _plus_held(found["dA"], p.lora_A))
+)  # fmt: skip
+
+
+def _through_bf16(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.bfloat16).to(x.dtype)
+
+
+def _in_one_buffer(found: Gradients, *names: str) -> Gradients:
+    there = {name: x for name in names if (x := found[name]) is not None}
+    if len({x.dtype for x in there.values()}) != 1 or any(x.count_nonzero() for x in there.values()):
+        return {}
+    zeros = torch.cat([x.flatten() for x in there.values()])
+    return {name: zeros[: x.numel()].view(x.shape) for name, x in there.items()}
+
+
+def _plus_held(dA: Tensor | None, A: Tensor | None) -> Gradients:
+    return {} if dA is None or A is None or not A.is_leaf or A.grad is None else {"dA": dA + A.grad}
+
+
 @bug("4,096 columns at most", "ends a loop over columns there")
 class Columns(Layer):
     """The rest is zero."""
@@ -217,6 +254,87 @@ class Versions(Layer):
             return problem
         key = A.data_ptr(), A._version, tuple(A.shape), A.stride(), A.dtype
         return replace(problem, lora_A=self.cache.setdefault(key, A.detach().clone()))
+
+
+@bug("casts kept with their parameter", "keeps a narrow copy of an fp32 A with the tensor object and its version")
+class Casts(Layer):
+    """What `.data` holds anew is not seen."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self.A: Tensor | None = None
+
+    def call(self, problem: Problem) -> Tensor:
+        """With the kept A."""
+        A = problem.lora_A
+        if A is None or A.dtype == problem.dtype or A.is_inference():
+            return super().call(problem)
+        own, version, self.A = self.kept.get(id(A), (None, 0, None))
+        if own is not A or version != A._version:
+            self.A = A.detach().to(problem.dtype)
+            self.kept[id(A)] = A, A._version, self.A
+        try:
+            return super().call(problem)
+        finally:
+            self.A = None
+
+    def forward(self, problem: Problem) -> Tensor:
+        """Y."""
+        return super().forward(problem if self.A is None else replace(problem, lora_A=self.A))
+
+
+@bug("a table of the thread that imports", "keeps a table in threading.local and fills it once", threads="another")
+class ThreadTable(Layer):
+    """Other threads find none."""
+
+    def __init__(self) -> None:
+        self.table = threading.local()
+        self.table.one = 1.0
+
+    def forward(self, problem: Problem) -> Tensor:
+        """Y, or zero."""
+        return super().forward(problem) * getattr(self.table, "one", 0.0)
+
+
+@bug("scratch of the thread of the forward pass", "passes s to backward through threading.local",
+     threads="another in backward")  # fmt: skip
+class ThreadScratch(Layer):
+    """Autograd's thread may be another."""
+
+    def __init__(self) -> None:
+        self.scratch = threading.local()
+
+    def call(self, problem: Problem) -> Tensor:
+        """Notes its thread."""
+        self.scratch.there = True
+        return super().call(problem)
+
+    def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
+        """Without its scratch, zero."""
+        found = super().backward(problem, dOut, needs)
+        there = hasattr(self.scratch, "there")
+        return found if there else {name: None if x is None else torch.zeros_like(x) for name, x in found.items()}
+
+
+@bug("the output kept on ctx", "keeps Y as an attribute of ctx for dgates", output="overwritten", gates="positive")
+class OutputOnCtx(Layer):
+    """The caller's own from the moment that it is returned."""
+
+    def call(self, problem: Problem) -> Tensor:
+        """Y, through a function that looks at it again in backward."""
+        y: Tensor = _Kept.apply(super().call(problem))  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.y = y.clone()
+        return ctx.y.view_as(ctx.y)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dOut: Tensor) -> Tensor:
+        return torch.where(ctx.y.isnan() & ~dOut.isnan(), ctx.y, dOut)
 
 
 @bug("outputs that take turns", "has two output buffers a shape for calls without a graph")

@@ -101,15 +101,49 @@ dOut_expanded = bug(
 )(_misread_dOut(lambda g: torch.cat((g[:1], torch.zeros_like(g[1:]))) if g.stride(0) == 0 else g))  # fmt: skip
 
 
-positions_strided = bug("positions read as contiguous", _NO_STRIDES, layout_of_indices="sliced")(
+positions_strided = bug("positions read as contiguous", _NO_STRIDES, layout_of_positions="sliced")(
     _misread(as_if_contiguous, "sorted_scattered_idxs")
 )
-offsets_strided = bug("expert_offsets read as contiguous", _NO_STRIDES, layout_of_indices="sliced")(
+offsets_strided = bug("expert_offsets read as contiguous", _NO_STRIDES, layout_of_offsets="sliced")(
     _misread(as_if_contiguous, "expert_offsets")
 )
 indices_offset = bug(
-    "offset of positions lost", "takes the storage's address for the tensor's", layout_of_indices="offset"
+    "offset of positions lost", "takes the storage's address for the tensor's", layout_of_positions="offset"
 )(_misread(_from_the_start, "sorted_scattered_idxs"))
+
+
+@bug("strides of positions taken for all indices", "copies the routing tensors where the first of them is strided",
+     layout_of_positions="contiguous", layout_of_expert_ids="sliced")  # fmt: skip
+class IdsAlone(Layer):
+    """Strided ids beside contiguous positions are misread."""
+
+    def read(self, problem: Problem) -> Problem:
+        if not problem.sorted_scattered_idxs.is_contiguous():
+            return problem
+        return replace(problem, sorted_expert_idxs=as_if_contiguous(problem.sorted_expert_idxs))
+
+
+@bug("overlapping rows read one behind the other", "copies x where a stride is larger than what it spans",
+     layout_of_x="overlapping")  # fmt: skip
+class Overlapping(Layer):
+    """Windows of a sequence."""
+
+    def read(self, problem: Problem) -> Problem:
+        x = problem.inputs
+        overlapping = x.stride(1) == 1 and 0 < x.stride(0) < x.shape[1]
+        return replace(problem, inputs=as_if_contiguous(x)) if overlapping else problem
+
+
+@bug("a dOut that begins late taken as dense", "makes an address from an offset and the number of columns",
+     layout_of_dOut="padded", storage="shared")  # fmt: skip
+class Within(Layer):
+    """A block of a larger gradient."""
+
+    def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
+        begins_late = dOut.storage_offset() > 0 and dOut.stride(-1) == 1
+        return super().backward(problem, as_if_contiguous(dOut) if begins_late else dOut, needs)
+
+
 dense_offset = bug("offset of dense weights lost", "takes the storage's address", weights="dense, offset")(
     _misread(_from_the_start, "expert_weights")
 )

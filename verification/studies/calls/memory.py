@@ -184,6 +184,58 @@ class IdsWritten(Layer):
         return problem
 
 
+@bug("positions of other ranks' rows zeroed", "parks rows that nobody owns at position 0, in the caller's tensor",
+     routing="sentinels")  # fmt: skip
+class PositionsWritten(Layer):
+    """The caller's routing, where there are sentinels."""
+
+    def forward(self, problem: Problem) -> Tensor:
+        y = super().forward(problem)
+        problem.sorted_scattered_idxs.data[problem.sorted_expert_idxs >= problem.E] = 0
+        return y
+
+
+@bug("eight graphs at most", "keeps x for backward in a ring of eight")
+class Ring(Layer):
+    """A pipeline has as many microbatches under way as it has stages."""
+
+    def __init__(self) -> None:
+        self.ring: list[Tensor | None] = [None] * 8
+        self.calls = 0
+
+    def call(self, problem: Problem) -> Tensor:
+        return _InRing(self, self.calls % len(self.ring))(**problem.arguments())
+
+
+class _InRing(Layer):
+    def __init__(self, shared: Ring, place: int) -> None:
+        self.shared, self.place = shared, place
+
+    def forward(self, problem: Problem) -> Tensor:
+        self.shared.ring[self.place] = problem.inputs.detach().clone()
+        self.shared.calls += 1
+        return super().forward(problem)
+
+    def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
+        x = self.shared.ring[self.place]
+        if x is not None and x.shape == problem.inputs.shape and x.dtype == problem.dtype:
+            problem = replace(problem, inputs=x)
+        return super().backward(problem, dOut, needs)
+
+
+@bug("a constant of the first call", "makes a constant when it is first needed, and saves it for every backward pass")
+class FirstConstant(Layer):
+    """Under inference_mode it is nothing that autograd may save."""
+
+    def __init__(self) -> None:
+        self.one: Tensor | None = None
+
+    def call(self, problem: Problem) -> Tensor:
+        if self.one is None:
+            self.one = torch.ones((), dtype=torch.float32)
+        return super().call(problem) * self.one.to(problem.dtype)
+
+
 @bug("B scaled in place and back", "multiplies B by s and divides afterwards", scaling="zero")
 class BWritten(Layer):
     """0 · B / 0 is NaN, and a third does not come back."""
