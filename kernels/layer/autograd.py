@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from mxref.kernels.device.configs import Config
 from mxref.kernels.device.schedule import Routing
-from mxref.kernels.layer.passes import Call, Needs, Saved, gradients
+from mxref.kernels.layer.passes import Call, Saved, gradients
+from mxref.kernels.layer.plan import Needs
 from mxref.weights import MXWeights
 
 __all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
