@@ -147,7 +147,7 @@ def test_known_launches_start_the_code_that_triton_would(report: Any) -> None:
 
 
 def test_calls_that_differ_in_a_dtype_alone_start_other_code(report: Any) -> None:
-    """All kernels but the sum over slots read indices; fp32 adapters are rounded first, and only their gradients differ."""
+    """All kernels but the sum over slots read indices; of fp32 adapters only the gradients differ."""
     codes, names = report["dtypes"], [*FORWARD, *BACKWARD]
     same = {case: list(map(str.__eq__, codes["plain"], codes[case])) for case in ("index", "adapter", "again")}
     assert same["index"] == [name == "combine_kernel" for name in names]
