@@ -6,7 +6,7 @@ device tensor's value: recorded with tensors on the `meta` device it would raise
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from triton.backends.nvidia.driver import CudaLauncher
 
 __all__ = [
     "INTERPRETED",
@@ -32,6 +33,9 @@ __all__ = [
     "passed_on",
     "recording",
 ]
+
+_IN_C = triton.__version__.startswith("3.7.")
+"""Whether Triton's launcher is the one that `_entry` knows."""
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when this package was imported; `@triton.jit` decides at the same moment."""
@@ -178,14 +182,14 @@ class PreparedLaunch:
         known = self._compiled.get(places)
         if known is None:
             compiled = self._through_triton(tensors)
-            self._compiled[places] = compiled, compiled.run, (compiled.function, compiled.packed_metadata)
+            self._compiled[places] = compiled, *_entry(compiled)
             return
-        compiled, run, own = known
+        compiled, start, between = known
         if _watched():
             compiled[self._programs, 1, 1](*tensors, *self._known)
         else:
-            stream = driver.get_current_stream(index)
-            run(self._programs, 1, 1, stream, *own, None, None, None, *arguments, *self._known)
+            arguments += self._known
+            start(self._programs, 1, 1, driver.get_current_stream(index), *between, arguments)
 
     def _without_a_gpu(self, tensors: tuple[Any, ...]) -> None:
         recorder = _recorder.get()
@@ -199,6 +203,18 @@ class PreparedLaunch:
     def _through_triton(self, tensors: tuple[Any, ...]) -> Any:
         """Start it as Triton does; the compiled kernel, or None where it is interpreted."""
         return self._kernel[(self._programs,)](*tensors, *self._known, **self._options)
+
+
+def _entry(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What starts a compiled kernel, and what that takes between the stream and the list of arguments.
+
+    In Triton 3.7 it is a function in C: what is around it allocates scratch memory, of which these kernels have none.
+    """
+    run, own = compiled.run, (compiled.packed_metadata, None, None, None)
+    if _IN_C and isinstance(run, CudaLauncher) and not (run.global_scratch_size or run.profile_scratch_size):
+        flags, signature = (run.launch_cooperative_grid, run.launch_pdl), (run.arg_annotations, run.kernel_signature)
+        return run.launch, (compiled.function, *flags, *own, None, None, *signature)
+    return lambda *given: run(*given[:-1], *given[-1]), (compiled.function, *own)
 
 
 def _watched() -> bool:
