@@ -180,6 +180,6 @@ class Routing:
         known = self.tables.get(self.INVERSE)
         inverse = torch.empty(self.P, dtype=torch.int32, device=self.offsets.device) if known is None else known
         tiles = inverse.new_empty(tile_bound(self.P, self.E, block_m), 3)
-        tensors = self.positions, self.offsets, tiles, inverse if known is None else None
-        _tables(self.P, self.E, block_m, known is None, kinds(*tensors))(*tensors)
-        self.tables |= {block_m: tiles, self.INVERSE: inverse}
+        launch = _tables(self.P, self.E, block_m, known is None, kinds(self.positions, self.offsets))
+        launch(self.positions, self.offsets, tiles, inverse if known is None else None)
+        self.tables[block_m], self.tables[self.INVERSE] = tiles, inverse

@@ -79,8 +79,8 @@ def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None
 
     `out` [tokens, J] is filled and returned; P / tokens is the number of slots.
     """
-    tensors = out, rows_in, routing.inverse(), gates
-    _combine(routing.P, *out.shape, kinds(*tensors))(*tensors)
+    launch = _combine(routing.P, *out.shape, kinds(out, rows_in, gates))
+    launch(out, rows_in, routing.inverse(), gates)
     return out
 
 

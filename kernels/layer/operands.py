@@ -75,14 +75,12 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
 
 def kind_of(operand: Tensor | MXWeights | None) -> Hashable:
     """What the checks and the kernels read of an operand beside its values: equal for two that they treat alike."""
-    if operand is None:
-        return None
     if isinstance(operand, Tensor):
         return operand.shape, operand.dtype, operand.device
     if isinstance(operand, MXWeights):
         packed = operand.packed
         return packed.shape, packed.device, operand.K, operand.N, operand.layout, operand.scales_to_128
-    return object()
+    return None if operand is None else object()
 
 
 def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
