@@ -34,7 +34,7 @@ __all__ = [
     "recording",
 ]
 
-_IN_C = triton.__version__.startswith("3.7.")
+_IN_C = triton.__version__.startswith("3.7.1")
 """Whether Triton's launcher is the one that `_entry` knows."""
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -208,7 +208,7 @@ class PreparedLaunch:
 def _entry(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What starts a compiled kernel, and what that takes between the stream and the list of arguments.
 
-    In Triton 3.7 it is a function in C: what is around it allocates scratch memory, of which these kernels have none.
+    In Triton 3.7.1 it is a function in C: what is around it allocates scratch memory, of which these kernels have none.
     """
     run, own = compiled.run, (compiled.packed_metadata, None, None, None)
     if _IN_C and isinstance(run, CudaLauncher) and not (run.global_scratch_size or run.profile_scratch_size):
