@@ -150,7 +150,7 @@ class PreparedLaunch:
         max_registers: int | None = None,
         **known: Any,
     ) -> None:
-        self._kernel, self._programs = kernel, programs
+        self.kernel, self._programs = kernel, programs
         self._options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
         if max_registers is not None:
             self._options["maxnreg"] = max_registers
@@ -197,12 +197,12 @@ class PreparedLaunch:
             with np.errstate(over="ignore", invalid="ignore"):  # IEEE's infinities and NaNs are results here
                 self._through_triton(tensors)
         else:
-            arguments = dict(zip(self._kernel.arg_names, (*tensors, *self._known), strict=True))
-            recorder.launches.append(Launch(self._kernel, arguments, self._options))
+            arguments = dict(zip(self.kernel.arg_names, (*tensors, *self._known), strict=True))
+            recorder.launches.append(Launch(self.kernel, arguments, self._options))
 
     def _through_triton(self, tensors: tuple[Any, ...]) -> Any:
         """Start it as Triton does; the compiled kernel, or None where it is interpreted."""
-        return self._kernel[(self._programs,)](*tensors, *self._known, **self._options)
+        return self.kernel[(self._programs,)](*tensors, *self._known, **self._options)
 
 
 def _entry(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
