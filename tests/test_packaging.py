@@ -217,6 +217,7 @@ class TestInstalled:
         install(python, "--editable", sources)
         where = run(python, "-c", f"{IMPORTS}; print(mxref.kernels.__file__)", cwd=tmp_path).strip()
         assert Path(where).is_relative_to(sources)
+        assert "usage: mxref mutants" in run(python.parent / "mxref", "mutants", "--help", cwd=tmp_path)
         # The editable finder must not offer the root's rooms as packages of their own.
         probe = "from importlib.util import find_spec; print(find_spec('kernels'), find_spec('verification'))"
         assert str(sources) not in run(python, "-c", probe, cwd=tmp_path)
@@ -288,6 +289,10 @@ class TestReadme:
     """The README's Python, pasted into a fresh process in the repository's root."""
 
     BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+    def test_the_package_s_own_page_shows_the_same(self):
+        page = (ROOT / "docs" / "package.md").read_text(encoding="utf-8")
+        assert re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) == self.BLOCKS[:1]
 
     def test_the_layer_runs(self):
         (block,) = (block for block in self.BLOCKS if "parallel_linear_lora" in block)

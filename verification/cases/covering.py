@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, permutations, product
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -46,18 +47,19 @@ def legal_pairs(dimensions: Sequence[Dimension], exclusions: Sequence[Exclusion]
     return legal
 
 
-def combinations_of(legal: Pairs, sizes: Sequence[int], strength: int) -> set[Row]:
-    """Every legal combination of `strength` classes of different dimensions, each as ascending class numbers."""
+def combinations_of(legal: Pairs, sizes: Sequence[int], strength: int) -> npt.NDArray[np.int64]:
+    """Every legal combination of `strength` classes of different dimensions, as ascending class numbers, in a row."""
     starts = np.cumsum([0, *sizes[:-1]])
     ranges = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    found = set[Row]()
+    found = list[npt.NDArray[np.int64]]()
     for chosen in combinations(ranges, strength):
         together = np.ones([len(each) for each in chosen], dtype=bool)
         for a, b in combinations(range(strength), 2):
             shape = [len(chosen[d]) if d in (a, b) else 1 for d in range(strength)]
             together &= legal[np.ix_(chosen[a], chosen[b])].reshape(shape)
-        found.update(map(tuple, (np.argwhere(together) + [each.start for each in chosen]).tolist()))
-    return found
+        found.append(np.argwhere(together) + np.array([each.start for each in chosen]))
+    every = np.concatenate(found)
+    return every[np.lexsort(every.T[::-1])]
 
 
 def covering_array(
@@ -76,7 +78,7 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
     """The rows for so many classes of each dimension; `legal_bytes`: of `legal_pairs`."""
     starts = np.cumsum([0, *sizes[:-1]])
     legal = np.frombuffer(legal_bytes, dtype=bool).reshape(sum(sizes), -1)
-    missing = np.array(sorted(combinations_of(legal, sizes, strength)))
+    missing = combinations_of(legal, sizes, strength)
     open_ = np.zeros((len(legal),) * strength, dtype=bool)  # symmetric: a combination in every order
     for order in permutations(range(strength)):
         open_[tuple(missing.T[list(order)])] = True
@@ -93,7 +95,7 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
             open_[order] = False
         if not found:
             continue
-        row = max(found, key=lambda row: int(open_[np.ix_(*[row] * strength)].sum()))
+        _, row = max(found, key=itemgetter(0))
         open_[np.ix_(*[row] * strength)] = False
         rows.append(tuple(int(each - start) for each, start in zip(row, starts, strict=True)))
     return tuple(rows)
@@ -106,8 +108,8 @@ def _fill(
     starts: npt.NDArray[np.int64],
     sizes: Sequence[int],
     draw: np.random.Generator,
-) -> Row | None:
-    """A whole row around the chosen classes, or None where there is none."""
+) -> tuple[int, Row] | None:
+    """A whole row around the chosen classes, and how many open combinations it adds; None where there is none."""
     held = set((np.searchsorted(starts, chosen, side="right") - 1).tolist())
     left = [d for d in draw.permutation(len(sizes)).tolist() if d not in held]
     possible: Pairs = np.logical_and.reduce(legal[chosen])
@@ -116,6 +118,7 @@ def _fill(
     gain = np.zeros(len(legal), dtype=int)  # open combinations of a class with chosen ones, in every order
     for count, best in enumerate(chosen):
         gain += _gained(open_, best, chosen[:count])
+    covered = 0
     while left:
         dimension = left.pop(0)
         own = starts[dimension] + draw.permutation(sizes[dimension])
@@ -124,10 +127,11 @@ def _fill(
         if not classes.size:
             return None
         best = int(classes[gain[classes].argmax()])
+        covered += int(gain[best])
         gain += _gained(open_, best, chosen)
         chosen.append(best)
         possible = possible & legal[best]
-    return tuple(sorted(chosen))
+    return covered, tuple(sorted(chosen))
 
 
 def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 
 def digest(texts: Mapping[str, str]) -> str:
@@ -19,10 +20,16 @@ def digests(texts: Mapping[str, str]) -> dict[str, str]:
     Left out, because they decide nothing: comments and layout, strings that stand alone (docstrings), and what a
     `raise` says. Annotations stay in: `tl.constexpr` is one.
     """
-    return {name: _sha(_canonical(ast.parse(text))) for name, text in texts.items()}
+    return {name: _digest(text) for name, text in texts.items()}
 
 
-def imported(text: str, package: str) -> list[str]:
+@cache
+def _digest(text: str) -> str:
+    return _sha(_canonical(ast.parse(text)))
+
+
+@cache
+def imported(text: str, package: str) -> tuple[str, ...]:
     """Modules of `package` that a source imports anywhere, by absolute names, without the package's own name."""
     names = []
     for node in ast.walk(ast.parse(text)):
@@ -30,7 +37,7 @@ def imported(text: str, package: str) -> list[str]:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-    return [name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}.")]
+    return tuple(name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}."))
 
 
 def _canonical(node: ast.AST) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import platform
 import re
 import subprocess
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def _driver() -> str:
     return text.value.decode() if answered else "unknown"
 
 
+@cache
 def _ptxas() -> str:
     """The version of the assembler that Triton brings along."""
     try:
