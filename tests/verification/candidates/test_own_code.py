@@ -74,8 +74,8 @@ def test_a_candidate_that_changes_the_question_fails() -> None:
     [item] = plan_cases([Case("one", data="integer", scaling=0.5)], torch.device("cpu"), 0)
     findings = judge(item, Candidate("asker", call), default_accumulation(torch.device("cpu")))
     wrong = [finding for finding in findings if not finding.ok]
-    assert [finding.check for finding in wrong] == ["state"]
-    assert "the question was changed" in wrong[0].reason
+    assert [finding.check for finding in wrong] == ["integer", "state"]
+    assert "the question was changed" in wrong[-1].reason
 
 
 def test_a_candidate_that_takes_the_checks_out_of_its_item_is_judged_all_the_same() -> None:

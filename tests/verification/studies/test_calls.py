@@ -73,7 +73,7 @@ def test_memory_read_without_strides() -> None:
         ("casts kept with their parameter", "sequences"),
         ("eight graphs at most", "sequences"),
         ("a constant of the first call", "sequences"),
-        ("strides of positions taken for all indices", "interval"),
+        ("strides of expert ids taken for all indices", "interval"),
         ("overlapping rows read one behind the other", "interval"),
         ("a dOut that begins late taken as dense", "integer"),
         ("ranks of a tile and a quarter", "integer"),

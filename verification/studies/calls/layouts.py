@@ -112,15 +112,15 @@ indices_offset = bug(
 )(_misread(_from_the_start, "sorted_scattered_idxs"))
 
 
-@bug("strides of positions taken for all indices", "copies the routing tensors where the first of them is strided",
-     layout_of_positions="contiguous", layout_of_expert_ids="sliced")  # fmt: skip
-class IdsAlone(Layer):
-    """Strided ids beside contiguous positions are misread."""
+@bug("strides of expert ids taken for all indices", "copies the routing tensors where the first of them is strided",
+     layout_of_expert_ids="contiguous", layout_of_positions="sliced")  # fmt: skip
+class PositionsAlone(Layer):
+    """Strided positions beside contiguous ids are misread."""
 
     def read(self, problem: Problem) -> Problem:
-        if not problem.sorted_scattered_idxs.is_contiguous():
+        if not problem.sorted_expert_idxs.is_contiguous():
             return problem
-        return replace(problem, sorted_expert_idxs=as_if_contiguous(problem.sorted_expert_idxs))
+        return replace(problem, sorted_scattered_idxs=as_if_contiguous(problem.sorted_scattered_idxs))
 
 
 @bug("overlapping rows read one behind the other", "copies x where a stride is larger than what it spans",

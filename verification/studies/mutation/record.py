@@ -11,7 +11,10 @@ from mxref.verification.studies.mutation.sources import Source
 
 
 def payload(session: Session) -> dict[str, Any]:
-    """What to keep of a run: every mutant by its fate, each killed one with the checks that rejected it."""
+    """What to keep of a run: the mutants by their fate, killed ones with the checks that rejected them.
+
+    Those that are not named are left open.
+    """
     fates = {fate: [judged for judged in session.judged if judged.fate is fate] for fate in Fate}
     return {
         "passed": session.passed,
@@ -22,7 +25,6 @@ def payload(session: Session) -> dict[str, Any]:
         "killed": {judged.mutant.name: list(judged.kills) for judged in fates[Fate.KILLED]},
         "equivalent": {judged.mutant.name: judged.reason for judged in fates[Fate.EQUIVALENT]},
         "survived": [judged.mutant.name for judged in fates[Fate.SURVIVED]],
-        "unjudged": [judged.mutant.name for judged in fates[Fate.UNJUDGED]],
     }
 
 
@@ -37,10 +39,10 @@ def left_open(entry: Mapping[str, Any], mutants: Sequence[Mutant]) -> list[Mutan
     Raises:
         ValueError: it is of another catalogue.
     """
-    listed = {*entry["killed"], *entry["equivalent"], *entry["survived"], *entry["unjudged"]}
-    if listed != {mutant.name for mutant in mutants}:
+    explained = {*entry["killed"], *entry["equivalent"]}
+    if not {*explained, *entry["survived"]} <= {mutant.name for mutant in mutants}:
         raise ValueError(f"the record is of another catalogue; write it again: {entry['command']}")
-    return [mutant for mutant in mutants if mutant.name in {*entry["survived"], *entry["unjudged"]}]
+    return [mutant for mutant in mutants if mutant.name not in explained]
 
 
 def judged_before(entry: Mapping[str, Any], mutants: Iterable[Mutant]) -> list[Judged]:
