@@ -22,8 +22,9 @@ def call_first(candidate: Candidate, device: torch.device) -> None:
     """
     case = candidate.covers.of(candidate.covers.fitted(smallest(torch.float32)))
     before, sample = GlobalState.now(), draw(case, device)
-    torch.set_default_dtype(torch.bfloat16)
-    answered(lambda: candidate.run(sample.called(mode="inference", context="autocast")))
+    with torch.random.fork_rng():  # or a seed that every call sets would be set before the checks look
+        torch.set_default_dtype(torch.bfloat16)
+        answered(lambda: candidate.run(sample.called(mode="inference", context="autocast")))
     before.restore()
 
 

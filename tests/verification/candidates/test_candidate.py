@@ -16,6 +16,7 @@ from torch import Tensor
 
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.candidates import starting_point
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
 from mxref.verification.candidates.memory.sharing import share_elements
@@ -421,3 +422,16 @@ def test_a_process_s_first_call_is_made_in_rare_circumstances() -> None:
     call_first(Candidate("noting", noting), torch.device("cpu"))
     assert seen == [(True, True, torch.bfloat16)]
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_first_call_leaves_random_numbers_alone() -> None:
+    """A candidate that sets the same seed in every call would have set it before the checks look."""
+
+    def seeding(**operands: Any) -> Tensor:
+        torch.manual_seed(0)
+        return starting_point.layer(**operands)
+
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    call_first(Candidate("seeding", seeding), torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), before)
