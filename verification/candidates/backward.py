@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mxref.verification.candidates.memory.sharing import same_values
+from mxref.verification.candidates.memory.sharing import hold_the_same
 from mxref.verification.cases.call import Backward
 
 
@@ -38,7 +38,7 @@ def _accumulated(y: Tensor, leaves: dict[str, Tensor], dOut: Tensor, retain_grap
     found: dict[str, Tensor | None] = {}
     for tensor, leaf in leaves.items():
         once, both, leaf.grad = first[tensor], leaf.grad, None
-        if once is None or both is None or same_values(once + once, both):
+        if once is None or both is None or hold_the_same(once + once, both):
             found[tensor] = once
         else:
             found[tensor] = both - once

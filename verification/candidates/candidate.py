@@ -31,7 +31,7 @@ from mxref.verification.arithmetic.rounding_points import declared_points
 from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
 from mxref.verification.candidates.backward import BACKWARDS
-from mxref.verification.candidates.memory.sharing import same_values, share_elements
+from mxref.verification.candidates.memory.sharing import hold_the_same, share_elements
 from mxref.verification.cases.call import Call, in_another_thread
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
@@ -216,7 +216,7 @@ def _check_unchanged(sample: Sample, operands: Mapping[str, Any]) -> None:
     def held(name: str, x: Tensor) -> Tensor:
         weights = operands.get("expert_weights")
         copy = getattr(weights, name, None) if name in ("packed", "scales") else operands.get(name)
-        if isinstance(copy, Tensor) and not same_values(copy.detach(), x):
+        if isinstance(copy, Tensor) and not hold_the_same(copy.detach(), x):
             raise UnusableAnswerError(f"changes {name} in place; expected every operand unchanged")
         return x
 

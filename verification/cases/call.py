@@ -204,9 +204,8 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
         case "apart":
             inside = memory(2 * x.shape[0], *x.shape[1:])[1::2]
         case "overlapping":
-            windows = memory((len(x) - 1) * window_step(columns) + columns)
-            windows.copy_(torch.cat((x[0], x[1:, columns - window_step(columns) :].flatten())))
-            return windows.unfold(0, columns, window_step(columns))
+            row = long_row(x)
+            return memory(len(row)).copy_(row).unfold(0, columns, window_step(columns))
         case "expanded":
             return memory(1, *x.shape[1:]).copy_(x[:1]).expand(x.shape)
         case "one column":
@@ -214,6 +213,11 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
         case "one number":
             return memory(1, 1).copy_(x[:1, :1]).expand(x.shape)
     return inside.copy_(x)
+
+
+def long_row(x: Tensor) -> Tensor:
+    """The row of which overlapping rows are windows, filled by one after the other."""
+    return torch.cat((x[0], x[1:, x.shape[1] - window_step(x.shape[1]) :].flatten()))
 
 
 def window_step(columns: int) -> int:

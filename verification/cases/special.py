@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE
 from mxref.problem import Problem
-from mxref.verification.cases.call import Layout, window_step
+from mxref.verification.cases.call import Layout, long_row, window_step
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights, decode_mxfp4
 
@@ -56,8 +56,7 @@ def _alike(x: Tensor, layout: Layout) -> Tensor:
     What overlaps is taken from memory as the rows fill it one after the other.
     """
     if layout == "overlapping" and x.numel():
-        step = window_step(x.shape[1])
-        return torch.cat((x[0], x[1:, x.shape[1] - step :].flatten())).unfold(0, x.shape[1], step).contiguous()
+        return long_row(x).unfold(0, x.shape[1], window_step(x.shape[1])).contiguous()
     rows, columns = layout in ("expanded", "one number"), layout in ("one column", "one number")
     x = x[:1].expand(x.shape) if rows else x
     return x[:, :1].expand(x.shape) if columns else x

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def same_values(x: Tensor, other: Tensor) -> bool:
+def hold_the_same(x: Tensor, other: Tensor) -> bool:
     """Whether the values are, where NaN is NaN."""
     return torch.equal(x, other) or bool(((x == other) | (x.isnan() & other.isnan())).all())
 
