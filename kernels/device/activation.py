@@ -13,13 +13,14 @@ Interleaved columns are read and written as they lie, 16 bytes a thread, and tak
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import PreparedLaunch
+from mxref.kernels.device.launch import PreparedLaunch, kinds
 from mxref.swiglu import SwiGLU
 
 __all__ = ["COLS", "ROWS", "activate", "activate_backward"]
@@ -122,13 +123,14 @@ def activation_backward_kernel(
 
 def activate(gate_up: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
     """H of gate_up, contiguous [P, 2J]; `out`, contiguous [P, J], is filled and returned."""
-    _prepared(False, *out.shape, form.interleaved, *_numbers(form))(out=out, gate_up=gate_up)
+    _prepared(False, *out.shape, form.interleaved, *_numbers(form), kinds(out, gate_up))(out, gate_up)
     return out
 
 
 def activate_backward(gate_up: Tensor, grad: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
     """d(gate_up) of dH, contiguous [P, J]; `out`, contiguous [P, 2J], is filled and returned."""
-    _prepared(True, *grad.shape, form.interleaved, *_numbers(form))(out=out, gate_up=gate_up, grad=grad)
+    tensors = out, gate_up, grad
+    _prepared(True, *grad.shape, form.interleaved, *_numbers(form), kinds(*tensors))(*tensors)
     return out
 
 
@@ -139,7 +141,7 @@ def _numbers(form: SwiGLU) -> tuple[str | None, ...]:
 
 @lru_cache(4096)
 def _prepared(
-    backward: bool, P: int, J: int, interleaved: bool, alpha: str, limit: str | None, offset: str
+    backward: bool, P: int, J: int, interleaved: bool, alpha: str, limit: str | None, offset: str, alike: Hashable
 ) -> PreparedLaunch:
     return PreparedLaunch(
         activation_backward_kernel if backward else activation_kernel,

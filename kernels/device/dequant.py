@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.device.decode import BLOCK, e2m1, e8m0, narrow
-from mxref.kernels.device.launch import INTERPRETED, PreparedLaunch, aligned, architecture
+from mxref.kernels.device.launch import INTERPRETED, PreparedLaunch, aligned, architecture, kinds
 from mxref.kernels.device.schedule import Routing
 from mxref.weights import MXLayout, MXWeights
 
@@ -90,16 +91,13 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
     architecture(weights.device)
     if not experts.numel():
         return out
-    launch = _decoding(experts.numel(), weights.E, weights.N * weights.K, dtype)
-    launch(
-        out=out, words=aligned(weights.packed).view(torch.int32), scales=weights.scales,
-        experts=experts.to(weights.device),
-    )  # fmt: skip
+    tensors = out, aligned(weights.packed).view(torch.int32), weights.scales, experts.to(weights.device)
+    _decoding(experts.numel(), weights.E, weights.N * weights.K, dtype, kinds(*tensors))(*tensors)
     return out
 
 
 @lru_cache(4096)
-def _decoding(slots: int, E: int, size: int, dtype: torch.dtype) -> PreparedLaunch:
+def _decoding(slots: int, E: int, size: int, dtype: torch.dtype, alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         dequantize_kernel,
         PROGRAMS,

@@ -21,8 +21,7 @@ no other row.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -43,7 +42,7 @@ from mxref.kernels.device.launch import PreparedLaunch, aligned
 from mxref.kernels.device.schedule import Routing, source_rows, tile_bound
 from mxref.kernels.device.stack import PackedMatrix, Stack
 
-__all__ = ["LowRank", "grouped_matmul"]
+__all__ = ["GroupedMatmul"]
 
 DENSE = tl.constexpr(0)
 PACKED_ALONG_C = tl.constexpr(1)  # blocks run along the contraction: forward
@@ -153,153 +152,148 @@ def grouped_matmul_kernel(
     )
 
 
-class LowRank(NamedTuple):
-    """An adapter's share of a product, s · low · factor_e: low [P, r] in expert order, factor [E, r, J]."""
-
-    low: Tensor
-    factor: Stack
-    scaling: float
-
-
-def grouped_matmul(
-    rows_in: Tensor,
-    weight: Stack | PackedMatrix,
-    routing: Routing,
-    config: Config,
-    out: Tensor,
-    fan_in: int | None = None,
-    fan_out: int | None = None,
-    lora: LowRank | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Fill `out` with every routed row times its expert's matrix; rows that no expert owns become zero.
+class GroupedMatmul:
+    """A grouped product of which everything but the tensors is known, for tensors of the same `kinds`.
 
     Args:
-        rows_in: contiguous [*, C].
-        weight: dense [E, C, J], any strides, or packed.
-        routing: which rows belong to which expert.
+        matrix: how W_e lies in memory, dense or packed.
         config: the tiling.
-        out: contiguous [P, J], filled and returned.
-        fan_in: None if rows_in is in expert order; otherwise a routed row is row position // fan_in of it.
-        fan_out: None leaves `out` in expert order; 1 puts each routed row at its position.
-        lora: an adapter's share, added first.
-        bias: contiguous [E, J], added last.
+        P: routed rows.
+        fan_in: None if the rows are in expert order; otherwise a routed row is row position // fan_in of them.
+        fan_out: None leaves the output in expert order; 1 puts each routed row at its position.
+        factor: how an adapter's factor_e lies in memory; None without one.
+        s: the scaling.
     """
-    E, C, J = weight.shape
-    if not isinstance(weight, PackedMatrix) or C % 16:  # Hopper copies 16 bytes; Triton knows multiples of 16 elements
-        config = config.dense()
-    low, factor, scaling = lora or (None, None, 1.0)
-    rank, factor_strides = (factor.shape[1], factor.strides) if factor else (0, (0, 0, 0))
-    product = _Product(config, routing.P, E, C, J, rank, float(scaling).hex(), fan_in, fan_out, *factor_strides)
-    tensors = {
-        "out": out, "low": low, "factor": factor and factor.tensor, "bias": bias, "positions": routing.positions,
-        "tiles": routing.tiles(config.BLOCK_M),
-    }  # fmt: skip
-    if config.fused:
-        assert isinstance(weight, PackedMatrix)
-        rows, packed, scales = aligned(rows_in), aligned(weight.packed), aligned(weight.scales)
-        box = _box(rows, config) if fan_in is None else None
-        if config.fragments:
-            launch = _fragments(product, weight.transposed, weight.scales_to_128)
+
+    def __init__(
+        self,
+        matrix: Stack | PackedMatrix,
+        config: Config,
+        P: int,
+        fan_in: int | None = None,
+        fan_out: int | None = None,
+        factor: Stack | None = None,
+        s: float = 1.0,
+    ) -> None:
+        E, C, J = matrix.shape
+        if not isinstance(matrix, PackedMatrix) or C % 16:  # which Hopper copies by 16 bytes, and Triton knows
+            config = config.dense()
+        rank, (stride_fe, stride_fr, stride_fj) = (factor.shape[1], factor.strides) if factor else (0, (0, 0, 0))
+        self._shape, self._config = (P, J), config
+        self._words = isinstance(matrix, PackedMatrix) and matrix.fragments  # bytes of W are read by words
+        self._boxes = P > 0 and fan_in is None and tallest(config) == config.BLOCK_M
+        kernel, own = _kernel(matrix, config)
+        self._launch = PreparedLaunch(
+            kernel,
+            tile_bound(P, E, config.BLOCK_M) * triton.cdiv(J, config.BLOCK_N),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            max_registers=config.max_registers,
+            P=P,
+            E=E,
+            C=C,
+            J=J,
+            RANK=rank,
+            s=s,
+            fan_in=fan_in,
+            fan_out=fan_out,
+            stride_fe=stride_fe,
+            stride_fr=stride_fr,
+            stride_fj=stride_fj,
+            BLOCK_R=padded_rank(rank),
+            **own,
+        )
+
+    def __call__(
+        self,
+        rows_in: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        routing: Routing,
+        low: Tensor | None = None,
+        factor: Tensor | None = None,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Every routed row times its expert's matrix; rows that no expert owns become zero.
+
+        Args:
+            rows_in: contiguous [*, C].
+            weight: where the matrices lie; packed ones with `scales`.
+            routing: which rows belong to which expert.
+            low: contiguous [P, r], in expert order: an adapter's share is s · low · factor_e, added first.
+            factor: where the factors lie.
+            bias: contiguous [E, J], added last.
+            out: contiguous [P, J], filled and returned; a fresh one by default.
+        """
+        config = self._config
+        rest = low, factor, bias, routing.positions, routing.tiles(config.BLOCK_M)
+        if out is None:
+            out = rows_in.new_empty(*self._shape)
+        if config.fused:
+            assert scales is not None
+            rows_in = aligned(rows_in)
+            box = _box(rows_in, config) if self._boxes else None
+            self._launch(out, rows_in, box, aligned(weight), aligned(scales), *rest)
         else:
-            launch = _hopper(product, weight.transposed)
-        launch(rows_in=rows, rows_box=box, packed=packed, scales=scales, **tensors)
-    elif isinstance(weight, PackedMatrix):
-        along = PACKED_ALONG_J if weight.transposed else PACKED_ALONG_C
-        launch = _portable(product, along.value, weight.fragments, weight.dtype)
-        packed = aligned(weight.packed) if weight.fragments else weight.packed  # which is read by words, not by bytes
-        launch(rows_in=rows_in, weight=packed, scales=weight.scales, **tensors)
-    else:
-        launch = _portable(product, DENSE.value, False, None, weight.strides)
-        launch(rows_in=rows_in, weight=weight.tensor, **tensors)
-    return out
+            self._launch(out, rows_in, aligned(weight) if self._words else weight, scales, *rest)
+        return out
 
 
-class _Product(NamedTuple):
-    """What a product's launch must know beside its tensors, and how its weights are stored.
-
-    s as `float.hex` writes it: numbers as keys would take −0 for 0.
-    """
-
-    config: Config
-    P: int
-    E: int
-    C: int
-    J: int
-    RANK: int
-    s: str
-    fan_in: int | None
-    fan_out: int | None
-    stride_fe: int
-    stride_fr: int
-    stride_fj: int
-
-    def launch(self, kernel: Any, **own: Any) -> PreparedLaunch:
-        """Its launch by one of the kernels, with that kernel's own arguments."""
-        known = self._asdict() | {"s": float.fromhex(self.s), "BLOCK_R": padded_rank(self.RANK)} | own
-        config = known.pop("config")
-        programs = tile_bound(self.P, self.E, config.BLOCK_M) * triton.cdiv(self.J, config.BLOCK_N)
-        return PreparedLaunch(kernel, programs, config.num_warps, config.num_stages, config.max_registers, **known)
-
-
-@lru_cache(4096)
-def _portable(
-    product: _Product,
-    storage: int,
-    fragments: bool,
-    dtype: torch.dtype | None,
-    strides: tuple[int, int, int] = (0, 0, 0),
-) -> PreparedLaunch:
-    """By the portable kernel: `storage` as there, layout and `dtype` of packed weights, `strides` of dense ones."""
-    config, (stride_we, stride_wc, stride_wj) = product.config, strides
-    return product.launch(
-        grouped_matmul_kernel,
-        stride_we=stride_we,
-        stride_wc=stride_wc,
-        stride_wj=stride_wj,
-        STORAGE=storage,
-        FRAGMENTS=fragments,
-        WEIGHT_DTYPE=dtype and _TRITON_DTYPE[dtype],
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
-    )
+def _kernel(matrix: Stack | PackedMatrix, config: Config) -> tuple[Any, dict[str, Any]]:
+    """The kernel for a matrix, and its own arguments."""
+    if isinstance(matrix, Stack):
+        return grouped_matmul_kernel, _portable(config, DENSE, matrix.strides)
+    _, C, J = matrix.shape
+    even = C % config.BLOCK_K == 0
+    if config.fragments:
+        return fragments_matmul_kernel, {
+            "TRANSPOSED": matrix.transposed,
+            "EVEN": even,
+            "ONE_MULTIPLY": matrix.scales_to_128,
+            "HALF_LEFT": half_left(J, config),
+            "HEIGHTS": FRAGMENT_HEIGHTS[config.BLOCK_M],
+            "STAGES": config.num_stages,
+            "WARPS": config.num_warps,
+        }
+    if config.hopper:
+        pitch = (J if matrix.transposed else C) // 2
+        return packed_matmul_kernel, {
+            "PITCH": pitch,
+            "TRANSPOSED": matrix.transposed,
+            "EVEN": even,
+            "ALIGNED": pitch % 32 == 0,
+            "HEIGHTS": HEIGHTS[config.BLOCK_M],
+            "STAGES": config.num_stages,
+        }
+    along = PACKED_ALONG_J if matrix.transposed else PACKED_ALONG_C
+    return grouped_matmul_kernel, _portable(config, along) | {
+        "FRAGMENTS": matrix.fragments,
+        "WEIGHT_DTYPE": _TRITON_DTYPE[matrix.dtype],
+    }
 
 
-@lru_cache(4096)
-def _hopper(product: _Product, transposed: bool) -> PreparedLaunch:
-    """By the kernel for Hopper."""
-    pitch = (product.J if transposed else product.C) // 2
-    return product.launch(
-        packed_matmul_kernel,
-        PITCH=pitch,
-        TRANSPOSED=transposed,
-        EVEN=product.C % product.config.BLOCK_K == 0,
-        ALIGNED=pitch % 32 == 0,
-        HEIGHTS=HEIGHTS[product.config.BLOCK_M],
-        STAGES=product.config.num_stages,
-    )
+def _portable(config: Config, storage: tl.constexpr, strides: tuple[int, int, int] = (0, 0, 0)) -> dict[str, Any]:
+    """Arguments of the portable kernel: how weights are stored, and the strides of dense ones."""
+    stride_we, stride_wc, stride_wj = strides
+    return {
+        "stride_we": stride_we,
+        "stride_wc": stride_wc,
+        "stride_wj": stride_wj,
+        "STORAGE": storage.value,
+        "FRAGMENTS": False,
+        "WEIGHT_DTYPE": None,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+    }
 
 
-@lru_cache(4096)
-def _fragments(product: _Product, transposed: bool, one_multiply: bool) -> PreparedLaunch:
-    """By the kernel for Hopper that reads the layout FRAGMENTS."""
-    config = product.config
-    return product.launch(
-        fragments_matmul_kernel,
-        TRANSPOSED=transposed,
-        EVEN=product.C % config.BLOCK_K == 0,
-        ONE_MULTIPLY=one_multiply,
-        HALF_LEFT=half_left(product.J, config),
-        HEIGHTS=FRAGMENT_HEIGHTS[config.BLOCK_M],
-        STAGES=config.num_stages,
-        WARPS=config.num_warps,
-    )
+def tallest(config: Config) -> int:
+    """BLOCK_M of the tiles that boxes fill; few rows are bound by other things than their copies."""
+    return TALLEST_FRAGMENTS if config.fragments else TALLEST if config.hopper else 0
 
 
-def _box(ordered: Tensor, config: Config) -> TensorDescriptor | None:
-    """Rows in expert order as the tallest tiles fetch them; few rows are bound by other things than their copies."""
-    tallest = TALLEST_FRAGMENTS if config.fragments else TALLEST
-    if tallest != config.BLOCK_M or not ordered.numel():
-        return None
+def _box(ordered: Tensor, config: Config) -> TensorDescriptor:
+    """Rows in expert order as the tallest tiles fetch them."""
     return TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT.value)

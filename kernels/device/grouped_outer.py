@@ -9,6 +9,7 @@ one rounding, to the parameter's dtype. Experts without rows get exact zeros. On
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.device.configs import Config, padded_rank
-from mxref.kernels.device.launch import PreparedLaunch
+from mxref.kernels.device.launch import PreparedLaunch, kinds
 from mxref.kernels.device.schedule import Routing, expert_rows, source_rows
 from mxref.kernels.device.stack import Stack
 
@@ -128,52 +129,38 @@ def grouped_sum_kernel(out, wide, positions, offsets, P, J, fan, BLOCK_N: tl.con
 
 
 class Outer(NamedTuple):
-    """One sum over an expert's rows, out_e = R( s · lowᵀ · wide ).
+    """What is known beside its tensors of one sum over an expert's rows, out_e = R( s · lowᵀ · wide ).
 
     Attributes:
-        out: what to fill, [E, r, J] in the parameter's dtype.
-        low: contiguous [P, r], in expert order.
-        wide: contiguous [*, J].
+        out: what is filled, [E, r, J] in the parameter's dtype.
         fan: None if `wide` is in expert order; otherwise a routed row is row position // fan of it.
     """
 
     out: Stack
-    low: Tensor
-    wide: Tensor
     fan: int | None
 
     @property
     def layout(self) -> Layout:
-        """What a launch must know of it beside the tensors."""
+        """How the kernel is told."""
         return (self.out.shape[2], self.fan, *self.out.strides)
 
 
-def grouped_outer(routing: Routing, config: Config, scaling: float, first: Outer, other: Outer | None = None) -> None:
-    """Fill the output of one sum, or in one launch those of two of the same rank.
+def grouped_outer(config: Config, P: int, s: float, first: Outer, other: Outer | None = None) -> PreparedLaunch:
+    """The launch that makes one sum, or those of two of the same rank.
+
+    It takes positions and offsets of the routing, and for each sum `out`, `low`, contiguous [P, r] in expert order, and
+    `wide`, contiguous [*, J].
 
     Args:
-        routing: which rows belong to which expert.
         config: the call's tiling, from which that of the sums follows.
-        scaling: s.
+        P: routed rows.
+        s: the scaling.
         first, other: the sums.
     """
-    E, rank, _ = first.out.shape
-    layouts = (first.layout,) if other is None else (first.layout, other.layout)
-    launch = _outer(config, routing.P, E, rank, float(scaling).hex(), *layouts)
-    out, low, wide = (None, None, None) if other is None else (other.out.tensor, other.low, other.wide)
-    launch(
-        positions=routing.positions, offsets=routing.offsets, out=first.out.tensor, low=first.low, wide=first.wide,
-        other_out=out, other_low=low, other_wide=wide,
-    )  # fmt: skip
-
-
-@lru_cache(4096)
-def _outer(
-    config: Config, P: int, E: int, rank: int, s: str, first: Layout, other: Layout = (0, None, 0, 0, 0)
-) -> PreparedLaunch:
-    """`s` as `float.hex` writes it: numbers as keys would take −0 for 0."""
     config, names = config.outer(), ("J", "fan", "stride_oe", "stride_or", "stride_oj")
-    columns = triton.cdiv(first[0], config.BLOCK_N) + triton.cdiv(other[0], config.BLOCK_N)
+    E, rank, _ = first.out.shape
+    mine, others = first.layout, (0, None, 0, 0, 0) if other is None else other.layout
+    columns = triton.cdiv(mine[0], config.BLOCK_N) + triton.cdiv(others[0], config.BLOCK_N)
     return PreparedLaunch(
         grouped_outer_kernel,
         E * columns,
@@ -182,9 +169,9 @@ def _outer(
         P=P,
         E=E,
         RANK=rank,
-        s=float.fromhex(s),
-        **dict(zip(names, first, strict=True)),
-        **dict(zip((f"other_{name}" for name in names), other, strict=True)),
+        s=s,
+        **dict(zip(names, mine, strict=True)),
+        **dict(zip((f"other_{name}" for name in names), others, strict=True)),
         BLOCK_R=padded_rank(rank),
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -193,11 +180,12 @@ def _outer(
 
 def grouped_sum(wide: Tensor, routing: Routing, out: Tensor, fan: int | None) -> None:
     """Fill contiguous `out` [E, J] with the sum of `wide` over each expert's rows; `fan` as in `Outer`."""
-    _sum(routing.P, *out.shape, fan)(out=out, wide=wide, positions=routing.positions, offsets=routing.offsets)
+    tensors = out, wide, routing.positions, routing.offsets
+    _sum(routing.P, *out.shape, fan, kinds(*tensors))(*tensors)
 
 
 @lru_cache(4096)
-def _sum(P: int, E: int, J: int, fan: int | None) -> PreparedLaunch:
+def _sum(P: int, E: int, J: int, fan: int | None, alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         grouped_sum_kernel,
         E * triton.cdiv(J, 128),

@@ -6,7 +6,7 @@ device tensor's value: recorded with tensors on the `meta` device it would raise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from triton.backends.nvidia.driver import CudaLauncher
 
 __all__ = [
     "INTERPRETED",
@@ -28,9 +29,13 @@ __all__ = [
     "architecture",
     "compute_dtype",
     "generation",
+    "kinds",
     "passed_on",
     "recording",
 ]
+
+_IN_C = triton.__version__.startswith("3.7.1")
+"""Whether Triton's launcher is the one that `_entry` knows."""
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when this package was imported; `@triton.jit` decides at the same moment."""
@@ -112,16 +117,21 @@ def compute_dtype(activation: torch.dtype) -> torch.dtype:
 
 def aligned(x: Tensor) -> Tensor:
     """A tensor whose first element lies at a multiple of 16 bytes, as wide copies need it: itself, or else a copy."""
-    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
+    return x.clone() if x.data_ptr() & 15 else x
+
+
+def kinds(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
+    """What a `PreparedLaunch` is for: the device of its tensors, and of each the dtype, None where one is missing."""
+    return first.device, first.dtype, *[None if x is None else x.dtype for x in others]
 
 
 class PreparedLaunch:
     """A launch of which everything but the tensors is known; calling it with them starts the kernel.
 
-    On a GPU the first call goes through Triton, which specialises the kernel and compiles it. Later ones start what it
-    made at once, as long as Triton would take the same: on one device, the same tensors missing, the same dtypes, and
-    the same addresses multiples of 16. That saves most of the host's time. FP fusion is off, so that each written
-    product and sum rounds once on its own.
+    It is for tensors of the same `kinds`: others need another one. On a GPU the first call goes through Triton, which
+    specialises the kernel and compiles it. Later ones start what it made at once, as long as the same addresses are
+    multiples of 16: nothing else of such tensors is anything to Triton. That saves most of the host's time. FP fusion
+    is off, so that each written product and sum rounds once on its own.
 
     Args:
         kernel: the jitted function.
@@ -140,66 +150,71 @@ class PreparedLaunch:
         max_registers: int | None = None,
         **known: Any,
     ) -> None:
-        self._kernel, self._programs = kernel, programs
+        self.kernel, self._programs = kernel, programs
         self._options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
         if max_registers is not None:
             self._options["maxnreg"] = max_registers
-        self._tensors = tuple(name for name in kernel.arg_names if name not in known)
-        self._known = tuple(known[name] for name in kernel.arg_names[len(self._tensors) :])
+        self._known = tuple(known[name] for name in kernel.arg_names[-len(known) :])
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, **tensors: Any) -> None:
-        """Start, interpret or record it, with the tensors by name; those that are left out are None.
+    def __call__(self, *tensors: Any) -> None:
+        """Start it on the first tensor's GPU, or interpret or record it.
 
-        Raises:
-            TypeError: the kernel takes no tensor of this name.
+        Args:
+            tensors: the kernel's, in its order; None where one is missing.
         """
         if not self._programs:
             return
-        given = [tensors.pop(name, None) for name in self._tensors]
-        if tensors:
-            raise TypeError(f"got {', '.join(tensors)}; {self._kernel.__name__} takes {', '.join(self._tensors)}")
-        recorder = _recorder.get()
-        if recorder is not None:
-            arguments = dict(zip(self._kernel.arg_names, (*given, *self._known), strict=True))
-            recorder.launches.append(Launch(self._kernel, arguments, self._options))
-        elif INTERPRETED:
-            with np.errstate(over="ignore", invalid="ignore"):  # IEEE's infinities and NaNs are results here
-                self._through_triton(given)
-        else:
-            self._start(given)
-
-    def _through_triton(self, given: list[Any]) -> Any:
-        """Start it as Triton does; the compiled kernel, or None where it is interpreted."""
-        return self._kernel[(self._programs,)](*given, *self._known, **self._options)
-
-    def _start(self, given: list[Any]) -> None:
-        """Start it on the first tensor's GPU."""
-        driver, device = triton.runtime.driver.active, given[0].device
-        if driver.get_current_device() != device.index:
-            with torch.cuda.device(device):
-                return self._start(given)
-        arguments, kind, bits = list[Any](), [device.index], 0
-        for value in given:
+        if INTERPRETED or _recorder.get() is not None:
+            return self._without_a_gpu(tensors)
+        driver, index = triton.runtime.driver.active, tensors[0].device.index
+        if driver.get_current_device() != index:
+            with torch.cuda.device(index):
+                return self(*tensors)
+        arguments, bits = list[Any](), 0
+        for value in tensors:
             if isinstance(value, Tensor):
-                address = value.data_ptr()
-                arguments.append(address)
-                kind.append(value.dtype)
+                arguments.append(address := value.data_ptr())
                 bits |= address
             else:
                 arguments.append(value)
-                kind.append(value and (value.base.dtype, *value.block_shape))
-        if bits & 15:  # Triton compiles other code for tensors that do not begin at multiples of 16 bytes
-            kind += [address % 16 for address in arguments if isinstance(address, int)]
-        compiled = self._compiled.get(key := tuple(kind))
-        if compiled is None:
-            self._compiled[key] = self._through_triton(given)
-        elif _watched():
-            compiled[self._programs, 1, 1](*given, *self._known)
+        places = tuple(x % 16 for x in arguments if isinstance(x, int)) if bits & 15 else None
+        known = self._compiled.get(places)
+        if known is None:
+            compiled = self._through_triton(tensors)
+            self._compiled[places] = compiled, *_entry(compiled)
+            return
+        compiled, start, between = known
+        if _watched():
+            compiled[self._programs, 1, 1](*tensors, *self._known)
         else:
-            stream, metadata = driver.get_current_stream(device.index), compiled.packed_metadata
-            hooks = (None, None, None)
-            compiled.run(self._programs, 1, 1, stream, compiled.function, metadata, *hooks, *arguments, *self._known)
+            arguments += self._known
+            start(self._programs, 1, 1, driver.get_current_stream(index), *between, arguments)
+
+    def _without_a_gpu(self, tensors: tuple[Any, ...]) -> None:
+        recorder = _recorder.get()
+        if recorder is None:
+            with np.errstate(over="ignore", invalid="ignore"):  # IEEE's infinities and NaNs are results here
+                self._through_triton(tensors)
+        else:
+            arguments = dict(zip(self.kernel.arg_names, (*tensors, *self._known), strict=True))
+            recorder.launches.append(Launch(self.kernel, arguments, self._options))
+
+    def _through_triton(self, tensors: tuple[Any, ...]) -> Any:
+        """Start it as Triton does; the compiled kernel, or None where it is interpreted."""
+        return self.kernel[(self._programs,)](*tensors, *self._known, **self._options)
+
+
+def _entry(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What starts a compiled kernel, and what that takes between the stream and the list of arguments.
+
+    In Triton 3.7.1 it is a function in C: what is around it allocates scratch memory, of which these kernels have none.
+    """
+    run, own = compiled.run, (compiled.packed_metadata, None, None, None)
+    if _IN_C and isinstance(run, CudaLauncher) and not (run.global_scratch_size or run.profile_scratch_size):
+        flags, signature = (run.launch_cooperative_grid, run.launch_pdl), (run.arg_annotations, run.kernel_signature)
+        return run.launch, (compiled.function, *flags, *own, None, None, *signature)
+    return lambda *given: run(*given[:-1], *given[-1]), (compiled.function, *own)
 
 
 def _watched() -> bool:

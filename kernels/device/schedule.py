@@ -7,6 +7,7 @@ The sum over slots needs the inverse too: which routed row is at a position. One
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import PreparedLaunch
+from mxref.kernels.device.launch import PreparedLaunch, kinds
 
 __all__ = ["Routing", "expert_rows", "tile_bound"]
 
@@ -120,7 +121,7 @@ def tile_bound(rows: int, experts: int, block_m: int) -> int:
 
 
 @lru_cache(4096)
-def _tables(P: int, E: int, block_m: int, with_inverse: bool) -> PreparedLaunch:
+def _tables(P: int, E: int, block_m: int, with_inverse: bool, alike: Hashable) -> PreparedLaunch:
     """The launch that makes a routing's tables; a sixteenth of the inverse is a program's, or as much as pays.
 
     Always a multiple of 16 entries, so that it is filled 16 bytes at a time and by one kernel.
@@ -176,11 +177,9 @@ class Routing:
 
     def _make(self, block_m: int) -> None:
         """The tiles of one height, and with the first of them the inverse."""
-        new_inverse = self.INVERSE not in self.tables
-        inverse = torch.empty(self.P, dtype=torch.int32, device=self.offsets.device) if new_inverse else None
-        tiles = torch.empty(tile_bound(self.P, self.E, block_m), 3, dtype=torch.int32, device=self.offsets.device)
-        launch = _tables(self.P, self.E, block_m, new_inverse)
-        launch(positions=self.positions, offsets=self.offsets, tiles=tiles, inverse=inverse)
-        self.tables[block_m] = tiles
-        if inverse is not None:
-            self.tables[self.INVERSE] = inverse
+        known = self.tables.get(self.INVERSE)
+        inverse = torch.empty(self.P, dtype=torch.int32, device=self.offsets.device) if known is None else known
+        tiles = inverse.new_empty(tile_bound(self.P, self.E, block_m), 3)
+        launch = _tables(self.P, self.E, block_m, known is None, kinds(self.positions, self.offsets))
+        launch(self.positions, self.offsets, tiles, inverse if known is None else None)
+        self.tables[block_m], self.tables[self.INVERSE] = tiles, inverse

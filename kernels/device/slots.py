@@ -8,13 +8,14 @@ Slots that a sentinel holds are skipped, not multiplied by zero, so that nothing
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import PreparedLaunch
+from mxref.kernels.device.launch import PreparedLaunch, kinds
 from mxref.kernels.device.schedule import Routing, source_rows
 
 __all__ = ["combine", "spread"]
@@ -78,12 +79,13 @@ def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None
 
     `out` [tokens, J] is filled and returned; P / tokens is the number of slots.
     """
-    _combine(routing.P, *out.shape)(out=out, rows_in=rows_in, inverse=routing.inverse(), gates=gates)
+    launch = _combine(routing.P, *out.shape, kinds(out, rows_in, gates))
+    launch(out, rows_in, routing.inverse(), gates)
     return out
 
 
 @lru_cache(4096)
-def _combine(P: int, tokens: int, J: int) -> PreparedLaunch:
+def _combine(P: int, tokens: int, J: int, alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         combine_kernel,
         triton.cdiv(tokens, 16) * triton.cdiv(J, 128),
@@ -117,15 +119,13 @@ def spread(
         y: [P, J] in expert order, the rows that the gates multiplied; read for `dgates`.
         dgates: [P] by position, filled; 0 where no expert owns the row.
     """
-    launch = _spread(routing.P, routing.E, out.shape[1], fan)
-    launch(
-        out=out, dgates=dgates, source=source, y=y, gates=gates, positions=routing.positions, offsets=routing.offsets
-    )
+    tensors = out, dgates, source, y, gates, routing.positions, routing.offsets
+    _spread(routing.P, routing.E, out.shape[1], fan, kinds(*tensors))(*tensors)
     return out
 
 
 @lru_cache(4096)
-def _spread(P: int, E: int, J: int, fan: int) -> PreparedLaunch:
+def _spread(P: int, E: int, J: int, fan: int, alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         spread_kernel,
         triton.cdiv(P, 16),

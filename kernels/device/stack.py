@@ -1,4 +1,4 @@
-"""A matrix for each expert as kernels see it: dense, a pointer with sizes and strides, or packed."""
+"""A matrix for each expert as kernels see it: dense, sizes and strides, or packed. The tensors come with the launch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ __all__ = ["PackedMatrix", "Stack"]
 
 
 class Stack(NamedTuple):
-    """A view [E, C, J] of a tensor's memory. A view that torch makes costs the host more than all of this.
+    """How matrices [E, C, J] lie in a tensor's memory. A view that torch makes costs the host more than all of this.
 
     Attributes:
-        tensor: where the first element is; kept as it is.
         shape: [E, C, J].
         strides: of the three, in elements.
     """
 
-    tensor: Tensor
     shape: tuple[int, int, int]
     strides: tuple[int, int, int]
 
@@ -30,26 +28,26 @@ class Stack(NamedTuple):
         """All of a tensor [E, C, J]."""
         E, C, J = tensor.shape
         of_e, of_c, of_j = tensor.stride()
-        return cls(tensor, (E, C, J), (of_e, of_c, of_j))
+        return cls((E, C, J), (of_e, of_c, of_j))
 
     @property
     def transposed(self) -> Stack:
         """The same matrices seen as [E, J, C]."""
-        (E, C, J), (of_e, of_c, of_j) = self.shape, self.strides
-        return Stack(self.tensor, (E, J, C), (of_e, of_j, of_c))
+        (E, C, J), (of_e, of_c, of_j) = self
+        return Stack((E, J, C), (of_e, of_j, of_c))
 
 
 class PackedMatrix(NamedTuple):
     """MXFP4 weights as the right operand of a product.
 
     Attributes:
-        packed, scales, layout, scales_to_128: of an `MXWeights`.
+        shape: [E, C, J].
         dtype: the dtype whose precision a decoded weight has: the activations'.
+        layout, scales_to_128: of an `MXWeights`.
         transposed: False: W_e is [K, N], the forward's; True: W_eᵀ [N, K], dX's. Both read the same bytes.
     """
 
-    packed: Tensor
-    scales: Tensor
+    shape: tuple[int, int, int]
     dtype: torch.dtype
     layout: MXLayout = MXLayout.FWD
     scales_to_128: bool = False
@@ -63,15 +61,11 @@ class PackedMatrix(NamedTuple):
             ValueError: the weights have a layout that is not known.
         """
         weights.require_known_layout("the grouped product")
-        return cls(weights.packed, weights.scales, dtype, weights.layout, weights.scales_to_128, transposed)
+        E, K, N = weights.E, weights.K, weights.N
+        shape = (E, N, K) if transposed else (E, K, N)
+        return cls(shape, dtype, weights.layout, weights.scales_to_128, transposed)
 
     @property
     def fragments(self) -> bool:
         """Whether the bytes lie in the layout FRAGMENTS."""
         return self.layout == MXLayout.FRAGMENTS
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """[E, C, J]."""
-        E, N, half = self.packed.shape
-        return (E, N, 2 * half) if self.transposed else (E, 2 * half, N)

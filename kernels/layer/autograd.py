@@ -25,13 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from mxref.kernels.device.configs import Config
 from mxref.kernels.device.schedule import Routing
-from mxref.kernels.layer.passes import Call, Needs, Saved, gradients
+from mxref.kernels.layer.passes import Call, Saved, gradients
+from mxref.kernels.layer.plan import Needs
 from mxref.weights import MXWeights
 
 __all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
 
-_PLACES = (0, 6, 7, 9, 10)
-"""Where the operands of `Needs` are among the arguments of `parallel_linear_lora`."""
+_differentiable = itemgetter(0, 6, 7, 9, 10)
+"""The operands of `Needs` among the arguments of `parallel_linear_lora`."""
 
 
 def parallel_linear_lora(
@@ -91,7 +92,7 @@ def parallel_linear_lora(
         ValueError: an operand does not fit the others, or the weights require a gradient.
         RuntimeError: no kernel can run on the operands' device.
     """
-    out = ScatterMoELoRA.apply(  # type: ignore[no-untyped-call]
+    out = ScatterMoELoRA.apply(
         inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, lora_A, lora_B, scaling,
         expert_biases, gates, grouped_in, grouped_out, use_fused_dX, use_fused_gather, validate, config, routing,
     )  # fmt: skip
@@ -101,25 +102,39 @@ def parallel_linear_lora(
 class ScatterMoELoRA(torch.autograd.Function):
     """The layer as an autograd function: gradients for x, A, B, biases and gates, each only if asked for."""
 
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """The arguments of `parallel_linear_lora` in its order; the last three may be left out.
+
+        Autograd itself is given those that may need a gradient, since each one that it looks at costs time.
+        """
+        return super().apply(*_differentiable(arguments), arguments)  # type: ignore[no-untyped-call]
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """The arguments of `parallel_linear_lora` in its order; the last three may be left out."""
-        call = Call.of(arguments[:13], *arguments[13:])
-        needs = Needs(*itemgetter(*_PLACES)(ctx.needs_input_grad))
+        """The operands of `Needs`, and all arguments."""
+        every = arguments[-1]
+        call = Call.of(every[:13], *every[13:])
+        needs = Needs(*ctx.needs_input_grad[:-1])
         out, z, y = call.forward()
-        ctx.plan, ctx.needs, ctx.tables = call.plan, needs, tuple(call.routing.tables)
+        ctx.call = call.plan, needs, tuple(call.routing.tables)
         ctx.save_for_backward(*call.saved(needs, z, y), *call.routing.tables.values())
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """dOut to the gradients that are needed; nothing saved is changed."""
-        tensors = ctx.saved_tensors
-        saved = Saved(*tensors[: len(Saved._fields)])
-        tables = dict(zip(ctx.tables, tensors[len(Saved._fields) :], strict=True))
-        found = gradients(ctx.plan, ctx.needs, saved, Routing(saved.positions, saved.offsets, tables), grad_out)
-        by_place: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for place, gradient in zip(_PLACES, found, strict=True):
-            by_place[place] = gradient
-        return tuple(by_place)
+        # `once_differentiable` costs time, and does something only where a second derivative may be asked for.
+        return (_differentiated_once if torch.is_grad_enabled() else _backward)(ctx, grad_out)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    plan, needs, heights = ctx.call
+    tensors = ctx.saved_tensors
+    saved = Saved(*tensors[: len(Saved._fields)])
+    tables = dict(zip(heights, tensors[len(Saved._fields) :], strict=True))
+    routing = Routing(saved.positions, saved.offsets, tables)
+    return *gradients(plan, needs, saved, routing, grad_out), None
+
+
+_differentiated_once = once_differentiable(_backward)

@@ -18,7 +18,8 @@ from mxref.kernels.device.launch import compute_dtype, passed_on
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.kernels.layer.operands import frozen_weights
-from mxref.kernels.layer.passes import Call, Needs, gradients
+from mxref.kernels.layer.passes import Call, gradients
+from mxref.kernels.layer.plan import Needs
 from mxref.weights import MXLayout
 
 __all__ = ["expert_linear"]

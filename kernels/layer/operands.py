@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxref.fragments import TILE
 from mxref.kernels.device.configs import Config, config_for
-from mxref.kernels.device.grouped_matmul import grouped_matmul
-from mxref.kernels.device.launch import architecture, compute_dtype
+from mxref.kernels.device.grouped_matmul import GroupedMatmul
+from mxref.kernels.device.launch import INTERPRETED, architecture, compute_dtype
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.device.stack import Stack
 from mxref.problem import Problem
@@ -21,19 +20,17 @@ __all__ = [
     "adapter_of",
     "check_problem",
     "columns_by_expert",
+    "dense_weights",
     "frozen_weights",
     "kind_of",
     "operand",
-    "project",
+    "projection",
     "routing_of",
     "rows_by_expert",
 ]
 
 MAX_RANK = 128
 """The largest LoRA rank: one tile holds all of it."""
-
-_PLAIN = (int, Config, type(None))
-"""Types whose values are equal only if they mean the same; bool is an int of another type."""
 
 
 def check_problem(problem: Problem, validate: bool = False, config: Config | None = None) -> Config:
@@ -76,24 +73,27 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
     return config
 
 
-def kind_of(argument: Any) -> Hashable:
-    """What the checks read of an argument: equal for two that they treat alike. Index values are not of it."""
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device, argument.requires_grad
-    if isinstance(argument, MXWeights):
-        stored = argument.layout, argument.scales_to_128
-        return argument.packed.shape, argument.device, argument.K, argument.N, *stored
-    if isinstance(argument, float):
-        return argument.hex()  # −0 and 0 are equal, and so are 1.0 and 1
-    return (type(argument), argument) if isinstance(argument, _PLAIN) else object()
+def kind_of(operand: Tensor | MXWeights | None) -> Hashable:
+    """What the checks and the kernels read of an operand beside its values: equal for two that they treat alike."""
+    if isinstance(operand, Tensor):
+        return operand.shape, operand.dtype, operand.device
+    if isinstance(operand, MXWeights):
+        packed = operand.packed
+        return packed.shape, packed.device, operand.K, operand.N, operand.layout, operand.scales_to_128
+    return None if operand is None else object()
 
 
 def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor as a kernel takes it: rounded to `dtype` if given, contiguous, and in fp32 under the interpreter."""
-    for wanted in (dtype or x.dtype, compute_dtype(dtype or x.dtype)):
-        if x.dtype != wanted:
-            x = x.to(wanted)
-    return x if x.is_contiguous() else x.contiguous()
+    wanted = dtype or x.dtype
+    if INTERPRETED or x.dtype != wanted:
+        x = x.to(wanted).to(compute_dtype(wanted))
+    return x.contiguous()
+
+
+def dense_weights(weights: Tensor) -> Tensor:
+    """Dense weights as the kernels read them: as they are, strides included, upcast only under the interpreter."""
+    return weights.detach().to(compute_dtype(weights.dtype))
 
 
 def routing_of(positions: Tensor, offsets: Tensor, given: Routing | None = None) -> Routing:
@@ -132,20 +132,20 @@ def adapter_of(problem: Problem) -> tuple[Tensor, Tensor] | tuple[None, None]:
     return operand(problem.lora_A, problem.dtype), operand(problem.lora_B, problem.dtype)
 
 
-def rows_by_expert(A: Tensor, experts: int) -> Stack:
-    """Contiguous [E·r, K] seen as [E, r, K]."""
-    rank, K = A.shape[0] // experts, A.shape[1]
-    return Stack(A, (experts, rank, K), (rank * K, K, 1))
+def rows_by_expert(shape: torch.Size, experts: int) -> Stack:
+    """Contiguous A [E·r, K] seen as [E, r, K]."""
+    rows, K = shape
+    rank = rows // experts
+    return Stack((experts, rank, K), (rank * K, K, 1))
 
 
-def columns_by_expert(B: Tensor, experts: int) -> Stack:
-    """Contiguous [N, E·r] seen as [E, N, r]."""
-    N, columns = B.shape
+def columns_by_expert(shape: torch.Size, experts: int) -> Stack:
+    """Contiguous B [N, E·r] seen as [E, N, r]."""
+    N, columns = shape
     rank = columns // experts
-    return Stack(B, (experts, N, rank), (rank, columns, 1))
+    return Stack((experts, N, rank), (rank, columns, 1))
 
 
-def project(rows: Tensor, down: Stack, routing: Routing, config: Config, fan_in: int | None) -> Tensor:
-    """R(rows·down_e), Z or V: [P, r] in expert order; down is [E, C, r], `fan_in` as in `grouped_matmul`."""
-    rank = down.shape[2]
-    return grouped_matmul(rows, down, routing, config.projection(rank), rows.new_empty(routing.P, rank), fan_in)
+def projection(down: Stack, config: Config, P: int, fan_in: int | None) -> GroupedMatmul:
+    """Z or V = R(rows·down_e), [P, r] in expert order; down is [E, C, r], `fan_in` as in `GroupedMatmul`."""
+    return GroupedMatmul(down, config.projection(down.shape[2]), P, fan_in)

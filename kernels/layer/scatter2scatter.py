@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from mxref.kernels.device.grouped_matmul import LowRank, grouped_matmul
-from mxref.kernels.device.stack import PackedMatrix
+from mxref.kernels.device.configs import Config
+from mxref.kernels.device.grouped_matmul import GroupedMatmul
+from mxref.kernels.device.launch import kinds
+from mxref.kernels.device.stack import PackedMatrix, Stack
 from mxref.kernels.layer.operands import (
     adapter_of,
     check_problem,
     columns_by_expert,
     operand,
-    project,
+    projection,
     routing_of,
     rows_by_expert,
 )
@@ -116,19 +121,44 @@ def _product(
     problem: Problem, given: Tensor, fan_in: int | None, fan_out: int | None, out: Tensor | None, transposed: bool
 ) -> Tensor:
     """The rows `given` times the problem's weights, or `transposed` ones, with the adapter's share and the bias."""
-    config = check_problem(problem)
-    assert isinstance(problem.expert_weights, MXWeights)
-    weight = PackedMatrix.of(problem.expert_weights, given.dtype, transposed)
+    config, weights = check_problem(problem), problem.expert_weights
+    assert isinstance(weights, MXWeights)
+    matrix = PackedMatrix.of(weights, given.dtype, transposed)
     routing = routing_of(problem.sorted_scattered_idxs, problem.expert_offsets)
-    rows, lora = operand(given), None
-    out = _output(out, rows, problem.P, weight.shape[2])
+    rows, down, up, low = operand(given), None, None, None
+    out = _output(out, rows, problem.P, matrix.shape[2])
     A, B = adapter_of(problem)
     if A is not None and B is not None:
-        A_e, B_e = rows_by_expert(A, problem.E), columns_by_expert(B, problem.E)
+        A_e, B_e = rows_by_expert(A.shape, problem.E), columns_by_expert(B.shape, problem.E)
         down, up = (B_e, A_e) if transposed else (A_e.transposed, B_e.transposed)
-        lora = LowRank(project(rows, down, routing, config, fan_in), up, problem.scaling)
     bias = None if problem.expert_biases is None else operand(problem.expert_biases)
-    return grouped_matmul(rows, weight, routing, config, out, fan_in, fan_out, lora, bias)
+    alike = kinds(out, rows, A, B, bias, routing.positions, routing.offsets)
+    scaling = float(problem.scaling).hex()
+    projected, product = _products(matrix, config, problem.P, fan_in, fan_out, down, up, scaling, alike)
+    inner, outer = (B, A) if transposed else (A, B)
+    if projected is not None and inner is not None:
+        low = projected(rows, inner, None, routing)
+    return product(rows, weights.packed, weights.scales, routing, low, outer, bias, out)
+
+
+@lru_cache(4096)
+def _products(
+    matrix: PackedMatrix,
+    config: Config,
+    P: int,
+    fan_in: int | None,
+    fan_out: int | None,
+    down: Stack | None,
+    up: Stack | None,
+    s: str,
+    alike: Hashable,
+) -> tuple[GroupedMatmul | None, GroupedMatmul]:
+    """An adapter's projection, and the product with its share, for tensors of these kinds.
+
+    `s` as `float.hex` writes it: numbers as keys would take −0 for 0.
+    """
+    projected = None if down is None else projection(down, config, P, fan_in)
+    return projected, GroupedMatmul(matrix, config, P, fan_in, fan_out, up, float.fromhex(s))
 
 
 def _offsets(sorted_expert_idxs: Tensor, weights: MXWeights) -> Tensor:

@@ -76,6 +76,20 @@ def codes_by_alignment():
     return {"ours": ours, "theirs": theirs}
 
 
+def codes_by_dtype():
+    '''The code that steps start that differ in one dtype alone: of the indices, of the adapters, of neither.'''
+    found = {}
+    for name, index, adapter in [("plain", torch.int64, torch.bfloat16), ("index", torch.int32, torch.bfloat16),
+                                 ("adapter", torch.int64, torch.float32), ("again", torch.int64, torch.bfloat16)]:
+        step = gpu.Step(E=4, K=64, N=96, M=8, k=2)
+        step.routing = [x.to(index) for x in step.routing]
+        step.leaves[1:] = [x.detach().to(adapter).requires_grad_() for x in step.leaves[1:]]
+        step()
+        gpu.started(step)
+        found[name] = list(gpu.STARTED)
+    return found
+
+
 def seen_by_a_profiler():
     step, seen = gpu.Step(E=4, K=64, N=96, M=8, k=2), []
     step()
@@ -90,7 +104,8 @@ def seen_by_a_profiler():
 with patch.object(JITFunction, "run", counted):
     print(json.dumps({"plain": step_report(), "gates": step_report(gates=True),
                       "fragments": step_report(layout=MXLayout.FRAGMENTS), "block": block(),
-                      "alignment": codes_by_alignment(), "profiler": seen_by_a_profiler()}))
+                      "alignment": codes_by_alignment(), "dtypes": codes_by_dtype(),
+                      "profiler": seen_by_a_profiler()}))
 """
 
 
@@ -129,6 +144,15 @@ def test_known_launches_start_the_code_that_triton_would(report: Any) -> None:
     ours, theirs = report["alignment"].values()
     assert ours == theirs
     assert len(set(ours)) == 4
+
+
+def test_calls_that_differ_in_a_dtype_alone_start_other_code(report: Any) -> None:
+    """All kernels but the sum over slots read indices; of fp32 adapters only the gradients differ."""
+    codes, names = report["dtypes"], [*FORWARD, *BACKWARD]
+    same = {case: list(map(str.__eq__, codes["plain"], codes[case])) for case in ("index", "adapter", "again")}
+    assert same["index"] == [name == "combine_kernel" for name in names]
+    assert same["adapter"] == [name != "grouped_outer_kernel" for name in names]
+    assert all(same["again"])
 
 
 def test_a_profiler_is_told_of_known_launches(report: Any) -> None:

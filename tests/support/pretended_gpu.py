@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from mxref.kernels import parallel_linear_lora
 from mxref.kernels.compiled import threads
 from mxref.kernels.device import dequant
-from mxref.kernels.layer import activation, operands, passes
+from mxref.kernels.layer import activation, operands, plan
 from mxref.weights import MXLayout, MXWeights
 
 STARTED: list[str] = []
@@ -67,7 +67,7 @@ class Driver:
 def pretend() -> None:
     """From here on Triton and the layer find the GPU."""
     triton.runtime.driver.set_active(Driver())
-    for module in (activation, operands, passes, dequant, threads):
+    for module in (activation, operands, plan, dequant, threads):
         module.architecture = lambda _: "sm_90"  # type: ignore[attr-defined]
 
 

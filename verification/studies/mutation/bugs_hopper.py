@@ -51,9 +51,9 @@ HOPPER_BUGS: tuple[tuple[Place, Bug], ...] = (
         Bug("full tiles match no height", "scheduling", "off by one: nothing is computed",
             "end - begin <= HEIGHTS[h]", "end - begin < HEIGHTS[h]"),
         Bug("sentinel tiles written in part", "sentinels", "only the first sixteen rows", "HEIGHTS[0]", "16")),
-    *at(Place("device/grouped_matmul.py", "grouped_matmul"),
+    *at(Place("device/grouped_matmul.py", "GroupedMatmul.__init__"),
         Bug("gathered rows fetched as a box", "scheduling", "a box's rows are neighbours in memory, routed rows are not",
-            "_box(...) if fan_in is None else None", "_box(...)", gpu_only=True),
+            "fan_in is None", "True", gpu_only=True),
         Bug("narrow rows copied in 16 bytes", "tails", "rows of dY then are no multiple of 16 bytes",
-            "not isinstance(weight, PackedMatrix) or C % 16", "not isinstance(weight, PackedMatrix)", gpu_only=True)),
+            "not isinstance(matrix, PackedMatrix) or C % 16", "not isinstance(matrix, PackedMatrix)", gpu_only=True)),
 )  # fmt: skip

@@ -21,10 +21,9 @@ _WAITED = "More copies or products are waited for than need be."
 _NAN = 'float("nan")'
 
 HOPPER: tuple[tuple[Place, Equivalent], ...] = (
-    *at(Place("device/grouped_matmul.py", "grouped_matmul"),
-        Equivalent("not isinstance(weight, PackedMatrix) or C % 16", ["True"],
-            "Every product then takes the portable kernel, whose chain is the same: slower, and no bit differs."),
-        Equivalent("fan_in is None", ["False"], _COPIES)),
+    *at(Place("device/grouped_matmul.py", "GroupedMatmul.__init__"),
+        Equivalent("not isinstance(matrix, PackedMatrix) or C % 16", ["True"],
+            "Every product then takes the portable kernel, whose chain is the same: slower, and no bit differs.")),
     *at(Place("device/hopper.py", "copy_rows"), Equivalent("EVEN", ["False"], _EVEN)),
     *at(Place("device/hopper.py", "copy_bytes"), Equivalent("EVEN", ["False"], _EVEN)),
     *at(Place("device/hopper.py", "lora_product"),
