@@ -51,7 +51,7 @@ PACKED_ALONG_J = tl.constexpr(2)  # blocks run along the output: dX
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@triton.jit(do_not_specialize=["P", "E"])
+@triton.jit(do_not_specialize=["P", "E", "fan_in"], do_not_specialize_on_alignment=["positions"])
 def grouped_matmul_kernel(
     out,
     rows_in,

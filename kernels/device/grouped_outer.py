@@ -28,7 +28,7 @@ Layout = tuple[int, int | None, int, int, int]
 """J, the fan, and the output's strides."""
 
 
-@triton.jit(do_not_specialize=["P", "E"])
+@triton.jit(do_not_specialize=["P", "E"], do_not_specialize_on_alignment=["positions", "offsets"])
 def grouped_outer_kernel(
     positions,
     offsets,
@@ -112,7 +112,7 @@ def outer_tile(
     )
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=["positions", "offsets"])
 def grouped_sum_kernel(out, wide, positions, offsets, P, J, fan, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """One program sums BLOCK_N columns over one expert's rows, each step of BLOCK_K rows first within itself."""
     blocks = tl.cdiv(J, BLOCK_N)

@@ -39,7 +39,7 @@ def combine_kernel(out, rows_in, inverse, gates, tokens, slots, J, BLOCK_T: tl.c
     tl.store(out + t[:, None] * J + j, acc.to(out.dtype.element_ty), mask=(t < tokens)[:, None] & (j < J))
 
 
-@triton.jit(do_not_specialize=["P", "E"])
+@triton.jit(do_not_specialize=["P", "E", "fan"], do_not_specialize_on_alignment=["positions", "offsets"])
 def spread_kernel(
     out,
     dgates,

@@ -82,6 +82,7 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
     open_ = np.zeros((len(legal),) * strength, dtype=bool)  # symmetric: a combination in every order
     for order in permutations(range(strength)):
         open_[tuple(missing.T[list(order)])] = True
+    restricted = _restricted(legal, starts, sizes)
     draw = np.random.default_rng(seed)
     waiting = [tuple(row) for row in draw.permutation(missing).tolist()]
     rows: list[Row] = []
@@ -89,7 +90,7 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
         first = waiting.pop()
         if not open_[first]:
             continue
-        tries = [_fill(list(first), open_, legal, starts, sizes, draw) for _ in range(_TRIES[strength])]
+        tries = [_fill(list(first), open_, legal, restricted, starts, sizes, draw) for _ in range(_TRIES[strength])]
         found = [row for row in tries if row is not None]
         for order in permutations(first):
             open_[order] = False
@@ -101,10 +102,21 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
     return tuple(rows)
 
 
+def _restricted(legal: Pairs, starts: npt.NDArray[np.int64], sizes: Sequence[int]) -> list[dict[int, int]]:
+    """For each class the dimensions of which it excludes some class, and which are left there, as bits."""
+    ranges = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return [{d: _bits(row[own]) for d, own in enumerate(ranges) if not row[own].all()} for row in legal]
+
+
+def _bits(flags: Pairs) -> int:
+    return sum(1 << int(number) for number in np.flatnonzero(flags))
+
+
 def _fill(
     chosen: list[int],
     open_: npt.NDArray[np.bool_],
     legal: Pairs,
+    restricted: Sequence[dict[int, int]],
     starts: npt.NDArray[np.int64],
     sizes: Sequence[int],
     draw: np.random.Generator,
@@ -112,30 +124,38 @@ def _fill(
     """A whole row around the chosen classes, and how many open combinations it adds; None where there is none."""
     held = set((np.searchsorted(starts, chosen, side="right") - 1).tolist())
     left = [d for d in draw.permutation(len(sizes)).tolist() if d not in held]
-    possible: Pairs = np.logical_and.reduce(legal[chosen])
+    possible = [(1 << size) - 1 for size in sizes]  # classes of each dimension, as bits
+    for each in chosen:
+        for d, rest in restricted[each].items():
+            possible[d] &= rest
     # Dimensions that the choice so far restricts most come first, so that a row seldom runs into a dead end.
-    left.sort(key=np.add.reduceat(possible, starts, dtype=int).tolist().__getitem__)
+    left.sort(key=[bits.bit_count() for bits in possible].__getitem__)
     gain = np.zeros(len(legal), dtype=int)  # open combinations of a class with chosen ones, in every order
     for count, best in enumerate(chosen):
         gain += _gained(open_, best, chosen[:count])
     covered = 0
     while left:
         dimension = left.pop(0)
-        own = starts[dimension] + draw.permutation(sizes[dimension])
-        room = np.logical_or.reduceat(legal[own] & possible, starts, axis=1)  # left in each dimension, by class
-        classes = own[possible[own] & room[:, left].all(1)]
-        if not classes.size:
+        start, open_dimensions = int(starts[dimension]), set(left)
+        classes = [
+            start + each
+            for each in draw.permutation(sizes[dimension]).tolist()
+            if possible[dimension] >> each & 1
+            and all(possible[d] & rest for d, rest in restricted[start + each].items() if d in open_dimensions)
+        ]
+        if not classes:
             return None
-        best = int(classes[gain[classes].argmax()])
+        best = classes[int(gain[classes].argmax())]
         covered += int(gain[best])
         gain += _gained(open_, best, chosen)
         chosen.append(best)
-        possible = possible & legal[best]
+        for d, rest in restricted[best].items():
+            possible[d] &= rest
     return covered, tuple(sorted(chosen))
 
 
 def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.int64]:
     """For every class, how many open combinations hold it and `best`, and else chosen classes, in every order."""
     if open_.ndim == 3:
-        return np.asarray(2 * open_[best][list(chosen)].sum(0))
+        return np.asarray(2 * np.add.reduce(open_[best].take(chosen, 0), 0, dtype=int))
     return np.asarray(open_[best].astype(int))

@@ -1,9 +1,9 @@
 """Compiles what this project's kernels will start on a GPU, in as many processes as there are cores, while it judges.
 
-The processes that judge would compile one kernel after the other. Here every item is asked of tensors without memory,
-in the order in which they are judged, what it would start is recorded, and each kernel is compiled once into Triton's
-cache. What cannot be foreseen so, such as what depends on a result, is compiled when it is met; so is what is met too
-early.
+The processes that judge would compile one kernel after the other, and the same ones at once. Here every item is asked
+of tensors without memory, in the order in which they are judged, what it would start is recorded, and each kernel is
+compiled once into Triton's cache; an item is judged when its kernels are there. What cannot be foreseen so, such as
+what depends on a result, is compiled when it is met.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context
+from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -32,52 +33,80 @@ from mxref.verification.candidates.processes import cores, die_with_parent
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
+from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, drawing
 
 
 @contextmanager
-def compiling_ahead(order: Order) -> Iterator[None]:
+def compiling_ahead(order: Order, numbers: Numbers) -> Iterator[None]:
     """Meanwhile compile for this machine's GPU what the shipped kernels start when they are asked for an order's items.
 
-    A kernel that does not compile is left to the process that judges, whose failure it is.
+    An item waits for its kernels. One that does not compile is left to the process that judges, whose failure it is.
     """
-    process = get_context("spawn").Process(target=_apart, args=(order, this_gpu()))
+    numbers.ready(0)
+    process = get_context("spawn").Process(target=_apart, args=(order, this_gpu(), numbers))
     process.start()
+
+    def nobody_waits() -> None:
+        process.join()  # however it ended
+        numbers.ready()
+
+    ended = Thread(target=nobody_waits)
+    ended.start()
     try:
         yield
     finally:
         process.kill()
-        process.join()
+        ended.join()
 
 
-def _apart(order: Order, architecture: str) -> None:
+def _apart(order: Order, architecture: str, numbers: Numbers) -> None:
     """In a process that has no GPU, and so can have children that run backward passes: autograd would want the GPU."""
     die_with_parent()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     candidate = shipped(torch.device("cpu"))
     with suppress(ValueError):  # whoever judges says what is wrong with the order
-        compile_items(candidate, order.items(candidate, interpreted=False), architecture)
+        compile_items(candidate, order.items(candidate, interpreted=False), architecture, numbers.ready)
 
 
-def compile_items(candidate: Candidate, items: Sequence[Item], architecture: str, jobs: int | None = None) -> None:
+def compile_items(
+    candidate: Candidate,
+    items: Sequence[Item],
+    architecture: str,
+    ready: Callable[[int], None] = lambda items: None,
+    jobs: int | None = None,
+) -> None:
     """The same for given items and a GPU by its compute capability, such as "sm_90".
 
     Args:
         candidate: the shipped kernels, on a CPU and not interpreted.
         items: of a plan for a GPU.
         architecture: the GPU.
+        ready: told of how many items, from the first, all kernels are compiled.
         jobs: processes; None for one a core.
     """
-    units = dict[tuple[str, str, str], Unit]()
+    jobs, seen = jobs or cores(), set[tuple[str, str, str]]()
     shared = candidate, items, architecture
+    recordings, compilations = deque[Future[list[Unit]]](), deque[list[Future[None]]]()
     with (
         suppress(BrokenProcessPool),
-        ProcessPoolExecutor(jobs or cores(), get_context("fork"), _share, shared) as pool,
+        ProcessPoolExecutor(jobs, get_context("fork"), _share, shared) as pool,
     ):
-        for found in pool.map(_units, range(len(items)), chunksize=8):
-            units |= {(unit.module, unit.kernel, unit.key): unit for unit in found}
-        deque(pool.map(warm_cache, units.values()), maxlen=0)
+        done = 0
+        for number in range(len(items) + jobs):  # some items are recorded ahead of those whose kernels are compiled
+            if number < len(items):
+                recordings.append(pool.submit(_units, number))
+            if number >= jobs:
+                new = {(unit.module, unit.kernel, unit.key): unit for unit in recordings.popleft().result()}
+                compilations.append([pool.submit(warm_cache, unit) for key, unit in new.items() if key not in seen])
+                seen |= new.keys()
+            while compilations and all(each.done() for each in compilations[0]):
+                compilations.popleft()
+                ready(done := done + 1)
+        for each in compilations:
+            wait(each)
+            ready(done := done + 1)
 
 
 def this_gpu() -> str:

@@ -2,8 +2,8 @@
 
 A process (see `process`) makes the candidate and the items from an order, and sends the findings of one item after the
 other. It is ended when it takes too much processor time for one item, or is silent for too long. If it is lost, the
-item it was lost in has failed, and another process goes on behind that item. An item for which the GPU has too little
-memory beside the others' is asked again when they are done.
+item it was lost in has failed, and another process goes on behind that item. What could not be judged, for want of the
+GPU memory that the others had or because a process was lost before it asked, is asked again when they are done.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
+from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.process import (
     Asking,
+    Done,
     Fault,
     ItemInfo,
     Judged,
     Lost,
     Planned,
     Refused,
-    Short,
     elsewhere,
     work,
 )
@@ -92,23 +93,23 @@ def judge_apart(
                 return False
         return True
 
-    with _compiling(order), TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
-        shares = (range(first, sys.maxsize, processes) for first in range(processes))
-        parts = [_Part(order, share, processes, Path(folder) / str(share.start)) for share in shares]
-        if ask(parts) and run.short:
-            ask([_Part(order, run.short, 1, Path(folder) / "alone")])
+    every = Numbers(range(sys.maxsize))
+    with _compiling(order, every), TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
+        parts = [_Part(order, every, processes, Path(folder) / str(number)) for number in range(processes)]
+        if ask(parts) and run.left and run.losses < _MOST_LOSSES:
+            ask([_Part(order, Numbers(run.left), 1, Path(folder) / "alone")])
     run.close()
     run.result.seconds = time.monotonic() - start
     return run.result
 
 
-def _compiling(order: Order) -> AbstractContextManager[None]:
-    """On a GPU, the shipped kernels are compiled meanwhile."""
+def _compiling(order: Order, numbers: Numbers) -> AbstractContextManager[None]:
+    """On a GPU, the shipped kernels are compiled meanwhile, and items wait for theirs."""
     if order.device.type == "cpu" or not is_own(order.kernel):
         return nullcontext()
     from mxref.verification.gate.ahead import compiling_ahead  # with the kernels, which nobody else needs here
 
-    return compiling_ahead(order)
+    return compiling_ahead(order, numbers)
 
 
 def list_items(order: Order) -> list[ItemInfo]:
@@ -118,7 +119,7 @@ def list_items(order: Order) -> list[ItemInfo]:
         Refused: the order cannot be carried out, or the candidate ends the process that loads it.
     """
     with TemporaryDirectory() as folder, Pool[_Part](1, "spawn") as pool:
-        part = _Part(order, range(sys.maxsize), 1, Path(folder) / "0")
+        part = _Part(order, Numbers(range(sys.maxsize)), 1, Path(folder) / "0")
         pool.waiting.append(part.job(Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
         for _, message in pool:
             if isinstance(message, Planned):
@@ -130,38 +131,32 @@ def list_items(order: Order) -> list[ItemInfo]:
 
 @dataclass(eq=False)
 class _Part:
-    """A process's share of the items.
+    """One of the processes that share the items, and those that take its place.
 
     Attributes:
-        order: what they are made from.
-        numbers: the items' numbers; those that no item has are left out.
+        order: what the items are made from.
+        numbers: the items' numbers, shared with the others.
         sharing: processes that run at once.
         crash: the file for a crash's traceback.
-        done: how many of the numbers are done.
+        at: the item that was asked last; None before the first.
         compared: whether the candidate has answered for that item.
+        done: whether nothing is left.
         lost_for: why the process says that it cannot go on.
     """
 
     order: Order
-    numbers: Sequence[int]
+    numbers: Numbers
     sharing: int
     crash: Path
-    done: int = 0
+    at: int | None = None
     compared: bool = False
+    done: bool = False
     lost_for: str = ""
-
-    @property
-    def at(self) -> int:
-        """The item that is asked next, or is being asked; behind all items if none is left."""
-        return self.numbers[self.done] if self.done < len(self.numbers) else sys.maxsize
 
     def job(self, limits: Limits) -> Job[_Part]:
         """A process for what is left."""
-        return Job(self, work, (self.order, self.numbers[self.done :], self.sharing, self.crash), limits)
-
-    def next(self) -> None:
-        """The item is done."""
-        self.done, self.compared, self.lost_for = self.done + 1, False, ""
+        self.at, self.compared, self.lost_for = None, False, ""
+        return Job(self, work, (self.order, self.numbers, self.sharing, self.crash), limits)
 
     def trace(self) -> str:
         """What the faulthandler wrote."""
@@ -176,7 +171,6 @@ class _Run:
         entries: what is asked.
         found: findings by the item's number, before all items those of the loading.
         losses: processes that were lost.
-        short: items for which the GPU had too little memory beside the other processes.
     """
 
     def __init__(self, order: Order, suite: str, strict: bool) -> None:
@@ -187,7 +181,6 @@ class _Run:
         self.entries: list[ItemInfo] = []
         self.found: dict[int, list[Finding]] = {}
         self.losses = 0
-        self.short: list[int] = []
 
     def hear(self, part: _Part, message: Any) -> None:
         """Take a message in."""
@@ -199,13 +192,11 @@ class _Run:
                 result.candidate, result.accumulation, result.device = message.candidate, message.how, message.device
                 self.entries = message.entries
             case Asking():
-                part.compared = message.compared
+                part.at, part.compared = message.number, message.compared
             case Judged():
                 self.found[message.number] = message.findings
-                part.next()
-            case Short():
-                self.short.append(message.number)
-                part.next()
+            case Done():
+                part.done = True
             case Fault():
                 result.faults.append(message.what)
             case Lost():
@@ -213,31 +204,35 @@ class _Run:
 
     def lost(self, part: _Part, ended: Ended) -> bool:
         """Note how a process ended; whether there is more to ask."""
-        if self.entries and part.at >= len(self.entries):
+        if part.done and ended.well:
             return False
         self.losses += 1
         reason = part.lost_for or f"its process {ended}{' (--timeout)' if ended.over else ''}"
-        if not self.entries:
+        if part.at is None:
             reason += " while the candidate was loaded and called for the first time"
             self.found[-1] = [Finding(LOADING, "the first call", "all", Status.FAIL, reason, 0, 0, trace=part.trace())]
-            return False
+            return bool(self.entries)  # it was loaded before
         entry = self.entries[part.at]
         lost = Finding(entry.checks[0], entry.case, "all", Status.FAIL, reason, 0, 0, id=entry.id, trace=part.trace())
-        self.found[part.at] = [lost]
-        if part.compared and ended.from_outside:
+        if part.compared and ended.from_outside and part.at not in self.found:
             self.result.faults.append(f"{entry.case}: {reason} while the reference was computed")
             self.found[part.at] = []
-        part.next()
-        return part.at < len(self.entries)
+        else:
+            self.found[part.at] = [lost]
+        return bool(self.left)
+
+    @property
+    def left(self) -> list[int]:
+        """The items that were not judged."""
+        return [number for number in range(len(self.entries)) if number not in self.found]
 
     def close(self) -> None:
         """What is known at the end: how much was not asked, and that the state of torch was kept."""
         result = self.result
         result.findings = [finding for number in sorted(self.found) for finding in self.found[number]]
-        left = len(self.entries) - len(self.found)
-        if left > 0:
+        if self.left:
             why = f"{self.losses} processes were lost" if self.losses >= _MOST_LOSSES else "it stopped there"
-            result.left_out = f"{left} of {len(self.entries)} items were not asked: {why}."
+            result.left_out = f"{len(self.left)} of {len(self.entries)} items were not asked: {why}."
         if result.findings and not any(finding.check == STATE.name for finding in result.findings):
             reason = "torch's global state is what it was before"
             result.findings.append(Finding(STATE.name, "every call", "all", Status.PASS, reason, 0, 0))

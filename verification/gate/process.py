@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -20,6 +20,7 @@ from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import describe_device
@@ -73,6 +74,16 @@ class Short:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """The next item is not ready."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """No item is left for this process."""
+
+
+@dataclass(frozen=True)
 class Fault:
     """A fault that is not the candidate's."""
 
@@ -91,7 +102,7 @@ def elsewhere(**operands: Any) -> Any:
     raise RuntimeError("the candidate's callables stay in its own process")
 
 
-def work(send: Callable[[Any], None], order: Order, numbers: Sequence[int], sharing: int, crash: Path) -> None:
+def work(send: Callable[[Any], None], order: Order, numbers: Numbers, sharing: int, crash: Path) -> None:
     """The items of these numbers, a message before and after each; a crash's traceback goes to a file.
 
     `sharing` processes run at once.
@@ -118,10 +129,11 @@ def work(send: Callable[[Any], None], order: Order, numbers: Sequence[int], shar
         slopes = slopes_in(items)
         asked = replace(candidate, accumulation=None) if order.lenient else candidate
         ask = partial(judge, candidate=asked, how=how, slopes=slopes, code=code, shared_memory=sharing > 1)
-        for number in takewhile(lambda number: number < len(items), numbers):
+        for number in takewhile(lambda number: number < len(items), numbers.taken(lambda: send(Waiting()))):
             if not _judge(send, number, items[number], ask, sharing > 1):
                 return
             items[number] = replace(items[number])  # without its sample, which nobody needs any more
+        send(Done())
 
 
 def _judge(

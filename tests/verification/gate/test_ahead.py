@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from uninterpreted import run_python
 
+from mxref.verification.gate import ahead
+from mxref.verification.gate.numbers import Numbers
+from mxref.verification.gate.order import Order
+
 ASK = """
 import json, sys
 import torch, triton
@@ -18,6 +22,7 @@ from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.gate import ahead
+from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import plan, plan_cases
 from mxref.verification.cases.scope import Scope
@@ -31,7 +36,8 @@ cases = [
 ]
 candidate, cpu = shipped(torch.device("cpu")), torch.device("cpu")
 items = plan_cases(cases, cpu, 0)
-ahead.compile_items(candidate, items, "sm_90", jobs=2)
+ready = []
+ahead.compile_items(candidate, items, "sm_90", ready.append, jobs=2)
 gpu.pretend()
 new = []
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or new.append(src.fn.__name__)
@@ -43,10 +49,10 @@ for item in plan(Scope("quick", "cuda", 0, interpreted=False), own=True):
     first.setdefault(item.checks[0].name, item)
 foreseen = {name: len(ahead.launches_of(candidate, item, "sm_90")) for name, item in first.items()}
 again = []
-ahead.compile_items = lambda candidate, items, architecture: again.extend(item.name for item in items)
-ahead._apart(Order("shipped", "cuda", patterns=("integer, k 8, bf16",)), "sm_90")
+ahead.compile_items = lambda candidate, items, architecture, ready: again.extend(item.name for item in items)
+ahead._apart(Order("shipped", "cuda", patterns=("integer, k 8, bf16",)), "sm_90", Numbers([]))
 print(json.dumps({"started": started, "new": new[:compiled], "others": len(new) - compiled, "foreseen": foreseen,
-                  "apart": again}))
+                  "apart": again, "ready": ready}))
 """
 
 
@@ -59,8 +65,25 @@ def test_what_is_asked_is_compiled_before(tmp_path: Path, request: pytest.Fixtur
     asked = json.loads(done.stdout)
     assert all("packed_matmul_kernel" in started for started in asked["started"])
     assert asked["new"] == []
+    assert asked["ready"] == [1, 2, 3]
     assert asked["others"] > 0, "a compilation would have been seen"
     assert all(count > 0 for count in asked["foreseen"].values()), "something of every check is foreseen"
     assert asked["foreseen"]["configurations"] > 2 * asked["foreseen"]["integer"], "under every configuration"
     assert asked["apart"], "the process of its own is given the order's items"
     assert all(name.startswith("integer, k 8, bf16") for name in asked["apart"])
+
+
+def test_items_wait_for_their_kernels_while_those_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_apart", _two_ready)
+    monkeypatch.setattr(ahead, "this_gpu", lambda: "sm_90")
+    numbers, waited = Numbers(range(4)), list[str]()
+    with ahead.compiling_ahead(Order("shipped", "cuda"), numbers):
+        taken = numbers.taken(lambda: waited.append("for its kernels"))
+        assert next(taken) == 0, "as soon as it is ready"
+        assert waited
+        assert list(taken) == [1, 2, 3], "the process that compiles has ended, and nobody waits for it"
+
+
+def _two_ready(order: Order, architecture: str, numbers: Numbers) -> None:
+    assert (order.kernel, architecture) == ("shipped", "sm_90")
+    numbers.ready(2)

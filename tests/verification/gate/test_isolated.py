@@ -14,6 +14,7 @@ import pytest
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate import isolated
 from mxref.verification.gate.isolated import judge_apart, list_items
+from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.process import Asking, Fault, ItemInfo, Judged, Refused
 from mxref.verification.gate.result import GateResult
@@ -110,11 +111,11 @@ def test_the_shipped_kernels_are_compiled_ahead_by_either_name(
     kernel: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = list[Order]()
-    monkeypatch.setattr("mxref.verification.gate.ahead.compiling_ahead", compiled.append)
-    order = Order(kernel, "cuda")
-    isolated._compiling(order)
+    monkeypatch.setattr("mxref.verification.gate.ahead.compiling_ahead", lambda order, _: compiled.append(order))
+    order, numbers = Order(kernel, "cuda"), Numbers([])
+    isolated._compiling(order, numbers)
     assert compiled == [order] * ahead
-    isolated._compiling(Order(kernel, "cpu"))
+    isolated._compiling(Order(kernel, "cpu"), numbers)
     assert compiled == [order] * ahead
 
 
@@ -135,8 +136,8 @@ def test_after_three_losses_the_rest_is_not_asked(folder: Path) -> None:
     (folder / "ever.py").write_text(CANDIDATES + "\ndef ever(**o):\n    if Path('loaded').exists(): os._exit(3)\n"
                                     "    Path('loaded').touch()\n    return honest(**o)\n")  # fmt: skip
     result = judge_apart(Order("ever.py:ever", "cpu", patterns=("integer",)), suite="")
-    assert len(failed(result)) == 3
-    assert "items were not asked" in result.left_out
+    assert [finding.check for finding in failed(result)] == ["loading", "integer"]
+    assert "items were not asked: 3 processes were lost" in result.left_out
     assert result.exit_code == 1
 
 
@@ -163,7 +164,7 @@ def test_too_little_memory_alone_is_a_failure() -> None:
 def test_a_fault_of_ours_is_not_the_candidate_s() -> None:
     run = isolated._Run(Order("golden", "cpu"), "", False)
     run.entries = [ItemInfo("00000000", ("integer",), "a"), ItemInfo("00000001", ("integer",), "b")]
-    part = isolated._Part(Order("golden", "cpu"), range(2), 1, Path("crash"))
+    part = isolated._Part(Order("golden", "cpu"), Numbers(range(2)), 1, Path("crash"))
     for message in (Asking(0), Fault("integer, a: OutOfMemoryError"), Judged(0, []), Asking(1, compared=True)):
         run.hear(part, message)
     assert not run.lost(part, isolated.Ended(-signal.SIGKILL))
