@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -194,6 +196,16 @@ def test_a_changed_kernel_needs_the_gate_and_the_others_are_shown(records: Path)
     states = survey(records, changed())
     assert len(states) == len(KINDS)
     assert all(state.changed == ("kernels/device/decode.py",) for state in states)
+
+
+@pytest.mark.parametrize(("day", "stale"), [("2026-01-01", False), ("2099-01-01", True)])
+def test_the_newest_gate_decides(day: str, stale: bool, records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever changes a kernel has one GPU; the records of others stay, and say what they are of."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
+    monkeypatch.setattr("mxref.verification.records.record.datetime", Mock(now=lambda _: datetime.fromisoformat(day)))
+    write("gate", {}, GPU, records, texts={"formats.py": "other = 1"})
+    assert [problem.split()[0] for problem in problems(records)] == ["nvidia-a100/gate.json"] * stale
+    assert [state.fresh for state in survey(records) if state.kind == "gate"] == [False, True]
 
 
 def test_a_lost_file_counts(records: Path) -> None:

@@ -1,7 +1,7 @@
 """Which records are of the sources and versions that are here, and which are stale.
 
-A changed kernel needs a fresh record of the gate: `problems` says so, and a test fails. Any other stale record is
-shown, by `mxref evidence` and in the README, with its date.
+A changed kernel needs a fresh record of the gate, of whichever GPU: `problems` says so, and a test fails. Any other
+stale record is shown, by `mxref evidence` and in the README, with its date.
 """
 
 from __future__ import annotations
@@ -74,16 +74,18 @@ def survey(root: Path = EVIDENCE, texts: Mapping[str, str] | None = None) -> lis
 def problems(root: Path = EVIDENCE, texts: Mapping[str, str] | None = None) -> list[str]:
     """What must be mended, a line each, with the command that does it.
 
-    At least one GPU has a gate record, and every gate record is of the present sources. No record is edited by hand or
-    holds a failure. Other records may be stale: `survey` shows it.
+    A GPU has a gate record, and the newest is of the present sources. No record is edited by hand or holds a failure.
+    Other records may be stale, those of the gate on other GPUs too: `survey` shows it.
     """
     states = survey(root, texts)
     found = [state.damage for state in states if state.damage]
-    if not any(state.kind == "gate" for state in states):
+    gates = [state for state in states if state.kind == "gate"]
+    newest = max(gates, key=lambda state: str(state.entry.get("recorded", "")), default=None)
+    if newest is None:
         found.append(f"no GPU has a record of the gate below {root}; run on one: {KINDS['gate'].command}")
     for state in states:
         where, again = f"{state.folder}/{state.path.name}", f"run on a GPU: {state.entry.get('command')}"
-        if state.kind == "gate" and state.changed:
+        if state is newest and state.changed:
             found.append(f"{where} is older than {_some(state.changed)}; {again}")
         if state.failed:
             found.append(f"{where} records a failure on {state.entry['device']}; mend it, then {again}")
