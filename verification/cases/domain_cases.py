@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import frexp
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 
@@ -28,6 +29,8 @@ def domain_cases(
 ) -> list[Case]:
     """Cases in which every legal pair (`strength` 2) or triple (3) of classes occurs; another seed, other cases.
 
+    A name ends in four digits for the classes: a case of another domain that has the same number is another case.
+
     Args:
         strength: 2 or 3.
         dtypes: activation dtypes that are judged.
@@ -39,7 +42,8 @@ def domain_cases(
     cases = []
     for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
         classes = {d.name: d.classes[index] for d, index in zip(dimensions, row, strict=True)}
-        cases.append(case_of(f"{_WORD[strength]} {number}", classes))
+        digits = crc32(" ".join(f"{name}={each.name}" for name, each in classes.items()).encode()) & 0xFFFF
+        cases.append(case_of(f"{_WORD[strength]} {number} {digits:04x}", classes))
     return cases
 
 
