@@ -163,23 +163,23 @@ class Routing:
         self.P, self.E = positions.shape[0], offsets.shape[0]
         self.tables = {} if tables is None else tables
 
-    def tiles(self, block_m: int) -> Tensor:
+    def tiles(self, block_m: int, stream: int | None = None) -> Tensor:
         """int32 [bound, 3]: (group, first row, one past the last row) of each tile; the surplus is (0, 0, 0)."""
         if block_m not in self.tables:
-            self._make(block_m)
+            self._make(block_m, stream)
         return self.tables[block_m]
 
-    def inverse(self) -> Tensor:
+    def inverse(self, stream: int | None = None) -> Tensor:
         """int32 [P]: the routed row at each position, −1 where a sentinel holds it."""
         if self.INVERSE not in self.tables:
-            self._make(16)
+            self._make(16, stream)
         return self.tables[self.INVERSE]
 
-    def _make(self, block_m: int) -> None:
+    def _make(self, block_m: int, stream: int | None) -> None:
         """The tiles of one height, and with the first of them the inverse."""
         known = self.tables.get(self.INVERSE)
         inverse = torch.empty(self.P, dtype=torch.int32, device=self.offsets.device) if known is None else known
         tiles = inverse.new_empty(tile_bound(self.P, self.E, block_m), 3)
         launch = _tables(self.P, self.E, block_m, known is None, kinds(self.positions, self.offsets))
-        launch(self.positions, self.offsets, tiles, inverse if known is None else None)
+        launch.on(stream, self.positions, self.offsets, tiles, inverse if known is None else None)
         self.tables[block_m], self.tables[self.INVERSE] = tiles, inverse
