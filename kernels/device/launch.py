@@ -190,11 +190,17 @@ class PreparedLaunch:
             return
         if stream is None:
             return self._looked_at(tensors)
-        arguments, bits = _addresses(tensors)
-        places = None
+        arguments: list[Any] = []
+        places, bits = None, 0
+        for x in tensors:
+            if x is None or isinstance(x, TensorDescriptor):
+                arguments.append(x)
+            else:
+                arguments.append(address := x.data_ptr())
+                bits |= address
         if bits & 15:
             tensors = self._copied(tensors)
-            arguments, _ = _addresses(tensors)
+            arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
             places = tuple(x % 16 for x in arguments if isinstance(x, int))
         known = self._compiled.get(places)
         if known is None:
@@ -232,18 +238,6 @@ class PreparedLaunch:
     def _through_triton(self, tensors: tuple[Any, ...]) -> Any:
         """Start it as Triton does; the compiled kernel, or None where it is interpreted."""
         return self.kernel[(self._programs,)](*tensors, *self._known, **self._options)
-
-
-def _addresses(tensors: tuple[Any, ...]) -> tuple[list[Any], int]:
-    """What a launch takes in the place of tensors, and all bits that are set in an address."""
-    arguments, bits = list[Any](), 0
-    for value in tensors:
-        if value is None or isinstance(value, TensorDescriptor):
-            arguments.append(value)
-        else:
-            arguments.append(address := value.data_ptr())
-            bits |= address
-    return arguments, bits
 
 
 def _entry(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -178,7 +178,7 @@ class Routing:
     def _make(self, block_m: int, stream: int | None) -> None:
         """The tiles of one height, and with the first of them the inverse."""
         known = self.tables.get(self.INVERSE)
-        inverse = torch.empty(self.P, dtype=torch.int32, device=self.offsets.device) if known is None else known
+        inverse = self.offsets.new_empty(self.P, dtype=torch.int32) if known is None else known
         tiles = inverse.new_empty(tile_bound(self.P, self.E, block_m), 3)
         launch = _tables(self.P, self.E, block_m, known is None, kinds(self.positions, self.offsets))
         launch.on(stream, self.positions, self.offsets, tiles, inverse if known is None else None)

@@ -93,7 +93,7 @@ def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def dense_weights(weights: Tensor) -> Tensor:
     """Dense weights as the kernels read them: as they are, strides included, upcast only under the interpreter."""
-    return weights.detach().to(compute_dtype(weights.dtype))
+    return weights.to(compute_dtype(weights.dtype)) if INTERPRETED else weights
 
 
 def routing_of(positions: Tensor, offsets: Tensor, given: Routing | None = None) -> Routing:

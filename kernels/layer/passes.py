@@ -106,15 +106,15 @@ class Call(NamedTuple):
         return Saved(
             self.routing.positions,
             self.routing.offsets,
-            rows=self.rows if needs.lora_A else None,
-            weight=self.weight if inputs else None,
-            scales=self.scales if inputs else None,
-            stored=stored,
-            A=self.A if inputs else None,
-            B=self.B if inputs or needs.lora_A else None,
-            gate=self.gate,
-            z=z if needs.lora_B else None,
-            y=y if needs.gates else None,
+            self.rows if needs.lora_A else None,
+            self.weight if inputs else None,
+            self.scales if inputs else None,
+            stored,
+            self.A if inputs else None,
+            self.B if inputs or needs.lora_A else None,
+            self.gate,
+            z if needs.lora_B else None,
+            y if needs.gates else None,
         )
 
 
@@ -130,7 +130,7 @@ def gradients(
         v = plan.v(stream, dy, saved.B, None, routing)
     if needs.inputs:
         dx = _input_gradient(stream, plan, routing, saved, dy, v)
-    sums = list[Tensor | None]()
+    sums: list[Tensor | None] = []
     if needs.lora_A:
         dA = plan.gradient("lora_A", dy)
         sums += dA, v, saved.rows

@@ -128,7 +128,7 @@ class Plan:
     def gradient(self, name: str, like: Tensor) -> Tensor:
         """An uninitialised gradient in its operand's own dtype, where `like` lies."""
         shape, dtype = self.operands[name]
-        return like.new_empty(*shape) if dtype == like.dtype else like.new_empty(shape, dtype=dtype)
+        return like.new_empty(*shape) if dtype == like.dtype else like.new_empty(*shape, dtype=dtype)
 
     @cached_property
     def A(self) -> Stack:
