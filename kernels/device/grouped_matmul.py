@@ -231,15 +231,15 @@ class GroupedMatmul:
         """
         if out is None:
             out = rows_in.new_empty(*self._shape)
-        positions, tiles = routing.positions, routing.tiles(self._height, stream)
+        rest = low, factor, bias, routing.positions, routing.tiles(self._height, stream)
         if not self._fused:
-            self._launch.on(stream, out, rows_in, weight, scales, low, factor, bias, positions, tiles)
+            self._launch(stream, out, rows_in, weight, scales, *rest)
             return out
         box = None
         if self._boxes:
             rows_in = aligned(rows_in)
             box = _box(rows_in, self._height)
-        self._launch.on(stream, out, rows_in, box, weight, scales, low, factor, bias, positions, tiles)
+        self._launch(stream, out, rows_in, box, weight, scales, *rest)
         return out
 
 

@@ -181,7 +181,7 @@ def grouped_outer(config: Config, P: int, s: float, first: Outer, other: Outer |
 def grouped_sum(stream: int | None, wide: Tensor, routing: Routing, out: Tensor, fan: int | None) -> None:
     """Fill contiguous `out` [E, J] with the sum of `wide` over each expert's rows; `fan` as in `Outer`."""
     tensors = out, wide, routing.positions, routing.offsets
-    _sum(routing.P, *out.shape, fan, kinds(*tensors)).on(stream, *tensors)
+    _sum(routing.P, *out.shape, fan, kinds(*tensors))(stream, *tensors)
 
 
 @lru_cache(4096)

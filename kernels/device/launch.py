@@ -19,7 +19,6 @@ import triton
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from triton.backends.nvidia.driver import CudaLauncher
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "INTERPRETED",
@@ -176,16 +175,13 @@ class PreparedLaunch:
         self._known = tuple(known[name] for name in kernel.arg_names[-len(known) :])
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, *tensors: Any) -> None:
+    def __call__(self, stream: int | None, *tensors: Any) -> None:
         """Start it on the first tensor's GPU, or interpret or record it.
 
         Args:
+            stream: `stream_of` that tensor.
             tensors: the kernel's, in its order; None where one is missing.
         """
-        self.on(stream_of(tensors[0]), *tensors)
-
-    def on(self, stream: int | None, *tensors: Any) -> None:
-        """The same for a pass of several launches, which asked for the first tensor's `stream_of` once."""
         if not self._programs:
             return
         if stream is None:
@@ -193,11 +189,14 @@ class PreparedLaunch:
         arguments: list[Any] = []
         places, bits = None, 0
         for x in tensors:
-            if x is None or isinstance(x, TensorDescriptor):
+            if x is None:
                 arguments.append(x)
-            else:
+                continue
+            try:
                 arguments.append(address := x.data_ptr())
                 bits |= address
+            except AttributeError:  # a descriptor of aligned memory, which Triton takes as it is
+                arguments.append(x)
         if bits & 15:
             tensors = self._copied(tensors)
             arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
@@ -220,7 +219,7 @@ class PreparedLaunch:
             self._through_triton(tensors)
         else:
             with torch.cuda.device(device):
-                self(*tensors)
+                self(stream_of(tensors[0]), *tensors)
 
     def _copied(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         """The tensors, those that must be aligned as copies where they are not."""

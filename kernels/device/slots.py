@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import PreparedLaunch, kinds
+from mxref.kernels.device.launch import PreparedLaunch
 from mxref.kernels.device.schedule import Routing, source_rows
 
 __all__ = ["combine", "spread"]
@@ -74,20 +74,20 @@ def spread_kernel(
         tl.store(dgates + position, tl.sum(dot, axis=1).to(dgates.dtype.element_ty), mask=inside)
 
 
-def combine(
-    stream: int | None, rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None = None
-) -> Tensor:
+def combine(stream: int | None, rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None = None) -> Tensor:
     """Sum routed rows [P, J], in expert order, over the slots of each token, gated if `gates` [P] is given.
 
     `out` [tokens, J] is filled and returned; P / tokens is the number of slots.
     """
-    launch = _combine(routing.P, *out.shape, kinds(out, rows_in, gates))
-    launch.on(stream, out, rows_in, routing.inverse(stream), gates)
+    tokens, J = out.shape
+    gate_dtype = None if gates is None else gates.dtype
+    launch = _combine(routing.P, tokens, J, out.device, out.dtype, rows_in.dtype, gate_dtype)
+    launch(stream, out, rows_in, routing.inverse(stream), gates)
     return out
 
 
 @lru_cache(4096)
-def _combine(P: int, tokens: int, J: int, alike: Hashable) -> PreparedLaunch:
+def _combine(P: int, tokens: int, J: int, *alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         combine_kernel,
         triton.cdiv(tokens, 16) * triton.cdiv(J, 128),
@@ -124,12 +124,16 @@ def spread(
         dgates: [P] by position, filled; 0 where no expert owns the row.
     """
     tensors = out, dgates, source, y, gates, routing.positions, routing.offsets
-    _spread(routing.P, routing.E, out.shape[1], fan, kinds(*tensors)).on(stream, *tensors)
+    _spread(
+        routing.P, routing.E, out.shape[1], fan, out.device, out.dtype, source.dtype,
+        None if gates is None else gates.dtype, None if y is None else y.dtype,
+        None if dgates is None else dgates.dtype, routing.positions.dtype, routing.offsets.dtype,
+    )(stream, *tensors)  # fmt: skip
     return out
 
 
 @lru_cache(4096)
-def _spread(P: int, E: int, J: int, fan: int, alike: Hashable) -> PreparedLaunch:
+def _spread(P: int, E: int, J: int, fan: int, *alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         spread_kernel,
         triton.cdiv(P, 16),

@@ -139,7 +139,7 @@ def gradients(
         sums += dB, saved.z, dy
     if sums:
         missing = (None,) * (6 - len(sums))
-        plan.sums[needs.lora_A, needs.lora_B].on(stream, routing.positions, routing.offsets, *sums, *missing)
+        plan.sums[needs.lora_A, needs.lora_B](stream, routing.positions, routing.offsets, *sums, *missing)
     if needs.expert_biases:
         dbias = plan.gradient("expert_biases", dy)
         grouped_sum(stream, dy, routing, dbias, plan.fan_of_dY)

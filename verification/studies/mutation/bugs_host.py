@@ -52,7 +52,7 @@ HOST_BUGS: tuple[tuple[Place, Bug], ...] = (
         Bug("bias not passed on", "biases", "accepted and ignored", "self.bias", "None"),
         Bug("adapter not passed on", "LoRA scaling", "base product only", "z", "None", "plan.y(...)"),
         Bug("gates not applied", "gates", "slots summed unweighted",
-            "combine(..., ..., ..., gate)", "combine(..., ..., ...)")),
+            "combine(..., ..., ..., ..., gate)", "combine(..., ..., ..., ...)")),
     *at(Place("layer/passes.py", "gradients"),
         Bug("dbias reads dOut in expert order", "biases", "the gather forgotten under use_fused_gather",
             "plan.fan_of_dY", "None")),
