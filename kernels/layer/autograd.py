@@ -112,7 +112,7 @@ class ScatterMoELoRA(torch.autograd.Function):
         torch's own `apply`, which does something where functions are transformed alone: to refuse it.
         """
         transformed = torch._C._are_functorch_transforms_active()
-        apply = super().apply if transformed else super(torch.autograd.Function, cls).apply
+        apply = super().apply if transformed else super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         return apply(*_differentiable(arguments), arguments)
 
     @staticmethod
