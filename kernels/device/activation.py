@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import PreparedLaunch, kinds
+from mxref.kernels.device.launch import PreparedLaunch, kinds, stream_of
 from mxref.swiglu import SwiGLU
 
 __all__ = ["COLS", "ROWS", "activate", "activate_backward"]
@@ -123,14 +123,14 @@ def activation_backward_kernel(
 
 def activate(gate_up: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
     """H of gate_up, contiguous [P, 2J]; `out`, contiguous [P, J], is filled and returned."""
-    _prepared(False, *out.shape, form.interleaved, *_numbers(form), kinds(out, gate_up))(out, gate_up)
+    _prepared(False, *out.shape, form.interleaved, *_numbers(form), kinds(out, gate_up))(stream_of(out), out, gate_up)
     return out
 
 
 def activate_backward(gate_up: Tensor, grad: Tensor, form: SwiGLU, out: Tensor) -> Tensor:
     """d(gate_up) of dH, contiguous [P, J]; `out`, contiguous [P, 2J], is filled and returned."""
     tensors = out, gate_up, grad
-    _prepared(True, *grad.shape, form.interleaved, *_numbers(form), kinds(*tensors))(*tensors)
+    _prepared(True, *grad.shape, form.interleaved, *_numbers(form), kinds(*tensors))(stream_of(out), *tensors)
     return out
 
 

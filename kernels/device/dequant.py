@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxref.kernels.device.decode import BLOCK, e2m1, e8m0, narrow
-from mxref.kernels.device.launch import INTERPRETED, PreparedLaunch, aligned, architecture, kinds
+from mxref.kernels.device.launch import INTERPRETED, PreparedLaunch, aligned, architecture, kinds, stream_of
 from mxref.kernels.device.schedule import Routing
 from mxref.weights import MXLayout, MXWeights
 
@@ -92,7 +92,7 @@ def dequantize_experts(weights: MXWeights, experts: Tensor, dtype: torch.dtype, 
     if not experts.numel():
         return out
     tensors = out, aligned(weights.packed).view(torch.int32), weights.scales, experts.to(weights.device)
-    _decoding(experts.numel(), weights.E, weights.N * weights.K, dtype, kinds(*tensors))(*tensors)
+    _decoding(experts.numel(), weights.E, weights.N * weights.K, dtype, kinds(*tensors))(stream_of(out), *tensors)
     return out
 
 

@@ -179,8 +179,8 @@ class GroupedMatmul:
         if not isinstance(matrix, PackedMatrix) or C % 16:  # which Hopper copies by 16 bytes, and Triton knows
             config = config.dense()
         rank, (stride_fe, stride_fr, stride_fj) = (factor.shape[1], factor.strides) if factor else (0, (0, 0, 0))
-        self._shape, self._config = (P, J), config
-        self._words = isinstance(matrix, PackedMatrix) and matrix.fragments  # bytes of W are read by words
+        self._shape, self._height, self._fused = (P, J), config.BLOCK_M, config.fused
+        words = isinstance(matrix, PackedMatrix) and matrix.fragments  # of four bytes of W
         self._boxes = P > 0 and fan_in is None and tallest(config) == config.BLOCK_M
         kernel, own = _kernel(matrix, config)
         self._launch = PreparedLaunch(
@@ -189,6 +189,7 @@ class GroupedMatmul:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             max_registers=config.max_registers,
+            aligned=(1, 3, 4) if config.fused else (2,) if words else (),
             P=P,
             E=E,
             C=C,
@@ -206,6 +207,7 @@ class GroupedMatmul:
 
     def __call__(
         self,
+        stream: int | None,
         rows_in: Tensor,
         weight: Tensor,
         scales: Tensor | None,
@@ -218,6 +220,7 @@ class GroupedMatmul:
         """Every routed row times its expert's matrix; rows that no expert owns become zero.
 
         Args:
+            stream: the pass's, see `stream_of`.
             rows_in: contiguous [*, C].
             weight: where the matrices lie; packed ones with `scales`.
             routing: which rows belong to which expert.
@@ -226,17 +229,17 @@ class GroupedMatmul:
             bias: contiguous [E, J], added last.
             out: contiguous [P, J], filled and returned; a fresh one by default.
         """
-        config = self._config
-        rest = low, factor, bias, routing.positions, routing.tiles(config.BLOCK_M)
         if out is None:
             out = rows_in.new_empty(*self._shape)
-        if config.fused:
-            assert scales is not None
+        rest = low, factor, bias, routing.positions, routing.tiles(self._height, stream)
+        if not self._fused:
+            self._launch(stream, out, rows_in, weight, scales, *rest)
+            return out
+        box = None
+        if self._boxes:
             rows_in = aligned(rows_in)
-            box = _box(rows_in, config) if self._boxes else None
-            self._launch(out, rows_in, box, aligned(weight), aligned(scales), *rest)
-        else:
-            self._launch(out, rows_in, aligned(weight) if self._words else weight, scales, *rest)
+            box = _box(rows_in, self._height)
+        self._launch(stream, out, rows_in, box, weight, scales, *rest)
         return out
 
 
@@ -294,6 +297,6 @@ def tallest(config: Config) -> int:
     return TALLEST_FRAGMENTS if config.fragments else TALLEST if config.hopper else 0
 
 
-def _box(ordered: Tensor, config: Config) -> TensorDescriptor:
+def _box(ordered: Tensor, height: int) -> TensorDescriptor:
     """Rows in expert order as the tallest tiles fetch them."""
-    return TensorDescriptor.from_tensor(ordered, [config.BLOCK_M, 64], ROWS_LAYOUT.value)
+    return TensorDescriptor.from_tensor(ordered, [height, 64], ROWS_LAYOUT.value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -160,6 +160,8 @@ def grouped_outer(config: Config, P: int, s: float, first: Outer, other: Outer |
     config, names = config.outer(), ("J", "fan", "stride_oe", "stride_or", "stride_oj")
     E, rank, _ = first.out.shape
     mine, others = first.layout, (0, None, 0, 0, 0) if other is None else other.layout
+    layouts: dict[str, Any] = dict(zip(names, mine, strict=True))
+    layouts |= zip((f"other_{name}" for name in names), others, strict=True)
     columns = triton.cdiv(mine[0], config.BLOCK_N) + triton.cdiv(others[0], config.BLOCK_N)
     return PreparedLaunch(
         grouped_outer_kernel,
@@ -170,18 +172,17 @@ def grouped_outer(config: Config, P: int, s: float, first: Outer, other: Outer |
         E=E,
         RANK=rank,
         s=s,
-        **dict(zip(names, mine, strict=True)),
-        **dict(zip((f"other_{name}" for name in names), others, strict=True)),
+        **layouts,
         BLOCK_R=padded_rank(rank),
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
     )
 
 
-def grouped_sum(wide: Tensor, routing: Routing, out: Tensor, fan: int | None) -> None:
+def grouped_sum(stream: int | None, wide: Tensor, routing: Routing, out: Tensor, fan: int | None) -> None:
     """Fill contiguous `out` [E, J] with the sum of `wide` over each expert's rows; `fan` as in `Outer`."""
     tensors = out, wide, routing.positions, routing.offsets
-    _sum(routing.P, *out.shape, fan, kinds(*tensors))(*tensors)
+    _sum(routing.P, *out.shape, fan, kinds(*tensors))(stream, *tensors)
 
 
 @lru_cache(4096)

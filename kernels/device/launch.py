@@ -32,6 +32,7 @@ __all__ = [
     "kinds",
     "passed_on",
     "recording",
+    "stream_of",
 ]
 
 _IN_C = triton.__version__.startswith("3.7.1")
@@ -125,6 +126,21 @@ def kinds(first: Tensor, *others: Tensor | None) -> tuple[Hashable, ...]:
     return first.device, first.dtype, *[None if x is None else x.dtype for x in others]
 
 
+def stream_of(x: Tensor) -> int | None:
+    """The current stream of x's GPU, where known launches may start at once; None where each has to be looked at.
+
+    That is: where launches are interpreted or recorded, a profiler watches them, or another GPU is current. A pass asks
+    once, since nothing of it changes before the pass is over.
+    """
+    if INTERPRETED or _recorder.get() is not None:
+        return None
+    driver, index = triton.runtime.driver.active, x.device.index
+    if driver.get_current_device() != index or _watched():
+        return None
+    stream: int = driver.get_current_stream(index)
+    return stream
+
+
 class PreparedLaunch:
     """A launch of which everything but the tensors is known; calling it with them starts the kernel.
 
@@ -138,6 +154,7 @@ class PreparedLaunch:
         programs: how many instances of it start; nothing happens when there are none.
         num_warps, num_stages: compile options.
         max_registers: how many a thread may have at most; None leaves it to the compiler.
+        aligned: which of the tensors must begin at a multiple of 16 bytes; where one does not, a copy takes its place.
         known: the arguments that are no tensors, by name: the last of the kernel's.
     """
 
@@ -148,48 +165,65 @@ class PreparedLaunch:
         num_warps: int,
         num_stages: int,
         max_registers: int | None = None,
+        aligned: tuple[int, ...] = (),
         **known: Any,
     ) -> None:
-        self.kernel, self._programs = kernel, programs
+        self.kernel, self._programs, self._aligned = kernel, programs, aligned
         self._options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
         if max_registers is not None:
             self._options["maxnreg"] = max_registers
         self._known = tuple(known[name] for name in kernel.arg_names[-len(known) :])
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, *tensors: Any) -> None:
+    def __call__(self, stream: int | None, *tensors: Any) -> None:
         """Start it on the first tensor's GPU, or interpret or record it.
 
         Args:
+            stream: `stream_of` that tensor.
             tensors: the kernel's, in its order; None where one is missing.
         """
         if not self._programs:
             return
-        if INTERPRETED or _recorder.get() is not None:
-            return self._without_a_gpu(tensors)
-        driver, index = triton.runtime.driver.active, tensors[0].device.index
-        if driver.get_current_device() != index:
-            with torch.cuda.device(index):
-                return self(*tensors)
-        arguments, bits = list[Any](), 0
-        for value in tensors:
-            if isinstance(value, Tensor):
-                arguments.append(address := value.data_ptr())
+        if stream is None:
+            return self._looked_at(tensors)
+        arguments: list[Any] = []
+        places, bits = None, 0
+        for x in tensors:
+            if x is None:
+                arguments.append(x)
+                continue
+            try:
+                arguments.append(address := x.data_ptr())
                 bits |= address
-            else:
-                arguments.append(value)
-        places = tuple(x % 16 for x in arguments if isinstance(x, int)) if bits & 15 else None
+            except AttributeError:  # a descriptor of aligned memory, which Triton takes as it is
+                arguments.append(x)
+        if bits & 15:
+            tensors = self._copied(tensors)
+            arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
+            places = tuple(x % 16 for x in arguments if isinstance(x, int))
         known = self._compiled.get(places)
         if known is None:
-            compiled = self._through_triton(tensors)
-            self._compiled[places] = compiled, *_entry(compiled)
+            self._compiled[places] = _entry(self._through_triton(tensors))
             return
-        compiled, start, between = known
-        if _watched():
-            compiled[self._programs, 1, 1](*tensors, *self._known)
+        start, between = known
+        arguments += self._known
+        start(self._programs, 1, 1, stream, *between, arguments)
+
+    def _looked_at(self, tensors: tuple[Any, ...]) -> None:
+        """Start it where no stream is known: interpreted, recorded, told to a profiler, or on another GPU."""
+        tensors = self._copied(tensors)
+        if INTERPRETED or _recorder.get() is not None:
+            return self._without_a_gpu(tensors)
+        device = tensors[0].device
+        if triton.runtime.driver.active.get_current_device() == device.index:
+            self._through_triton(tensors)
         else:
-            arguments += self._known
-            start(self._programs, 1, 1, driver.get_current_stream(index), *between, arguments)
+            with torch.cuda.device(device):
+                self(stream_of(tensors[0]), *tensors)
+
+    def _copied(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The tensors, those that must be aligned as copies where they are not."""
+        return tuple(aligned(x) if i in self._aligned else x for i, x in enumerate(tensors))
 
     def _without_a_gpu(self, tensors: tuple[Any, ...]) -> None:
         recorder = _recorder.get()

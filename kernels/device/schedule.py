@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import PreparedLaunch, kinds
+from mxref.kernels.device.launch import PreparedLaunch
 
 __all__ = ["Routing", "expert_rows", "tile_bound"]
 
@@ -121,7 +121,7 @@ def tile_bound(rows: int, experts: int, block_m: int) -> int:
 
 
 @lru_cache(4096)
-def _tables(P: int, E: int, block_m: int, with_inverse: bool, alike: Hashable) -> PreparedLaunch:
+def _tables(P: int, E: int, block_m: int, with_inverse: bool, *alike: Hashable) -> PreparedLaunch:
     """The launch that makes a routing's tables; a sixteenth of the inverse is a program's, or as much as pays.
 
     Always a multiple of 16 entries, so that it is filled 16 bytes at a time and by one kernel.
@@ -163,23 +163,24 @@ class Routing:
         self.P, self.E = positions.shape[0], offsets.shape[0]
         self.tables = {} if tables is None else tables
 
-    def tiles(self, block_m: int) -> Tensor:
+    def tiles(self, block_m: int, stream: int | None = None) -> Tensor:
         """int32 [bound, 3]: (group, first row, one past the last row) of each tile; the surplus is (0, 0, 0)."""
         if block_m not in self.tables:
-            self._make(block_m)
+            self._make(block_m, stream)
         return self.tables[block_m]
 
-    def inverse(self) -> Tensor:
+    def inverse(self, stream: int | None = None) -> Tensor:
         """int32 [P]: the routed row at each position, −1 where a sentinel holds it."""
         if self.INVERSE not in self.tables:
-            self._make(16)
+            self._make(16, stream)
         return self.tables[self.INVERSE]
 
-    def _make(self, block_m: int) -> None:
+    def _make(self, block_m: int, stream: int | None) -> None:
         """The tiles of one height, and with the first of them the inverse."""
         known = self.tables.get(self.INVERSE)
-        inverse = torch.empty(self.P, dtype=torch.int32, device=self.offsets.device) if known is None else known
+        inverse = self.offsets.new_empty(self.P, dtype=torch.int32) if known is None else known
         tiles = inverse.new_empty(tile_bound(self.P, self.E, block_m), 3)
-        launch = _tables(self.P, self.E, block_m, known is None, kinds(self.positions, self.offsets))
-        launch(self.positions, self.offsets, tiles, inverse if known is None else None)
+        positions, offsets = self.positions, self.offsets
+        launch = _tables(self.P, self.E, block_m, known is None, offsets.device, positions.dtype, offsets.dtype)
+        launch(stream, positions, offsets, tiles, inverse if known is None else None)
         self.tables[block_m], self.tables[self.INVERSE] = tiles, inverse

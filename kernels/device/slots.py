@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxref.kernels.device.launch import PreparedLaunch, kinds
+from mxref.kernels.device.launch import PreparedLaunch
 from mxref.kernels.device.schedule import Routing, source_rows
 
 __all__ = ["combine", "spread"]
@@ -74,18 +74,20 @@ def spread_kernel(
         tl.store(dgates + position, tl.sum(dot, axis=1).to(dgates.dtype.element_ty), mask=inside)
 
 
-def combine(rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None = None) -> Tensor:
+def combine(stream: int | None, rows_in: Tensor, routing: Routing, out: Tensor, gates: Tensor | None = None) -> Tensor:
     """Sum routed rows [P, J], in expert order, over the slots of each token, gated if `gates` [P] is given.
 
     `out` [tokens, J] is filled and returned; P / tokens is the number of slots.
     """
-    launch = _combine(routing.P, *out.shape, kinds(out, rows_in, gates))
-    launch(out, rows_in, routing.inverse(), gates)
+    tokens, J = out.shape
+    gate_dtype = None if gates is None else gates.dtype
+    launch = _combine(routing.P, tokens, J, out.device, out.dtype, rows_in.dtype, gate_dtype)
+    launch(stream, out, rows_in, routing.inverse(stream), gates)
     return out
 
 
 @lru_cache(4096)
-def _combine(P: int, tokens: int, J: int, alike: Hashable) -> PreparedLaunch:
+def _combine(P: int, tokens: int, J: int, *alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         combine_kernel,
         triton.cdiv(tokens, 16) * triton.cdiv(J, 128),
@@ -100,6 +102,7 @@ def _combine(P: int, tokens: int, J: int, alike: Hashable) -> PreparedLaunch:
 
 
 def spread(
+    stream: int | None,
     source: Tensor,
     routing: Routing,
     out: Tensor,
@@ -111,6 +114,7 @@ def spread(
     """Give each routed row, in expert order, its row of `source`, gated if `gates` is given.
 
     Args:
+        stream: the pass's, see `stream_of`.
         source: contiguous [P / fan, J]; a routed row is row position // fan of it.
         routing: positions and offsets.
         out: [P, J], filled and returned; rows that no expert owns are left as they are.
@@ -120,12 +124,16 @@ def spread(
         dgates: [P] by position, filled; 0 where no expert owns the row.
     """
     tensors = out, dgates, source, y, gates, routing.positions, routing.offsets
-    _spread(routing.P, routing.E, out.shape[1], fan, kinds(*tensors))(*tensors)
+    _spread(
+        routing.P, routing.E, out.shape[1], fan, out.device, out.dtype, source.dtype,
+        None if gates is None else gates.dtype, None if y is None else y.dtype,
+        None if dgates is None else dgates.dtype, routing.positions.dtype, routing.offsets.dtype,
+    )(stream, *tensors)  # fmt: skip
     return out
 
 
 @lru_cache(4096)
-def _spread(P: int, E: int, J: int, fan: int, alike: Hashable) -> PreparedLaunch:
+def _spread(P: int, E: int, J: int, fan: int, *alike: Hashable) -> PreparedLaunch:
     return PreparedLaunch(
         spread_kernel,
         triton.cdiv(P, 16),

@@ -31,6 +31,8 @@ from mxref.weights import MXWeights
 
 __all__ = ["ScatterMoELoRA", "parallel_linear_lora"]
 
+_SAVED = len(Saved._fields)
+
 _differentiable = itemgetter(0, 6, 7, 9, 10)
 """The operands of `Needs` among the arguments of `parallel_linear_lora`."""
 
@@ -106,16 +108,19 @@ class ScatterMoELoRA(torch.autograd.Function):
     def apply(cls, *arguments: Any) -> Any:
         """The arguments of `parallel_linear_lora` in its order; the last three may be left out.
 
-        Autograd itself is given those that may need a gradient, since each one that it looks at costs time.
+        Autograd itself is given those that may need a gradient, since each one that it looks at costs time. So does
+        torch's own `apply`, which does something where functions are transformed alone: to refuse it.
         """
-        return super().apply(*_differentiable(arguments), arguments)  # type: ignore[no-untyped-call]
+        transformed = torch._C._are_functorch_transforms_active()
+        apply = super().apply if transformed else super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        return apply(*_differentiable(arguments), arguments)
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """The operands of `Needs`, and all arguments."""
         every = arguments[-1]
         call = Call.of(every[:13], *every[13:])
-        needs = Needs(*ctx.needs_input_grad[:-1])
+        needs = Needs._make(ctx.needs_input_grad[:-1])
         out, z, y = call.forward()
         ctx.call = call.plan, needs, tuple(call.routing.tables)
         ctx.save_for_backward(*call.saved(needs, z, y), *call.routing.tables.values())
@@ -131,8 +136,8 @@ class ScatterMoELoRA(torch.autograd.Function):
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     plan, needs, heights = ctx.call
     tensors = ctx.saved_tensors
-    saved = Saved(*tensors[: len(Saved._fields)])
-    tables = dict(zip(heights, tensors[len(Saved._fields) :], strict=True))
+    saved = Saved._make(tensors[:_SAVED])
+    tables = dict(zip(heights, tensors[_SAVED:], strict=True))
     routing = Routing(saved.positions, saved.offsets, tables)
     return *gradients(plan, needs, saved, routing, grad_out), None
 

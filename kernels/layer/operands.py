@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "dense_weights",
     "frozen_weights",
     "kind_of",
+    "kind_of_weights",
     "operand",
     "projection",
     "routing_of",
@@ -73,14 +75,15 @@ def check_problem(problem: Problem, validate: bool = False, config: Config | Non
     return config
 
 
-def kind_of(operand: Tensor | MXWeights | None) -> Hashable:
-    """What the checks and the kernels read of an operand beside its values: equal for two that they treat alike."""
-    if isinstance(operand, Tensor):
-        return operand.shape, operand.dtype, operand.device
-    if isinstance(operand, MXWeights):
-        packed = operand.packed
-        return packed.shape, packed.device, operand.K, operand.N, operand.layout, operand.scales_to_128
-    return None if operand is None else object()
+kind_of = attrgetter("shape", "dtype", "device")
+"""What the checks and the kernels read of a tensor beside its values: equal for two that they treat alike."""
+
+
+def kind_of_weights(weights: Tensor | MXWeights) -> Hashable:
+    """The same of weights, and how they lie in memory."""
+    if isinstance(weights, MXWeights):
+        return kind_of(weights.packed), weights.layout, weights.scales_to_128
+    return kind_of(weights), weights.stride(), weights.requires_grad
 
 
 def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -93,7 +96,7 @@ def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def dense_weights(weights: Tensor) -> Tensor:
     """Dense weights as the kernels read them: as they are, strides included, upcast only under the interpreter."""
-    return weights.detach().to(compute_dtype(weights.dtype))
+    return weights.to(compute_dtype(weights.dtype)) if INTERPRETED else weights
 
 
 def routing_of(positions: Tensor, offsets: Tensor, given: Routing | None = None) -> Routing:

@@ -9,7 +9,7 @@ from torch import Tensor
 from mxref.kernels.device.configs import Config
 from mxref.kernels.device.dequant import active_or_sentinel, dequantize_experts
 from mxref.kernels.device.grouped_outer import grouped_sum
-from mxref.kernels.device.launch import compute_dtype
+from mxref.kernels.device.launch import compute_dtype, stream_of
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.device.slots import combine, spread
 from mxref.kernels.device.stack import PackedMatrix, Stack
@@ -92,9 +92,10 @@ class Call(NamedTuple):
     def forward(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """The layer's output; Z; and Y [P, N], which is the output where there are no gates."""
         plan, routing, rows, gate = self.plan, self.routing, self.rows, self.gate
-        z = None if self.A is None else plan.z(rows, self.A, None, routing)
-        y = plan.y(rows, self.weight, self.scales, routing, z, self.B, self.bias)
-        out = y if gate is None else combine(y, routing, y.new_empty(gate.shape[0], y.shape[1]), gate)
+        stream = stream_of(rows)
+        z = None if self.A is None else plan.z(stream, rows, self.A, None, routing)
+        y = plan.y(stream, rows, self.weight, self.scales, routing, z, self.B, self.bias)
+        out = y if gate is None else combine(stream, y, routing, y.new_empty(gate.shape[0], y.shape[1]), gate)
         return out, z, y
 
     def saved(self, needs: Needs, z: Tensor | None, y: Tensor) -> Saved:
@@ -105,15 +106,15 @@ class Call(NamedTuple):
         return Saved(
             self.routing.positions,
             self.routing.offsets,
-            rows=self.rows if needs.lora_A else None,
-            weight=self.weight if inputs else None,
-            scales=self.scales if inputs else None,
-            stored=stored,
-            A=self.A if inputs else None,
-            B=self.B if inputs or needs.lora_A else None,
-            gate=self.gate,
-            z=z if needs.lora_B else None,
-            y=y if needs.gates else None,
+            self.rows if needs.lora_A else None,
+            self.weight if inputs else None,
+            self.scales if inputs else None,
+            stored,
+            self.A if inputs else None,
+            self.B if inputs or needs.lora_A else None,
+            self.gate,
+            z if needs.lora_B else None,
+            y if needs.gates else None,
         )
 
 
@@ -122,13 +123,14 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA, dB, dbias and dgates; None in the place of one that is not needed, and nothing else is computed."""
     dx = dA = dB = dbias = v = None
+    stream = stream_of(grad_out)
     dgates = plan.gradient("gates", grad_out) if needs.gates else None
-    dy = _routed_gradient(plan, routing, operand(grad_out, compute_dtype(plan.dtype)), saved, dgates)
+    dy = _routed_gradient(stream, plan, routing, operand(grad_out, compute_dtype(plan.dtype)), saved, dgates)
     if saved.B is not None:
-        v = plan.v(dy, saved.B, None, routing)
+        v = plan.v(stream, dy, saved.B, None, routing)
     if needs.inputs:
-        dx = _input_gradient(plan, routing, saved, dy, v)
-    sums = list[Tensor | None]()
+        dx = _input_gradient(stream, plan, routing, saved, dy, v)
+    sums: list[Tensor | None] = []
     if needs.lora_A:
         dA = plan.gradient("lora_A", dy)
         sums += dA, v, saved.rows
@@ -137,22 +139,26 @@ def gradients(
         sums += dB, saved.z, dy
     if sums:
         missing = (None,) * (6 - len(sums))
-        plan.sums[needs.lora_A, needs.lora_B](routing.positions, routing.offsets, *sums, *missing)
+        plan.sums[needs.lora_A, needs.lora_B](stream, routing.positions, routing.offsets, *sums, *missing)
     if needs.expert_biases:
         dbias = plan.gradient("expert_biases", dy)
-        grouped_sum(dy, routing, dbias, plan.fan_of_dY)
+        grouped_sum(stream, dy, routing, dbias, plan.fan_of_dY)
     return dx, dA, dB, dbias, dgates
 
 
-def _routed_gradient(plan: Plan, routing: Routing, grad_out: Tensor, saved: Saved, dgates: Tensor | None) -> Tensor:
+def _routed_gradient(
+    stream: int | None, plan: Plan, routing: Routing, grad_out: Tensor, saved: Saved, dgates: Tensor | None
+) -> Tensor:
     """dY; fills `dgates` if given."""
     if not plan.spread:
         return grad_out
     gate, dy = saved.gate, grad_out.new_empty(plan.P, grad_out.shape[1])
-    return spread(grad_out, routing, dy, 1 if gate is None else gate.shape[1], gate, saved.y, dgates)
+    return spread(stream, grad_out, routing, dy, 1 if gate is None else gate.shape[1], gate, saved.y, dgates)
 
 
-def _input_gradient(plan: Plan, routing: Routing, saved: Saved, dy: Tensor, v: Tensor | None) -> Tensor:
+def _input_gradient(
+    stream: int | None, plan: Plan, routing: Routing, saved: Saved, dy: Tensor, v: Tensor | None
+) -> Tensor:
     """dX: every routed row's D, then the sum over the slots that read the same row of x."""
     weight, scales, matrix = _weights_as_planned(plan, saved)
     if scales is not None and not plan.use_fused_dX:
@@ -160,8 +166,8 @@ def _input_gradient(plan: Plan, routing: Routing, saved: Saved, dy: Tensor, v: T
         stack = MXWeights(weight, scales, K, N)
         weight, scales = operand(dequantize_experts(stack, active_or_sentinel(routing), plan.dtype)), None
     product = plan.d if matrix is plan.matrix_of_dX else plan.d_by(matrix)
-    d = product(dy, weight, scales, routing, v, saved.A)
-    return d if plan.one_slot else combine(d, routing, plan.gradient("inputs", d))
+    d = product(stream, dy, weight, scales, routing, v, saved.A)
+    return d if plan.one_slot else combine(stream, d, routing, plan.gradient("inputs", d))
 
 
 def _weights_as_planned(plan: Plan, saved: Saved) -> tuple[Tensor, Tensor | None, Stack | PackedMatrix]:

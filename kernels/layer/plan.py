@@ -19,6 +19,7 @@ from mxref.kernels.layer.operands import (
     columns_by_expert,
     dense_weights,
     kind_of,
+    kind_of_weights,
     projection,
     rows_by_expert,
 )
@@ -85,17 +86,19 @@ class Plan:
             validate: also check the index tensors' values on a GPU, which synchronises; on CPU they always are.
             config: a pinned tiling.
         """
-        x, weights, k, experts, positions, offsets, A, B, scaling, bias, gates, *grouped = operands
+        x, weights, k, experts, positions, offsets, A, B, scaling, bias, gates, grouped_in, grouped_out = operands
         where = architecture(x.device) if isinstance(x, Tensor) else None
-        dense = (weights.stride(), weights.requires_grad) if isinstance(weights, Tensor) else None
-        s = scaling.hex() if isinstance(scaling, float) else scaling  # as numbers −0 and 0 are equal
-        kinds = (
-            where, dense, *map(kind_of, (x, weights, experts, positions, offsets, A, B, bias, gates)),
-            k, type(k), s, type(scaling), config, *map(bool, (*grouped, use_fused_dX, use_fused_gather)),
-        )  # fmt: skip
-        try:
+        s = str(scaling) if isinstance(scaling, float) and not scaling else scaling  # as numbers −0 and 0 are equal
+        try:  # written out, since each loop and each call would cost more than what it does
+            kinds = (
+                where, kind_of_weights(weights), kind_of(x), kind_of(experts), kind_of(positions), kind_of(offsets),
+                None if A is None else kind_of(A), None if B is None else kind_of(B),
+                None if bias is None else kind_of(bias), None if gates is None else kind_of(gates),
+                k, type(k), s, type(scaling), config,
+                not grouped_in, not grouped_out, not use_fused_dX, not use_fused_gather,
+            )  # fmt: skip
             plan = _PLANS.get(kinds)
-        except TypeError:  # an argument that is refused below
+        except (AttributeError, TypeError):  # an argument that is refused below
             plan = None
         if plan is None or validate or where == "interpreter":
             problem = Problem(*operands)
@@ -128,7 +131,7 @@ class Plan:
     def gradient(self, name: str, like: Tensor) -> Tensor:
         """An uninitialised gradient in its operand's own dtype, where `like` lies."""
         shape, dtype = self.operands[name]
-        return like.new_empty(*shape) if dtype == like.dtype else like.new_empty(shape, dtype=dtype)
+        return like.new_empty(*shape) if dtype == like.dtype else like.new_empty(*shape, dtype=dtype)
 
     @cached_property
     def A(self) -> Stack:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxref.kernels.device.configs import Config
 from mxref.kernels.device.grouped_matmul import GroupedMatmul
-from mxref.kernels.device.launch import kinds
+from mxref.kernels.device.launch import kinds, stream_of
 from mxref.kernels.device.stack import PackedMatrix, Stack
 from mxref.kernels.layer.operands import (
     adapter_of,
@@ -136,9 +136,10 @@ def _product(
     scaling = float(problem.scaling).hex()
     projected, product = _products(matrix, config, problem.P, fan_in, fan_out, down, up, scaling, alike)
     inner, outer = (B, A) if transposed else (A, B)
+    stream = stream_of(rows)
     if projected is not None and inner is not None:
-        low = projected(rows, inner, None, routing)
-    return product(rows, weights.packed, weights.scales, routing, low, outer, bias, out)
+        low = projected(stream, rows, inner, None, routing)
+    return product(stream, rows, weights.packed, weights.scales, routing, low, outer, bias, out)
 
 
 @lru_cache(4096)

@@ -82,9 +82,9 @@ def test_operator_does_the_eager_work(case: str, monkeypatch: pytest.MonkeyPatch
     launched: list[str] = []
     launch = PreparedLaunch.__call__
 
-    def counted(self: PreparedLaunch, *tensors: Any) -> None:
+    def counted(self: PreparedLaunch, *given: Any) -> None:
         launched.append(self.kernel.__name__)
-        launch(self, *tensors)
+        launch(self, *given)
 
     monkeypatch.setattr(PreparedLaunch, "__call__", counted)
     arguments = operands(case)

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, sys.argv[1])
 import pretended_gpu as gpu
 from mxref.kernels.device import slots
+from mxref.kernels.device.launch import stream_of
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.models.adapters import LoRA
 from mxref.kernels.models.routed import Projection, routed_experts
@@ -67,7 +68,7 @@ def codes_by_alignment():
                          (torch.float16, 4), (torch.float16, 8), (torch.float32, 3), (torch.float32, 0)]:
         rows = memory[dtype][first : first + 8 * 48].view(8, 48)
         routing.inverse()
-        gpu.started(lambda: slots.combine(rows, routing, out))
+        gpu.started(lambda: slots.combine(stream_of(out), rows, routing, out))
         ours += gpu.STARTED
         grid = slots.combine_kernel[(1,)]
         gpu.started(lambda: grid(out, rows, routing.inverse(), None, 4, 2, 48, 16, 128, num_warps=4, num_stages=1,

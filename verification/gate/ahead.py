@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from threading import Thread
@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime.jit import MockTensor
 
 from mxref.kernels.compiled.units import Unit, units_of
-from mxref.kernels.device import dequant, grouped_matmul
+from mxref.kernels.device import dequant, grouped_matmul, launch
 from mxref.kernels.device.launch import Launch, generation, recording
 from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
@@ -158,7 +158,9 @@ def _aligning() -> Iterator[None]:
     def aligned(x: Tensor) -> Tensor:
         return x.clone() if _behind(x) else x
 
-    with patch.object(grouped_matmul, "aligned", aligned), patch.object(dequant, "aligned", aligned):
+    with ExitStack() as patches:
+        for module in (launch, grouped_matmul, dequant):
+            patches.enter_context(patch.object(module, "aligned", aligned))
         yield
 
 
