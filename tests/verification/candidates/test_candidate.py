@@ -154,7 +154,7 @@ def test_work_left_on_another_stream_is_noticed() -> None:
         out, stream = torch.zeros_like(y), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)
+            torch.cuda._sleep(2_000_000_000)  # a second: longer than a busy host looks away
             out = out + y
         return out
 
