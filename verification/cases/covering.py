@@ -7,10 +7,11 @@ Engineering 23(7), 1997), ties broken by a seed, so that another seed covers aga
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from itertools import combinations, permutations, product
-from operator import itemgetter
+from operator import and_, itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -84,12 +85,13 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
         open_[tuple(missing.T[list(order)])] = True
     draw = np.random.default_rng(seed)
     waiting = [tuple(row) for row in draw.permutation(missing).tolist()]
+    space = _Space(sizes, starts.tolist(), legal)
     rows: list[Row] = []
     while waiting:
         first = waiting.pop()
         if not open_[first]:
             continue
-        tries = [_fill(list(first), open_, legal, starts, sizes, draw) for _ in range(_TRIES[strength])]
+        tries = [_fill(list(first), open_, space, draw) for _ in range(_TRIES[strength])]
         found = [row for row in tries if row is not None]
         for order in permutations(first):
             open_[order] = False
@@ -101,41 +103,59 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
     return tuple(rows)
 
 
+class _Space:
+    """The classes as bits of integers, which are quicker to compare than short arrays.
+
+    Attributes:
+        sizes: classes of each dimension.
+        starts: the number of its first.
+        legal: for each class, those that can be in one call with it.
+        own: the classes of each dimension.
+    """
+
+    def __init__(self, sizes: Sequence[int], starts: Sequence[int], legal: Pairs) -> None:
+        self.sizes, self.starts = sizes, starts
+        self.legal = [int.from_bytes(row.tobytes(), "little") for row in np.packbits(legal, axis=1, bitorder="little")]
+        self.own = [((1 << size) - 1) << start for size, start in zip(sizes, starts, strict=True)]
+
+
 def _fill(
-    chosen: list[int],
-    open_: npt.NDArray[np.bool_],
-    legal: Pairs,
-    starts: npt.NDArray[np.int64],
-    sizes: Sequence[int],
-    draw: np.random.Generator,
+    chosen: list[int], open_: npt.NDArray[np.bool_], space: _Space, draw: np.random.Generator
 ) -> tuple[int, Row] | None:
     """A whole row around the chosen classes, and how many open combinations it adds; None where there is none."""
-    held = set((np.searchsorted(starts, chosen, side="right") - 1).tolist())
-    left = [d for d in draw.permutation(len(sizes)).tolist() if d not in held]
-    possible: Pairs = np.logical_and.reduce(legal[chosen])
+    legal, own, starts = space.legal, space.own, space.starts
+    held = {bisect_right(starts, each) - 1 for each in chosen}
+    left = [d for d in draw.permutation(len(own)).tolist() if d not in held]
+    possible = reduce(and_, (legal[each] for each in chosen))
     # Dimensions that the choice so far restricts most come first, so that a row seldom runs into a dead end.
-    left.sort(key=np.add.reduceat(possible, starts, dtype=int).tolist().__getitem__)
-    gain = np.zeros(len(legal), dtype=int)  # open combinations of a class with chosen ones, in every order
+    left.sort(key=lambda d: (possible & own[d]).bit_count())
+    gain = np.zeros(len(legal), dtype=int)  # open combinations of a class with chosen ones
     for count, best in enumerate(chosen):
         gain += _gained(open_, best, chosen[:count])
     covered = 0
     while left:
         dimension = left.pop(0)
-        own = starts[dimension] + draw.permutation(sizes[dimension])
-        room = np.logical_or.reduceat(legal[own] & possible, starts, axis=1)  # left in each dimension, by class
-        classes = own[possible[own] & room[:, left].all(1)]
-        if not classes.size:
+        start, size = starts[dimension], space.sizes[dimension]
+        order, gained = draw.permutation(size).tolist(), gain[start : start + size].tolist()
+        order.sort(key=gained.__getitem__, reverse=True)  # stable: of equal ones the first
+        for each in order:
+            best = start + each
+            after = possible & legal[best]
+            # Room is left in each dimension.
+            if possible >> best & 1 and all(after & own[d] for d in left):
+                break
+        else:
             return None
-        best = int(classes[gain[classes].argmax()])
-        covered += int(gain[best])
+        covered += gained[each]
         gain += _gained(open_, best, chosen)
         chosen.append(best)
-        possible = possible & legal[best]
+        possible = after
     return covered, tuple(sorted(chosen))
 
 
-def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.int64]:
-    """For every class, how many open combinations hold it and `best`, and else chosen classes, in every order."""
+def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """For every class, how many open combinations hold it and `best`, and else chosen classes."""
+    with_best = open_[best].view(np.uint8)
     if open_.ndim == 3:
-        return np.asarray(2 * open_[best][list(chosen)].sum(0))
-    return np.asarray(open_[best].astype(int))
+        return np.asarray(np.add.reduce(with_best[list(chosen)], axis=0, dtype=np.uint8))
+    return with_best
