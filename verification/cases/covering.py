@@ -155,7 +155,7 @@ def _fill(
 
 def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.uint8]:
     """For every class, how many open combinations hold it and `best`, and else chosen classes."""
-    with_best = open_[best].view(np.uint8)
+    with_best: npt.NDArray[np.uint8] = open_[best].view(np.uint8)
     if open_.ndim == 3:
         return np.asarray(np.add.reduce(with_best[list(chosen)], axis=0, dtype=np.uint8))
     return with_best
