@@ -15,9 +15,13 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available() or os.environ.get("MXREF_RANKS") == "nccl":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from mxref.kernels.device.launch import INTERPRETED
+from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.clone import EVIDENCE
 from mxref.verification.records.record import write
 
+if INTERPRETED:
+    interpret_only(report_overflow=True)
 pytest_plugins = ["pytester"]
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("mxref", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,6 +12,7 @@ from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
 from mxref.verification.cases import suites
 from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.domain import DIMENSIONS
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.elements import element_cases, every_element
 from mxref.verification.checks.check import Check
@@ -20,6 +21,12 @@ from mxref.verification.checks.finding import Finding
 from mxref.verification.checks.registry import CHECKS
 
 BY_NAME: dict[str, Check] = {check.name: check for check in CHECKS}
+NARROW = ", ".join(
+    f"{dimension.name}={dimension.classes[0].name}"
+    for dimension in DIMENSIONS
+    if len(dimension.classes) > 6 and dimension.name not in ("rank", "adapters", "gates", "routing", "values")
+)
+"""A subset of the domain that a full suite is planned for in a fraction of the time."""
 
 
 def ask(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.distributed.questions import Place
 from mxref.verification.distributed.ranks import Raised
 from mxref.verification.distributed.world import Lost, World
@@ -39,6 +40,8 @@ class _Work:
     arguments: tuple[Any, ...]
 
     def __call__(self, place: Place) -> Any:
+        if not ON_GPUS:
+            interpret_only(report_overflow=True)
         return _on_cpu(self.function(*self.arguments))
 
 

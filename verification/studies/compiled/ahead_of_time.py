@@ -155,10 +155,13 @@ def _launches(
 
 def compile_unit(unit: Unit) -> Compiled:
     """Compile one unit for its architecture and read the compiler's own resource account."""
-    compiled = unit.build()
-    cubin = compiled.asm["cubin"]
-    found = hazards(disassemble(cubin), waits_by_hand=unit.function.is_gluon())
-    if ".ftz" in compiled.asm["ptx"]:
+    compiled, by_hand = unit.build(), unit.function.is_gluon()
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    found = list[str]()
+    # Without them there is no hazard to look for, and the disassembler takes longer than most compilations.
+    if by_hand or "wgmma" in ptx or "mbarrier" in ptx:
+        found += hazards(disassemble(cubin), waits_by_hand=by_hand)
+    if ".ftz" in ptx:
         found.append("flushes subnormals to zero")
     return Compiled(unit, resources(cubin), compiled.metadata.shared, tuple(found))
 
