@@ -7,11 +7,10 @@ Engineering 23(7), 1997), ties broken by a seed, so that another seed covers aga
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache, reduce
+from functools import cache
 from itertools import combinations, permutations, product
-from operator import and_, itemgetter
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +85,6 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
     restricted = _restricted(legal, starts, sizes)
     draw = np.random.default_rng(seed)
     waiting = [tuple(row) for row in draw.permutation(missing).tolist()]
-    space = _Space(sizes, starts.tolist(), legal)
     rows: list[Row] = []
     while waiting:
         first = waiting.pop()
@@ -156,9 +154,8 @@ def _fill(
     return covered, tuple(sorted(chosen))
 
 
-def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """For every class, how many open combinations hold it and `best`, and else chosen classes."""
-    with_best: npt.NDArray[np.uint8] = open_[best].view(np.uint8)
+def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.int64]:
+    """For every class, how many open combinations hold it and `best`, and else chosen classes, in every order."""
     if open_.ndim == 3:
         return np.asarray(2 * np.add.reduce(open_[best].take(chosen, 0), 0, dtype=int))
     return np.asarray(open_[best].astype(int))
