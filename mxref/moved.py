@@ -85,7 +85,7 @@ MOVED = {
             "steps": "gate.plan",
             "syntax": "records.sources",
             "thresholds": "arithmetic.thresholds",
-            "usage": "cli.usage",
+            "usage": "cli",
             "verdicts": "checks",
             "witness": "cases",
         },

@@ -11,10 +11,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.clone import IS_CLONE, LeftOutError, of_a_clone
 
-__all__ = ["COMMANDS", "OF_A_CLONE", "main", "module_of"]
+__all__ = ["COMMANDS", "OF_A_CLONE", "UsageError", "main", "module_of"]
 
 COMMANDS = {
     "gate": "judge an implementation against the golden model",
@@ -37,6 +36,10 @@ COMMANDS = {
 
 OF_A_CLONE = frozenset(COMMANDS) - {"gate", "new-kernel", "warm", "inspect"}
 """Commands about this project's own sources, in the folder `own`, which the wheel leaves out."""
+
+
+class UsageError(Exception):
+    """Wrong use of the command line; the message is one line for the person who typed it. Ends with exit code 2."""
 
 
 class _Parser(argparse.ArgumentParser):

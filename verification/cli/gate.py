@@ -29,9 +29,8 @@ from rich.console import Console
 
 from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import cores
-from mxref.verification.cli import gate_distributed, options
+from mxref.verification.cli import UsageError, gate_distributed, options
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.clone import EVIDENCE, IS_CLONE, LeftOutError, of_a_clone
 from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
 from mxref.verification.gate.order import Order

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mxref.verification.candidates.known import is_own
-from mxref.verification.cli.usage import UsageError
+from mxref.verification.cli import UsageError
 
 _OF_ONE_PROCESS = (
     "points", "accumulation", "covers", "full", "weights", "layers", "experts", "list", "shape", "dtype",

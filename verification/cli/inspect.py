@@ -22,8 +22,8 @@ from rich.text import Text
 
 from mxref.checkpoints import open_checkpoint, read_expert_weights
 from mxref.checkpoints.statistics import BlockStatistics
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import terminal
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.report.output import new_table
 
 _BARS = "▁▂▃▄▅▆▇█"

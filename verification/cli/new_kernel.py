@@ -13,7 +13,7 @@ import inspect
 from pathlib import Path
 
 from mxref.verification.candidates import starting_point
-from mxref.verification.cli.usage import UsageError
+from mxref.verification.cli import UsageError
 
 _TEST = '''\
 """{name}'s layer by the gate's checks: `pytest` runs one small problem, `mxref gate` the whole domain.

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from mxref.verification.candidates.processes import cores
-from mxref.verification.cli.usage import UsageError
+from mxref.verification.cli import UsageError
 from mxref.verification.clone import EVIDENCE
 
 

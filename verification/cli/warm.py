@@ -30,9 +30,9 @@ import torch
 import triton
 
 from mxref.kernels.models.sizes import MODELS, Batch
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import add_jobs, positive, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from mxref.kernels.models.warming import Experts

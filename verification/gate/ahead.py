@@ -33,9 +33,9 @@ from mxref.verification.candidates.processes import cores, die_with_parent
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, drawing
+from mxref.verification.gate.process import Numbers
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
-from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.process import (
     Asking,
@@ -34,6 +33,7 @@ from mxref.verification.gate.process import (
     ItemInfo,
     Judged,
     Lost,
+    Numbers,
     Planned,
     Refused,
     elsewhere,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import faulthandler
 import resource
 import signal
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,40 @@ from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import describe_device
 from mxref.verification.gate.run import judge
+
+
+class Numbers:
+    """Items' numbers: each process that shares this object takes the next when it is done, so that all end together.
+
+    Args:
+        numbers: which, ascending; they may go on behind the last item.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        context = get_context("spawn")
+        self._numbers, self._given = numbers, context.Value("q", 0)
+        self._ready = context.Value("q", sys.maxsize)
+
+    def ready(self, items: int = sys.maxsize) -> None:
+        """From now on so many items, from the first, may be asked; before the first call all."""
+        self._ready.value = items
+
+    def taken(self, waiting: Callable[[], None]) -> Iterator[int]:
+        """Take one number after the other, each when its item is ready; `waiting` is called again and again before."""
+        while True:
+            with self._given.get_lock():
+                at = self._given.value
+                self._given.value += 1
+            if at >= len(self._numbers):
+                return
+            while self._numbers[at] >= self._ready.value:
+                waiting()
+                time.sleep(0.1)
+            yield self._numbers[at]
 
 
 class Refused(ValueError):  # noqa: N818

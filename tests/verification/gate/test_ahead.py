@@ -9,8 +9,8 @@ import pytest
 from uninterpreted import run_python
 
 from mxref.verification.gate import ahead
-from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
+from mxref.verification.gate.process import Numbers
 
 ASK = """
 import json, sys
@@ -22,8 +22,8 @@ from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.gate import ahead
-from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
+from mxref.verification.gate.process import Numbers
 from mxref.verification.gate.plan import plan, plan_cases
 from mxref.verification.cases.scope import Scope
 

@@ -14,9 +14,8 @@ import pytest
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate import isolated
 from mxref.verification.gate.isolated import judge_apart, list_items
-from mxref.verification.gate.numbers import Numbers
 from mxref.verification.gate.order import Order
-from mxref.verification.gate.process import Asking, Fault, ItemInfo, Judged, Refused
+from mxref.verification.gate.process import Asking, Fault, ItemInfo, Judged, Numbers, Refused
 from mxref.verification.gate.result import GateResult
 
 CANDIDATES = """

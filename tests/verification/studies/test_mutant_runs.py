@@ -249,7 +249,7 @@ def test_a_mutant_is_asked_what_runs_its_function() -> None:
     everyone = [check.name for check in checks]
     assert asked(Place("device/activation.py", "sigmoids")) == ["activation"]
     assert asked(Place("device/activation.py", "activation_kernel"), matrix=True) == everyone
-    assert asked(Place("device/grouped_matmul.py", "_Product.launch")) == everyone, "not jit"
+    assert asked(Place("device/grouped_matmul.py", "GroupedMatmul.__init__")) == everyone, "not jit"
     assert asked(Place("device/hopper_fragments.py", "fragments_tile")) == everyone, "nobody runs it"
 
 
@@ -325,7 +325,8 @@ def test_a_check_sees_what_it_was_made_for(file: str, function: str, edit: Edit,
 def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
     """A small sample by one question a check: `mxref mutants` asks all about more, `test_small_gate` about the sources.
 
-    Of the activation, whose forms differ, every question; of sequences, which take longer than all else, none.
+    Of the activation, whose forms differ, every question; of sequences, which take longer than all else, none. Who
+    survives is asked all.
     """
     mutants = stratified([mutant for mutant in everything() if mutant.by_hand and not mutant.gpu_only], 8, seed=0)
     asked, seen = list[Item](), {"sequences"}
@@ -336,9 +337,11 @@ def test_the_sources_survive_and_a_sample_of_mutants_does_not() -> None:
         seen.add(name)
     result = judge(mutants, asked, _setting())
     assert len(result.checks) > 20
-    assert [judged.mutant.name for judged in result.judged if judged.fate is Fate.SURVIVED] == []
-    assert result.counts()[Fate.KILLED] + result.counts()[Fate.EQUIVALENT] == 8
-    assert result.exit_code == 0  # at most one of them equivalent
+    alive = [judged.mutant for judged in result.judged if judged.fate is Fate.SURVIVED]
+    left = judge(alive, questions(CPU), _setting())
+    assert [judged.mutant.name for judged in left.judged if judged.fate is not Fate.KILLED] == []
+    assert result.counts()[Fate.KILLED] + result.counts()[Fate.EQUIVALENT] + len(alive) == 8
+    assert result.counts()[Fate.KILLED] > 5
 
 
 def test_the_matrix_survives_a_crash() -> None:

@@ -38,11 +38,11 @@ from mxref.verification.bench.report import as_json, as_markdown, print_bench
 from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
 from mxref.verification.bench.timing import EventClock, measure_ceilings
 from mxref.verification.bench.workloads import CASES, DENSE, LARGE, MEASURES, QUICK, Shape
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import add_out, add_record, choose_device, positive, terminal, writable_folder
 from mxref.verification.cli.own import bench_host, bench_models
 from mxref.verification.cli.own.keeping import keep, show
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
 from mxref.verification.records.record import folder_name, write
 

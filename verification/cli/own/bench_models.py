@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from mxref.kernels.models.sizes import MODELS, Model
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import choose_device, positive, terminal, writable_folder
 from mxref.verification.cli.own import bench_parallel
 from mxref.verification.cli.own.keeping import keep, show
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
 from mxref.verification.models.report import as_page, figures
 from mxref.verification.records.freshness import survey

@@ -17,9 +17,9 @@ from rich.markdown import Markdown
 
 from mxref.kernels.models.sizes import Model
 from mxref.verification.bench.pairs import digits
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import positive, writable_folder
 from mxref.verification.cli.own.keeping import keep, show
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.result import describe_device
 from mxref.verification.records.kernel_sources import step_sources
 from mxref.verification.report.output import write_json

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import add_jobs, add_out, add_record, add_seed, note, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
 from mxref.verification.records import record
 from mxref.verification.report.output import new_table, write_json

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import terminal
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.clone import EVIDENCE
 from mxref.verification.records.freshness import State, problems, survey
 from mxref.verification.records.readme import update_readme

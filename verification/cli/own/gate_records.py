@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mxref.verification.cli.usage import UsageError
+from mxref.verification.cli import UsageError
 from mxref.verification.gate.result import GateResult
 from mxref.verification.records import record, ulp_baseline
 from mxref.verification.records.gate_summary import gate_summary

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mxref.verification.candidates.processes import Limits
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.distributed.cases import CASES, StepItem
 from mxref.verification.distributed.judging import NoStepError
 from mxref.verification.distributed.registry import OWN

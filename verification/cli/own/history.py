@@ -19,8 +19,8 @@ from rich.table import Table
 
 from mxref.verification.bench.history import Change, Run, as_entry, judge
 from mxref.verification.bench.plots import save_history
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import note, terminal, writable_folder
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.clone import EVIDENCE
 from mxref.verification.records.record import KINDS, read
 

@@ -28,9 +28,8 @@ from rich.markup import escape
 
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.cli import options
+from mxref.verification.cli import UsageError, options
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
 from mxref.verification.report.output import new_table, write_json
 from mxref.verification.studies.honest.implementations import Honest, asked, cases_of, emulated, judge, on_gpu

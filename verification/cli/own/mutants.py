@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 
-from mxref.verification.cli import options
+from mxref.verification.cli import UsageError, options
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import matches
 from mxref.verification.records import record
 from mxref.verification.records.sources import digests

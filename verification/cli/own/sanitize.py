@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from rich.markup import escape
 from rich.table import Table
 
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import add_out, add_record, choose_device, note, positive, terminal, writable_folder
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.records import record
 from mxref.verification.report.output import new_table
 from mxref.verification.studies.sanitizers.run import payload, watch

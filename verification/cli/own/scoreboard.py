@@ -19,9 +19,8 @@ import torch
 
 from mxref.verification.candidates.known import IMPLEMENTATIONS, implementation, is_own
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cli import options
+from mxref.verification.cli import UsageError, options
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.gate.plan import plan
 from mxref.verification.records import record
 from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write

@@ -18,9 +18,9 @@ from mxref.verification.bench.timing import EventClock
 from mxref.verification.bench.tuning import Pinned, Timing, candidates, compile_ahead, pinned_costs, tune_shape
 from mxref.verification.bench.workloads import CASES
 from mxref.verification.cases.small import usual_dtype
+from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import add_jobs, choose_device, terminal
 from mxref.verification.cli.progress import Meter
-from mxref.verification.cli.usage import UsageError
 from mxref.verification.report.output import new_table
 
 _SHOWN = 5
