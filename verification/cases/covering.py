@@ -90,7 +90,7 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
         first = waiting.pop()
         if not open_[first]:
             continue
-        tries = [_fill(list(first), open_, legal, restricted, starts, sizes, draw) for _ in range(_TRIES[strength])]
+        tries = [_fill(list(first), open_, restricted, starts, sizes, draw) for _ in range(_TRIES[strength])]
         found = [row for row in tries if row is not None]
         for order in permutations(first):
             open_[order] = False
@@ -115,7 +115,6 @@ def _bits(flags: Pairs) -> int:
 def _fill(
     chosen: list[int],
     open_: npt.NDArray[np.bool_],
-    legal: Pairs,
     restricted: Sequence[dict[int, int]],
     starts: npt.NDArray[np.int64],
     sizes: Sequence[int],
@@ -130,7 +129,7 @@ def _fill(
             possible[d] &= rest
     # Dimensions that the choice so far restricts most come first, so that a row seldom runs into a dead end.
     left.sort(key=[bits.bit_count() for bits in possible].__getitem__)
-    gain = np.zeros(len(legal), dtype=int)  # open combinations of a class with chosen ones, in every order
+    gain = np.zeros(len(restricted), dtype=int)  # open combinations of a class with chosen ones, in every order
     for count, best in enumerate(chosen):
         gain += _gained(open_, best, chosen[:count])
     covered = 0

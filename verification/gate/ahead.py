@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from multiprocessing import get_context
 from threading import Thread
 from typing import Any
@@ -86,21 +87,18 @@ def compile_items(
         ready: told of how many items, from the first, all kernels are compiled.
         jobs: processes; None for one a core.
     """
-    jobs, seen = jobs or cores(), set[tuple[str, str, str]]()
-    shared = candidate, items, architecture
-    recordings, compilations = deque[Future[list[Unit]]](), deque[list[Future[None]]]()
+    jobs, left, done, seen = jobs or cores(), iter(range(len(items))), 0, set[tuple[str, str, str]]()
+    compilations = deque[list[Future[None]]]()
     with (
         suppress(BrokenProcessPool),
-        ProcessPoolExecutor(jobs, get_context("fork"), _share, shared) as pool,
+        ProcessPoolExecutor(jobs, get_context("fork"), _share, (candidate, items, architecture)) as pool,
     ):
-        done = 0
-        for number in range(len(items) + jobs):  # some items are recorded ahead of those whose kernels are compiled
-            if number < len(items):
-                recordings.append(pool.submit(_units, number))
-            if number >= jobs:
-                new = {(unit.module, unit.kernel, unit.key): unit for unit in recordings.popleft().result()}
-                compilations.append([pool.submit(warm_cache, unit) for key, unit in new.items() if key not in seen])
-                seen |= new.keys()
+        recordings = deque(pool.submit(_units, number) for number in islice(left, jobs))
+        while recordings:
+            recordings.extend(pool.submit(_units, number) for number in islice(left, 1))
+            new = {(unit.module, unit.kernel, unit.key): unit for unit in recordings.popleft().result()}
+            compilations.append([pool.submit(warm_cache, unit) for key, unit in new.items() if key not in seen])
+            seen |= new.keys()
             while compilations and all(each.done() for each in compilations[0]):
                 compilations.popleft()
                 ready(done := done + 1)

@@ -204,7 +204,7 @@ class _Run:
 
     def lost(self, part: _Part, ended: Ended) -> bool:
         """Note how a process ended; whether there is more to ask."""
-        if part.done and ended.well:
+        if part.done:
             return False
         self.losses += 1
         reason = part.lost_for or f"its process {ended}{' (--timeout)' if ended.over else ''}"
@@ -230,9 +230,9 @@ class _Run:
         """What is known at the end: how much was not asked, and that the state of torch was kept."""
         result = self.result
         result.findings = [finding for number in sorted(self.found) for finding in self.found[number]]
-        if self.left:
+        if left := len(self.left):
             why = f"{self.losses} processes were lost" if self.losses >= _MOST_LOSSES else "it stopped there"
-            result.left_out = f"{len(self.left)} of {len(self.entries)} items were not asked: {why}."
+            result.left_out = f"{left} of {len(self.entries)} items were not asked: {why}."
         if result.findings and not any(finding.check == STATE.name for finding in result.findings):
             reason = "torch's global state is what it was before"
             result.findings.append(Finding(STATE.name, "every call", "all", Status.PASS, reason, 0, 0))

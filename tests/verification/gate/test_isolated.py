@@ -19,7 +19,7 @@ from mxref.verification.gate.process import Asking, Fault, ItemInfo, Judged, Num
 from mxref.verification.gate.result import GateResult
 
 CANDIDATES = """
-import ctypes, os, signal, sys, time
+import atexit, ctypes, os, signal, sys, time
 from pathlib import Path
 import torch
 import mxref
@@ -50,6 +50,7 @@ def lacks_memory_once():
 short = with_gates(lacks_memory_once)
 ends = with_gates(lambda: os._exit(0))
 crashes = with_gates(lambda: os.kill(os.getpid(), signal.SIGSEGV))
+crashes_later = with_gates(lambda: atexit.register(os.kill, os.getpid(), signal.SIGSEGV))
 killed = with_gates(lambda: os.kill(os.getpid(), signal.SIGKILL))
 spins = with_gates(spin)
 exits = with_gates(lambda: sys.exit(0))
@@ -122,6 +123,12 @@ def test_a_crash_says_where() -> None:
     (finding,) = failed(judged("crashes"))
     assert "candidates.py" in finding.trace
     assert finding.id
+
+
+def test_a_crash_when_everything_is_judged_changes_no_verdict() -> None:
+    """As drivers and libraries may when an interpreter ends."""
+    result = judged("crashes_later")
+    assert (result.exit_code, failed(result), result.left_out) == (0, [], "")
 
 
 def test_an_honest_candidate_keeps_torch_s_state() -> None:
