@@ -299,4 +299,6 @@ def tallest(config: Config) -> int:
 
 def _box(ordered: Tensor, height: int) -> TensorDescriptor:
     """Rows in expert order as the tallest tiles fetch them."""
-    return TensorDescriptor.from_tensor(ordered, [height, 64], ROWS_LAYOUT.value)
+    rows, columns = ordered.shape
+    strides = [columns, 1]  # its own mean nothing where there is one row
+    return TensorDescriptor(ordered, [rows, columns], strides, [height, 64], ROWS_LAYOUT.value)

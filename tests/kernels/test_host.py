@@ -25,8 +25,10 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, sys.argv[1])
 import pretended_gpu as gpu
+from mxref import MXWeights
+from mxref.kernels import Config, parallel_linear_lora
 from mxref.kernels.device import slots
-from mxref.kernels.device.launch import stream_of
+from mxref.kernels.device.launch import recording, stream_of
 from mxref.kernels.device.schedule import Routing
 from mxref.kernels.models.adapters import LoRA
 from mxref.kernels.models.routed import Projection, routed_experts
@@ -102,11 +104,22 @@ def seen_by_a_profiler():
     return {"started": names, "seen": seen}
 
 
+def box_of_one_row():
+    '''Strides of the box that fetches a row whose own stride between rows is 1.'''
+    row, K, N = torch.empty(256, 1, dtype=torch.bfloat16, device="meta").T, 256, 256
+    weights = MXWeights(*(torch.empty(1, N, K // d, dtype=torch.uint8, device="meta") for d in (2, 32)), K, N)
+    one = torch.empty(1, dtype=torch.int64, device="meta")
+    tallest = Config(256, 128, 128, num_warps=8, num_stages=3, hopper=True)
+    with recording("sm_90") as recorder:
+        parallel_linear_lora(row, weights, 1, one, one, one, grouped_in=True, config=tallest)
+    return [launch.arguments["rows_box"].strides for launch in recorder.launches if "rows_box" in launch.arguments]
+
+
 with patch.object(JITFunction, "run", counted):
     print(json.dumps({"plain": step_report(), "gates": step_report(gates=True),
                       "fragments": step_report(layout=MXLayout.FRAGMENTS), "block": block(),
                       "alignment": codes_by_alignment(), "dtypes": codes_by_dtype(),
-                      "profiler": seen_by_a_profiler()}))
+                      "profiler": seen_by_a_profiler(), "box": box_of_one_row()}))
 """
 
 
@@ -158,6 +171,11 @@ def test_calls_that_differ_in_a_dtype_alone_start_other_code(report: Any) -> Non
 
 def test_a_profiler_is_told_of_known_launches(report: Any) -> None:
     assert report["profiler"]["seen"] == report["profiler"]["started"] == [*FORWARD, *BACKWARD]
+
+
+def test_the_box_of_one_row_has_the_strides_of_its_shape(report: Any) -> None:
+    """A dimension of one has whatever stride it had; a box wants multiples of 16 bytes."""
+    assert report["box"] == [[256, 1]]
 
 
 def recorded(k: Any = 1, scaling: Any = 1.0, layout: MXLayout = MXLayout.FWD, **keywords: Any) -> Recorder:
