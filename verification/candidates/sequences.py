@@ -37,12 +37,13 @@ _MANY = 16
 """Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again."""
 
 
-def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
+def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> list[Answer]:
     """A call's results after a sequence that changes them, beside what the golden model gives for the same operands.
 
     Args:
         candidate: who is asked.
         sample: an integer fixture of at least four tokens, its rows of x by token: sums stay exact when signs change.
+        shrink: look for the shortest sequence that goes wrong.
 
     Returns:
         Two answers, the second to be like the first, with the shortest sequence in its circumstance; of a sequence that
@@ -54,9 +55,10 @@ def in_sequences(candidate: Candidate, sample: Sample) -> list[Answer]:
         def __init__(self) -> None:
             super().__init__(candidate, sample, seen)
 
+    phases = (Phase.generate, Phase.shrink)[: 1 + shrink]
     profile = settings(
         max_examples=_EXAMPLES, stateful_step_count=_STEPS, derandomize=True, database=None, deadline=None,
-        verbosity=Verbosity.quiet, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet, phases=phases, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     try:
         _as_in_evaluation(Machine())

@@ -109,10 +109,10 @@ def stored(interval: Interval, dtype: torch.dtype) -> Interval:
 
 
 def comparable(
-    answer: Answer, sample: Sample, tensor: str, case: str, interval: Interval | None = None
+    answer: Answer, expected: Expectation, tensor: str, case: str, interval: Interval | None = None
 ) -> tuple[Tensor, Interval | None] | Finding:
     """An output and its interval, both reduced to the rows that count; or a finding if it cannot be compared at all."""
-    shape, dtypes = _form(sample, tensor)
+    shape, dtypes = _form(expected, tensor)
     elements = int(np.prod(shape))
 
     def finding(reason: str) -> Finding:
@@ -175,7 +175,7 @@ def each_tensor(
     for answer in answers:
         case = name_of(answer, expected.sample)
         for tensor in (name for name in _MATRICES if name in expected.accepted and answer.error is None):
-            got = comparable(answer, expected.sample, tensor, case)
+            got = comparable(answer, expected, tensor, case)
             if not isinstance(got, Finding):
                 finding = judge(case, tensor, got[0], stored(expected.accepted[tensor], got[0].dtype))
                 findings += [] if finding is None else [finding]
@@ -219,10 +219,10 @@ def unexpected(outputs: Outputs, case: str, expected: Mapping[str, object]) -> l
     return [Finding("", case, name, Status.FAIL, reason, 0, 0) for name in extra]
 
 
-def _form(sample: Sample, tensor: str) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
+def _form(expected: Expectation, tensor: str) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
     """Expected shape, and accepted dtypes, the regular one first; on a CPU wider results are accepted too."""
-    problem = sample.problem
+    sample, problem = expected.sample, expected.sample.problem
     operand: Tensor = problem.inputs if tensor == "Y" else getattr(problem, OPERAND_OF[tensor])
     shape = tuple(sample.grad_out.shape if tensor == "Y" else operand.shape)
-    wider = (torch.float32, torch.float64) if problem.device.type == "cpu" else ()
+    wider = (torch.float32, torch.float64) if expected.device.type == "cpu" else ()
     return shape, (operand.dtype, *wider)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from mxref.scattermoe import Backward, Forward, RoundingPoints, backward, forward
@@ -35,6 +36,7 @@ class Expectation:
         how: declared accumulation.
         slopes: that the whole run fits, `slopes_of` summed over its cases; None: only this case is judged.
         alpha: probability that honest arithmetic shows drift anywhere in that run.
+        asked_on: the candidate's device, if the reference is computed on another one than that.
     """
 
     sample: Sample
@@ -42,11 +44,17 @@ class Expectation:
     how: Accumulation
     slopes: int | None = None
     alpha: float = ALPHA
+    asked_on: torch.device | None = None
 
     @property
     def critical(self) -> float:
         """The |z| beyond which a slope is drift."""
         return critical_z(slopes_of(self.sample.case) if self.slopes is None else self.slopes, self.alpha)
+
+    @property
+    def device(self) -> torch.device:
+        """The candidate's."""
+        return self.asked_on or self.sample.problem.device
 
     @cached_property
     def fwd(self) -> Forward:

@@ -23,7 +23,7 @@ def equal(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
         for tensor, value in expected.exact.items():
             if answer.rows and tensor not in answer.rows:
                 continue
-            got = comparable(answer, expected.sample, tensor, case, Interval(value, value, value))
+            got = comparable(answer, expected, tensor, case, Interval(value, value, value))
             if isinstance(got, Finding):
                 yield got
                 continue
@@ -49,7 +49,7 @@ def inside_intervals(answers: Sequence[Answer], expected: Expectation) -> list[F
 
     def judge(answer: Answer, case: str) -> Iterator[Finding]:
         for tensor, interval in expected.accepted.items():
-            got = comparable(answer, expected.sample, tensor, case)
+            got = comparable(answer, expected, tensor, case)
             if isinstance(got, Finding):
                 yield got
                 continue

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, default_accumulation
 from mxref.verification.candidates.answer import Answer
@@ -25,6 +27,9 @@ _SECOND_CHANCE = (
     "outside the bound of this device's default accumulation, inside the order-free one; declare the accumulation for "
     "a full verdict"
 )
+_SMALL = 2**26
+"""Multiplications of a product of the reference, up to which it is computed on the CPU: it is made of hundreds of
+operations, each of which waits its turn on a GPU that several processes share."""
 
 
 def run_gate(
@@ -88,10 +93,14 @@ def judge(
         if shared_memory and isinstance(answer.error, torch.OutOfMemoryError):
             raise answer.error
     answered()
-    findings = _compare(checks, answers, _expectation(sample, candidate, how, slopes))
+    expectation = partial(_expectation, sample, candidate, slopes=slopes)
+    if isinstance(sample, Sample) and _is_for_cpu(sample, answers):
+        answers = [_on_cpu(answer) for answer in answers]
+        expectation = partial(_expectation, sample.to("cpu"), candidate, slopes=slopes, asked_on=sample.problem.device)
+    findings = _compare(checks, answers, expectation(how))
     by_interval = any(check.name == INTERVAL.name for check in checks)
     if by_interval and candidate.accumulation is None and not all(finding.ok for finding in findings):
-        order_free = _expectation(sample, candidate, ACCUMULATIONS["undeclared"], slopes)
+        order_free = expectation(ACCUMULATIONS["undeclared"])
         findings = _weaker(findings, _compare(checks, answers, order_free))
     if changes:
         reason = f"left changed what is not its own: {'; '.join(changes)}"
@@ -105,11 +114,27 @@ def _question(item: Item) -> tuple[object, ...]:
     return item.id, sample.checksum() if isinstance(sample, Sample) else None
 
 
-def _expectation(sample: object, candidate: Candidate, how: Accumulation, slopes: int | None) -> Expectation | object:
+def _expectation(
+    sample: object, candidate: Candidate, how: Accumulation, slopes: int | None, asked_on: torch.device | None = None
+) -> Expectation | object:
     """What the sample's answers are held against; other samples bring what they need."""
     if not isinstance(sample, Sample):
         return sample
-    return Expectation(sample, candidate.points(sample.problem.dtype), how, slopes)
+    return Expectation(sample, candidate.points(sample.problem.dtype), how, slopes, asked_on=asked_on)
+
+
+def _is_for_cpu(sample: Sample, answers: Sequence[Answer]) -> bool:
+    """Whether a GPU's results are compared on the CPU: of small cases, if each is where it should be."""
+    case, here = sample.case, sample.problem.device
+    if here.type == "cpu" or (case.rows + case.experts) * case.K * case.N > _SMALL:
+        return False
+    results = [x for answer in answers for x in answer.outputs.values() if x is not None]
+    return all(isinstance(x, Tensor) and x.device == here for x in results)
+
+
+def _on_cpu(answer: Answer) -> Answer:
+    outputs = {name: None if x is None else x.cpu() for name, x in answer.outputs.items()}
+    return replace(answer, outputs=outputs, rows={name: rows.cpu() for name, rows in answer.rows.items()})
 
 
 def _compare(checks: Sequence[Check], answers: Sequence[Answer], expected: object) -> list[Finding]:

@@ -184,7 +184,9 @@ def test_global_state_that_is_left_changed_is_a_finding_and_is_put_back() -> Non
 
 def test_the_reference_is_computed_after_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(run_module, "Expectation", lambda *given: seen.append("reference") or Expectation(*given))
+    monkeypatch.setattr(
+        run_module, "Expectation", lambda *given, **named: seen.append("reference") or Expectation(*given, **named)
+    )
 
     def call(**operands: Any) -> Tensor:
         seen.append("candidate")

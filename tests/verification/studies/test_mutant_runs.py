@@ -91,6 +91,13 @@ def _spin(candidate: object) -> list[Finding]:
         pass
 
 
+def _for_processor_time(seconds: float) -> list[Finding]:
+    begun = time.process_time()
+    while time.process_time() - begun < seconds:
+        pass
+    return []
+
+
 def _sleep(candidate: object) -> list[Finding]:
     time.sleep(3600)
     return []
@@ -103,6 +110,17 @@ def test_a_crash_and_a_loop_are_kills() -> None:
     [hung] = _ask([_item("spin", _spin)], matrix=True, trial_seconds=0.5)
     assert (set(hung.kills), hung.unjudged, hung.judged) == ({"spin"}, {}, ["spin"])
     assert "of processor time" in hung.kills["spin"]
+
+
+def test_a_question_that_is_long_for_the_sources_is_no_kill() -> None:
+    """A machine may be so slow that the unmutated sources take longer than every question may."""
+    slow = _item("slow", lambda _: _for_processor_time(0.8))
+    [healthy] = _ask([slow])
+    assert healthy.usual[slow.id] >= 0.8
+    [mutant] = _ask([slow], [_swept()], trial_seconds=0.2, usual=healthy.usual)
+    assert (mutant.kills, mutant.unjudged, mutant.judged) == ({}, {}, ["slow"])
+    [hung] = _ask([slow], [_swept()], trial_seconds=0.2)
+    assert "of processor time" in hung.kills["slow"]
 
 
 @pytest.mark.parametrize(("control", "hangs"), [(1.9, True), (2.1, False), (math.inf, False)])
@@ -121,11 +139,12 @@ def test_waiting_is_a_kill_only_where_the_sources_hardly_wait(
     assert ("next" in outcome.judged) != hangs, "what is left is asked where nothing has killed it"
 
 
-def test_the_control_is_the_unmutated_sources_alone(tmp_path: Path) -> None:
+def test_the_control_is_the_unmutated_sources_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Setting, "limits", lambda *_: Limits(silence=1.0))
     judge_by = runner._Judge(_setting(), tmp_path, lambda _: None)
     ways = [passes, fails, _crash, _sleep]
     asked = [_item(str(i), way) for i, way in enumerate(ways)]
-    part = runner._Part(Outcome(_named("sign bit lost")), asked, Limits(silence=1.0), tmp_path)
+    part = runner._Part(Outcome(_named("sign bit lost")), asked, 1, tmp_path)
     seconds = []
     for part.at in range(len(ways)):
         seconds.append(judge_by.control(part))
@@ -242,6 +261,7 @@ def test_a_mutant_is_asked_what_runs_its_function() -> None:
     def asked(place: Place, **changes: Any) -> list[str]:
         mutant = next(m for m in everything() if m.place == place and m.by_hand == bool(changes))
         [outcome] = run([mutant], passing, _setting(**changes), coverage=healthy.coverage)
+        assert not outcome.kills, outcome
         return outcome.judged
 
     passing = [replace(item, checks=_item(item.checks[0].name, passes).checks) for item in items]

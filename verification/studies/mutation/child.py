@@ -7,6 +7,7 @@ import importlib.util
 import os
 import resource
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -60,11 +61,13 @@ class Said:
     Attributes:
         number: the item.
         rejections: which checks reject the mutant, and why.
+        seconds: of processor time that the item took; None as it begins.
         functions: of the unmutated sources, which the item ran.
     """
 
     number: int | None
     rejections: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
     functions: frozenset[Place] | None = None
 
 
@@ -90,10 +93,12 @@ def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
     for number, item in enumerate(task.items):
         if is_open(item, kills, task.every):
             send(Said(number))
+            begun = time.process_time()
             with functions_run(folder) if task.traced else nullcontext() as functions:
                 rejections = _rejections(item, candidate, slopes)
-            if rejections or functions is not None:
-                send(Said(number, rejections, None if functions is None else frozenset(functions)))
+            if rejections or task.mutant is None:
+                ran = None if functions is None else frozenset(functions)
+                send(Said(number, rejections, time.process_time() - begun, ran))
                 kills.update(rejections)
 
 

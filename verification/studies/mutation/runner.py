@@ -38,8 +38,10 @@ _PATIENCE = 10
 _HARDLY = 0.1
 """The part of that which the unmutated sources may need at most, for waiting to be the mutant's fault."""
 
-_LENIENCE = 20
-"""Times a mutant's limit that the unmutated sources are given: nobody compiled for them before."""
+_LENIENCE = 60
+"""Times a mutant's least limit that the unmutated sources are given: nobody knows yet what they take."""
+_SLOWER = 5
+"""A mutant may take so many times the processor time that the unmutated sources take for the same item."""
 
 
 @dataclass(eq=False)
@@ -53,6 +55,7 @@ class Outcome:
         unjudged: check -> why it gave no answer, for each that was asked in vain.
         seconds: wall-clock time.
         coverage: of the sources as they are, where the interpreter runs them.
+        usual: an item's id -> the processor time that the sources as they are took for it, in seconds.
     """
 
     mutant: Mutant | None
@@ -61,6 +64,7 @@ class Outcome:
     unjudged: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     coverage: dict[str, frozenset[Place]] = field(default_factory=dict)
+    usual: dict[str, float] = field(default_factory=dict)
 
     @property
     def killed(self) -> bool:
@@ -77,7 +81,8 @@ class Setting:
         device: what the questions were made for.
         matrix: ask every check about each mutant by hand, not only until one is enough; see `is_open`.
         jobs: processes at once.
-        trial_seconds: processor time after which a question about a mutant counts as hung.
+        trial_seconds: processor time that every question about a mutant may take before it counts as hung.
+        usual: an item's id -> the processor time that the unmutated sources take; a slow machine's is long.
         traced: note which functions the unmutated sources' items run, in the interpreter; it doubles their time.
     """
 
@@ -86,11 +91,13 @@ class Setting:
     matrix: bool = False
     jobs: int = 1
     trial_seconds: float = 20.0
+    usual: Mapping[str, float] = field(default_factory=dict)
     traced: bool = False
 
-    def limits(self, lenience: int = 1) -> Limits:
+    def limits(self, item: Item, lenience: int = 1) -> Limits:
         """Of one question."""
-        return Limits(lenience * self.trial_seconds, lenience * _PATIENCE * self.trial_seconds)
+        processor = max(lenience * self.trial_seconds, _SLOWER * self.usual.get(item.id, 0.0))
+        return Limits(processor, _PATIENCE * processor)
 
     def asks_all(self, mutant: Mutant | None) -> bool:
         """Whether every check is asked, also when one has rejected the mutant; None for the sources as they are."""
@@ -126,16 +133,16 @@ def run(
         _import_what_children_need()
     parts = min(setting.jobs, len(items)) if apart else 1
     shares = [items[part::parts] for part in range(parts)]
-    patient = setting.limits(_LENIENCE if apart else 1)
+    lenience = _LENIENCE if apart else 1
     with tempfile.TemporaryDirectory(prefix="mxref-mutants-") as root, Pool[_Part](setting.jobs, "fork") as pool:
         judge = _Judge(setting, Path(root), on_outcome)
         for mutant in mutants:
             if mutant is None:
-                pool.waiting.extend(judge.job(Outcome(None), share, patient) for share in shares)
+                pool.waiting.extend(judge.job(Outcome(None), share, lenience) for share in shares)
                 continue
             every = setting.asks_all(mutant)
             asked = items if every else that_may_notice(items, mutant, setting.sources, coverage)
-            pool.waiting.append(judge.job(Outcome(mutant), asked, setting.limits()))
+            pool.waiting.append(judge.job(Outcome(mutant), asked))
         outcomes = [job.about.outcome for job in pool.waiting]
         if time.monotonic() > until:
             pool.waiting.clear()
@@ -153,11 +160,11 @@ def run(
 
 @dataclass(eq=False)
 class _Part:
-    """One child's part: whom it asks what, where it builds its sources, and which item it is at."""
+    """One child's part: whom it asks what, how patiently, where it builds its sources, and which item it is at."""
 
     outcome: Outcome
     items: Sequence[Item]
-    limits: Limits
+    lenience: int
     folder: Path
     at: int | None = None
 
@@ -176,9 +183,9 @@ class _Judge:
         self._again: list[_Part] = []
         self._jobs = 0
 
-    def job(self, outcome: Outcome, items: Sequence[Item], limits: Limits) -> Job[_Part]:
+    def job(self, outcome: Outcome, items: Sequence[Item], lenience: int = 1) -> Job[_Part]:
         """A child's work."""
-        part = _Part(outcome, items, limits, self._root / str(self._jobs))
+        part = _Part(outcome, items, lenience, self._root / str(self._jobs))
         gpu = self._gpus[self._jobs % len(self._gpus)] if self._gpus else None
         self._jobs += 1
         sources, device = self._setting.sources, self._setting.device
@@ -190,10 +197,12 @@ class _Judge:
         """Take note of what a child said, or how it ended; what is left to ask then."""
         part, outcome = job.about, job.about.outcome
         if isinstance(said, Said):
-            part.at, job.limits = said.number, part.limits
+            part.at, job.limits = said.number, self._limits(part, said)
             outcome.kills |= said.rejections
-            if said.functions is not None and part.at is not None:
-                outcome.coverage[part.items[part.at].id] = said.functions
+            if said.number is not None and said.seconds is not None:
+                outcome.usual[part.items[said.number].id] = said.seconds
+                if said.functions is not None:
+                    outcome.coverage[part.items[said.number].id] = said.functions
             if not said.rejections and part.at is not None:
                 outcome.judged = [*(check for check in outcome.judged if check not in part.checks), *part.checks]
             return []
@@ -210,7 +219,7 @@ class _Judge:
         left = [] if said.well or part.at is None else part.items[part.at + 1 :]
         left = [item for item in left if is_open(item, outcome.kills, self._setting.asks_all(outcome.mutant))]
         if left:
-            return [self.job(outcome, left, part.limits)]
+            return [self.job(outcome, left, part.lenience)]
         self._on_outcome(outcome)
         return []
 
@@ -218,23 +227,32 @@ class _Judge:
         """Ask alone, one by one, what nobody answered."""
         for part in self._again:
             with Pool[_Part](1, "fork") as pool:
-                pool.waiting.append(self.job(part.outcome, part.items[part.at or 0 :], part.limits))
+                pool.waiting.append(self.job(part.outcome, part.items[part.at or 0 :], part.lenience))
                 for job, said in pool:
                     pool.waiting.extend(self.hear(job, said, alone=True))
 
+    def _limits(self, part: _Part, said: Said) -> Limits:
+        """From now on."""
+        return _IMPORTING if said.number is None else self._setting.limits(part.items[said.number], part.lenience)
+
     def _hangs(self, part: _Part, ended: Ended) -> bool:
         """Whether a mutant that waited in vain, alone, has itself to blame."""
-        return ended.over == "silence" and part.at is not None and self.control(part) < _HARDLY * part.limits.silence
+        if ended.over != "silence" or part.at is None:
+            return False
+        return self.control(part) < _HARDLY * self._setting.limits(part.items[part.at], part.lenience).silence
 
     def control(self, part: _Part) -> float:
         """Seconds by the clock that the unmutated sources need alone for a part's item; inf without an answer."""
         assert part.at is not None
         begun = -math.inf
         with Pool[_Part](1, "fork") as pool:
-            pool.waiting.append(self.job(Outcome(None), [part.items[part.at]], part.limits))
+            pool.waiting.append(self.job(Outcome(None), [part.items[part.at]], part.lenience))
             for job, said in pool:
                 if isinstance(said, Said):
-                    begun, job.limits = -math.inf if said.rejections else time.monotonic(), part.limits
+                    job.limits = self._limits(job.about, said)
+                    if said.rejections:
+                        return math.inf
+                    begun = time.monotonic() if said.seconds is None else begun
                 elif not said.well:
                     return math.inf
         return time.monotonic() - begun

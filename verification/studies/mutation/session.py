@@ -21,8 +21,8 @@ from mxref.verification.studies.mutation.runner import Outcome, Setting, run
 EQUIVALENT_SHARE = 0.05
 """At most this part of the mutants may be equivalent: more, and the operators plant bugs that are none."""
 
-TRIAL_SECONDS = {"cpu": 15.0, "cuda": 25.0}
-"""A question about a mutant that takes more processor time than this hangs."""
+TRIAL_SECONDS = {"cpu": 5.0, "cuda": 25.0}
+"""A question about a mutant that takes more processor time than this hangs, unless the unmutated sources take long."""
 
 
 class FalseKillError(RuntimeError):
@@ -138,6 +138,8 @@ def judge(
     swept = any(not mutant.by_hand for mutant in mutants)
     healthy = run([None], items, replace(setting, traced=swept), apart=True, on_outcome=judged)
     coverage = {item: functions for outcome in healthy for item, functions in outcome.coverage.items()}
+    usual = {item: seconds for outcome in healthy for item, seconds in outcome.usual.items()}
+    setting = replace(setting, usual=usual)
     reasons, broken, missing = dict[str, str](), set[str](), "there was no time for it"
     try:
         on_start("mutants")
@@ -189,7 +191,7 @@ def _declared_equivalent(
         return {}
     on_start("bits of the equivalent mutants")
     whom = [None, *(mutant for mutant in survivors if mutant.name in declared)]
-    told = run(whom, [bits(items)], replace(setting, trial_seconds=60 + 20 * setting.trial_seconds))
+    told = run(whom, [bits(items)], replace(setting, trial_seconds=60 + sum(setting.usual.values())))
     expected = _bits_of(told[0])
     if not expected:
         raise FalseKillError(f"the unmutated sources give no results: {told[0].kills or told[0].unjudged}")
