@@ -13,10 +13,14 @@ from torch import Tensor
 from mxref import NotCovered, parallel_linear_lora
 from mxref.formats import fp4_codebook
 from mxref.problem import Problem
+from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
+from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import ErrorSample, Finding, Status
+from mxref.verification.checks.registry import INTERVAL
 from mxref.weights import MXWeights, decode_mxfp4
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -145,6 +149,17 @@ def test_malformed_results_fail_with_a_reason(after: Callable[[Outputs], None], 
         (finding,) = (f for f in ask(check, Golden(after=after), SAMPLE) if f.tensor == tensor)
         assert finding.status is Status.FAIL
         assert reason in finding.reason
+
+
+def test_a_gpu_s_result_is_not_wider_than_asked_for_wherever_it_is_compared() -> None:
+    sample = draw(Case("small", dtype=torch.bfloat16, parameter_dtype=torch.float32))
+    points = RoundingPoints.contract(sample.problem.dtype)
+    here = Expectation(sample, points, ACCUMULATIONS["fp32-blocks-64"])
+    answers = INTERVAL.ask(golden(), sample)
+    answers = [replace(answer, outputs={**answer.outputs, "dX": answer.outputs["dX"].float()}) for answer in answers]
+    assert not failed(INTERVAL.compare(answers, here))
+    on_gpu = INTERVAL.compare(answers, replace(here, asked_on=torch.device("cuda")))
+    assert {finding.reason for finding in on_gpu if not finding.ok} == {"is torch.float32; expected torch.bfloat16"}
 
 
 def test_exceptions_are_findings() -> None:

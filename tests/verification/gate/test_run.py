@@ -19,7 +19,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.call import Call
-from mxref.verification.cases.case import Case
+from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
 from mxref.verification.checks.expectation import Expectation
@@ -194,6 +194,32 @@ def test_the_reference_is_computed_after_the_answers(monkeypatch: pytest.MonkeyP
 
     judged(Candidate("", call), SMALL)
     assert seen == ["candidate", "reference"]
+
+
+@pytest.mark.gpu
+def test_where_the_reference_of_a_small_case_is_computed_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, so that it does not wait its turn on a GPU; a GPU's result must still not be wider."""
+    device = torch.device("cuda")
+    cases = [replace(SMALL, name=f"{dtype}", dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    places = set[str]()
+
+    def noted(sample: Sample, *given: Any, **named: Any) -> Expectation:
+        places.add(sample.problem.device.type)
+        return Expectation(sample, *given, **named)
+
+    def found(candidate: Candidate) -> list[tuple[str, str, str, Status, int, int]]:
+        result = run_gate(candidate, plan_cases(cases, device, 0), device, suite="", seed=0)
+        return [(f.check, f.case, f.tensor, f.status, f.elements, f.violations) for f in result.findings]
+
+    monkeypatch.setattr(run_module, "Expectation", noted)
+    wrong = Candidate("wrong", lambda **operands: 1.02 * mxref.parallel_linear_lora(**operands))
+    on_cpu = [found(candidate) for candidate in (golden(), wrong)]
+    assert places == {"cpu"}
+    monkeypatch.setattr(run_module, "_SMALL", 0)
+    assert [found(candidate) for candidate in (golden(), wrong)] == on_cpu
+    assert places == {"cpu", "cuda"}
+    assert {status for *_, status, _, _ in on_cpu[0]} == {Status.PASS}
+    assert Status.FAIL in {status for *_, status, _, _ in on_cpu[1]}
 
 
 def test_a_failure_carries_its_problem_and_its_identifier() -> None:
