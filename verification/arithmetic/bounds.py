@@ -6,7 +6,8 @@ an fp32 accumulator can be from q. What is then rounded by R has the centre R(q)
     ρ(q, e) = max(|R(q + e) − R(q)|, |R(q − e) − R(q)|)
 
 and enters later formulas with both. An output is accepted in [R(q − e), R(q + e)]; R is monotonic, so nothing honest
-lies outside. Nothing here is calibrated against an implementation.
+lies outside. Where a value that enters later formulas may or may not overflow as it is rounded, what depends on it is
+undecided. Nothing here is calibrated against an implementation.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mxref.scattermoe import (
 )
 from mxref.verification.arithmetic.accumulation import Accumulation, Product
 from mxref.verification.arithmetic.accumulator import UNDERFLOW, Accumulator, U, gamma
-from mxref.verification.arithmetic.interval import Estimate, Interval, rho
+from mxref.verification.arithmetic.interval import Estimate, Interval, may_overflow, rho
 from mxref.verification.arithmetic.metrics import ulp
 
 TENSORS = ("Y", "dX", "dA", "dB", "dbias", "dgates")
@@ -65,6 +66,8 @@ class Propagation:
         y: what the rows of Y can be as the gates meet them, [P, N].
         dy: what dY can be; None where it can be one value only, and before `gradients`.
         d: what the rows of D can be; None before `gradients`.
+        undecided: bool, where Z, V, and what becomes of the rows of Y and D, may or may not have overflowed; all in
+            expert order, those without such an element are missing.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Propagation:
         self.v: Estimate | None = None
         self.dy: Estimate | None = None
         self.d: Estimate | None = None
+        self.undecided: dict[Product, Tensor] = {}
         for e, start, end in problem.segments():
             self._forward(e, slice(start, end))
         self.y = self._rows_of_y()
@@ -98,10 +102,17 @@ class Propagation:
             return A, self.points.R(self.problem.scaling * B).value, 1.0
         return A, B, self.problem.scaling
 
-    def _inner(self, q: Tensor, e: Tensor) -> Estimate:
-        """Z or V after its rounding point, if it has one."""
-        dtype = self.points.dtype if self.points.z else None
+    def _rounded(self, name: Product, rows: slice, q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Estimate:
+        """Some rows of R(q + δ), |δ| ≤ e, of which later formulas are made."""
+        found = may_overflow(q, e, dtype)
+        if found is not None:
+            everywhere = q.new_zeros(self.problem.P, q.shape[1], dtype=torch.bool)
+            self.undecided.setdefault(name, everywhere)[rows] |= found
         return Estimate(round_to(q, dtype), rho(q, e, dtype))
+
+    def _inner(self, name: Product, rows: slice, q: Tensor, e: Tensor) -> Estimate:
+        """Z or V after its rounding point, if it has one."""
+        return self._rounded(name, rows, q, e, self.points.dtype if self.points.z else None)
 
     def _forward(self, e: int, rows: slice) -> None:
         """r_Y = E_K(x, W) + |s|·(r_Z·|B|ᵀ + E_r(Z, B)) + what the chain adds, with |Z| + r_Z inside E."""
@@ -110,14 +121,15 @@ class Propagation:
         low = None
         if self.fwd.z is not None and self.z is not None:
             A, B, s = self.adapters(e)
-            z = self._inner(self.fwd.z.exact[rows], self._product("Z", x, A.T).radius())
+            z = self._inner("Z", rows, self.fwd.z.exact[rows], self._product("Z", x, A.T).radius())
             self.z.set(rows, z)
             low = (z, B.T, s)
-        self.y_error[rows] = self._chain("Y", (x, problem.expert_weight(e), None), low, bias)
+        self.y_error[rows] = self._chain("Y", rows, (x, problem.expert_weight(e), None), low, bias)
 
     def _chain(
         self,
         name: Product,
+        rows: slice,
         base: tuple[Tensor, Tensor, Tensor | None],
         low: tuple[Estimate, Tensor, float] | None,
         bias: Tensor | None = None,
@@ -143,7 +155,7 @@ class Propagation:
             if self.points.lora_after_output:
                 if bias is not None and not inside:
                     main.add(bias)
-                return self._rounded_apart(main, side, s)
+                return self._rounded_apart(name, rows, main, side, s)
             if not first:
                 side.scale(s)
                 main.add(side)
@@ -151,13 +163,13 @@ class Propagation:
             main.add(bias)
         return main.radius()
 
-    def _rounded_apart(self, main: Accumulator, side: Accumulator, s: float) -> Tensor:
+    def _rounded_apart(self, name: Product, rows: slice, main: Accumulator, side: Accumulator, s: float) -> Tensor:
         """Declared: R(base) + R(s·R(low)), one fp32 addition of two values of the activation dtype."""
         dtype = self.points.dtype
-        base = Estimate(round_to(main.value, dtype), rho(main.value, main.radius(), dtype))
-        low = Estimate(round_to(side.value, dtype), rho(side.value, side.radius(), dtype))
+        base = self._rounded(name, rows, main.value, main.radius(), dtype)
+        low = self._rounded(name, rows, side.value, side.radius(), dtype)
         scaled, error = s * low.centre, abs(s) * (low.radius + 2 * U * low.reach)
-        low = Estimate(round_to(scaled, dtype), rho(scaled, error, dtype))
+        low = self._rounded(name, rows, scaled, error, dtype)
         return base.radius + low.radius + 2 * U * (base.reach + low.reach)
 
     def _rows_of_y(self) -> Estimate:
@@ -165,20 +177,45 @@ class Propagation:
         y = self.fwd.y
         if self.points.gates_before_output:
             return Estimate(y.exact, self.y_error)
-        return Estimate(y.value, rho(y.exact, self.y_error, self.points.dtype))
+        if self.problem.gates is None:  # no formula follows
+            return Estimate(y.value, rho(y.exact, self.y_error, self.points.dtype))
+        return self._rounded("Y", slice(None), y.exact, self.y_error, self.points.dtype)
 
     def output(self) -> dict[str, Interval]:
         """The caller's output; with gates Σ|g|·r_Y + γ_(g+1)·Σ|g·Y|, a product and g − 1 additions a slot."""
-        problem, error = self.problem, self.y_error
+        problem, error, undecided = self.problem, self.y_error, self._undecided_rows("Y", "Z")
         if problem.gates is None:
             error = error if problem.grouped_out else self._by_position(error)
+            if undecided is not None and not problem.grouped_out:
+                undecided = self._by_position(undecided)
         else:
             gates = expert_order_gates(problem).abs()[:, None]
             slots = problem.gates.shape[1]
             each = gates * (self.y.radius + gamma(slots + 1) * self.y.reach) + UNDERFLOW
             each = torch.where(owned_rows(problem)[:, None], each, 0.0)
             error = self._by_position(each).view(*problem.gates.shape, problem.N).sum(1)
-        return {"Y": self._accept(self.fwd.out, error, self.points.dtype)}
+            if undecided is not None:
+                undecided = self._by_position(undecided).view(*problem.gates.shape, problem.N).any(1)
+        return {"Y": self._accept(self.fwd.out, error, self.points.dtype, undecided)}
+
+    def _undecided_rows(self, name: Product, inner: Product) -> Tensor | None:
+        """Of Y or D in expert order; what Z or V leave undecided is the whole row."""
+        rows, low = self.undecided.get(name), self.undecided.get(inner)
+        if low is None:
+            return rows
+        columns = self.problem.N if name == "Y" else self.problem.K
+        low = low.any(1, keepdim=True).expand(-1, columns)
+        return low if rows is None else low | rows
+
+    def _undecided_ranks(self, inner: Product) -> Tensor | None:
+        """[E·r], of dA or dB: what Z or V leave undecided in any row of the expert."""
+        low, r = self.undecided.get(inner), self.problem.rank
+        if low is None:
+            return None
+        found = low.new_zeros(self.problem.E * r)
+        for e, start, end in self.problem.segments():
+            found[e * r : (e + 1) * r] = low[start:end].any(0)
+        return found
 
     def gradients(self, bwd: Backward) -> dict[str, Interval]:
         """Every gradient that the problem has."""
@@ -194,16 +231,23 @@ class Propagation:
         for e, start, end in problem.segments():
             rows = slice(start, end)
             self._backward(e, rows, dy[rows], bwd, d_error, errors)
-        self.d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
-        results["dX"] = self._accept(bwd.dx, self._sum_over_fan_out(self.d), points.dtype)
-        for name, rounded, parameter in (
-            ("dA", bwd.dA, problem.lora_A),
-            ("dB", bwd.dB, problem.lora_B),
-            ("dbias", bwd.dbias, problem.expert_biases),
+        if problem.grouped_in or problem.k == 1:  # no formula follows
+            self.d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
+        else:
+            self.d = self._rounded("D", slice(None), bwd.d.exact, d_error, points.dtype)
+        undecided = self._undecided_rows("D", "V")
+        if undecided is not None and not problem.grouped_in:
+            undecided = self._by_position(undecided).view(-1, problem.k, problem.K).any(1)
+        results["dX"] = self._accept(bwd.dx, self._sum_over_fan_out(self.d), points.dtype, undecided)
+        of_A, of_B = self._undecided_ranks("V"), self._undecided_ranks("Z")
+        for name, rounded, parameter, undecided in (
+            ("dA", bwd.dA, problem.lora_A, None if of_A is None else of_A[:, None].expand(-1, problem.K)),
+            ("dB", bwd.dB, problem.lora_B, None if of_B is None else of_B.expand(problem.N, -1)),
+            ("dbias", bwd.dbias, problem.expert_biases, None),
         ):
             error = errors[name]
             if rounded is not None and parameter is not None and error is not None:
-                results[name] = self._accept(rounded, error, self._stored(parameter))
+                results[name] = self._accept(rounded, error, self._stored(parameter), undecided)
         return results
 
     def _split(self, bwd: Backward) -> tuple[Estimate | None, dict[str, Interval]]:
@@ -222,7 +266,10 @@ class Propagation:
         each = incoming * (self.y.radius + gamma(problem.N + 1) * self.y.reach) + UNDERFLOW
         radius = self._by_position(torch.where(owned, each, 0.0).sum(1)).view(problem.gates.shape)
         dy = Estimate(exact, U * exact.abs() + UNDERFLOW) if self.points.dtype is None else None
-        return dy, {"dgates": self._accept(bwd.dgates, radius, self._stored(problem.gates))}
+        undecided = self._undecided_rows("Y", "Z")
+        if undecided is not None:
+            undecided = self._by_position(undecided.any(1)).view(problem.gates.shape)
+        return dy, {"dgates": self._accept(bwd.dgates, radius, self._stored(problem.gates), undecided)}
 
     def _backward(
         self, e: int, rows: slice, dy: Estimate, bwd: Backward, d_error: Tensor, errors: dict[str, Tensor | None]
@@ -236,7 +283,7 @@ class Propagation:
         low = None
         if bwd.v is not None and self.z is not None and self.v is not None:
             A, B, s = self.adapters(e)
-            v = self._inner(bwd.v.exact[rows], self._product("V", dy.centre, B, dy.radius).radius())
+            v = self._inner("V", rows, bwd.v.exact[rows], self._product("V", dy.centre, B, dy.radius).radius())
             self.v.set(rows, v)
             low = (v, A, s)
             own = slice(e * problem.rank, (e + 1) * problem.rank)
@@ -249,7 +296,7 @@ class Propagation:
                 of_B = self._product("dB", dy.centre.T, z.centre, dy.radius.T, z.radius)
                 of_B.scale(problem.scaling)
                 dB[:, own] = of_B.radius()
-        d_error[rows] = self._chain("D", (dy.centre, problem.expert_weight(e).T, dy.radius), low)
+        d_error[rows] = self._chain("D", rows, (dy.centre, problem.expert_weight(e).T, dy.radius), low)
 
     def _sum_over_fan_out(self, d: Estimate) -> Tensor:
         """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where there is something to add up and round.
@@ -282,7 +329,9 @@ class Propagation:
         return parameter.dtype if narrow and self.points.dtype is not None else None
 
     @staticmethod
-    def _accept(rounded: Rounded, error: Tensor, dtype: torch.dtype | None) -> Interval:
+    def _accept(
+        rounded: Rounded, error: Tensor, dtype: torch.dtype | None, undecided: Tensor | None = None
+    ) -> Interval:
         """[R(q − e), R(q + e)] around a reference value."""
         exact = rounded.exact
-        return Interval(round_to(exact - error, dtype), round_to(exact + error, dtype), exact, error)
+        return Interval(round_to(exact - error, dtype), round_to(exact + error, dtype), exact, error, undecided)

@@ -16,12 +16,14 @@ class Interval:
 
     exact: the reference before the output's own rounding. Where it is NaN or infinite the class decides, not the ends.
     radius: how far an honest implementation can be from `exact` before that rounding; None where equality is asked for.
+    undecided: bool, elements for which every result is honest, see `may_overflow`; None for no such element.
     """
 
     low: Tensor
     high: Tensor
     exact: Tensor
     radius: Tensor | None = None
+    undecided: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.low.shape == self.high.shape == self.exact.shape
@@ -34,6 +36,20 @@ def rho(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor:
     centre = round_to(q, dtype)
     up, down = round_to(q + e, dtype) - centre, round_to(q - e, dtype) - centre
     return torch.maximum(up.abs(), down.abs())
+
+
+def may_overflow(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Where R(q + δ), |δ| ≤ e, is finite for some δ and infinite for others, of a finite q; None for nowhere.
+
+    Where R is the identity, fp32's range counts. What follows from such a value can be finite, infinite or NaN.
+    """
+    dtype, magnitude = dtype or torch.float32, q.abs()
+    near = torch.isfinite(q) & (magnitude + e > torch.finfo(dtype).max)
+    if not bool(near.any()):
+        return None
+    least, most = round_to((magnitude - e).clamp(min=0), dtype), round_to(magnitude + e, dtype)
+    found = near & torch.isinf(most) & ~torch.isinf(least)
+    return found if bool(found.any()) else None
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,10 @@ def stored(interval: Interval, dtype: torch.dtype) -> Interval:
 def comparable(
     answer: Answer, expected: Expectation, tensor: str, case: str, interval: Interval | None = None
 ) -> tuple[Tensor, Interval | None] | Finding:
-    """An output and its interval, both reduced to the rows that count; or a finding if it cannot be compared at all."""
+    """An output and its interval, both reduced to the rows that count; or a finding if it cannot be compared at all.
+
+    Elements that are undecided are the reference's in the output that is returned.
+    """
     shape, dtypes = _form(expected, tensor)
     elements = int(np.prod(shape))
 
@@ -127,6 +130,9 @@ def comparable(
         return finding(f"has shape {tuple(got.shape)}; expected {shape}")
     if got.dtype not in dtypes:
         return finding(f"is {got.dtype}; expected {dtypes[0]}")
+    undecided = None if expected.sample.case.exact else expected.accepted[tensor].undecided
+    if undecided is not None:
+        got = torch.where(undecided, expected.exact[tensor].to(got.dtype), got)
     rows = answer.rows.get(tensor)
     if rows is None or interval is None:
         return got, interval

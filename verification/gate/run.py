@@ -15,7 +15,7 @@ from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.global_state import GlobalState
 from mxref.verification.candidates.own_code import OwnCode
-from mxref.verification.cases.case import Sample
+from mxref.verification.cases.case import Case, Sample
 from mxref.verification.checks.check import Check
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import Finding, Status
@@ -27,9 +27,9 @@ _SECOND_CHANCE = (
     "outside the bound of this device's default accumulation, inside the order-free one; declare the accumulation for "
     "a full verdict"
 )
-_SMALL = 2**26
-"""Multiplications of a product of the reference, up to which it is computed on the CPU: it is made of hundreds of
-operations, each of which waits its turn on a GPU that several processes share."""
+_SMALL = 2**22
+"""Multiplications of a forward pass, up to which the reference is computed on the CPU, mostly in under .1 s: it is made
+of hundreds of operations, each of which waits its turn on a GPU that several processes share."""
 
 
 def run_gate(
@@ -126,10 +126,15 @@ def _expectation(
 def _is_for_cpu(sample: Sample, answers: Sequence[Answer]) -> bool:
     """Whether a GPU's results are compared on the CPU: of small cases, if each is where it should be."""
     case, here = sample.case, sample.problem.device
-    if here.type == "cpu" or (case.rows + case.experts) * case.K * case.N > _SMALL:
+    if here.type == "cpu" or _multiplications(case) > _SMALL:
         return False
     results = [x for answer in answers for x in answer.outputs.values() if x is not None]
     return all(isinstance(x, Tensor) and x.device == here for x in results)
+
+
+def _multiplications(case: Case) -> int:
+    """Of every row, and of every expert's weights as if it had one more, by its base and LoRA's two."""
+    return (case.rows + case.experts) * (case.K * case.N + case.rank * (case.K + case.N))
 
 
 def _on_cpu(answer: Answer) -> Answer:
