@@ -76,7 +76,7 @@ MOVED = {
             "operators": "checks.own",
             "options": "cli.options",
             "outside": "candidates.elsewhere",
-            "programs": "candidates.memory",
+            "programs": "candidates.interpreting",
             "ratios": "checks",
             "sampling": "cases",
             "scheduling": "checks.own",

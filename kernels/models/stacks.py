@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
 
-from mxref.kernels.models.layouts import preferred_layout
+from mxref.kernels.device.configs import layout_for
+from mxref.kernels.device.launch import architecture
 from mxref.weights import MXLayout, MXWeights
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -264,3 +267,13 @@ def check_projection(name: str) -> None:
     """Raise ValueError unless `name` is a projection's."""
     if name not in PROJECTIONS:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(PROJECTIONS)}")
+
+
+def preferred_layout(stored: Tensor, dtype: torch.dtype, N: int) -> MXLayout | None:
+    """The layout of [E, K, N] weights that kernels read fastest for rows of `dtype`; None where none reads `stored`."""
+    if stored.device.type != "cuda" or isinstance(stored, FakeTensor | DTensor):
+        return None
+    try:
+        return layout_for(architecture(stored.device), dtype, N)
+    except RuntimeError:  # a GPU that is too old for the kernels
+        return None

@@ -19,14 +19,12 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from mxref import MXLayout, MXWeights, decode_mxfp4
-from mxref.kernels.models import layouts as layouts_module
 from mxref.kernels.models import stacks as stacks_module
 from mxref.kernels.models.experts import PackedExperts
-from mxref.kernels.models.layouts import preferred_layout
 from mxref.kernels.models.loading import load_packed_model, save_packed_model
 from mxref.kernels.models.merging import merge_adapters
 from mxref.kernels.models.packing import pack_experts
-from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout
+from mxref.kernels.models.stacks import PROJECTIONS, checkpoint_layout, preferred_layout
 from mxref.kernels.models.torchao import selective_expert_weights
 from mxref.kernels.parallel.experts import ShardedExperts
 
@@ -77,7 +75,7 @@ def step(experts: Any) -> list[Tensor]:
 def test_the_layout_of_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     here: Any = SimpleNamespace(device=torch.device("cuda", 0))
     chip = "sm_90"
-    monkeypatch.setattr(layouts_module, "architecture", lambda device: chip)
+    monkeypatch.setattr(stacks_module, "architecture", lambda device: chip)
     assert preferred_layout(here, torch.bfloat16, 64) == MXLayout.FRAGMENTS
     assert preferred_layout(here, torch.bfloat16, 72) == MXLayout.FWD
     assert preferred_layout(here, torch.float16, 64) == MXLayout.FWD
@@ -88,7 +86,7 @@ def test_the_layout_of_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_old(device: torch.device) -> str:
         raise RuntimeError("compute capability (7, 5)")
 
-    monkeypatch.setattr(layouts_module, "architecture", too_old)
+    monkeypatch.setattr(stacks_module, "architecture", too_old)
     assert preferred_layout(here, torch.bfloat16, 64) is None
 
 

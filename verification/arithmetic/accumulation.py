@@ -1,13 +1,35 @@
-"""How an implementation's fp32 sums run, as it declares it; `accumulator` bounds what they can come to."""
+"""How an implementation computes, as it declares it: where it rounds, and how its fp32 sums run.
+
+`accumulator` bounds what the sums can come to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from mxref.scattermoe import RoundingPoints
+
+POINTS: dict[str, dict[str, Any]] = {
+    "z-unrounded": {"z": False},
+    "lora-after-output": {"lora_after_output": True},
+    "gates-before-output": {"gates_before_output": True},
+    "scaling-in-B": {"scaling_in_B": True},
+}
+"""The closed list of rounding points that may differ from the contract's: name -> fields of `RoundingPoints`."""
+
+
+def declared_points(names: Iterable[str], dtype: torch.dtype) -> RoundingPoints:
+    """The contract's rounding points for activations of `dtype`, changed as `names`, from POINTS, say."""
+    points = RoundingPoints.contract(dtype)
+    for name in names:
+        points = replace(points, **POINTS[name])
+    return points
+
 
 Product = Literal["Z", "Y", "V", "D", "dA", "dB"]
 """The six long products, named after their result; Y and D mean their base products x·W and dY·Wᵀ."""

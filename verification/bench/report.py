@@ -12,7 +12,8 @@ from rich.text import Text
 from mxref.verification.bench.benchmark import Bench
 from mxref.verification.bench.pairs import Row, digits
 from mxref.verification.bench.summary import BEYOND, eager_mark, remarks, summary
-from mxref.verification.report.output import markdown_table, new_table
+from mxref.verification.report.output import new_table
+from mxref.verification.report.own.markdown import markdown_table
 
 _NAMES = ("shape", "measure", "path", "reference", "ours", "rows_per_expert", "status")
 _NUMBERS = (

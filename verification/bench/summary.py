@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mxref.verification.report.output import markdown_table
+from mxref.verification.report.own.markdown import markdown_table
 
 BEYOND = "the operands and the results"
 """What a benchmark's extra memory leaves out."""

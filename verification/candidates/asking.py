@@ -13,9 +13,8 @@ from torch import Tensor
 from mxref.verification.arithmetic.thresholds import RUNS, RUNS_INTERPRETED
 from mxref.verification.candidates.answer import OPERAND_OF, Answer, Outputs, answered
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.memory.fresh import uninitialised_memory
-from mxref.verification.candidates.memory.program_order import reversed_programs
-from mxref.verification.candidates.memory.red_zones import RedZone, between_red_zones
+from mxref.verification.candidates.interpreting import reversed_programs
+from mxref.verification.candidates.memory import RedZone, between_red_zones, uninitialised_memory
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import disturbed, select, tokens_of, without
 

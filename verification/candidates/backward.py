@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mxref.verification.candidates.memory.sharing import hold_the_same
+from mxref.verification.arithmetic.tensor_bytes import hold_the_same
 from mxref.verification.cases.call import Backward
 
 

@@ -26,12 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
-from mxref.verification.arithmetic.accumulation import Accumulation
-from mxref.verification.arithmetic.rounding_points import declared_points
-from mxref.verification.arithmetic.tensor_bytes import bytes_of
+from mxref.verification.arithmetic.accumulation import Accumulation, declared_points
+from mxref.verification.arithmetic.tensor_bytes import bytes_of, hold_the_same, share_elements
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
 from mxref.verification.candidates.backward import BACKWARDS
-from mxref.verification.candidates.memory.sharing import hold_the_same, share_elements
 from mxref.verification.cases.call import Call, in_another_thread
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset

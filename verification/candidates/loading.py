@@ -11,8 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation
-from mxref.verification.arithmetic.rounding_points import POINTS
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, POINTS, Accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.cases.subset import Subset, parse_subset
 

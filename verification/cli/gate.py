@@ -176,7 +176,7 @@ def _part(option: str) -> ModuleType:
 def _report(result: GateResult, arguments: argparse.Namespace, device: torch.device) -> int:
     """Print and write what was found; the exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    accepted = _baseline(result, arguments, device)
+    accepted = None if result.interrupted else _baseline(result, arguments, device)
     print_result(result, console, verbose=arguments.verbose)
     try:
         data, page = write(result, arguments.out)
@@ -187,7 +187,7 @@ def _report(result: GateResult, arguments: argparse.Namespace, device: torch.dev
     options.note(console, "data", data)
     if accepted is not None:
         options.note(console, "baseline", accepted)
-    if arguments.record is not None:
+    if arguments.record is not None and not result.interrupted:
         part = _part("distributed" if arguments.distributed else "record")
         options.note(console, "evidence", part.keep(result, arguments, device))
     return result.exit_code

@@ -72,8 +72,11 @@ def judge_apart(
         processes: that share the items.
         on_item: called before each item with how many are done and the number of all.
 
+    Interrupted, it ends with what is known by then.
+
     Raises:
         Refused: the order cannot be carried out: no such candidate, or nothing to ask.
+        KeyboardInterrupt: before anything was judged.
     """
     start, run = time.monotonic(), _Run(order, suite, strict)
     limits = Limits(timeout, _PATIENCE * timeout)
@@ -96,8 +99,13 @@ def judge_apart(
     every = Numbers(range(sys.maxsize))
     with _compiling(order, every), TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
         parts = [_Part(order, every, processes, Path(folder) / str(number)) for number in range(processes)]
-        if ask(parts) and run.left and run.losses < _MOST_LOSSES:
-            ask([_Part(order, Numbers(run.left), 1, Path(folder) / "alone")])
+        try:
+            if ask(parts) and run.left and run.losses < _MOST_LOSSES:
+                ask([_Part(order, Numbers(run.left), 1, Path(folder) / "alone")])
+        except KeyboardInterrupt:
+            if not run.found:
+                raise
+            run.result.interrupted = True
     run.close()
     run.result.seconds = time.monotonic() - start
     return run.result
@@ -232,6 +240,7 @@ class _Run:
         result.findings = [finding for number in sorted(self.found) for finding in self.found[number]]
         if left := len(self.left):
             why = f"{self.losses} processes were lost" if self.losses >= _MOST_LOSSES else "it stopped there"
+            why = "it was interrupted" if result.interrupted else why
             result.left_out = f"{left} of {len(self.entries)} items were not asked: {why}."
         if result.findings and not any(finding.check == STATE.name for finding in result.findings):
             reason = "torch's global state is what it was before"

@@ -35,6 +35,7 @@ class GateResult:
         narrowed: what the caller left of the suite, in words; empty for all of it.
         command: that asks again, up to the identifier of an item; empty where there is none.
         left_out: what could not be asked, and why, in a sentence.
+        interrupted: a person stopped it.
         faults: that are not the candidate's, one line each.
         declares: what the candidate declares, by name and in words; where empty, its rounding points and accumulation.
         why: name -> why, of every check that may have been asked.
@@ -53,6 +54,7 @@ class GateResult:
     narrowed: str = ""
     command: str = ""
     left_out: str = ""
+    interrupted: bool = False
     faults: list[str] = field(default_factory=list)
     declares: tuple[tuple[str, str], ...] = ()
     why: Mapping[str, str] = field(default_factory=why)
@@ -120,11 +122,11 @@ class GateResult:
 
     @property
     def exit_code(self) -> int:
-        """0 for a pass; 1 for what the candidate is to blame for; 2 for faults that it is not to blame for.
+        """0 for a pass; 1 for what the candidate is to blame for; 2 for faults that it is not to blame for, or no end.
 
         A weak pass and a worse one pass too, unless `strict`.
         """
-        if self.faults and self.verdict is not Status.FAIL:
+        if (self.faults or self.interrupted) and self.verdict is not Status.FAIL:
             return 2
         if self.left_out:
             return 1

@@ -27,8 +27,8 @@ _SECOND_CHANCE = (
     "outside the bound of this device's default accumulation, inside the order-free one; declare the accumulation for "
     "a full verdict"
 )
-_SMALL = 2**22
-"""Multiplications of a forward pass, up to which the reference is computed on the CPU, mostly in under .1 s: it is made
+_SMALL = 2**24
+"""Multiplications of a forward pass, up to which the reference is computed on the CPU: it is made
 of hundreds of operations, each of which waits its turn on a GPU that several processes share."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mxref.verification.report.output import markdown_table
+from mxref.verification.report.own.markdown import markdown_table
 
 __all__ = ["as_page", "figures", "model_summary"]
 

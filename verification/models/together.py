@@ -18,7 +18,7 @@ from mxref.verification.distributed.world import Lost, World
 from mxref.verification.models.build import adapted, decoder_layers, empty_model, filled
 from mxref.verification.models.profile import KINDS, Kind, Shares, profiled
 from mxref.verification.models.training import Steps, is_out_of_memory, time_steps
-from mxref.verification.report.output import markdown_table
+from mxref.verification.report.own.markdown import markdown_table
 
 __all__ = ["WAYS", "Row", "Together", "table", "trained"]
 

@@ -14,7 +14,7 @@ from mxref.verification.distributed.registry import ENDS
 from mxref.verification.models.report import model_summary
 from mxref.verification.records.freshness import State, survey
 from mxref.verification.records.record import KINDS
-from mxref.verification.report.output import markdown_table
+from mxref.verification.report.own.markdown import markdown_table
 
 README = EVIDENCE.parent.parent / "README.md"
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import BASELINE, STATE, why
-from mxref.verification.report.words import tensor_order
+from mxref.verification.report.output import tensor_order
 
 _LAST = ("drift", "exponent", "sign", "interval")
 """Checks of ordinary numbers name a bug less plainly than exact ones; of these, the best first."""

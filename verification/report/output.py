@@ -1,14 +1,20 @@
-"""What every command's output is made of: tables in a terminal and in Markdown, and files of JSON."""
+"""What every command's output is made of: tables in a terminal, numbers and names in words, and files of JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from mxref.verification.arithmetic.bounds import TENSORS
+from mxref.verification.checks.finding import Finding
+
+_MANY = 4.0
+FOOTNOTE = "* Many ULP, and inside the derived bound: large terms cancel to almost nothing there, or a sum is long."
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
@@ -17,12 +23,6 @@ def new_table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> Iterator[str]:
-    """The lines of a table whose first `left` columns are words."""
-    for cells in (columns, [*["---"] * left, *["---:"] * (len(columns) - left)], *rows):
-        yield f"| {' | '.join(cells)} |"
 
 
 def write_json(path: Path, data: Any) -> Path:
@@ -34,3 +34,45 @@ def write_json(path: Path, data: Any) -> Path:
     """
     path.write_text(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def many_ulp(finding: Finding) -> str:
+    """The sign of the footnote where a result that is right is many ULP from the exact value."""
+    return "*" if finding.ok and (finding.max_ulp or 0.0) > _MANY else ""
+
+
+def ulp_text(value: float | None) -> str:
+    """A size in ULP, short."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else str(value)
+    return f"{value:.2f}" if value < 100 else f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
+
+
+def detail_text(value: float | str | None) -> str:
+    """A detail, short: words as they are, numbers to four digits."""
+    return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+
+
+def tensor_order(tensor: str) -> tuple[int, str]:
+    """Sort key: the order of the computation, then anything else by name."""
+    return (TENSORS.index(tensor) if tensor in TENSORS else len(TENSORS), tensor)
+
+
+def share_text(value: float | None) -> str:
+    """A share of a bound: per cent inside, a multiple outside, "exact" for no error at all."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "exact"
+    if value < 0.01:
+        return "< 1 %"
+    if value <= 1:
+        return f"{100 * value:.0f} %"
+    return "∞ ×" if not math.isfinite(value) else f"{value:.3g} ×"
+
+
+def plural(count: int, noun: str) -> str:
+    """The noun, with an s unless the count is 1."""
+    return noun if count == 1 else noun + "s"

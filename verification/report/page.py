@@ -16,8 +16,16 @@ from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift
 from mxref.verification.report.causes import Cause, causes
-from mxref.verification.report.output import write_json
-from mxref.verification.report.words import FOOTNOTE, detail_text, many_ulp, plural, share_text, tensor_order, ulp_text
+from mxref.verification.report.output import (
+    FOOTNOTE,
+    detail_text,
+    many_ulp,
+    plural,
+    share_text,
+    tensor_order,
+    ulp_text,
+    write_json,
+)
 
 SCHEMA = "mxref.gate/3"
 _SHOWN, _WORST, _A_CHECK = 30, 12, 4

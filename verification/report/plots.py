@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mxref.verification.checks.finding import ErrorSample
 from mxref.verification.report.canvas import FAIL, MUTED, SERIES, in_order, picture, squares, title
-from mxref.verification.report.words import share_text
+from mxref.verification.report.output import share_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

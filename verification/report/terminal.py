@@ -15,9 +15,8 @@ from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.gate.problem import problem_text
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report.causes import Cause, causes
-from mxref.verification.report.output import new_table
+from mxref.verification.report.output import FOOTNOTE, many_ulp, new_table, share_text, tensor_order, ulp_text
 from mxref.verification.report.page import facts, headline
-from mxref.verification.report.words import FOOTNOTE, many_ulp, share_text, tensor_order, ulp_text
 
 _TITLE = 80
 """Letters of a title; what a pass is about stands in the sentence below in full."""

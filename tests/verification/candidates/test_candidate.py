@@ -16,10 +16,10 @@ from torch import Tensor
 
 import mxref
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
+from mxref.verification.arithmetic.tensor_bytes import share_elements
 from mxref.verification.candidates import starting_point
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.loading import declare, load
-from mxref.verification.candidates.memory.sharing import share_elements
 from mxref.verification.candidates.probe import call_first, runs_interpreted
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.call import Call

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mxref.scattermoe import RoundingPoints
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
-from mxref.verification.arithmetic.rounding_points import declared_points
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, declared_points
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw

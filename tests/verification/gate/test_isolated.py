@@ -131,6 +131,25 @@ def test_a_crash_when_everything_is_judged_changes_no_verdict() -> None:
     assert (result.exit_code, failed(result), result.left_out) == (0, [], "")
 
 
+def test_an_interruption_ends_with_what_is_known() -> None:
+    """Ctrl-C after an item; before the first there is nothing to tell."""
+
+    def interrupted_at(item: int) -> GateResult:
+        def interrupt(entry: ItemInfo, done: int, total: int) -> None:
+            if done == item:
+                raise KeyboardInterrupt
+
+        order = Order("candidates.py:honest", "cpu", patterns=TWO, shape=SHAPE)
+        return judge_apart(order, suite="two cases", on_item=interrupt)
+
+    result = interrupted_at(1)
+    assert (result.word, result.exit_code, failed(result)) == ("NO VERDICT", 2, [])
+    assert result.left_out == "1 of 2 items were not asked: it was interrupted."
+    assert {f.case for f in result.findings if f.check != "state"} == {TWO[0]}
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_at(0)
+
+
 def test_an_honest_candidate_keeps_torch_s_state() -> None:
     result = judged("honest")
     part = "shape 2,32,32,4,2,2 in float32, cases matching integer, plain or integer, biases and gates"

@@ -19,8 +19,8 @@ from mxref.verification.checks.finding import Counterexample, DriftMap, ErrorSam
 from mxref.verification.checks.registry import why
 from mxref.verification.gate.result import GateResult
 from mxref.verification.report import plots, plots_drift, terminal
+from mxref.verification.report.output import FOOTNOTE, share_text
 from mxref.verification.report.page import as_html, failures, headline, write
-from mxref.verification.report.words import FOOTNOTE, share_text
 
 
 def errors(tensor: str, scale: float = 1.0) -> ErrorSample:

@@ -9,7 +9,7 @@ import torch
 
 from mxref.verification.candidates.answer import Answer, Outputs, answered
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.memory.red_zones import FreshRedZones, RedZone
+from mxref.verification.candidates.memory import FreshRedZones, RedZone
 from mxref.verification.candidates.own.interpreted import checked_indices, checked_memory
 from mxref.verification.cases.own.activation import ActivationSample
 

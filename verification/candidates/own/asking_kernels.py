@@ -22,7 +22,7 @@ from mxref.scattermoe import RoundingPoints, backward, forward
 from mxref.verification.candidates.answer import Answer, Outputs, answered
 from mxref.verification.candidates.asking import by_its_decoder, once
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.memory.red_zones import FreshRedZones, RedZone, between_red_zones
+from mxref.verification.candidates.memory import FreshRedZones, RedZone, between_red_zones
 from mxref.verification.candidates.own.guard_pages import GuardPages
 from mxref.verification.candidates.own.interpreted import INDEX_LIMIT, checked_indices, checked_memory
 from mxref.verification.cases.case import Sample

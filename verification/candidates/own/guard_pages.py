@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxref.verification.candidates.memory.fresh import Allocations
+from mxref.verification.candidates.memory import Allocations
 from mxref.verification.cases.case import Sample
 
 _ALIGNMENT = 16

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from mxref.fragments import TILE
-from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Order, Product
-from mxref.verification.arithmetic.rounding_points import declared_points
+from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, Accumulation, Order, Product, declared_points
 from mxref.verification.candidates.answer import Answer
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import shipped, torch_composite

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxref.verification.checks.registry import why
-from mxref.verification.report.output import markdown_table, new_table
+from mxref.verification.report.output import new_table
+from mxref.verification.report.own.markdown import markdown_table
 from mxref.verification.studies.mutation.mutant import Mutant
 from mxref.verification.studies.mutation.session import Fate, Judged, Session
 from mxref.verification.studies.mutation.sources import Source

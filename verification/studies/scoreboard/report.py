@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.report.output import markdown_table, new_table, write_json
+from mxref.verification.report.output import new_table, write_json
+from mxref.verification.report.own.markdown import markdown_table
 from mxref.verification.studies.scoreboard.run import Board, Row
 
 SCHEMA = "mxref.scoreboard/3"

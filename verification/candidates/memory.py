@@ -1,4 +1,4 @@
-"""Red zones: operands, and what a candidate allocates, between bytes that nothing may read or write.
+"""Memory that candidates run in: what they allocate, and red zones, bytes that nothing may read or write.
 
 A load whose mask was lost reads a red zone and spreads NaN, a store whose mask was lost damages one, and an element of
 fresh memory that nothing wrote stays NaN.
@@ -6,17 +6,63 @@ fresh memory that nothing wrote stays NaN.
 
 from __future__ import annotations
 
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.candidates.answer import Written
-from mxref.verification.candidates.memory.fresh import Allocations
 from mxref.verification.cases.case import Sample
 
+_EMPTY = {torch.empty, torch.empty_like, Tensor.new_empty}
+_FRESH = _EMPTY | {torch.zeros, torch.zeros_like, torch.full, torch.full_like, Tensor.new_zeros, Tensor.clone}
+"""What allocates memory, or copies into fresh memory, for kernels to work on; some of it uninitialised."""
 _ZONE_ROWS = 256  # a tile that overshoots by its whole height still lands in the zone
 _ZONE = (1 << 12, 1 << 20)  # least and most elements of one zone
 _FRESH_ZONE = 1 << 14  # elements on either side of an allocation: more than one tile's rows of any case here
+
+
+class Allocations(TorchFunctionMode, ABC):
+    """While active, contiguous tensors that Python code allocates or clones lie where `place` puts them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let the call run, then move a fresh tensor."""
+        fresh = func(*args, **(kwargs or {}))
+        if func not in _FRESH or not isinstance(fresh, Tensor) or not fresh.is_contiguous() or fresh.is_meta:
+            return fresh
+        inside = self.place(fresh)
+        return inside if func in _EMPTY else inside.copy_(fresh.detach())
+
+    @abstractmethod
+    def place(self, fresh: Tensor) -> Tensor:
+        """Memory for such a tensor, full of what no computation should ever meet; or the tensor itself."""
+
+
+@contextmanager
+def uninitialised_memory(poisoned: bool) -> Iterator[None]:
+    """Within this context torch.empty and its kin give NaN, integers their largest value; or what they find.
+
+    This is torch's deterministic mode. It also chooses operators, so the other side of a comparison needs it too: with
+    `poisoned=False`.
+    """
+    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            memory.fill_uninitialized_memory = poisoned
+            yield
+        finally:
+            memory.fill_uninitialized_memory = fill
+            torch.use_deterministic_algorithms(mode, warn_only=warn)
 
 
 class RedZone:
