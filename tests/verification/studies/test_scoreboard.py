@@ -93,6 +93,13 @@ def test_files(board: Board, tmp_path: Path) -> None:
     assert "its process ended itself with exit status 3" in text
 
 
+def test_a_record_holds_no_tracebacks(board: Board) -> None:
+    failure = Finding("decode", "a case", "all", Status.FAIL, "raised", 1, 1, trace='File "/mine/layer.py", line 7')
+    row = replace(board.rows[1], result=replace(board.rows[1].result, findings=[failure]))
+    (kept,) = as_json(replace(board, rows=[row]))["rows"][0]["failures"]
+    assert (kept["reason"], kept["trace"]) == ("raised", "")
+
+
 def test_entries() -> None:
     assert next(iter(IMPLEMENTATIONS)) == "mxref.kernels"
     assert implementation("golden").make(torch.device("cpu")).name == "golden"

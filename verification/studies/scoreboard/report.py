@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,16 @@ def as_json(board: Board) -> dict[str, Any]:
                 "left_out": row.result.left_out if row.result else "",
                 "seconds": round(row.result.seconds, 1) if row.result else 0.0,
                 "counts": {check: {str(status): row.counts(check)[status] for status in Status} for check in checks},
-                "failures": [failure.as_json() | {"count": count} for failure, count in row.first_failures()],
+                "failures": [_failure(failure, count) for failure, count in row.first_failures()],
             }
             for row in board.rows
         ],
     }
+
+
+def _failure(failure: Finding, count: int) -> dict[str, Any]:
+    """Without the traceback, which holds paths of the machine and lines of other projects' sources."""
+    return replace(failure, trace="").as_json() | {"count": count}
 
 
 def as_markdown(board: Board) -> str:
