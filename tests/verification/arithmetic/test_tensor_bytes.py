@@ -1,11 +1,11 @@
-"""Bytes of tensors whose strides mean nothing where there is one row, column or element."""
+"""Bytes of tensors whose strides mean nothing where there is one row, column or element; parts of one buffer."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mxref.verification.arithmetic.tensor_bytes import bytes_of
+from mxref.verification.arithmetic.tensor_bytes import bytes_of, share_elements
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,13 @@ def test_bytes_are_those_of_the_values_in_order(shape: tuple[int, ...], strides:
     found = bytes_of(x)
     assert found.shape == (*shape, 2)
     assert found.numpy().tobytes() == values.view(torch.uint8).numpy().tobytes()[: 2 * x.numel()]
+
+
+def test_parts_of_one_buffer_share_no_elements() -> None:
+    buffer = torch.zeros(6, 8)
+    assert share_elements(buffer, buffer[2:3, 3:4])
+    assert share_elements(buffer[:, 0], buffer[5])
+    assert not share_elements(buffer[:, ::2], buffer[:, 1::2])
+    assert not share_elements(buffer[:3], buffer[3:])
+    assert not share_elements(buffer[:0], buffer)
+    assert not share_elements(buffer, buffer.clone())
