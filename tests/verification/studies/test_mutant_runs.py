@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from mxref.verification.candidates import processes
 from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.cases.draw import draw
@@ -123,13 +124,23 @@ def test_a_question_that_is_long_for_the_sources_is_no_kill() -> None:
     assert "of processor time" in hung.kills["slow"]
 
 
+def _end_soon(monkeypatch: pytest.MonkeyPatch, check: str, silence: float) -> None:
+    """That check alone, and at once: what a child took before it fell silent would have to be 1 % of its waiting."""
+
+    def limits(setting: Setting, item: Item, lenience: int = 1) -> Limits:
+        return Limits(silence=silence) if item.checks[0].name == check else Limits()
+
+    monkeypatch.setattr(Setting, "limits", limits)
+    monkeypatch.setattr(processes, "WAITS", math.inf)
+
+
 @pytest.mark.parametrize(("control", "hangs"), [(1.9, True), (2.1, False), (math.inf, False)])
 def test_waiting_is_a_kill_only_where_the_sources_hardly_wait(
     control: float, hangs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its limit is 20 s of silence; 0.2 s here, after which the child is ended twice."""
     asked = []
-    monkeypatch.setattr(Setting, "limits", lambda *_: Limits(silence=0.2))
+    _end_soon(monkeypatch, "first", 0.2)
     monkeypatch.setattr(runner._Judge, "control", lambda _, part: asked.extend(part.checks) or control / 100)
     [outcome] = _ask([_item("first", _sleep), _item("next", passes)], [_swept()])
     assert asked == ["first"]
@@ -140,7 +151,7 @@ def test_waiting_is_a_kill_only_where_the_sources_hardly_wait(
 
 
 def test_the_control_is_the_unmutated_sources_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Setting, "limits", lambda *_: Limits(silence=1.0))
+    _end_soon(monkeypatch, "3", 0.2)
     judge_by = runner._Judge(_setting(), tmp_path, lambda _: None)
     ways = [passes, fails, _crash, _sleep]
     asked = [_item(str(i), way) for i, way in enumerate(ways)]
