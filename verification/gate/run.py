@@ -28,8 +28,8 @@ _SECOND_CHANCE = (
     "a full verdict"
 )
 _SMALL = 2**24
-"""Multiplications of a forward pass, up to which the reference is computed on the CPU: it is made
-of hundreds of operations, each of which waits its turn on a GPU that several processes share."""
+"""Multiplications of a forward pass, up to which the reference is computed on the CPU: it is made of hundreds of
+operations, each of which waits its turn on a GPU that several processes share."""
 
 
 def run_gate(
