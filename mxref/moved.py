@@ -96,7 +96,7 @@ MOVED = {
 SPLIT = {
     "mxref.verification.candidates": {
         "arithmetic.accumulation": "default_accumulation describe=Accumulation",
-        "arithmetic.rounding_points": "POINTS",
+        "arithmetic.accumulation": "POINTS",
         "candidates.candidate": "Candidate",
         "candidates.loading": "declare load",
         "candidates.shipped": "golden torch_composite",
