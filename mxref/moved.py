@@ -95,8 +95,7 @@ MOVED = {
 
 SPLIT = {
     "mxref.verification.candidates": {
-        "arithmetic.accumulation": "default_accumulation describe=Accumulation",
-        "arithmetic.accumulation": "POINTS",
+        "arithmetic.accumulation": "POINTS default_accumulation describe=Accumulation",
         "candidates.candidate": "Candidate",
         "candidates.loading": "declare load",
         "candidates.shipped": "golden torch_composite",
