@@ -36,7 +36,7 @@ class Expectation:
         how: declared accumulation.
         slopes: that the whole run fits, `slopes_of` summed over its cases; None: only this case is judged.
         alpha: probability that honest arithmetic shows drift anywhere in that run.
-        asked_on: the candidate's device, if the reference is computed on another one than that.
+        asked_on: the candidate's device; None for the sample's, where the reference is computed.
     """
 
     sample: Sample

@@ -93,10 +93,10 @@ def judge(
         if shared_memory and isinstance(answer.error, torch.OutOfMemoryError):
             raise answer.error
     answered()
-    expectation = partial(_expectation, sample, candidate, slopes=slopes)
+    asked_on = sample.problem.device if isinstance(sample, Sample) else None
     if isinstance(sample, Sample) and _is_for_cpu(sample, answers):
-        answers = [_on_cpu(answer) for answer in answers]
-        expectation = partial(_expectation, sample.to("cpu"), candidate, slopes=slopes, asked_on=sample.problem.device)
+        sample, answers = sample.to("cpu"), [_on_cpu(answer) for answer in answers]
+    expectation = partial(_expectation, sample, candidate, slopes=slopes, asked_on=asked_on)
     findings = _compare(checks, answers, expectation(how))
     by_interval = any(check.name == INTERVAL.name for check in checks)
     if by_interval and candidate.accumulation is None and not all(finding.ok for finding in findings):
