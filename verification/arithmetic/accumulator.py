@@ -28,6 +28,8 @@ _SLACK = 1 + 2.0**-40  # covers the fp64 arithmetic of the radii themselves
 
 # Elements of the largest temporary in a running sum: 32 MiB on a CPU, 1 GiB on a GPU.
 _BUDGET = {"cpu": 2**22, "cuda": 2**27}
+_TOGETHER = 2**19
+"""Products whose largest is taken at once; more take less time a step at a time."""
 
 
 def gamma(n: float, unit: float = U) -> float:
@@ -215,8 +217,11 @@ def _running_cost(
             before = torch.cat((value.abs()[None] + margin, after[:-1]))
             left, right = _in_steps(P_reach[:, terms], Q_reach[terms], step)
             largest = before.clamp(min=2.0**-126)
-            for j in range(step):
-                largest = torch.maximum(largest, left[:, :, j, None] * right[:, None, j, :])
+            if largest.numel() * step <= _TOGETHER:
+                largest = torch.maximum(largest, (left[..., None] * right[:, None]).amax(2))
+            else:
+                for j in range(step):
+                    largest = torch.maximum(largest, left[:, :, j, None] * right[:, None, j, :])
             cost += aligned * pow2_floor(largest).sum(0)
         cost += rounding * after.sum(0)
         value = partial[-1]

@@ -16,6 +16,8 @@ from mxref.verification.cases.domain import Class, Dimension, Expense, dimension
 from mxref.verification.cases.exclusions import EXCLUDED
 
 _WORD = {2: "pairs", 3: "triples"}
+_PAIRED = 100.0
+"""Seconds from which on a class is costly: what needs triples has it in pairs."""
 EXACT_SLOTS = 32
 """Gates a token, at most, whose sum is exact in any order in 16 bits."""
 
@@ -29,6 +31,8 @@ def domain_cases(
 ) -> list[Case]:
     """Cases in which every legal pair (`strength` 2) or triple (3) of classes occurs; another seed, other cases.
 
+    Costly classes, those that take `_PAIRED` seconds or more, occur in pairs only.
+
     A name ends in four digits for the classes: a case of another domain that has the same number is another case.
 
     Args:
@@ -39,6 +43,26 @@ def domain_cases(
         within: the dimensions without classes that are not asked for.
     """
     dimensions = living(within(dimensions_for(dtypes, expense)))
+    if strength == 2:
+        return _covering(dimensions, 2, seed)
+    costly = {(d.name, each.name) for d in dimensions for each in d.classes if is_costly(each)}
+    paired = [case for case in _covering(dimensions, 2, seed) if costly.intersection(case.covers)] if costly else []
+    return [*_covering(without_costly(dimensions), strength, seed), *paired]
+
+
+def is_costly(each: Class) -> bool:
+    """Whether it is asked for in pairs at most."""
+    return each.cost >= _PAIRED
+
+
+def without_costly(dimensions: Sequence[Dimension]) -> list[Dimension]:
+    """The dimensions without their costly classes, where others are left."""
+    kept = [(d, tuple(each for each in d.classes if not is_costly(each))) for d in dimensions]
+    return living([Dimension(d.name, classes or d.classes) for d, classes in kept])
+
+
+def _covering(dimensions: Sequence[Dimension], strength: int, seed: int) -> list[Case]:
+    """A case for each row of a covering array."""
     cases = []
     for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
         classes = {d.name: d.classes[index] for d, index in zip(dimensions, row, strict=True)}

@@ -88,8 +88,8 @@ def behaviour_cases(device_type: str) -> list[Case]:
 
 
 def operator_case(device_type: str) -> Case:
-    """For operators one by one: packed weights and LoRA, sentinels, three experts, no gates, not grouped."""
-    return replace(smallest(usual_dtype(device_type)), name="operators", experts=3, routing="sentinels")
+    """For operators one by one: packed weights that are not square and LoRA, sentinels, no gates, not grouped."""
+    return replace(smallest(usual_dtype(device_type)), name="operators", experts=3, K=64, N=33, routing="sentinels")
 
 
 def remote_cases(device_type: str) -> list[Case]:

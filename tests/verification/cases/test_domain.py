@@ -15,7 +15,7 @@ from mxref.verification.cases.call import Call, Layout, lay_out
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import combinations_of, covering_array, legal_pairs
 from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension, dimensions_for
-from mxref.verification.cases.domain_cases import domain_cases, slots_of
+from mxref.verification.cases.domain_cases import domain_cases, slots_of, without_costly
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.exclusions import EXCLUDED, Exclusion
 from mxref.verification.cases.scope import Scope
@@ -76,10 +76,13 @@ def test_every_legal_pair_of_classes_is_asked_in_the_quick_suite(scope: str, see
 
 def test_every_legal_triple_that_a_whole_call_can_hold_is_asked_in_the_full_suite() -> None:
     """What is missing is impossible together with some dimension's every class, whatever else is chosen."""
-    dimensions = dimensions_for(FP32, "interpreted")
+    every = dimensions_for(FP32, "any")
+    dimensions = without_costly(every)
     wanted = legal(dimensions, 3)
     assert wanted.sum() > 500_000
-    missing = np.argwhere(wanted & ~covered(domain_cases(3, FP32, "interpreted", 0), dimensions, 3))
+    cases = domain_cases(3, FP32, "any", 0)
+    cheap = [case for case in cases if set(case.covers) <= numbers(dimensions).keys()]
+    missing = np.argwhere(wanted & ~covered(cheap, dimensions, 3))
     pairs, of = legal(dimensions, 2), [place for place, d in enumerate(dimensions) for _ in d.classes]
 
     def dead(triple: npt.NDArray[np.int64]) -> bool:
@@ -90,6 +93,16 @@ def test_every_legal_triple_that_a_whole_call_can_hold_is_asked_in_the_full_suit
 
     alive = [named(dimensions, triple) for triple in missing if not dead(triple)]
     assert not alive, alive[:5]
+    assert not (legal(every, 2) & ~covered(cases, every, 2)).any(), "costly classes occur in every pair"
+
+
+def test_what_is_costly_is_the_largest_batch_alone() -> None:
+    """The full suite of a GPU and of plain PyTorch has every triple of all other classes."""
+    every, cheap = dimensions_for(EVERY, "any"), without_costly(dimensions_for(EVERY, "any"))
+    assert numbers(every).keys() - numbers(cheap).keys() == {("rows", "more than 2^16")}
+    assert without_costly(dimensions_for(EVERY, "interpreted")) == dimensions_for(EVERY, "interpreted")
+    largest = [parse_subset("rows=more than 2^16").within(every)[0]]
+    assert without_costly(largest) == largest, "nothing else is left"
 
 
 def test_another_seed_covers_with_other_cases() -> None:
