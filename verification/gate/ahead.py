@@ -32,6 +32,7 @@ from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.processes import cores, die_with_parent
 from mxref.verification.candidates.shipped import shipped
+from mxref.verification.cases.call import Context, Layout
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.gate.order import Order
@@ -163,11 +164,18 @@ def _aligning() -> Iterator[None]:
 
 
 def _without_memory(item: Item) -> Any:
-    """The item's sample on the meta device, to be asked of our kernels alone: there is no autocast there."""
+    """The item's sample on the meta device, to be asked of our kernels alone: there is no autocast there.
+
+    What records sees its own thread alone. Whether indices are laid out as one that repeats depends on their values;
+    no kernel is compiled for that.
+    """
     case = item.case
     if isinstance(case, Case):  # whose values are looked at when it is drawn, and integers are drawn more than once
         data = "balanced" if case.data in ("integer", "rounded") else case.data
-        call = replace(case.call, context="plain", threads="one")  # what records sees its own thread alone
+        call = case.call
+        context: Context = "saved elsewhere" if call.context == "saved elsewhere" else "plain"
+        ids: Layout = "contiguous" if call.ids == "expanded" else call.ids
+        call = replace(call, context=context, threads="one", ids=ids)
         return draw(replace(case, data=data, call=call), seed=item.seed).to("meta")
     return drawing(case, torch.device("meta"), item.seed)()
 

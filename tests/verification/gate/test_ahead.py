@@ -55,6 +55,44 @@ print(json.dumps({"started": started, "new": new[:compiled], "others": len(new) 
                   "apart": again, "ready": ready}))
 """
 
+FORESEE = """
+import json
+from dataclasses import replace
+import torch
+from mxref.kernels.compiled.units import units_of
+from mxref.kernels.device.launch import recording
+from mxref.verification.candidates.shipped import shipped
+from mxref.verification.cases.draw import draw
+from mxref.verification.cases.scope import Scope
+from mxref.verification.gate import ahead
+from mxref.verification.gate.plan import plan
+
+candidate = shipped(torch.device("cpu"))
+covered, chosen = set(), []
+for item in plan(Scope("quick", "cuda", 0, interpreted=False), own=True):
+    classes = getattr(item.case, "covers", ())
+    ways = {each for each in classes if each[0].split()[0] in ("context", "layout", "storage")}
+    if item.name.startswith("pairs") and item.case.rows < 4096 and not ways <= covered:
+        covered |= ways
+        chosen.append(item)
+
+
+def keys(launches):
+    return {(unit.kernel, unit.key) for unit in units_of("sm_90", (("", launch) for launch in launches))}
+
+
+missed, started = {}, 0
+for item in chosen:
+    foreseen, call = keys(ahead.launches_of(candidate, item, "sm_90")), replace(item.case.call, threads="one")
+    with recording("sm_90") as recorder:
+        item.checks[0].ask(candidate, draw(replace(item.case, call=call)))
+    there = keys(replace(each, arguments=ahead._placed(each.arguments)) for each in recorder.launches)
+    started += len(there)
+    if there - foreseen:
+        missed[item.name] = sorted(kernel for kernel, _ in there - foreseen)
+print(json.dumps({"missed": missed, "started": started, "items": len(chosen)}))
+"""
+
 
 def test_what_is_asked_is_compiled_before(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """One test, for one cache: what the items start, wherever their operands begin, and under which configurations."""
@@ -71,6 +109,16 @@ def test_what_is_asked_is_compiled_before(tmp_path: Path, request: pytest.Fixtur
     assert asked["foreseen"]["configurations"] > 2 * asked["foreseen"]["integer"], "under every configuration"
     assert asked["apart"], "the process of its own is given the order's items"
     assert all(name.startswith("integer, k 8, bf16") for name in asked["apart"])
+
+
+def test_what_tensors_with_memory_start_is_foreseen() -> None:
+    """However operands lie, and whatever context the call is made in; no kernel is compiled here."""
+    done = run_python("-c", FORESEE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["missed"] == {}
+    assert told["items"] > 10
+    assert told["started"] > 3 * told["items"]
 
 
 def test_items_wait_for_their_kernels_while_those_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,27 @@ def test_a_stop_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.passed is None
 
 
+def test_survivors_of_an_earlier_run_are_compiled_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked about one whose code is the unmutated one's; what the compiler tells apart is asked again."""
+    mutants = [mutant for mutant in everything() if not mutant.by_hand][:3]
+    same, broken, other = (mutant.name for mutant in mutants)
+    compiled: list[list[str]] = []
+
+    def same_code(survivors: list[Mutant], *_: object) -> tuple[set[str], set[str]]:
+        compiled.append([mutant.name for mutant in survivors])
+        return {same}, {broken}
+
+    asked: list[Outcome] = []
+    monkeypatch.setattr(session, "same_code", same_code)
+    told = judge(
+        mutants, [toy("toy", passes)], setting(), compile_survivors=True, alive_before=[same, broken, other],
+        on_judged=asked.append,
+    )  # fmt: skip
+    assert [judged.fate for judged in told.judged] == [Fate.EQUIVALENT, Fate.KILLED, Fate.SURVIVED]
+    assert compiled == [[same, broken, other]], "once"
+    assert [outcome.mutant.name for outcome in asked if outcome.mutant] == [other]
+
+
 def test_the_matrix_asks_every_check_about_the_mutants_by_hand() -> None:
     toys = [toy("first", fails), toy("second", passes), toy("third", fails)]
     mutants = [named("bias twice"), _swept()]

@@ -231,6 +231,22 @@ def launcher(n, config):
     assert all(gpu_only == (before in for_a_gpu) for before, gpu_only in sides.items()), sides
 
 
+def test_what_only_the_loads_of_a_gpu_notice_is_known() -> None:
+    text = """
+class Launcher:
+    def __init__(self, n, fan):
+        self._boxes = fan < 7
+        words = n > 5
+        self._launch = PreparedLaunch(kernel, n + 1, aligned=(2,) if words else ())
+
+@triton.jit
+def kernel(n):
+    words = n * 9
+"""
+    numbers = {m.before: m.gpu_only for m in sweep(Source("toy.py", text)) if m.before.isdigit()}
+    assert numbers == {"7": True, "5": True, "2": True, "1": False, "9": False}
+
+
 def test_a_stratified_sample_takes_the_functions_in_turn() -> None:
     functions = {mutant.place for mutant in everything()}
     chosen = stratified(everything(), len(functions), seed=1)

@@ -148,7 +148,7 @@ def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device:
         and matches(mutant.name, arguments.name)
         and (mutant.by_hand or not arguments.by_hand)
         and (mutant.gpu_only or not arguments.gpu_only)
-        and (arguments.list or device.type == "cuda" or not mutant.gpu_only)
+        and (device.type == "cuda" or not mutant.gpu_only or (arguments.list and not arguments.rest))
     ]
     if arguments.rest:
         try:
@@ -193,6 +193,7 @@ def _judge(
             setting,
             seconds=60 * arguments.minutes,
             compile_survivors=arguments.compile,
+            alive_before=record.read(_record_of(device))["survived"] if arguments.rest else (),
             on_start=meter.show,
             on_judged=on_judged,
         )

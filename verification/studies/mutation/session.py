@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -100,6 +100,7 @@ def judge(
     *,
     seconds: float = math.inf,
     compile_survivors: bool = False,
+    alive_before: Collection[str] = (),
     on_start: Callable[[str], None] = lambda what: None,
     on_judged: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Session:
@@ -111,6 +112,8 @@ def judge(
         setting: how.
         seconds: after so many no further mutant is begun.
         compile_survivors: also ask the compiler whether a survivor's code is the unmutated one's.
+        alive_before: mutants that survived an earlier run. The compiler is asked about them first: nothing else is asked
+            about those whose code is the unmutated one's.
         on_start: told what begins.
         on_judged: called as each mutant is done.
 
@@ -141,16 +144,22 @@ def judge(
     usual = {item: seconds for outcome in healthy for item, seconds in outcome.usual.items()}
     setting = replace(setting, usual=usual)
     reasons, broken, missing = dict[str, str](), set[str](), "there was no time for it"
-    try:
-        on_start("mutants")
-        run(mutants, items, setting, coverage=coverage, until=start + seconds, on_outcome=judged)
-        alive = [mutant for mutant in mutants if mutant.name in begun and not begun[mutant.name].killed]
-        reasons |= _declared_equivalent(alive, items, setting, on_start)
-        rest = [mutant for mutant in alive if mutant.name not in reasons]
-        if compile_survivors and rest:
+
+    def compile_these(survivors: list[Mutant]) -> None:
+        if compile_survivors and survivors:
             on_start("compiled code of the survivors")
-            unchanged, broken = same_code(rest, setting.sources, setting.jobs)
-            reasons |= dict.fromkeys(unchanged, "compiles to the unmutated sources' code")
+            unchanged, hazardous = same_code(survivors, setting.sources, setting.jobs)
+            reasons.update(dict.fromkeys(unchanged, "compiles to the unmutated sources' code"))
+            broken.update(hazardous)
+
+    try:
+        compile_these([mutant for mutant in mutants if mutant.name in alive_before])
+        asked = [mutant for mutant in mutants if mutant.name not in reasons and mutant.name not in broken]
+        on_start("mutants")
+        run(asked, items, setting, coverage=coverage, until=start + seconds, on_outcome=judged)
+        alive = [mutant for mutant in asked if mutant.name in begun and not begun[mutant.name].killed]
+        reasons |= _declared_equivalent(alive, items, setting, on_start)
+        compile_these([m for m in alive if m.name not in reasons and m.name not in alive_before])
     except KeyboardInterrupt:  # what is known is kept; who is alive may still be equivalent
         missing = "interrupted before it was judged to the end"
         begun = {name: outcome for name, outcome in begun.items() if outcome.killed or name in reasons}

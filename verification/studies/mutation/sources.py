@@ -16,6 +16,9 @@ KERNELS = Path(mxref.__file__).parent / "kernels"
 
 _GPU_FIELDS = ("hopper", "fragments", "fused")
 """What a tiling has that only a GPU runs."""
+_GPU_NAMES = ("aligned", "words", "_boxes")
+"""Arguments and variables of a launcher that only a GPU's loads notice: copies of what begins between multiples of 16
+bytes, and boxes of rows."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,14 @@ def read_sources(folder: Path = KERNELS) -> dict[str, Source]:
 def is_gpu_branch(node: ast.AST) -> TypeGuard[ast.If]:
     """Whether the node is an `if` whose body only a GPU runs."""
     return isinstance(node, ast.If) and isinstance(node.test, ast.Attribute) and node.test.attr in _GPU_FIELDS
+
+
+def is_for_gpu_loads(node: ast.AST) -> bool:
+    """Whether the node is an argument or an assignment whose value only a GPU's loads notice."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target = node.targets[0]
+        return (target.attr if isinstance(target, ast.Attribute) else getattr(target, "id", "")) in _GPU_NAMES
+    return isinstance(node, ast.keyword) and node.arg in _GPU_NAMES
 
 
 def is_for_gpu_tilings(node: ast.AST) -> bool:

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from mxref.verification.studies.mutation.mutant import Mutant, mutate
-from mxref.verification.studies.mutation.sources import Function, Source, is_for_gpu_tilings, is_gpu_branch
+from mxref.verification.studies.mutation.sources import (
+    Function,
+    Source,
+    is_for_gpu_loads,
+    is_for_gpu_tilings,
+    is_gpu_branch,
+)
 
 Edit = tuple[ast.expr | ast.stmt, str]
 """A node and the text that replaces it."""
@@ -40,7 +46,7 @@ def sweep(source: Source) -> list[Mutant]:
             continue
         ordinals: Counter[str] = Counter()
         gpu_only = function.name in source.gpu_only
-        for node, on_gpu in _nodes(function.node):
+        for node, on_gpu in _nodes(function):
             for operator, edits in OPERATORS.items():
                 for place, after in edits(node, source, function):
                     ordinals[operator] += 1
@@ -52,12 +58,12 @@ def sweep(source: Source) -> list[Mutant]:
     return list(mutants.values())
 
 
-def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
+def _nodes(function: Function) -> Iterator[tuple[ast.AST, bool]]:
     """The body's nodes, outer before inner, in the order of the text; no docstring, annotation or compile option.
 
-    Beside each: whether it lies where the interpreter does not come, or in what only a GPU's tilings notice.
+    Beside each: whether it lies where the interpreter does not come, or in what only a GPU's tilings or loads notice.
     """
-    pending: list[tuple[ast.AST, bool]] = [(node, False) for node in reversed(function.body)]
+    pending: list[tuple[ast.AST, bool]] = [(node, False) for node in reversed(function.node.body)]
     while pending:
         node, on_gpu = pending.pop()
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -66,7 +72,7 @@ def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, bool]]:
             continue
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_left_alone(node.func.attr):
             continue
-        on_gpu = on_gpu or is_for_gpu_tilings(node)
+        on_gpu = on_gpu or is_for_gpu_tilings(node) or (not function.jit and is_for_gpu_loads(node))
         yield node, on_gpu
         if isinstance(node, ast.keyword) and node.arg == "other":
             continue
