@@ -25,12 +25,14 @@ class TableCase:
         offsets: inclusive cumulative counts; those out of 0..P count as if they were forced into it.
         known: whether the tables are determined; offsets that do not ascend ask for more tiles than there can be, so
             that nobody knows the result, but it has to fit.
+        astray: every third routed row's position is 2^32 more than one within range, which nobody may take for that.
     """
 
     name: str
     P: int
     offsets: tuple[int, ...]
     known: bool = True
+    astray: bool = False
 
     @property
     def heights(self) -> tuple[int, ...]:
@@ -43,8 +45,11 @@ class TableCase:
         return [min(max(end, 0), self.P) for end in self.offsets]
 
     def positions(self) -> Tensor:
-        """A permutation of 0..P−1, int64 on the CPU."""
-        return torch.randperm(self.P, generator=torch.Generator().manual_seed(self.P))
+        """A permutation of 0..P−1, but for what is astray; int64 on the CPU."""
+        positions = torch.randperm(self.P, generator=torch.Generator().manual_seed(self.P))
+        if self.astray:
+            positions[::3] += 1 << 32
+        return positions
 
     def sample(self, device: torch.device, seed: int) -> TableSample:
         """The routing there; nothing of it is drawn."""
@@ -74,5 +79,6 @@ def table_cases() -> list[TableCase]:
         TableCase("one more than 2^15 tiles", _MANY + 1, (_MANY + 1,)),
         TableCase("out of range", 70, (-3, -1, 40, 75, 71)),
         TableCase("far out of range", 70, (5 - 2**40, -(2**40), 40, 2**40, 2**40 + 1)),
+        TableCase("positions astray", 70, (20, 60), astray=True),
         TableCase("not ascending", 80, (80, 0, 80, 0, 80), known=False),
     ]

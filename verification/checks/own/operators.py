@@ -127,8 +127,9 @@ def _tiles(case: TableCase, height: int) -> Tensor:
 
 
 def _rows(case: TableCase) -> Tensor:
-    """int32 [P]: the routed row at each position; −1 where no expert owns it."""
-    owned = case.ends[-1]
-    inverse = torch.full((case.P,), -1, dtype=torch.int32)
-    inverse[case.positions()[:owned]] = torch.arange(owned, dtype=torch.int32)
+    """int32 [P]: the routed row at each position; −1 where no expert owns it, or nobody says that it is there."""
+    positions = case.positions()[: case.ends[-1]]
+    rows, inverse = torch.arange(len(positions), dtype=torch.int32), torch.full((case.P,), -1, dtype=torch.int32)
+    within = (positions >= 0) & (positions < case.P)
+    inverse[positions[within]] = rows[within]
     return inverse

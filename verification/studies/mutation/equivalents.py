@@ -31,6 +31,9 @@ _BEYOND_E = (
 )
 _NO_TILE = "A negative length rounds to no tile: (-1 + BLOCK_M - 1) // BLOCK_M is 0 as long as BLOCK_M >= 2."
 _IDLE_PROGRAMS = "Surplus programs find every row, column or group masked: they store nothing."
+_NO_INVERSE = "Without an inverse the programs behind the tiles' do nothing."
+_PARTS = "However the inverse is divided among programs, each of its entries is in one part."
+_EMPTY_TABLES = "Without rows there is no tile and no entry, for whatever programs."
 _DROPPED_LANE = "A lane whose load is masked is masked in the store too, and no lane meets another."
 _NAN = 'float("nan")'
 
@@ -85,6 +88,8 @@ PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
         Equivalent("0", ["0 - 1"], _EMPTY_RANGE, "tl.maximum(ends, 0)"),
         Equivalent("0", ["0 - 1"], _NO_TILE, "tl.maximum(ends - begins, 0)"),
         Equivalent("tl.where(g <= E, ..., 0)", ["tl.where(g <= E, ..., 0 + 1)", "tl.where(g <= E, ..., 0 - 1)"], _BEYOND_E),
+        Equivalent("range(surplus * 3, bound * 3, TILES)", ["range(surplus * 3, bound * (3 + 1), TILES)"],
+            "What is behind the table is masked."),
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "mine = ..."),
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "begin = ..."),
         Equivalent("tl.sum", ["tl.max"], _ONE_GROUP, "end = ...")),
@@ -92,7 +97,26 @@ PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
         Equivalent("tl.int64", ["tl.int32"],
             "Programs times `span` is at most P + span, in 32 bits as the entries of the tables do themselves.", "write_inverse(...)")),
     *at(Place("device/schedule.py", "_tables"),
-        Equivalent("1", ["1 + 1"], _BEYOND_E, "triton.next_power_of_2(E + 1)")),
+        Equivalent("1", ["1 + 1"], _BEYOND_E, "triton.next_power_of_2(E + 1)"),
+        Equivalent("max(4096, 16 * triton.cdiv(P, 256))", ["max(16 * triton.cdiv(P, 256), 4096)"], _PARTS),
+        Equivalent("4096", ["4096 + 1", "4096 - 1"], _PARTS, "max(...)"),
+        Equivalent("16 * triton.cdiv(P, 256)", ["16", "triton.cdiv(P, 256)"], _PARTS),
+        Equivalent("16", ["16 + 1", "16 - 1"], _PARTS, "max(...)"),
+        Equivalent("256", ["256 + 1", "256 - 1"], _PARTS),
+        Equivalent("1", ["1 + 1"], _IDLE_PROGRAMS, "programs = ..."),
+        Equivalent("with_inverse", ["True"], _NO_INVERSE),
+        Equivalent("0", ["0 + 1"], _IDLE_PROGRAMS, "triton.cdiv(P, span) if with_inverse else 0"),
+        Equivalent("P", ["True"], _EMPTY_TABLES, "programs if P else 0"),
+        Equivalent("0", ["0 + 1"], _EMPTY_TABLES, "programs if P else 0")),
+    *at(Place("device/schedule.py", "Routing._make"),
+        Equivalent("_tables(self.P, self.E, block_m, known is None, offsets.device, positions.dtype, offsets.dtype)",
+            ["_tables(self.P, self.E, block_m, offsets.device, known is None, positions.dtype, offsets.dtype)"], _NO_INVERSE),
+        Equivalent("_tables(self.P, self.E, block_m, known is None, offsets.device, positions.dtype, offsets.dtype)",
+            ["_tables(self.P, self.E, block_m, known is None, positions.dtype, offsets.device, offsets.dtype)",
+             "_tables(self.P, self.E, block_m, known is None, offsets.device, offsets.dtype, positions.dtype)"],
+            "They only tell one launch from another, in whatever order."),
+        Equivalent("known is None", ["True"],
+            "Of a table that is known no entry belongs to a program: E + 1 are started.", "launch(...)")),
     *at(Place("device/slots.py", "spread_kernel"),
         Equivalent("0", [_NAN], "A row that is not live is not stored, and its share of dgates is taken before the gate.",
             "tl.load(gates + position, ...)")),
