@@ -97,7 +97,7 @@ def judge_apart(
         return True
 
     every = Numbers(range(sys.maxsize))
-    with _compiling(order, every), TemporaryDirectory() as folder, _pool(processes) as pool:
+    with _compiling(order, every), TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
         parts = [_Part(order, every, processes, Path(folder) / str(number)) for number in range(processes)]
         try:
             if ask(parts) and run.left and run.losses < _MOST_LOSSES:
@@ -109,11 +109,6 @@ def judge_apart(
     run.close()
     run.result.seconds = time.monotonic() - start
     return run.result
-
-
-def _pool(size: int) -> Pool[_Part]:
-    """Processes that begin with this module's imports and nothing else."""
-    return Pool(size, "forkserver", [work.__module__])
 
 
 def _compiling(order: Order, numbers: Numbers) -> AbstractContextManager[None]:
@@ -131,7 +126,7 @@ def list_items(order: Order) -> list[ItemInfo]:
     Raises:
         Refused: the order cannot be carried out, or the candidate ends the process that loads it.
     """
-    with TemporaryDirectory() as folder, _pool(1) as pool:
+    with TemporaryDirectory() as folder, Pool[_Part](1, "spawn") as pool:
         part = _Part(order, Numbers(range(sys.maxsize)), 1, Path(folder) / "0")
         pool.waiting.append(part.job(Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
         for _, message in pool:
