@@ -45,19 +45,15 @@ def domain_cases(
     dimensions = living(within(dimensions_for(dtypes, expense)))
     if strength == 2:
         return _covering(dimensions, 2, seed)
-    costly = {(d.name, each.name) for d in dimensions for each in d.classes if is_costly(each)}
-    paired = [case for case in _covering(dimensions, 2, seed) if costly.intersection(case.covers)] if costly else []
-    return [*_covering(without_costly(dimensions), strength, seed), *paired]
-
-
-def is_costly(each: Class) -> bool:
-    """Whether it is asked for in pairs at most."""
-    return each.cost >= _PAIRED
+    cheap = without_costly(dimensions)
+    kept = {(d.name, each.name) for d in cheap for each in d.classes}
+    paired = [case for case in _covering(dimensions, 2, seed) if not kept.issuperset(case.covers)]
+    return [*_covering(cheap, strength, seed), *paired]
 
 
 def without_costly(dimensions: Sequence[Dimension]) -> list[Dimension]:
     """The dimensions without their costly classes, where others are left."""
-    kept = [(d, tuple(each for each in d.classes if not is_costly(each))) for d in dimensions]
+    kept = [(d, tuple(each for each in d.classes if each.cost < _PAIRED)) for d in dimensions]
     return living([Dimension(d.name, classes or d.classes) for d, classes in kept])
 
 

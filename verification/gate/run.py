@@ -126,14 +126,14 @@ def _expectation(
 def _is_for_cpu(sample: Sample, answers: Sequence[Answer]) -> bool:
     """Whether a GPU's results are compared on the CPU: of small cases, if each is where it should be."""
     case, here = sample.case, sample.problem.device
-    if here.type == "cpu" or _multiplications(case) > _SMALL:
+    if here.type == "cpu" or _work(case) > _SMALL:
         return False
     results = [x for answer in answers for x in answer.outputs.values() if x is not None]
     return all(isinstance(x, Tensor) and x.device == here for x in results)
 
 
-def _multiplications(case: Case) -> int:
-    """Of every row, and of every expert's weights as if it had one more, by its base and LoRA's two.
+def _work(case: Case) -> int:
+    """Multiplications of every row, and of every expert's weights as if it had one more, by its base and LoRA's two.
 
     What is done with each element of the rows takes about as long as 16 of them.
     """
