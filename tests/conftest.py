@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if not present and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where ranks will run, their server is started first: with less imported, everyone's imports would be theirs."""
+    if "world" in sys.modules and not session.config.option.collectonly:
+        sys.modules["world"].serve()
 
 
 class _Outcomes:

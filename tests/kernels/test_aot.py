@@ -1,4 +1,4 @@
-"""Every reachable launch compiles for every architecture, without a stack and inside the chip's shared memory."""
+"""Every reachable tiling compiles for every architecture, without a stack and inside the chip's shared memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from uninterpreted import run_python
 
 
-def test_every_reachable_launch_compiles() -> None:
+def test_every_reachable_tiling_compiles() -> None:
     done = run_python("-m", "mxref.verification.studies.compiled.ahead_of_time")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 violations" in done.stdout

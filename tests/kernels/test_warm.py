@@ -15,6 +15,12 @@ COMMANDS = """
 import contextlib, io, json, sys
 from mxref.verification.cli import main
 
+if sys.argv[2:]:
+    sys.path.insert(0, sys.argv[2])
+    import pretended_gpu
+
+    pretended_gpu.without_code()
+
 told = []
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -102,16 +108,20 @@ def warmed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     command = [str(folder), "--jobs", "2", "--tokens", "1x7", "--tokens", "5x41"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(root / "cache"))
-        told = _warm(command, [str(folder), "--jobs", "2", "--sharded", "--tokens", "4x32"], command)
-        trained = run_python("-c", TRAIN, str(request.config.rootpath / "tests" / "support"), str(folder))
+        support = str(request.config.rootpath / "tests" / "support")
+        told = _warm(command, [str(folder), "--jobs", "2", "--sharded", "--tokens", "4x32"], command, without=support)
+        trained = run_python("-c", TRAIN, support, str(folder))
     assert [code for code, *_ in told] == [0, 0, 0], told
     assert trained.returncode == 0, trained.stderr[-3000:]
     return {"said": told[0][1], "again": told[2][1], "cache": root / "cache", **json.loads(trained.stdout)}
 
 
-def _warm(*commands: list[str]) -> Any:
-    """Each command's exit code, output and errors, one after the other in a process that is free to compile."""
-    done = run_python("-c", COMMANDS, json.dumps(commands))
+def _warm(*commands: list[str], without: str = "") -> Any:
+    """Each command's exit code, output and errors, one after the other in a process that is free to compile.
+
+    `without`: where `pretended_gpu` is, to compile without code.
+    """
+    done = run_python("-c", COMMANDS, json.dumps(commands), *([without] if without else []))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

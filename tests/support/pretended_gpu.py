@@ -1,4 +1,4 @@
-"""The layer on a GPU that is not there: kernels compile for sm_90 and are never run, so that what the host does shows.
+"""The layer on a GPU that is not there: kernels compile for sm_90 and never run, so that what the host does shows.
 
 Tensors lie on the CPU and their values mean nothing. TRITON_INTERPRET must not be set. As a command it times eager
 steps in processor time: python tests/support/pretended_gpu.py.
@@ -6,6 +6,7 @@ steps in processor time: python tests/support/pretended_gpu.py.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -65,10 +66,33 @@ class Driver:
 
 
 def pretend() -> None:
-    """From here on Triton and the layer find the GPU."""
+    """From here on Triton and the layer find the GPU, and kernels are compiled `without_code`."""
+    without_code()
     triton.runtime.driver.set_active(Driver())
     for module in (activation, operands, plan, dequant, threads):
         module.architecture = lambda _: "sm_90"  # type: ignore[attr-defined]
+
+
+def without_code() -> None:
+    """From here on kernels are compiled as far as Triton's own IR: who runs none needs no code of theirs."""
+
+    def instead(*given: Any) -> tuple[str, str] | None:
+        if not given:  # asked what makes a kernel in the cache another one
+            return "without code", "without code"
+        stages = given[1]
+        stages["llir"], stages["ptx"] = _described, lambda llir, _: llir
+        stages["cubin"] = lambda ptx, _: ptx.encode()
+        return None
+
+    triton.knobs.runtime.add_stages_inspection_hook = instead
+
+
+def _described(module: Any, metadata: dict[str, Any]) -> str:
+    """What code generation would note of a kernel."""
+    [metadata["name"]] = re.findall(r"tt.func public @(\w+)", str(module))
+    metadata |= {"shared": 0, "tmem_size": 0, "global_scratch_size": 0, "global_scratch_align": 1}
+    metadata |= {"profile_scratch_size": 0, "profile_scratch_align": 1}
+    return str(metadata["name"])
 
 
 def started(call: Any) -> list[str]:

@@ -7,7 +7,8 @@ stays one process on the CPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
 from typing import Any
@@ -87,20 +88,27 @@ def errors(work: Callable[..., Any], size: int, *arguments: Any) -> list[str]:
 def _ask(work: Callable[..., Any], size: int, arguments: tuple[Any, ...]) -> list[Any]:
     if not possible(size):
         pytest.skip(f"{size} ranks need a GPU each")
-    _serve()
-    with World(size, "cuda" if ON_GPUS else "cpu", grace=_GRACE) as world:
+    serve()
+    with _environment(), World(size, "cuda" if ON_GPUS else "cpu", grace=_GRACE) as world:
         return world.ask([_Work(work, arguments)] * size)
 
 
-def _serve() -> None:
-    """Start the server: without GPUs of their own, its ranks interpret kernels also where there is one.
+def serve() -> None:
+    """Start the server, if none runs.
 
     For ranks on GPUs it imports nothing: a library that looks for a GPU when it is imported leaves none to its forks.
     """
     get_context("forkserver").set_forkserver_preload([] if ON_GPUS else _PRELOADED)
+    with _environment():
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """The ranks': without GPUs of their own they interpret kernels also where there is one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", str(int(not ON_GPUS)))
-        forkserver.ensure_running()
+        yield
 
 
 def _on_cpu(found: Any) -> Any:

@@ -35,9 +35,11 @@ RUNS = 10
 RUNS_INTERPRETED = 3
 """The same under the interpreter, which runs one program after the other: nothing can race, only memory can differ."""
 
-RMS_TOLERANCE = 1e-9
-"""Relative slack on a baseline's RMS error: an fp64 sum of at most 2^23 squares in another order moves by less than
-2^23·2^-53. A largest error is compared exactly."""
+GROWTH = 2.0**-16
+"""What an error must exceed a baseline's by to be worse: in ulp, or relative to an error above 1 ulp.
+
+The fp64 reference of 2^13 terms summed in another order, as a CPU does, moves by 2^13·2^-53 of their sizes, which is
+2^-16 ulp of fp32; where its terms cancel the error itself is as much larger."""
 
 
 def critical_z(strata: int, alpha: float = ALPHA) -> float:

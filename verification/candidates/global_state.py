@@ -33,11 +33,10 @@ class GlobalState:
         """The state at this moment."""
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         generators = [torch.random.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
-        modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         return cls(
             torch.get_default_dtype(),
             str(torch.get_default_device()),
-            modes,
+            _deterministic(),
             torch.get_num_threads(),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -65,7 +64,9 @@ class GlobalState:
         torch.set_default_dtype(self.default_dtype)
         if str(torch.get_default_device()) != self.default_device:  # even setting the same costs every later call
             torch.set_default_device(None if self.default_device == "cpu" else self.default_device)
-        torch.use_deterministic_algorithms(self.deterministic_algorithms[0], warn_only=self.deterministic_algorithms[1])
+        if _deterministic() != self.deterministic_algorithms:  # even setting the same imports the compiler
+            enabled, warns = self.deterministic_algorithms
+            torch.use_deterministic_algorithms(enabled, warn_only=warns)
         torch.set_num_threads(self.threads)
         torch.set_grad_enabled(self.gradients_enabled)
         torch.set_autocast_enabled("cpu", self.autocast[0])
@@ -81,6 +82,10 @@ class GlobalState:
             sys.settrace(traces)
         if sys.getprofile() is not profiles:  # cProfile is there without being callable
             sys.setprofile(profiles)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _plain(value: Any) -> str:

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -47,9 +48,10 @@ class OwnCode:
         objects = {id(each): each for _, _, value, _ in places for each in _objects(value)}
         places += [place for each in objects.values() for place in _places(each, vars(each))]
         called = {name for *_, code in places if code is not None for name in _names(code)}
-        for holder in (torch, torch.Tensor):
+        # Of the module only what is there: to be asked for more makes it import its compiler.
+        for holder, names in ((torch, vars(torch)), (torch.Tensor, dir(torch.Tensor))):
             there = vars(holder)
-            places += [(holder, name, there.get(name, _NOTHING), None) for name in called if hasattr(holder, name)]
+            places += [(holder, name, there.get(name, _NOTHING), None) for name in called.intersection(names)]
         for python in (np, math, builtins):
             places += [(python, name, vars(python)[name], None) for name in called if name in vars(python)]
         return cls(tuple(places))
@@ -72,6 +74,7 @@ class OwnCode:
         return replaced
 
 
+@cache
 def _is_own(module: str) -> bool:
     return module.split(".")[0] == _OWN and not f"{module}.".startswith(f"{_JUDGED}.")
 

@@ -8,16 +8,17 @@ next to none. That may still be the machine's fault.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -29,6 +30,7 @@ FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, si
 """Signals that a person or the out-of-memory killer sends; a process that goes wrong dies of others."""
 
 T = TypeVar("T")
+Method = Literal["fork", "spawn", "forkserver"]
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,17 @@ class Pool(Generic[T]):
 
     Args:
         size: processes at once.
-        method: how they are started: "fork" shares what this process has in memory, "spawn" shares nothing.
+        method: how they are started: "fork" shares what this process has in memory, "spawn" shares nothing, and
+            "forkserver" only what `preload` leaves there.
+        preload: modules that the server imports, once for all its children; one that already runs is taken as it is.
     """
 
-    def __init__(self, size: int, method: Literal["fork", "spawn"]) -> None:
+    def __init__(self, size: int, method: Method, preload: Sequence[str] = ()) -> None:
         self.waiting: deque[Job[T]] = deque()
-        self._size, self._context = size, get_context("fork") if method == "fork" else get_context("spawn")
+        self._size, self._context = size, get_context(method)
         self._children: list[_Child[T]] = []
+        if method == "forkserver":
+            self._context.set_forkserver_preload([*preload])
 
     def __enter__(self) -> Pool[T]:
         return self
@@ -140,7 +146,8 @@ class Pool(Generic[T]):
 
     def _start(self, job: Job[T]) -> _Child[T]:
         receiver, sender = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_work, args=(job.work, sender, job.arguments), daemon=True)
+        arguments = (job.work, sender, job.arguments, dict(os.environ))
+        process: BaseProcess = self._context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
         process.start()
         sender.close()
         job.started = time.monotonic()
@@ -159,9 +166,19 @@ class Pool(Generic[T]):
             yield child.job, Ended(code, *(("", 0.0) if crashed else (over, seconds)), child.unread)
 
 
-def _work(work: Callable[..., None], messages: Connection, arguments: tuple[Any, ...]) -> None:
+def _work(
+    work: Callable[..., None], messages: Connection, arguments: tuple[Any, ...], environment: dict[str, str]
+) -> None:
     die_with_parent()
+    take(environment)
     work(messages.send, *arguments)
+
+
+def take(environment: dict[str, str]) -> None:
+    """Make the environment of who asked this process's: a server's is as old as the server."""
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _drain(child: _Child[T]) -> list[Any]:
@@ -222,9 +239,21 @@ def _seconds(stat: Path) -> float:
 
 
 def die_with_parent() -> None:
-    """Linux ends this process when its parent is gone, however that came about."""
-    parent = os.getppid()
+    """Linux ends this process when the one that asked for it is gone, however that came about."""
+    asked_by, parent = parent_process(), os.getppid()
+    if asked_by is not None and asked_by.pid != parent:  # a server forked it, which goes on as long as a child of it
+        _die_when_closed(asked_by.sentinel)
+        return
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
+        os._exit(1)
+
+
+def _die_when_closed(pipe: int) -> None:
+    """The same when the other end of a pipe is closed."""
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([pipe], timeout=0):
         os._exit(1)

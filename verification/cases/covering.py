@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, permutations, product
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,10 +103,10 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
     return tuple(rows)
 
 
-def _restricted(legal: Pairs, starts: npt.NDArray[np.int64], sizes: Sequence[int]) -> list[dict[int, int]]:
+def _restricted(legal: Pairs, starts: npt.NDArray[np.int64], sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
     """For each class the dimensions of which it excludes some class, and which are left there, as bits."""
     ranges = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    return [{d: _bits(row[own]) for d, own in enumerate(ranges) if not row[own].all()} for row in legal]
+    return [[(d, _bits(row[own])) for d, own in enumerate(ranges) if not row[own].all()] for row in legal]
 
 
 def _bits(flags: Pairs) -> int:
@@ -115,7 +116,7 @@ def _bits(flags: Pairs) -> int:
 def _fill(
     chosen: list[int],
     open_: npt.NDArray[np.bool_],
-    restricted: Sequence[dict[int, int]],
+    restricted: Sequence[Sequence[tuple[int, int]]],
     starts: npt.NDArray[np.int64],
     sizes: Sequence[int],
     draw: np.random.Generator,
@@ -123,9 +124,9 @@ def _fill(
     """A whole row around the chosen classes, and how many open combinations it adds; None where there is none."""
     held = set((np.searchsorted(starts, chosen, side="right") - 1).tolist())
     left = [d for d in draw.permutation(len(sizes)).tolist() if d not in held]
-    possible = [(1 << size) - 1 for size in sizes]  # classes of each dimension, as bits
+    possible = [(1 << size) - 1 for size in sizes]  # classes of each dimension, as bits; of one that is held its own
     for each in chosen:
-        for d, rest in restricted[each].items():
+        for d, rest in restricted[each]:
             possible[d] &= rest
     # Dimensions that the choice so far restricts most come first, so that a row seldom runs into a dead end.
     left.sort(key=[bits.bit_count() for bits in possible].__getitem__)
@@ -133,28 +134,29 @@ def _fill(
     for count, best in enumerate(chosen):
         gain += _gained(open_, best, chosen[:count])
     covered = 0
-    while left:
-        dimension = left.pop(0)
-        start, open_dimensions = int(starts[dimension]), set(left)
-        classes = [
-            start + each
-            for each in draw.permutation(sizes[dimension]).tolist()
-            if possible[dimension] >> each & 1
-            and all(possible[d] & rest for d, rest in restricted[start + each].items() if d in open_dimensions)
-        ]
+    for dimension in left:
+        start, bits = int(starts[dimension]), possible[dimension]
+        classes = []
+        for each in draw.permutation(sizes[dimension]).tolist():
+            if bits >> each & 1:
+                for d, rest in restricted[start + each]:
+                    if not possible[d] & rest:
+                        break
+                else:
+                    classes.append(start + each)
         if not classes:
             return None
         best = classes[int(gain[classes].argmax())]
         covered += int(gain[best])
         gain += _gained(open_, best, chosen)
         chosen.append(best)
-        for d, rest in restricted[best].items():
+        for d, rest in restricted[best]:
             possible[d] &= rest
     return covered, tuple(sorted(chosen))
 
 
-def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[np.int64]:
+def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[Any]:
     """For every class, how many open combinations hold it and `best`, and else chosen classes, in every order."""
     if open_.ndim == 3:
         return np.asarray(2 * np.add.reduce(open_[best].take(chosen, 0), 0, dtype=int))
-    return np.asarray(open_[best].astype(int))
+    return np.asarray(open_[best])

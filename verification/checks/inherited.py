@@ -30,13 +30,13 @@ class OwnDraws:
     deviation: Tensor
 
     def variance(self, of_tiles: Tensor, of_all: Tensor) -> Tensor:
-        """What they add to the variance of Σ a·residual by column tile, then of all columns: [T+1].
+        """What they add to the variances of n slopes Σ a·residual by column tile, then of all columns: [n, T+1].
 
         Args:
-            of_tiles, of_all: the a of the group's elements [R, C], for slopes of a tile each and for that of all.
+            of_tiles, of_all: the a of the group's elements [n, R, C], for slopes of a tile each and for that of all.
         """
         tiles, together = (tiled((a * self.deviation).square()) for a in (of_tiles, of_all))
-        return torch.cat((tiles[:, :-1], together[:, -1:]), 1).sum(0)
+        return torch.cat((tiles[..., :-1], together[..., -1:]), -1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Draws:
 
     def variance(self, of_tiles: Tensor, of_all: Tensor) -> Tensor:
         """As `OwnDraws.variance`."""
-        tiles, factor = (_by_tile(x).transpose(0, 1) for x in (of_tiles[self.rows], self.factor))
-        moved = torch.cat((tiles @ factor.mT, (of_all[self.rows] @ self.factor.T)[None]))
-        return (moved * self.deviation).square().sum((1, 2))
+        tiles, factor = (_by_tile(x).transpose(-2, -3) for x in (of_tiles[:, self.rows], self.factor))
+        moved = torch.cat((tiles @ factor.mT, (of_all[:, self.rows] @ self.factor.T)[:, None]), 1)
+        return (moved * self.deviation).square().sum((2, 3))
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,22 @@ class RowDraws:
 
     def variance(self, of_tiles: Tensor, of_all: Tensor) -> Tensor:
         """As `OwnDraws.variance`."""
-        tiles, together = (tiled(a[self.rows].abs() * self.deviation) for a in (of_tiles, of_all))
-        return torch.cat((tiles[:, :-1], together[:, -1:]), 1).square().sum(0)
+        tiles, together = (tiled(a[:, self.rows].abs() * self.deviation) for a in (of_tiles, of_all))
+        return torch.cat((tiles[..., :-1], together[..., -1:]), -1).square().sum(1)
 
 
 Inherited = Draws | RowDraws
 
 
 def tiled(columns: Tensor) -> Tensor:
-    """Sums over each tile of columns, then over all: [R, T+1]."""
-    tiles = _by_tile(columns).sum(2)
-    return torch.cat((tiles, tiles.sum(1, keepdim=True)), 1)
+    """Sums over each tile of columns [..., C], then over all: [..., T+1]."""
+    tiles = _by_tile(columns).sum(-1)
+    return torch.cat((tiles, tiles.sum(-1, keepdim=True)), -1)
 
 
 def _by_tile(x: Tensor) -> Tensor:
-    """[R, C] with zeros behind, as [R, T, TILE]."""
-    C = x.shape[1]
-    return torch.nn.functional.pad(x, (0, -C % TILE)).view(x.shape[0], -(-C // TILE), TILE)
+    """[..., C] with zeros behind, as [..., T, TILE]."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % TILE)).view(*x.shape[:-1], -(-x.shape[-1] // TILE), TILE)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ from mxref.verification.checks.inherited import (
     tiled,
 )
 
+_SMALL = 2**14
+"""Elements of a group whose three slopes' variances are computed at once: then Python takes the time."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -69,15 +72,18 @@ class Group:
         determinant = torch.where(determinant > SINGULAR * bb * ll, determinant, torch.nan)
         total = bb + 2 * bl + ll
         both = 1 / torch.where(total > 0, total, torch.nan)
-        weights = ((ll / determinant, -bl / determinant), (-bl / determinant, bb / determinant), (both, both))
-        found = [torch.stack((α * bq + β * lq, self._variance(α, β, lora))) for α, β in weights]
-        return torch.stack(found, -1)
+        α = torch.stack((ll / determinant, -bl / determinant, both))
+        β = torch.stack((-bl / determinant, bb / determinant, both))
+        at_once = 3 if base.numel() <= _SMALL else 1
+        parts = zip(torch.split(α, at_once), torch.split(β, at_once), strict=True)
+        variances = [self._variance(*each, lora) for each in parts]
+        return torch.stack((α * bq + β * lq, torch.cat(variances))).movedim(1, 2)
 
     def _variance(self, α: Tensor, β: Tensor, lora: Tensor) -> Tensor:
-        """A slope's variance, by column tile, then of all columns."""
+        """Variances of slopes [n, T+1], by column tile, then of all columns."""
         columns = self.base.shape[1]
-        of_tiles, of_all = (x[:-1].repeat_interleave(TILE)[:columns] for x in (α, β)), (α[-1], β[-1])
-        tiles, together = (self.weight * (a * self.base + b * lora) for a, b in (of_tiles, of_all))
+        of_tiles, of_all = (x[:, :-1].repeat_interleave(TILE, 1)[:, :columns] for x in (α, β)), (α[:, -1:], β[:, -1:])
+        tiles, together = (self.weight * (a[:, None] * self.base + b[:, None] * lora) for a, b in (of_tiles, of_all))
         return torch.stack([each.variance(tiles, together) for each in self.errors]).sum(0)
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import cores
-from mxref.verification.cli import UsageError, gate_distributed, options
+from mxref.verification.cli import UsageError, options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.clone import EVIDENCE, IS_CLONE, LeftOutError, of_a_clone
 from mxref.verification.gate.isolated import TIMEOUT, judge_apart, list_items
@@ -98,7 +98,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processor time that one item may take (default: {TIMEOUT:.0f}); silence by the clock, four times "
         "that (30 s with --distributed)",
     )
-    gate_distributed.add_arguments(parser)
+    ranks = parser.add_argument_group("a training step on several ranks")
+    ranks.add_argument("--distributed", action="store_true", help="judge a training step in place of a layer")
+    ranks.add_argument(
+        "--step",
+        metavar="SPEC",
+        help="experts-in-parallel (default), fully-sharded or two-dimensions, which are this project's; plain, an "
+        "honest one in plain PyTorch; module:callable or path/to/file.py:callable",
+    )
+    ranks.add_argument("--world", metavar="LIST", type=_worlds, help="numbers of ranks (default: 1,2,4; GPUs: as many)")
     where = parser.add_argument_group("where")
     options.add_device(where)
     options.add_processes(where, alone="1; for this project's kernels, interpreted, one a core")
@@ -137,7 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     device = options.choose_device(arguments.device, arguments.require_gpu)
-    gate_distributed.check(arguments)
+    if not arguments.distributed and (arguments.step is not None or arguments.world is not None):
+        raise UsageError("--step and --world are for a step on several ranks: give --distributed too")
     for option in _OF_A_CLONE:
         if getattr(arguments, option):
             _part(option)
@@ -277,6 +286,14 @@ def _shape(text: str) -> tuple[int, ...]:
     if not (E and K and N and k) or K % 32:
         raise argparse.ArgumentTypeError(f"{text!r}: E, N and k must be at least 1, and K a multiple of 32")
     return tuple(numbers)
+
+
+def _worlds(text: str) -> tuple[int, ...]:
+    """An argparse type: 1,2,4."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 0 < int(part) <= 64 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of worlds; expected numbers of ranks such as 1,2,4")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def _seconds(text: str) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist
 
 from mxref.verification.candidates.answer import UnusableAnswerError
-from mxref.verification.candidates.processes import die_with_parent
+from mxref.verification.candidates.processes import die_with_parent, take
 from mxref.verification.distributed.questions import Place
 
 __all__ = ["Raised", "serve"]
@@ -31,7 +31,9 @@ class Raised:
     trace: str
 
 
-def serve(rank: int, size: int, device_type: str, folder: Path, questions: Connection) -> None:
+def serve(
+    rank: int, size: int, device_type: str, folder: Path, questions: Connection, environment: dict[str, str]
+) -> None:
     """Answer until nobody asks any more.
 
     Args:
@@ -39,8 +41,10 @@ def serve(rank: int, size: int, device_type: str, folder: Path, questions: Conne
         device_type: "cpu" or "cuda".
         folder: where ranks meet, and write their stacks when they crash or are sent SIGUSR1.
         questions: pickled callables of a `Place` come in; what they return, or `Raised`, goes out.
+        environment: of who asks.
     """
     die_with_parent()
+    take(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)

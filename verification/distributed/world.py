@@ -122,7 +122,7 @@ class World:
         self._folder = TemporaryDirectory()
         for number in range(self.size):
             ours, theirs = _SERVER.Pipe()
-            arguments = (number, self.size, self._device_type, Path(self._folder.name), theirs)
+            arguments = (number, self.size, self._device_type, Path(self._folder.name), theirs, dict(os.environ))
             process = _SERVER.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()

@@ -22,7 +22,7 @@ import torch
 from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.known import is_own
-from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
+from mxref.verification.candidates.processes import Ended, Job, Limits, Method, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
 from mxref.verification.gate.order import Order
@@ -97,7 +97,7 @@ def judge_apart(
         return True
 
     every = Numbers(range(sys.maxsize))
-    with _compiling(order, every), TemporaryDirectory() as folder, Pool[_Part](processes, "spawn") as pool:
+    with _compiling(order, every), TemporaryDirectory() as folder, _pool(order, processes) as pool:
         parts = [_Part(order, every, processes, Path(folder) / str(number)) for number in range(processes)]
         try:
             if ask(parts) and run.left and run.losses < _MOST_LOSSES:
@@ -109,6 +109,12 @@ def judge_apart(
     run.close()
     run.result.seconds = time.monotonic() - start
     return run.result
+
+
+def _pool(order: Order, size: int = 1) -> Pool[_Part]:
+    """Processes that begin with this module's imports and autograd's; on a GPU, which forks cannot share, none."""
+    method: Method = "forkserver" if order.device.type == "cpu" else "spawn"
+    return Pool(size, method, [work.__module__, "torch.fx.experimental.symbolic_shapes"])
 
 
 def _compiling(order: Order, numbers: Numbers) -> AbstractContextManager[None]:
@@ -126,7 +132,7 @@ def list_items(order: Order) -> list[ItemInfo]:
     Raises:
         Refused: the order cannot be carried out, or the candidate ends the process that loads it.
     """
-    with TemporaryDirectory() as folder, Pool[_Part](1, "spawn") as pool:
+    with TemporaryDirectory() as folder, _pool(order) as pool:
         part = _Part(order, Numbers(range(sys.maxsize)), 1, Path(folder) / "0")
         pool.waiting.append(part.job(Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
         for _, message in pool:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mxref.verification.arithmetic.thresholds import RMS_TOLERANCE
+from mxref.verification.arithmetic.thresholds import GROWTH
 from mxref.verification.candidates.known import version_of
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import BASELINE, INTERVAL
@@ -182,7 +182,7 @@ def _tensor_finding(
 
 
 def _worse(was: tuple[float, float], now: tuple[float, float]) -> bool:
-    return now[0] > was[0] or now[1] > was[1] * (1 + RMS_TOLERANCE)
+    return any(b > a + GROWTH * max(a, 1) for a, b in zip(was, now, strict=True))
 
 
 def _growth(was: tuple[float, float], now: tuple[float, float]) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from uninterpreted import run_python
 
 from mxref import scattermoe
 from mxref.verification.arithmetic.accumulation import default_accumulation
@@ -19,6 +20,16 @@ from mxref.verification.checks.finding import Status
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate.plan import plan_cases
 from mxref.verification.gate.run import judge
+
+LOOKS = """
+import sys
+from mxref.verification.candidates.global_state import GlobalState
+from mxref.verification.candidates.own_code import OwnCode
+from mxref.verification.gate import process
+
+OwnCode.now().restore(), GlobalState.now().restore()
+print("torch._dynamo" in sys.modules)
+"""
 
 
 def _other(*arguments: Any, **options: Any) -> Any:
@@ -37,6 +48,12 @@ def test_what_is_replaced_is_named_and_put_back(holder: Any, name: str) -> None:
     assert told.endswith(f".{name} was replaced")
     assert getattr(holder, name) is before or getattr(holder, name) == before
     assert code.restore() == []
+
+
+def test_a_look_does_not_import_torch_s_compiler() -> None:
+    """Seconds of every process that judges."""
+    done = run_python("-c", LOOKS)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_a_function_s_code_counts_too() -> None:

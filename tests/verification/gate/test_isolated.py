@@ -63,6 +63,16 @@ def waits(**operands):
     Path("waiting").write_text(str(os.getpid()))
     time.sleep(3600)
 """
+IMPORTS = """
+import sys, torch
+
+def touched(*_):
+    raise AssertionError("a GPU was looked for")
+
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = touched
+__import__(sys.argv[1])
+print(torch.cuda.is_initialized(), "mxref.kernels" in sys.modules)
+"""
 TWO = ("integer, plain", "integer, biases and gates")
 SHAPE = (2, 32, 32, 4, 2, 2)
 """One small problem: no process has to plan a suite."""
@@ -233,6 +243,12 @@ def test_the_process_dies_with_the_one_that_asks(folder: Path) -> None:
     while Path(f"/proc/{child}").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
         time.sleep(0.1)
     assert child != os.getpid()
+
+
+def test_what_every_process_begins_with_has_touched_no_gpu_and_decided_nothing() -> None:
+    """A GPU that was looked for is none for forks; kernels are interpreted or not from their import on."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS, isolated.work.__module__], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["False", "False"]), done.stderr
 
 
 def test_what_a_candidate_replaces_when_it_is_imported_is_told(folder: Path) -> None:

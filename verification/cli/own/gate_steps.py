@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import Limits
 from mxref.verification.cli import UsageError
 from mxref.verification.cli.progress import Meter
@@ -23,11 +24,21 @@ from mxref.verification.records.kernel_sources import step_sources
 
 _KNOWN = OWN | {"plain": "mxref.verification.studies.steps.honest:Exchanged"}
 _WORLDS = (1, 2, 4)
+_OF_ONE_PROCESS = (
+    "points", "accumulation", "covers", "full", "weights", "layers", "experts", "list", "shape", "dtype",
+    "accept_baseline", "processes",
+)  # fmt: skip
+"""Options that say nothing of a step."""
 _NARROWING = ("world", "case", "rerun", "fail_fast")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise a UsageError if a record is asked for of less than there is to judge."""
+    """Raise a UsageError for options of one process, or if a record is asked for of less than there is to judge."""
+    given = [name for name in _OF_ONE_PROCESS if getattr(arguments, name)]
+    if not is_own(arguments.kernel):
+        given.append("kernel")
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for a layer in one process: leave it out of --distributed")
     narrowed = _step(arguments) not in OWN or any(getattr(arguments, name) for name in _NARROWING)
     if arguments.record is not None and narrowed:
         raise UsageError("--record keeps every case in every world, of this project's steps; leave out what narrows it")

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every launch the dispatch can make, for GPUs that this machine does not have.
+"""Ahead-of-time compilation of what the dispatch can launch, in every tiling, for GPUs that this machine does not have.
 
     python -m mxref.verification.studies.compiled.ahead_of_time [--arch sm_90]
 
@@ -65,7 +65,7 @@ class Compiled:
 
 
 def units(architecture: str) -> Iterator[Unit]:
-    """Every distinct compilation of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
+    """The distinct compilations of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
     return units_of(architecture, chain(_of_products(architecture), _of_activations(architecture)))
 
 
@@ -99,20 +99,21 @@ _OTHER_SIZES = ((2048, 1024), (1056, 1056))
 
 
 def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...], tuple[int, int]]]:
-    """dtype, tiling, rank, steps and sizes: the largest rank in the largest tiling, which holds the most at once.
+    """dtype, tiling, rank, steps and sizes: what holds the most in every tiling, everything else in the largest.
 
     Weights in the layout FRAGMENTS by their own kernel, and by the portable one in its smallest tiling.
     """
-    fragments = reachable_configs(architecture, layout=MXLayout.FRAGMENTS)
-    for config in fragments if fragments[0].fragments else fragments[:1]:
-        for sizes in (_GPT_OSS, *_OTHER_SIZES):
-            yield torch.bfloat16, config, 16, ("fragments", "fragments ordered"), sizes
-    yield torch.bfloat16, fragments[-1], 128, ("fragments",), _GPT_OSS
-    tilings = reachable_configs(architecture)
+    own, tilings = reachable_configs(architecture, layout=MXLayout.FRAGMENTS), reachable_configs(architecture)
+    own = own if own[0].fragments else own[:1]
+    for config in own:
+        yield torch.bfloat16, config, 16, ("fragments", "fragments ordered"), _GPT_OSS
     for config in tilings:
-        yield torch.bfloat16, config, 16, ("fused", "unfused", "dense"), _GPT_OSS
-        for sizes in _OTHER_SIZES:
-            yield torch.bfloat16, config, 16, ("fused",), sizes
+        yield torch.bfloat16, config, 16, ("fused",), _GPT_OSS
+    yield torch.bfloat16, tilings[-1], 16, ("unfused", "dense"), _GPT_OSS
+    for sizes in _OTHER_SIZES:
+        yield torch.bfloat16, own[-1], 16, ("fragments", "fragments ordered"), sizes
+        yield torch.bfloat16, tilings[-1], 16, ("fused",), sizes
+    yield torch.bfloat16, own[-1], 128, ("fragments",), _GPT_OSS
     yield torch.bfloat16, tilings[-1], 128, ("fused", "dense"), _GPT_OSS
     yield torch.float16, reachable_configs(architecture, torch.float16)[-1], 16, ("fused",), _GPT_OSS
     for rank in (16, 128):

@@ -34,6 +34,7 @@ _IDLE_PROGRAMS = "Surplus programs find every row, column or group masked: they 
 _NO_INVERSE = "Without an inverse the programs behind the tiles' do nothing."
 _PARTS = "However the inverse is divided among programs, each of its entries is in one part."
 _EMPTY_TABLES = "Without rows there is no tile and no entry, for whatever programs."
+_KEYS = "They only tell one launch from another, in whatever order."
 _DROPPED_LANE = "A lane whose load is masked is masked in the store too, and no lane meets another."
 _NAN = 'float("nan")'
 
@@ -114,12 +115,17 @@ PORTABLE: tuple[tuple[Place, Equivalent], ...] = (
         Equivalent("_tables(self.P, self.E, block_m, known is None, offsets.device, positions.dtype, offsets.dtype)",
             ["_tables(self.P, self.E, block_m, known is None, positions.dtype, offsets.device, offsets.dtype)",
              "_tables(self.P, self.E, block_m, known is None, offsets.device, offsets.dtype, positions.dtype)"],
-            "They only tell one launch from another, in whatever order."),
+            _KEYS),
         Equivalent("known is None", ["True"],
             "Of a table that is known no entry belongs to a program: E + 1 are started.", "launch(...)")),
     *at(Place("device/slots.py", "spread_kernel"),
         Equivalent("0", [_NAN], "A row that is not live is not stored, and its share of dgates is taken before the gate.",
             "tl.load(gates + position, ...)")),
+    *at(Place("device/slots.py", "combine"),
+        Equivalent("_combine(routing.P, tokens, J, out.device, out.dtype, rows_in.dtype, gate_dtype)",
+            ["_combine(routing.P, tokens, J, out.dtype, out.device, rows_in.dtype, gate_dtype)",
+             "_combine(routing.P, tokens, J, out.device, rows_in.dtype, out.dtype, gate_dtype)",
+             "_combine(routing.P, tokens, J, out.device, out.dtype, gate_dtype, rows_in.dtype)"], _KEYS)),
     *at(Place("device/slots.py", "_spread"), Equivalent("16", ["16 - 1"], _IDLE_PROGRAMS, "triton.cdiv(...)")),
     *at(Place("device/slots.py", "_combine"),
         Equivalent("16", ["16 - 1"], _IDLE_PROGRAMS, "triton.cdiv(tokens, 16)"),
