@@ -17,6 +17,7 @@ from mxref.problem import Problem
 from mxref.verification.candidates.answer import Answer, Outputs
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden
+from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import without
 from mxref.weights import MXWeights
@@ -84,17 +85,17 @@ def _as_in_evaluation(machine: _Calls) -> None:
 
 
 def _as_in_pipelines(machine: _Calls) -> None:
-    """Many graphs alive at once, whose backward passes come in another order; then two calls that differ in more."""
+    """Many graphs alive at once, whose backward passes come in another order; then calls that differ in more."""
     machine.forward(which="a")
     for _ in range(_MANY):
         machine.forward(which="d")
     for index in (0, -1, 0, -1):
         machine.backward(index=index, retain=False)
     machine.look_again()
-    machine.forward(which="a")
-    machine.forward(which="b")
-    machine.backward(index=-2, retain=False)
-    machine.backward(index=-1, retain=False)
+    for which in ("a", "b", "e", "f"):
+        machine.forward(which=which)
+    for index in (-4, -3, -2, -1):
+        machine.backward(index=index, retain=False)
     machine.look_again()
 
 
@@ -141,10 +142,12 @@ class _Pending:
 
 
 class _Calls(RuleBasedStateMachine):
-    """Calls on four sets of operands, each the same tensors in every call.
+    """Calls on six sets of operands, each the same tensors in every call.
 
     a: the sample. b: the same shapes with other signs, another scaling and, without gates, another order of rows.
-    c: the first tokens of a alone, whose rows of x lie where those of a do. d: a with other signs.
+    c: the first tokens of a alone, whose rows of x lie where those of a do. d: a with other signs. e, f: a where its
+    operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have other
+    strides, but for packed bytes, which are contiguous.
     """
 
     def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]]) -> None:
@@ -159,10 +162,12 @@ class _Calls(RuleBasedStateMachine):
         first = torch.arange(sample.case.tokens // 2, device=sample.problem.device)
         c = without(a, first)
         c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
-        self.samples = {"a": a, "b": b, "c": c, "d": d}
+        e = a.mapped(lambda _, x: lay_out(x, "offset"))
+        f = a.mapped(lambda _, x: lay_out(x, "contiguous" if x.dtype == torch.uint8 else "transposed"))
+        self.samples = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f}
         self.expected: dict[str, Outputs] = {}  # as long as the operands are what they are
 
-    @rule(which=st.sampled_from("abcd"))
+    @rule(which=st.sampled_from("abcdef"))
     def forward(self, which: str) -> None:
         """Call, and hold the output against the golden model."""
         name = f"y{sum(line.startswith('y') for line in self.script)}"
@@ -173,7 +178,7 @@ class _Calls(RuleBasedStateMachine):
         self.pending.append(pending)
         self._hold({"Y": y.detach()}, pending.expected)
 
-    @rule(which=st.sampled_from("abcd"), mode=st.sampled_from(("inference", "no_grad")))
+    @rule(which=st.sampled_from("abcdef"), mode=st.sampled_from(("inference", "no_grad")))
     def evaluate(self, which: str, mode: str = "inference") -> None:
         """Call without a graph and keep the output."""
         self.script.append(f"layer({which}) under {mode}")

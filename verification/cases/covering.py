@@ -157,6 +157,7 @@ def _fill(
 
 def _gained(open_: npt.NDArray[np.bool_], best: int, chosen: Sequence[int]) -> npt.NDArray[Any]:
     """For every class, how many open combinations hold it and `best`, and else chosen classes, in every order."""
-    if open_.ndim == 3:
-        return np.asarray(2 * np.add.reduce(open_[best].take(chosen, 0), 0, dtype=int))
+    if open_.ndim == 3:  # a row has fewer classes than a byte has values, and bytes are added up many at once
+        found = np.add.reduce(open_[best].take(chosen, 0).view(np.uint8), 0, dtype=np.uint8)
+        return np.asarray(2 * found.astype(int))
     return np.asarray(open_[best])

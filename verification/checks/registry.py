@@ -107,8 +107,8 @@ _OF_ANY: tuple[Check, ...] = (
         "sequences",
         "Calls in any order, of several forward passes, gradients of earlier ones, many graphs alive at once, calls "
         "without a graph, operands changed in place as an optimiser does or given other memory through `.data`, other "
-        "shapes in the same memory: a result depends on its operands alone. A failure is shrunk to the shortest "
-        "sequence.",
+        "shapes in the same memory, the same shapes elsewhere or with other strides: a result depends on its operands "
+        "alone. A failure is shrunk to the shortest sequence.",
         Asked.ANY, _fitted(small.sequence_cases), in_sequences, same_values,
     ),
     Check(

@@ -65,6 +65,8 @@ def test_memory_read_without_strides() -> None:
         ("dgates without biases", "subsets"),
         ("A's gradient written over", "unmutated"),
         ("eight graphs at most", "sequences"),
+        ("where x began the first time", "sequences"),
+        ("strides that B had the first time", "sequences"),
         ("strides of expert ids taken for all indices", "interval"),
         ("a dOut that begins late taken as dense", "integer"),
         ("a token's gates in one tile", "interval"),

@@ -92,12 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
     console = options.terminal()
     sources = read_sources()
     try:
-        mutants = _selected(arguments, sources, device)
+        before = _before(device) if arguments.rest else None
+        mutants = _selected(arguments, sources, device, before)
         if arguments.list:
             print_list(mutants, console)
             return 0
         folder = options.writable_folder(arguments.out) if arguments.out else None
-        session = _judge(mutants, sources, device, arguments)
+        session = _judge(mutants, sources, device, arguments, before)
     except (StaleMutantError, FalseKillError) as error:
         print(f"mxref: error: {error}", file=sys.stderr)
         return 1
@@ -105,14 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
     if folder is not None:
         options.note(console, "data", write_json(folder / "mutants.json", payload(session)))
     if arguments.record:
-        options.note(console, "record", _record(session, sources, arguments, device))
+        options.note(console, "record", _record(session, sources, arguments, device, before))
     return session.exit_code
 
 
-def _record(session: Session, sources: dict[str, Source], arguments: argparse.Namespace, device: torch.device) -> Path:
+def _record(
+    session: Session,
+    sources: dict[str, Source],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    before: record.Entry | None,
+) -> Path:
     """Keep a run; what --rest judged is added to what is kept."""
-    if arguments.rest:
-        before = record.read(_record_of(device))
+    if before is not None:
         session.judged += judged_before(before, catalogue(sources))
         session.matrix = session.matrix and before["matrix"]
     return record.write(
@@ -131,16 +137,21 @@ def _is_whole(arguments: argparse.Namespace, device: torch.device) -> bool:
     return whole and arguments.gpu_only == (device.type == "cuda")
 
 
-def _record_of(device: torch.device) -> Path:
-    """The record's path. A process of its own asks for the GPU's name: this one must not touch the GPU."""
-    if device.type == "cpu":
-        return record.record_path("mutants", device)
+def _before(device: torch.device) -> record.Entry:
+    """The record that --rest goes on from. A process of its own asks for the GPU's name: this one must not touch it."""
     ask = f"import torch; from {record.__name__} import *; print(record_path('mutants', torch.device('cuda')))"
-    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    return Path(told.stdout.strip())
+    try:
+        if device.type == "cpu":
+            return record.read(record.record_path("mutants", device))
+        told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+        return record.read(Path(told.stdout.strip()))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--rest: {error}") from None
 
 
-def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device) -> list[Mutant]:
+def _selected(
+    arguments: argparse.Namespace, sources: dict[str, Source], device: torch.device, before: record.Entry | None
+) -> list[Mutant]:
     mutants = [
         mutant
         for mutant in catalogue(sources)
@@ -150,10 +161,10 @@ def _selected(arguments: argparse.Namespace, sources: dict[str, Source], device:
         and (mutant.gpu_only or not arguments.gpu_only)
         and (device.type == "cuda" or not mutant.gpu_only or (arguments.list and not arguments.rest))
     ]
-    if arguments.rest:
+    if before is not None:
         try:
-            mutants = _left_open(record.read(_record_of(device)), mutants, sources)
-        except (OSError, ValueError) as error:
+            mutants = _left_open(before, mutants, sources)
+        except ValueError as error:
             raise UsageError(f"--rest: {error}") from None
     if not mutants:
         raise UsageError("no mutant matches; --list prints those that do")
@@ -173,7 +184,11 @@ def _left_open(entry: record.Entry, mutants: list[Mutant], sources: dict[str, So
 
 
 def _judge(
-    mutants: list[Mutant], sources: dict[str, Source], device: torch.device, arguments: argparse.Namespace
+    mutants: list[Mutant],
+    sources: dict[str, Source],
+    device: torch.device,
+    arguments: argparse.Namespace,
+    before: record.Entry | None,
 ) -> Session:
     """Judge behind a progress meter."""
     matrix = arguments.matrix or arguments.record
@@ -193,7 +208,7 @@ def _judge(
             setting,
             seconds=60 * arguments.minutes,
             compile_survivors=arguments.compile,
-            alive_before=record.read(_record_of(device))["survived"] if arguments.rest else (),
+            alive_before=before["survived"] if before is not None else (),
             on_start=meter.show,
             on_judged=on_judged,
         )

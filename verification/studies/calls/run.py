@@ -10,6 +10,7 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import default_accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import call_first
 from mxref.verification.candidates.processes import Ended, Job, Limits, Pool
 from mxref.verification.cases.case import Case
@@ -78,11 +79,11 @@ def judge_bugs(
 def _judge(say: Callable[[Any], None], bug: Bug, items: Sequence[Item]) -> None:
     """In a child: says the first rejection, as the fields of `Judged` behind the bug."""
     torch.set_num_threads(1)
-    device = torch.device("cpu")
+    device, code = torch.device("cpu"), OwnCode.now()
     candidate, how = Candidate(bug.name, bug.make()), default_accumulation(device)
     call_first(candidate, device)
     for item in sorted(items, key=lambda item: _shows(item, bug), reverse=True):
-        rejected = next((finding for finding in judge(item, candidate, how) if not finding.ok), None)
+        rejected = next((finding for finding in judge(item, candidate, how, code=code) if not finding.ok), None)
         if rejected is not None:
             say((rejected.check, str(rejected)))
             return

@@ -19,6 +19,7 @@ import torch
 import mxref
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.interpreting import interpret_only
+from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.run import judge
@@ -89,13 +90,13 @@ def run_child(send: Callable[[Said], None], task: Task, folder: Path) -> None:
     except Exception:
         send(Said(None, {IMPORT: traceback.format_exc(limit=1).strip().splitlines()[-1]}))
         return
-    slopes, kills = slopes_in(task.items), set[str]()
+    slopes, code, kills = slopes_in(task.items), OwnCode.now(), set[str]()
     for number, item in enumerate(task.items):
         if is_open(item, kills, task.every):
             send(Said(number))
             begun = time.process_time()
             with functions_run(folder) if task.traced else nullcontext() as functions:
-                rejections = _rejections(item, candidate, slopes)
+                rejections = _rejections(item, candidate, slopes, code)
             if rejections or task.mutant is None:
                 ran = None if functions is None else frozenset(functions)
                 send(Said(number, rejections, time.process_time() - begun, ran))
@@ -138,11 +139,11 @@ def import_kernels(folder: Path) -> None:
     mxref.kernels = kernels
 
 
-def _rejections(item: Item, candidate: Candidate, slopes: int) -> dict[str, str]:
+def _rejections(item: Item, candidate: Candidate, slopes: int, code: OwnCode) -> dict[str, str]:
     """Check -> why it rejects the candidate; whatever is raised outside the checks counts for the first of them."""
     assert candidate.accumulation is not None
     try:
-        findings = judge(item, candidate, candidate.accumulation, slopes)
+        findings = judge(item, candidate, candidate.accumulation, slopes, code=code)
     except Exception as error:
         return {item.checks[0].name: f"{item.name}: {type(error).__name__}: {error}"[:300]}
     failed = [finding for finding in findings if not finding.ok]
