@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import math
 import os
 import signal
@@ -171,6 +172,7 @@ def _work(
 ) -> None:
     die_with_parent()
     take(environment)
+    gc.freeze()  # what was there before the fork is nobody's garbage, and to look through it would copy its memory
     work(messages.send, *arguments)
 
 

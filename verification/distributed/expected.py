@@ -1,7 +1,7 @@
 """What a step must give, of the golden model on one process: exact values, or intervals for every element.
 
 Intervals hold for fp32 in any order and any partition of the local sums, whichever rank takes which terms; what the sum
-over ranks adds is derived for the dtype and order that the step declares (`arithmetic.reduction`). In 16 bits every
+over ranks adds is derived for the dtype and order that the step declares (`reduction`). In 16 bits every
 rounding point of the layer is one of the step's, wherever a token's rows are computed: `arithmetic.bounds` has each of
 them. Where parts of a token's sum are rounded on several ranks and added in 16 bits, that is one more sum over ranks.
 """
@@ -23,9 +23,9 @@ from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.arithmetic.accumulator import U, gamma
 from mxref.verification.arithmetic.bounds import intervals
 from mxref.verification.arithmetic.interval import Estimate, Interval, rho
-from mxref.verification.arithmetic.reduction import Reduction
 from mxref.verification.distributed.fixtures import Fixture, absolute, problem_of, shared, updated
 from mxref.verification.distributed.protocol import Batch, Declared, Model
+from mxref.verification.distributed.reduction import Reduction
 from mxref.verification.distributed.router import Gates
 
 __all__ = ["LOCAL", "REDUCED", "Expected"]

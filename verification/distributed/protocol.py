@@ -18,7 +18,7 @@ the targets, before anything is rounded. What the step declares, as attributes o
 
     train_step.mxref_loss = "mean"                   # or "sum", which is meant where it declares nothing
     train_step.mxref_reduction = "bfloat16, tree"    # dtype and order of the sums of gradients over ranks, see
-                                                     # `arithmetic.reduction`; absent: "float32, any"
+                                                     # `reduction`; absent: "float32, any"
     train_step.mxref_outputs = "summed"              # each rank adds up and rounds the slots of its own experts, and
                                                      # Y, dX and dgates are summed over ranks in the activation dtype;
                                                      # absent: "whole", a token's slots meet in fp32 in one place
@@ -37,7 +37,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mxref.verification.arithmetic.reduction import Reduction, parse_reduction
+from mxref.verification.distributed.reduction import Reduction, parse_reduction
 
 __all__ = ["COVERS", "Batch", "Declared", "Model", "Saved", "Step", "TrainStep", "Trained", "declared"]
 

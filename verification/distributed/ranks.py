@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import resource
@@ -45,6 +46,7 @@ def serve(
     """
     die_with_parent()
     take(environment)
+    gc.freeze()  # as in a pool
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)

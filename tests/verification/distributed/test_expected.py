@@ -11,11 +11,11 @@ from torch import Tensor
 import mxref
 from mxref.rounding import precision_bits
 from mxref.routing import flatten_sort_count
-from mxref.verification.arithmetic.reduction import Reduction, parse_reduction
 from mxref.verification.distributed.cases import CASES, StepCase
 from mxref.verification.distributed.expected import LOCAL, REDUCED, Expected
 from mxref.verification.distributed.fixtures import Fixture, draw, shared, updated
 from mxref.verification.distributed.protocol import Batch, Declared, Model
+from mxref.verification.distributed.reduction import Reduction, parse_reduction
 from mxref.weights import MXWeights
 
 EXACT = [case for case in CASES if case.exact]

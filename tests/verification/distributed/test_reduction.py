@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mxref.rounding import round_to
 from mxref.verification.arithmetic.interval import Estimate
-from mxref.verification.arithmetic.reduction import Reduction, parse_reduction
+from mxref.verification.distributed.reduction import Reduction, parse_reduction
 
 SIZE = 4096
 
