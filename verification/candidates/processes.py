@@ -170,17 +170,17 @@ class Pool(Generic[T]):
 def _work(
     work: Callable[..., None], messages: Connection, arguments: tuple[Any, ...], environment: dict[str, str]
 ) -> None:
-    die_with_parent()
-    take(environment)
-    gc.freeze()  # what was there before the fork is nobody's garbage, and to look through it would copy its memory
+    begin(environment)
     work(messages.send, *arguments)
 
 
-def take(environment: dict[str, str]) -> None:
-    """Make the environment of who asked this process's: a server's is as old as the server."""
+def begin(environment: dict[str, str]) -> None:
+    """What a child does first: it will end with who asked for it, and has that one's environment, not a server's."""
+    die_with_parent()
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)
+    gc.freeze()  # what was there before the fork is nobody's garbage, and to look through it would copy its memory
 
 
 def _drain(child: _Child[T]) -> list[Any]:

@@ -136,14 +136,11 @@ def _fill(
     covered = 0
     for dimension in left:
         start, bits = int(starts[dimension]), possible[dimension]
-        classes = []
-        for each in draw.permutation(sizes[dimension]).tolist():
-            if bits >> each & 1:
-                for d, rest in restricted[start + each]:
-                    if not possible[d] & rest:
-                        break
-                else:
-                    classes.append(start + each)
+        classes = [
+            start + each
+            for each in draw.permutation(sizes[dimension]).tolist()
+            if bits >> each & 1 and all(possible[d] & rest for d, rest in restricted[start + each])
+        ]
         if not classes:
             return None
         best = classes[int(gain[classes].argmax())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import os
 import pickle
 import resource
@@ -18,7 +17,7 @@ import torch
 from torch import distributed as dist
 
 from mxref.verification.candidates.answer import UnusableAnswerError
-from mxref.verification.candidates.processes import die_with_parent, take
+from mxref.verification.candidates.processes import begin
 from mxref.verification.distributed.questions import Place
 
 __all__ = ["Raised", "serve"]
@@ -44,9 +43,7 @@ def serve(
         questions: pickled callables of a `Place` come in; what they return, or `Raised`, goes out.
         environment: of who asks.
     """
-    die_with_parent()
-    take(environment)
-    gc.freeze()  # as in a pool
+    begin(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
