@@ -58,13 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark, before -m selects, what runs on the GPU where there is one: every test that asks for the `device`."""
+    """Mark, before -m selects, what runs on the GPU where there is one: every test that asks for the `device`.
+
+    What takes minutes there begins first: where tests run beside each other, nobody waits for one that came last.
+    """
     present = torch.cuda.is_available()
     for item in items:
         if present and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
         if not present and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    items.sort(key=lambda item: present and item.get_closest_marker("minutes") is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -112,6 +112,7 @@ def test_the_command_counts_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.gpu
+@pytest.mark.minutes
 def test_the_kernels_pass_under_every_configuration_that_dispatch_can_reach() -> None:
     """Fifty draws each."""
     assert main(["honest", "--device", "cuda"]) == 0

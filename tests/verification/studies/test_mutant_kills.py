@@ -110,6 +110,7 @@ def test_nothing_is_said_of_compiled_code_when_the_sources_themselves_do_not_com
 
 
 @pytest.mark.gpu
+@pytest.mark.minutes
 def test_mutants_that_only_a_gpu_shows_are_killed() -> None:
     """A sample, in a process of its own, which forks before it touches the GPU; `mxref mutants` runs them all."""
     command = [

@@ -244,5 +244,6 @@ def test_what_is_instrumented_is_compiled_before() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.minutes
 def test_the_tools_find_what_is_planted_and_nothing_else() -> None:
     assert main(["sanitize", "--self-test"]) == 0
