@@ -1,11 +1,16 @@
-"""Products over rows per expert with their chart, and the host's time of one eager step."""
+"""Products over rows per expert with their chart, the host's time of one eager step, and what a GPU sustains."""
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path as File
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +25,11 @@ from mxref.verification.bench.pairs import time_shape
 from mxref.verification.bench.paths import about_peers, peers
 from mxref.verification.bench.report import as_json, as_markdown
 from mxref.verification.bench.rows import PRODUCTS, ROWS, rows_chart
+from mxref.verification.bench.sustained import Reading, readings, sustained
 from mxref.verification.bench.workloads import Workload
 from mxref.verification.cli import main
 from mxref.verification.cli.own import bench as cli_bench
-from mxref.verification.cli.own import bench_host
+from mxref.verification.cli.own import bench_host, bench_sustained
 from mxref.verification.records.readme import blocks
 from mxref.verification.records.record import write
 
@@ -103,8 +109,19 @@ class TestKept:
         ratio = f"{times[0].ours / times[0].composite:.2f}"
         assert f"| {ratio} |" in blocks(tmp_path)["rows"]
 
+    def test_what_a_gpu_sustains_is_kept_and_shown(self, tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = sustained([TINY], [replace(GOLDEN, name="repacked")], CPU, reported, seconds=0.01)
+        monkeypatch.setattr(bench_sustained, "gate_paths", lambda *_: [])
+        monkeypatch.setattr(bench_sustained, "readings", lambda _: reported)
+        monkeypatch.setattr(bench_sustained, "sustained", lambda *_, **__: found)
+        assert main(["bench", "--sustained", "--out", str(tmp_path), "--record", str(tmp_path)]) == 0
+        lines = blocks(tmp_path)["rows"].splitlines()
+        for product, composite, own in (("forward", *found[:2]), ("dX", *found[2:])):
+            (line,) = (line for line in lines if line.startswith(f"| tiny | {product} |"))
+            assert line.endswith(f"| 1.50 | 700 | {own.seconds / composite.seconds:.2f} |")
+
     def test_without_records_there_are_no_figures(self, tmp_path: File) -> None:
-        assert "have been recorded yet" in blocks(tmp_path)["rows"]
+        assert "are recorded yet" in blocks(tmp_path)["rows"]
 
     def test_the_eager_step_stands_beside_the_graph(self, tmp_path: File) -> None:
         data = as_json(
@@ -141,6 +158,50 @@ def test_the_host_is_timed_in_turns_and_without_gradients(monkeypatch: pytest.Mo
     assert (found.shape, found.rows_per_expert) == ("tiny", TINY.rows / Workload.draw(TINY, CPU).active)
     assert found.ours > 0
     assert found.composite > 0
+
+
+@contextmanager
+def reported() -> Iterator[list[Reading]]:
+    """A GPU that begins cool: the first half of its readings is not what it sustains."""
+    seen: list[Reading] = []
+    yield seen
+    seen += [Reading(1980, 200), Reading(1900, 400), Reading(1500, 700), Reading(1500, 700)]
+
+
+def test_what_is_sustained_is_the_second_half_of_each_way_s_time() -> None:
+    called = Counter[str]()
+
+    def layer(**operands: Any) -> torch.Tensor:
+        called["ours"] += 1
+        return GOLDEN.call(**operands)
+
+    found = sustained([TINY], [replace(GOLDEN, name="automatic", call=layer)], CPU, reported, seconds=0.0)
+    assert [(each.measure, each.path) for each in found] == [
+        *((measure, path) for measure in ("base forward", "base dX") for path in ("composite", "automatic"))
+    ]
+    assert {(each.megahertz, each.watts) for each in found} == {(1500, 700)}
+    assert all(each.seconds > 0 for each in found)
+    assert called["ours"] == 3 * 10 + 1  # dX goes forward once, and then backward alone
+
+
+def test_a_gpu_reports_clock_and_power_through_its_driver_s_command(
+    tmp_path: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, said = tmp_path / "nvidia-smi", tmp_path / "said"
+    tool.write_text(
+        '#!/bin/sh\n[ "$1" = --id=GPU-12-ab ] && printf "1980, 699.5\\n1500, [N/A]\\n15"\n'
+        f"touch {said}\nexec sleep 60\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-ab"))
+    with readings(CPU)() as seen:
+        while not said.exists():
+            time.sleep(0.01)
+    assert seen == [Reading(1980, 699.5)]
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError), readings(CPU)():
+        pass
 
 
 @pytest.fixture

@@ -83,6 +83,31 @@ def milliseconds_and_ratio(seconds: Sequence[float]) -> list[str]:
     return [f"{composite * 1e3:.2f}", f"{ours * 1e3:.2f}", f"{ours / composite:.2f}"]
 
 
+SUSTAINED = (
+    "shape", "product", "composite: ms", "GHz", "W", "ours: ms", "GHz", "W", "ratio",
+)  # fmt: skip
+"""Columns of `sustained_cells`."""
+
+
+def sustained_cells(found: Iterable[Row]) -> list[list[str]]:
+    """A line a shape and product: the composite's time, clock and power, ours, and ours over the composite's time.
+
+    Ours is the layout that the loaders choose on that GPU.
+    """
+    rows = {(row["shape"], row["measure"], row["path"]): row for row in found}
+    cells = []
+    for shape, measure in dict.fromkeys(key[:2] for key in rows):
+        other = rows[shape, measure, "composite"]
+        own = rows.get((shape, measure, "repacked")) or rows[shape, measure, "automatic"]
+        figures = [
+            cell
+            for row in (other, own)
+            for cell in (f"{row['seconds'] * 1e3:.3f}", f"{row['megahertz'] / 1e3:.2f}", f"{row['watts']:.0f}")
+        ]
+        cells.append([shape, measure.removeprefix("base "), *figures, f"{own['seconds'] / other['seconds']:.2f}"])
+    return cells
+
+
 def _every_way(rows: Rows, measure: str, title: str) -> list[str]:
     """A line a shape, a column a way: time over the composite's, and over the limit."""
     paths = _unique(path for m, _, path in rows if m == measure and path != "composite")

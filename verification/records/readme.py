@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mxref.kernels.models.sizes import MODELS
-from mxref.verification.bench.summary import milliseconds_and_ratio, summary
+from mxref.verification.bench.summary import SUSTAINED, milliseconds_and_ratio, summary, sustained_cells
 from mxref.verification.checks.registry import BASELINE, CHECKS, STATE
 from mxref.verification.clone import EVIDENCE
 from mxref.verification.distributed.registry import CHECKS as STEP_CHECKS
@@ -98,7 +98,7 @@ def _speed(states: list[State]) -> Iterator[str]:
 
 
 def _rows_and_host(states: list[State]) -> Iterator[str]:
-    """Every GPU's chart over rows per expert, and its host times."""
+    """Every GPU's chart over rows per expert, its host times, and what it sustains."""
     kept = [state for state in states if not state.damage]
     for state in (state for state in kept if state.kind == "rows"):
         about = f"Forward and dX over rows per expert, {state.entry['device']}, {state.entry['started'][:10]}"
@@ -107,8 +107,11 @@ def _rows_and_host(states: list[State]) -> Iterator[str]:
         yield from (f"**Host time of one eager step**, {state.entry['device']}, {state.entry['started'][:10]}", "")
         rows = [[row["shape"], *milliseconds_and_ratio([row["composite"], row["ours"]])] for row in state.entry["rows"]]
         yield from (*markdown_table(["shape", "composite, ms", "ours, ms", "ratio"], rows), "")
-    if not any(state.kind in ("rows", "host") for state in kept):
-        yield "Neither the products over rows per expert nor the host's time have been recorded yet."
+    for state in (state for state in kept if state.kind == "sustained"):
+        yield from (f"**Base products without a pause**, {state.entry['device']}, {state.entry['started'][:10]}", "")
+        yield from (*markdown_table(SUSTAINED, sustained_cells(state.entry["rows"]), left=2), "")
+    if not any(state.kind in ("rows", "host", "sustained") for state in kept):
+        yield "Neither products over rows per expert, nor the host's time, nor what a GPU sustains, are recorded yet."
 
 
 def _models(states: list[State]) -> Iterator[str]:

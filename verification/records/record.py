@@ -61,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "ulp_baseline": Kind("mxref gate --accept-baseline", "accepted errors, in ulp", gpu_only=False),
     "rows": Kind("mxref bench --rows --record", "forward and dX over rows per expert"),
     "host": Kind("mxref bench --host --record", "host time of one eager step"),
+    "sustained": Kind("mxref bench --sustained --record", "base products without a pause, with clock and power"),
     **{
         name: Kind(f"mxref bench --model {name} {MODELS[name].recorded_with} --record", f"{name} trained whole")
         for name in _PUBLISHED

@@ -10,6 +10,7 @@ examples:
   mxref bench --samples .benchmarks   every sample too, for pytest-benchmark's `list` and `compare`
   mxref bench --rows                  forward and dX over 8 to 4096 rows per expert, with a chart
   mxref bench --host                  how long the host is busy with one eager step
+  mxref bench --sustained             base products without a pause, with the GPU's clock and power
 
 whole models:
   mxref bench --model gpt-oss-20b --profile              LoRA steps, packed beside dense; where their time goes
@@ -40,7 +41,7 @@ from mxref.verification.bench.timing import EventClock, measure_ceilings
 from mxref.verification.bench.workloads import CASES, DENSE, LARGE, MEASURES, QUICK, Shape
 from mxref.verification.cli import UsageError
 from mxref.verification.cli.options import add_out, add_record, choose_device, positive, terminal, writable_folder
-from mxref.verification.cli.own import bench_host, bench_models
+from mxref.verification.cli.own import bench_host, bench_models, bench_sustained
 from mxref.verification.cli.own.keeping import keep, show
 from mxref.verification.cli.progress import Meter
 from mxref.verification.gate.result import describe_device
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--quick", action="store_true", help="three shapes only: dense, sparse, thin")
     size.add_argument("--rows", action="store_true", help="base products over rows per expert instead, as a chart")
     size.add_argument("--host", action="store_true", help="the host's time of one eager step instead")
+    size.add_argument("--sustained", action="store_true", help="base products without a pause, clock and power instead")
     size.add_argument("--large", action="store_true", help="DeepSeek-V4-like shapes too: 40 GB and more")
     parser.add_argument("--shape", metavar="TEXT", action="append", help="only shapes whose name holds it; may repeat")
     parser.add_argument("--no-peers", action="store_true", help="leave out what others wrote")
@@ -91,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = terminal(160)
     if arguments.host:
         return bench_host.run(arguments, shapes, device, console)
+    if arguments.sustained:
+        return bench_sustained.run(arguments, shapes, device, console)
     bench = _measure(arguments, shapes, device)
     print_bench(bench, console)
     if bench.green:

@@ -33,7 +33,7 @@ _OF_A_MODEL = (
     "batch", "side", "attention", "steps", "rank", "layers", "largest_batch", "profile", "from_disk", "parallel",
     "world", "device", "timeout",
 )  # fmt: skip
-_OF_A_LAYER = ("quick", "rows", "host", "large", "shape", "no_peers", "samples")
+_OF_A_LAYER = ("quick", "rows", "host", "sustained", "large", "shape", "no_peers", "samples")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
