@@ -38,19 +38,24 @@ def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
         "--processes",
         metavar="N",
         type=positive,
-        help=f"that share the cases (default: {alone}; on a GPU up to 8)",
+        help=f"that share the cases (default: {alone}; on a GPU up to 16)",
     )
 
 
 def processes_on(device: torch.device, wanted: int | None, alone: int = 1) -> int:
-    """How many processes share the cases: as many as wanted; on a GPU half the cores, at most 8; else `alone`.
+    """How many processes share the cases: as many as wanted; at most 16 on a GPU, as it and the cores allow; or `alone`.
+
+    One may need 6 GB for its context and the largest case; two cores are left to what compiles beside them.
 
     Raises:
         UsageError: more than 64 are wanted.
     """
     if wanted is not None and wanted > 64:
         raise UsageError(f"--processes is {wanted}; expected 1 to 64")
-    return wanted or (alone if device.type == "cpu" else max(1, min(8, cores() // 2)))
+    if wanted is not None or device.type == "cpu":
+        return wanted or alone
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(16, cores() - 2, memory // 6_000_000_000))
 
 
 def add_out(parser: argparse._ActionsContainer, files: str, default: str | None = None) -> None:

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", metavar="N", type=options.positive, default=5, help="draws of each kind (default: 5)"
     )
-    options.add_jobs(parser, "processes; at most 8 on a GPU")
+    options.add_jobs(parser, "processes; on a GPU at most 16, and what it holds")
     options.add_device(parser)
     options.add_out(parser, "honest.json")
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     total = sum(len(asked(chosen, case, seed)) for case, seed in draws)
     if not total:
         raise UsageError("no implementation or no kind of data matches; see `mxref honest --help`")
-    jobs = arguments.jobs if device.type == "cpu" else min(arguments.jobs, 8)
+    jobs = min(arguments.jobs, options.processes_on(device, None, arguments.jobs))
     judged = _judge(draws, total, device, arguments.name, jobs)
     console = options.terminal()
     _print(judged, time.monotonic() - start, console)
