@@ -43,7 +43,7 @@ def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
 
 
 def processes_on(device: torch.device, wanted: int | None, alone: int = 1) -> int:
-    """How many processes share the cases: as many as wanted; at most 16 on a GPU, as it and the cores allow; or `alone`.
+    """How many processes share the cases: those wanted; on a GPU at most 16, as it and the cores allow; else `alone`.
 
     One may need 6 GB for its context and the largest case; two cores are left to what compiles beside them.
 
