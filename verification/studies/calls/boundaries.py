@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -206,18 +206,3 @@ class Uncast(Layer):
         B = problem.lora_B
         self.unsaved = ("lora_B",) if B is not None and B.dtype == problem.dtype else ()
         return super().call(problem)
-
-
-@bug("biases cached by address", "keeps a cast of the biases and looks it up by what does not change with its values")
-class Biases(Layer):
-    """Stale after an optimiser's step."""
-
-    def __init__(self) -> None:
-        self.cache: dict[Hashable, Tensor] = {}
-
-    def read(self, problem: Problem) -> Problem:
-        biases = problem.expert_biases
-        if biases is None:
-            return problem
-        key = biases.data_ptr(), tuple(biases.shape), biases.dtype
-        return replace(problem, expert_biases=self.cache.setdefault(key, biases.detach().clone()))

@@ -38,22 +38,6 @@ def _zeroed(A: Tensor) -> None:
         A.grad.zero_()
 
 
-@bug("casts kept while the version stays", "looks a cast of A up by address and version, which .data goes round")
-class Versions(Layer):
-    """What a change through `.data` leaves stale."""
-
-    def __init__(self) -> None:
-        self.cache: dict[Any, Tensor] = {}
-
-    def read(self, problem: Problem) -> Problem:
-        """With the kept A."""
-        A = problem.lora_A
-        if A is None or A.is_inference():
-            return problem
-        key = A.data_ptr(), A._version, tuple(A.shape), A.stride(), A.dtype
-        return replace(problem, lora_A=self.cache.setdefault(key, A.detach().clone()))
-
-
 @bug("casts kept with their parameter", "keeps a narrow copy of an fp32 A with the tensor object and its version")
 class Casts(Layer):
     """What `.data` holds anew is not seen."""

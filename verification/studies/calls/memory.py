@@ -45,6 +45,12 @@ _STALE = "keeps a cast or packed copy of an operand and looks it up by what does
 
 A_by_address = bug("A cached by address", _STALE)(_cached("lora_A", lambda p, A: (A.data_ptr(), _form(A))))
 A_by_id = bug("A cached by id", _STALE)(_cached("lora_A", lambda p, A: (id(A), _form(A))))
+A_by_version = bug(
+    "casts kept while the version stays", "looks a cast of A up by address and version, which .data goes round"
+)(_cached("lora_A", lambda p, A: (A.data_ptr(), object() if A.is_inference() else A._version, _form(A), A.stride())))
+biases_by_address = bug("biases cached by address", _STALE)(
+    _cached("expert_biases", lambda p, biases: (biases.data_ptr(), _form(biases)))
+)
 B_by_shape = bug("B cached by shape", _STALE)(_cached("lora_B", lambda p, B: _form(B)))
 x_by_address = bug("x cached by address", _STALE)(_cached("inputs", lambda p, x: (x.data_ptr(), _form(x))))
 weights_by_address = bug("packed weights cached by address", _STALE)(
