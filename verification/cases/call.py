@@ -14,8 +14,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 Layout = Literal[
-    "contiguous", "transposed", "sliced", "padded", "offset", "apart", "overlapping", "expanded", "one column",
-    "one number",
+    "contiguous", "transposed", "sliced", "padded", "offset", "apart", "innermost", "overlapping", "expanded",
+    "one column", "one number",
 ]  # fmt: skip
 REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one number")
 """Those that have elements, rows or columns in memory once."""
@@ -173,7 +173,8 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
 
     transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
     padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
-    second row (of three dimensions: matrix) of a taller one, from its second on.  overlapping: windows of one long row,
+    second row (of three dimensions: matrix) of a taller one, from its second on.  innermost: the first dimension has
+    stride 1, and the others follow in their order.  overlapping: windows of one long row,
     each half a row behind the one before.  expanded: one row or matrix, repeated with stride 0; one column, and one
     number, likewise. What is repeated must be equal.
 
@@ -203,6 +204,8 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
             inside = memory(*x.shape, before=before + 13)
         case "apart":
             inside = memory(2 * x.shape[0], *x.shape[1:])[1::2]
+        case "innermost":
+            inside = memory(*x.shape[1:], x.shape[0]).movedim(-1, 0)
         case "overlapping":
             row = long_row(x)
             return memory(len(row)).copy_(row).unfold(0, columns, window_step(columns))

@@ -17,14 +17,14 @@ from mxref.weights import MXLayout, MXWeights
 
 Routing = Literal[
     "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "descending", "sentinels", "all_sentinels",
-    "far_sentinels", "about_tiles",
+    "far_sentinels", "about_tiles", "shuffled",
 ]  # fmt: skip
 Data = Literal[
     "plain", "balanced", "lora", "tiny lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid",
     "subnormal", "tiny dOut", "large", "integer", "rounded", "elements", "one_hot_elements", "every_element",
     "nonfinite",
 ]  # fmt: skip
-Special = Literal["", "nan row", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote"]
+Special = Literal["", "nan row", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote", "large partners"]
 GateValues = Literal["positive", "negative", "some zero", "one NaN"]
 AdapterValues = Literal["ordinary", "zero A", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows"]
 
@@ -44,8 +44,9 @@ class Case:
         own_dtypes: of lora_A, lora_B, biases and gates, in place of both, where they differ.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
             at most ten experts active; the same expert in several slots of a token; positions descending within an
-            expert; a quarter of the rows sentinels, or all of them; sentinels with ids far above E; or each expert as
-            many rows as a tile may have, one fewer and one more (see `routing`).
+            expert, or in any order between its first and last; a quarter of the rows sentinels, or all of them;
+            sentinels with ids far above E; or each expert as many rows as a tile may have, one fewer and one more (see
+            `routing`).
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
             `bias`, that term far above all others; `tiny lora`, lora_A below the normal range; `positive`, every number
             positive; `cancelling`, all sums over K and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes
@@ -57,18 +58,21 @@ class Case:
             `nonfinite`: codes under chosen scale bytes (see `elements`, which makes these cases).
         scaling: LoRA's s.
         bias: whether there are expert biases.
-        nan_bias: one of those is NaN.
+        nan_bias: one of those is NaN; in an integer fixture another one is infinite.
         gate_slots: g, or 0 for no gates.
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
         gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `one NaN`
-            the middle one to NaN.
-        adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds a NaN;
+            the middle one to NaN, and in an integer fixture the first to infinity.
+        adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds a NaN,
+            and in an integer fixture that of the first one an infinity;
             Z, or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term.
-        special: what is not finite: one row of x or dOut, one expert's weights, or what only sentinels' slots read.
+        special: what is not finite: one row of x or dOut (of infinities two rows, one of either sign), one expert's
+            weights, or what only sentinels' slots read; "large partners" is for `elements`.
         grouped_in: inputs come in expert order, one row a routed row.
         fan_out: k, rows that each input row feeds; None for top_k (1 with `grouped_in`).
         grouped_out, use_fused_dX, use_fused_gather: passed to the call.
         dense: the weights are decoded already, a view [E, K, N] of the activation dtype.
+        off_grid_weights: those are numbers that no MXFP4 weight is.
         layout: of packed weights, in memory; N a multiple of 32 for FRAGMENTS.
         quantised_from: what packed weights say that they were quantised from, which changes nothing.
         scale_bytes: of `nonfinite` data, and of `elements` where they are not every finite one.
@@ -103,6 +107,7 @@ class Case:
     use_fused_dX: bool = False
     use_fused_gather: bool = False
     dense: bool = False
+    off_grid_weights: bool = False
     layout: MXLayout = MXLayout.FWD
     quantised_from: torch.dtype = torch.bfloat16
     scale_bytes: tuple[int, ...] = ()

@@ -2,7 +2,8 @@
 
 Each row starts from a combination that is not covered yet and is filled dimension by dimension with the class that
 covers most new combinations: the greedy scheme of AETG (Cohen, Dalal, Fredman and Patton, IEEE Transactions on Software
-Engineering 23(7), 1997), ties broken by a seed, so that another seed covers again otherwise.
+Engineering 23(7), 1997). Of equals the one that costs least is taken, and then a seed decides, so that another seed
+covers again otherwise.
 """
 
 from __future__ import annotations
@@ -71,12 +72,15 @@ def covering_array(
     A combination that no whole row can hold, because of what the other dimensions exclude, is left out.
     """
     sizes = tuple(len(dimension.classes) for dimension in dimensions)
-    return list(_rows(sizes, legal_pairs(dimensions, exclusions).tobytes(), strength, seed))
+    costs = tuple(each.cost for dimension in dimensions for each in dimension.classes)
+    return list(_rows(sizes, costs, legal_pairs(dimensions, exclusions).tobytes(), strength, seed))
 
 
 @cache
-def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) -> tuple[Row, ...]:
-    """The rows for so many classes of each dimension; `legal_bytes`: of `legal_pairs`."""
+def _rows(
+    sizes: tuple[int, ...], costs: tuple[float, ...], legal_bytes: bytes, strength: int, seed: int
+) -> tuple[Row, ...]:
+    """The rows for so many classes of each dimension, which cost so much; `legal_bytes`: of `legal_pairs`."""
     starts = np.cumsum([0, *sizes[:-1]])
     legal = np.frombuffer(legal_bytes, dtype=bool).reshape(sum(sizes), -1)
     missing = combinations_of(legal, sizes, strength)
@@ -91,7 +95,7 @@ def _rows(sizes: tuple[int, ...], legal_bytes: bytes, strength: int, seed: int) 
         first = waiting.pop()
         if not open_[first]:
             continue
-        tries = [_fill(list(first), open_, restricted, starts, sizes, draw) for _ in range(_TRIES[strength])]
+        tries = [_fill(list(first), open_, restricted, starts, sizes, costs, draw) for _ in range(_TRIES[strength])]
         found = [row for row in tries if row is not None]
         for order in permutations(first):
             open_[order] = False
@@ -119,6 +123,7 @@ def _fill(
     restricted: Sequence[Sequence[tuple[int, int]]],
     starts: npt.NDArray[np.int64],
     sizes: Sequence[int],
+    costs: Sequence[float],
     draw: np.random.Generator,
 ) -> tuple[int, Row] | None:
     """A whole row around the chosen classes, and how many open combinations it adds; None where there is none."""
@@ -143,6 +148,7 @@ def _fill(
         ]
         if not classes:
             return None
+        classes.sort(key=costs.__getitem__)
         best = classes[int(gain[classes].argmax())]
         covered += int(gain[best])
         gain += _gained(open_, best, chosen)

@@ -29,7 +29,8 @@ class Class:
     Attributes:
         name: in words, unique within its dimension.
         case: fields of `Case` that it sets; "gated" stands for a gate a slot (or for another number of gates a token,
-            see `domain_cases.slots_of`), "rows" for so many routed rows or more.
+            see `domain_cases.slots_of`), "rows" for so many routed rows or more, "apart" for the parameter whose dtype
+            is another one, fp32 or, beside fp32, bf16.
         call: fields of `Call` that it sets.
         cost: seconds that such a case takes where `stand_in` takes its place.
         stand_in: fields of `Case` in place of a costly class, just past the same boundary of an implementation's tiles.
@@ -79,6 +80,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("few", {"experts": 4}),
             Class("one", {"experts": 1}),
+            Class("a warp", {"experts": 32}, cost=1.0, stand_in={"experts": 8}, stands_in="interpreted"),
             Class("hundreds", {"experts": 260}, cost=3.0, stand_in={"experts": 17}, stands_in="interpreted"),
         ),
     ),
@@ -97,6 +99,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("96", {"N": 96}),
             Class("one", {"N": 1}),
             Class("odd, below a tile", {"N": 63}),
+            Class("twice an odd number", {"N": 98}),
+            Class("four times an odd number", {"N": 100}),
             Class("odd, a tile and a tail", {"N": 161}),
             Class("5760", {"N": 5760}, cost=20.0, stand_in={"N": 288}),
         ),
@@ -104,16 +108,21 @@ DIMENSIONS: tuple[Dimension, ...] = (
     _of(
         "rank",
         four={"rank": 4}, one={"rank": 1}, three={"rank": 3}, twelve={"rank": 12}, twenty_four={"rank": 24},
-        forty={"rank": 40}, tiles_and_a_tail={"rank": 72}, largest={"rank": 128},
+        forty={"rank": 40}, tiles_and_a_tail={"rank": 72}, largest={"rank": 128}, eight={"rank": 8},
+        thirty_two={"rank": 32}, sixty_four={"rank": 64},
     ),
     _of(
-        "slots", two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, ten={"top_k": 10}
+        "slots",
+        two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, six={"top_k": 6}, ten={"top_k": 10},
+        seventeen={"top_k": 17},
     ),
     _of("dtype", fp32={"dtype": torch.float32}, bf16={"dtype": torch.bfloat16}, fp16={"dtype": torch.float16}),
     _of(
         "parameters",
         as_activations={}, fp32={"parameter_dtype": torch.float32}, bf16={"parameter_dtype": torch.bfloat16},
         fp16={"parameter_dtype": torch.float16}, adapters_in_fp32={"adapter_dtype": torch.float32},
+        A_of_another={"apart": 0}, B_of_another={"apart": 1}, biases_of_another={"apart": 2},
+        gates_of_another={"apart": 3},
     ),
     Dimension(
         "weights",
@@ -128,6 +137,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("dense, padded", {"dense": True}, {"weights": "padded"}),
             Class("dense, apart", {"dense": True}, {"weights": "apart"}),
             Class("dense, expanded", {"dense": True}, {"weights": "expanded"}),
+            Class("dense, experts innermost", {"dense": True}, {"weights": "innermost"}),
+            Class("dense, off every grid", {"dense": True, "off_grid_weights": True}),
         ),
     ),
     Dimension(
@@ -137,6 +148,9 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("int32", call={"index": torch.int32}),
             Class("int32, offsets int64", call={"index": torch.int32, "offsets": torch.int64}),
             Class("int64, others int32", call={"positions": torch.int32, "offsets": torch.int32}),
+            Class(
+                "int32, others int64", call={"index": torch.int32, "positions": torch.int64, "offsets": torch.int64}
+            ),
         ),
     ),
     _of("input order", by_token={}, by_expert={"grouped_in": True}),
@@ -156,7 +170,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
     _of(
         "scaling",
         power_of_two={"scaling": 0.5}, zero={"scaling": 0.0}, negative={"scaling": -2.0}, a_third={"scaling": 1 / 3},
-        an_int={"scaling": 1}, sixteen_thirds={"scaling": 16 / 3}, beyond_fp16={"scaling": 1e5},
+        an_int={"scaling": 3}, sixteen_thirds={"scaling": 16 / 3}, beyond_fp16={"scaling": 1e5},
+        tiny={"scaling": 2.0**-26},
     ),
     _of(
         "adapters",
@@ -164,11 +179,13 @@ DIMENSIONS: tuple[Dimension, ...] = (
         subnormal_A={"data": "tiny lora"}, NaN_in_A={"adapter_values": "nan A"}, NaN_in_B={"adapter_values": "nan B"},
         **{"B_zero,_NaN_in_A": {"adapter_values": "nan A, zero B"}},
         Z_beyond_fp16={"adapter_values": "Z overflows"}, V_beyond_fp16={"adapter_values": "V overflows"},
+        A_zero={"adapter_values": "zero A"},
     ),
     _of(
         "routing",
         uniform={}, empty_experts={"routing": "empty_experts"}, one_takes_all={"routing": "one_expert"},
         an_expert_twice={"routing": "duplicates"}, descending_positions={"routing": "descending"},
+        shuffled_positions={"routing": "shuffled"},
         sentinels={"routing": "sentinels"}, all_sentinels={"routing": "all_sentinels"},
         sentinels_far_above={"routing": "far_sentinels"},
     ),
@@ -192,6 +209,9 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("dA alone", call={"needs": ("dA",)}),
             Class("dB alone", call={"needs": ("dB",)}),
             Class("dX and dB", call={"needs": ("dX", "dB")}),
+            Class("dX and dA", call={"needs": ("dX", "dA")}),
+            Class("dX, dA and dB", call={"needs": ("dX", "dA", "dB")}),
+            Class("all but dbias", call={"needs": ("dX", "dA", "dB", "dgates")}),
             Class("biases and gates", call={"needs": ("dbias", "dgates")}),
         ),
     ),

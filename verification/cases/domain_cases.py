@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import frexp
 from typing import Any, Literal
 from zlib import crc32
 
@@ -14,6 +13,7 @@ from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import covering_array
 from mxref.verification.cases.domain import Class, Dimension, Expense, dimensions_for, living
 from mxref.verification.cases.exclusions import EXCLUDED
+from mxref.verification.cases.integer import keeps_sums_exact
 
 _WORD = {2: "pairs", 3: "triples"}
 _PAIRED = 100.0
@@ -74,15 +74,19 @@ def case_of(name: str, classes: dict[str, Class]) -> Case:
     for each in classes.values():
         fields |= each.case
         how |= each.call
-    gated, rows = fields.pop("gated", False), fields.pop("rows", 0)
+    gated, rows, apart = (fields.pop(name, none) for name, none in (("gated", False), ("rows", 0), ("apart", None)))
     repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {*REPEATED} or how["others"] == "overlapping"
-    power_of_two = abs(frexp(fields["scaling"])[0]) in (0.0, 0.5)
     if rows:
         fields["tokens"] = -(-rows // fields["top_k"])
     if gated:
         fields.setdefault("gate_slots", slots_of(gated, fields["tokens"] * fields["top_k"], fields["top_k"]))
+    if apart is not None:
+        dtypes = [fields["dtype"]] * 4
+        dtypes[apart] = torch.bfloat16 if fields["dtype"] == torch.float32 else torch.float32
+        fields["own_dtypes"] = tuple(dtypes)
     # Sums of as many equal terms, or of all rows, are large.
-    exact = power_of_two and not repeated and fields.get("gate_slots", 0) <= EXACT_SLOTS
+    exact = keeps_sums_exact(fields["scaling"]) and not repeated and fields.get("gate_slots", 0) <= EXACT_SLOTS
+    exact &= "off_grid_weights" not in fields
     fields.setdefault("data", "integer" if exact else "balanced")
     covers = tuple((dimension, each.name) for dimension, each in classes.items())
     return Case(name, **fields, call=Call(**how), covers=covers)

@@ -22,6 +22,8 @@ _CODES = len(E2M1_VALUES)
 _EXPERTS = 2  # among which the 16 blocks are dealt: K = N = 256 costs a kernel least
 _BYTES_AT_ONCE = 4  # bounds the size of one non-finite sample; only fp16 has more bytes
 _NAN_BYTE = 255
+_LARGE = 2.0**124
+"""Times 6, under byte 127, the largest weight that is met: finite. Beside a sum that is not scaled yet, not."""
 
 
 def element_cases(dtype: torch.dtype, nonfinite: bool = True) -> list[Case]:
@@ -38,6 +40,24 @@ def element_cases(dtype: torch.dtype, nonfinite: bool = True) -> list[Case]:
         f"every finite element, {_name(dtype)}", _EXPERTS, K, columns, _EXPERTS * K, 1, 0, dtype, data="elements"
     )
     return [every, *(_nonfinite_cases(dtype) if nonfinite else [])]
+
+
+def element_cases_with_options(dtype: torch.dtype) -> list[Case]:
+    """The same bytes where something else is computed beside them: each finite one with the flags, and every byte with
+    the flags, an adapter whose B is zero, zero biases, and gates of one.
+
+    Whatever decodes in a kernel of its own there has to decode all of them too. Last come finite products with numbers
+    so large that a sum from which a block's scale is left until later overflows.
+    """
+    fused = {"use_fused_dX": True, "use_fused_gather": True}
+    finite, *others = element_cases(dtype)
+    options = {"rank": 4, "bias": True, "gate_slots": 1, **fused}
+    cases = [replace(finite, name=f"{finite.name}, fused", **fused)]
+    cases += [replace(case, name=f"{case.name}, everything", **options) for case in (finite, *others)]
+    if dtype != torch.float16:
+        large = replace(elements_to_128(dtype), scale_bytes=tuple(range(128)), special="large partners")
+        cases.append(replace(large, name=f"bytes below 128 times 2^124, {_name(dtype)}"))
+    return cases
 
 
 def one_hot_elements(dtype: torch.dtype) -> Case:
@@ -118,6 +138,8 @@ def _finite(case: Case) -> Sample:
     E, K, N = weights.E, weights.K, weights.N
     x = torch.eye(K, dtype=case.dtype).repeat(E, 1)
     dY = torch.eye(N, dtype=case.dtype).repeat(-(-K // N), 1)[:K].repeat(E, 1)
+    if case.special == "large partners":
+        x, dY = x * _LARGE, dY * _LARGE
     return _sample(case, weights, x, dY, torch.arange(E).repeat_interleave(K)[:, None])
 
 
@@ -156,7 +178,16 @@ def _weights(bytes_: Tensor) -> MXWeights:
 
 
 def _sample(case: Case, weights: MXWeights, x: Tensor, dY: Tensor, experts: Tensor) -> Sample:
-    return Sample(case, Problem(x, weights, 1, *flatten_sort_count(experts, case.experts)), dY)
+    E, K, N, r = case.experts, case.K, case.N, case.rank
+    others: dict[str, Tensor] = {}
+    if r:
+        others |= {"lora_A": torch.ones(E * r, K, dtype=x.dtype), "lora_B": torch.zeros(N, E * r, dtype=x.dtype)}
+    if case.bias:
+        others["expert_biases"] = torch.zeros(E, N, dtype=x.dtype)
+    if case.gate_slots:
+        others["gates"] = torch.ones(len(x) // case.gate_slots, case.gate_slots, dtype=x.dtype)
+    routed = flatten_sort_count(experts, E)
+    return Sample(case, Problem(x, weights, 1, *routed, scaling=case.scaling, **others), dY)
 
 
 def _name(dtype: torch.dtype) -> str:

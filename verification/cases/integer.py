@@ -8,6 +8,8 @@ token has many gates, which are 1 or 2; s is a power of two. All sums are then s
 
 from __future__ import annotations
 
+from math import frexp
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,14 @@ few have. Each is tried a few times."""
 _ATTEMPTS = 4
 _HOPELESS = 2  # values that are not exact, beyond which a draw of as many nonzeros will hardly be
 _GATED = 32  # biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it
+_FAR = 16
 _ROWS_LEFT = 8  # rows with nonzeros, at least, where some have none
+
+
+def keeps_sums_exact(scaling: float) -> bool:
+    """Whether s is 0 or a power of two, and not so far from 1 that 16 bits do not hold its terms beside others."""
+    mantissa, exponent = frexp(scaling)
+    return abs(mantissa) in (0.0, 0.5) and abs(exponent) < _FAR
 
 
 def draw_integer(case: Case, seed: int) -> Sample:

@@ -8,7 +8,6 @@ out, comes twice or rounds ties another way shows, in whatever circumstance that
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import frexp
 from typing import Any
 
 import torch
@@ -18,7 +17,14 @@ from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.scattermoe import Rounded, RoundingPoints
 from mxref.verification.cases.call import REPEATED
 from mxref.verification.cases.case import Case, Sample
-from mxref.verification.cases.integer import at_most, dealt, draw_integer, problem_of_integers, rounding_points
+from mxref.verification.cases.integer import (
+    at_most,
+    dealt,
+    draw_integer,
+    keeps_sums_exact,
+    problem_of_integers,
+    rounding_points,
+)
 from mxref.verification.cases.special import repeated
 from mxref.weights import MXWeights
 
@@ -60,7 +66,7 @@ def rounded(case: Case) -> Case:
     There are rows, and experts have some; all gradients are asked for; numbers are finite; factors are powers of two,
     not zero; no operand is repeated. There are not more than `_MOST_EXPERTS`, most of which would be idle.
     """
-    power_of_two = abs(frexp(case.scaling)[0]) == 0.5
+    scaling = case.scaling if case.scaling and keeps_sums_exact(case.scaling) else 0.5
     call = case.call
     x, adapters, dOut = ("contiguous" if layout in REPEATED else layout for layout in
                          (call.x, call.adapters, call.dOut))  # fmt: skip
@@ -72,9 +78,10 @@ def rounded(case: Case) -> Case:
         experts=min(case.experts, _MOST_EXPERTS),
         tokens=max(case.tokens, _FEWEST_TOKENS),
         routing="sentinels" if case.routing == "all_sentinels" else case.routing,
-        scaling=case.scaling if power_of_two else 0.5,
+        scaling=scaling,
         special="",
         nan_bias=False,
+        off_grid_weights=False,
         gate_exponent=0,
         gate_values="positive" if case.gate_values == "one NaN" else case.gate_values,
         adapter_values="zero A" if case.adapter_values == "zero A" else "ordinary",

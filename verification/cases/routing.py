@@ -22,11 +22,23 @@ def draw_routing(case: Case, draw: torch.Generator) -> tuple[Tensor, Tensor, Ten
     if case.routing == "descending":
         order = torch.argsort(experts * experts.numel() - torch.arange(experts.numel()), stable=True)
         positions = positions[order]
+    if case.routing == "shuffled":
+        positions = _shuffled(positions, offsets, draw)
     if case.routing == "far_sentinels":
         far = case.experts + 1 + torch.arange(experts.numel()) * 1000
         far[-1:] = torch.iinfo(case.call.index).max
         experts = torch.where(experts >= case.experts, far, experts)
     return experts, positions, offsets
+
+
+def _shuffled(positions: Tensor, offsets: Tensor, draw: torch.Generator) -> Tensor:
+    """The positions of each expert in any order between its first and its last, which stay."""
+    found, begin = positions.clone(), 0
+    for end in offsets.tolist():
+        inner = torch.randperm(max(end - begin - 2, 0), generator=draw)
+        found[begin + 1 : begin + 1 + inner.numel()] = positions[begin + 1 + inner]
+        begin = end
+    return found
 
 
 def draw_choice(case: Case, draw: torch.Generator) -> Tensor:

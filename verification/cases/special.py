@@ -1,4 +1,4 @@
-"""What is changed in a drawn sample: signs of gates, B zero, numbers that are not finite, index dtypes."""
+"""What is changed in a drawn sample: signs of gates, B zero, what is not finite, index dtypes, the weights' grid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def as_asked(sample: Sample) -> Sample:
     if problem.lora_A is not None and problem.lora_B is not None:
         operands |= _adapters(case, problem.lora_A, problem.lora_B)
     if case.nan_bias and problem.expert_biases is not None:
-        operands["expert_biases"] = _with_nan(problem.expert_biases, problem.expert_biases.numel() // 2)
+        biases = _with_infinity(case, problem.expert_biases, -1)
+        operands["expert_biases"] = _with_nan(biases, biases.numel() // 2)
     call = case.call
     operands["sorted_expert_idxs"] = problem.sorted_expert_idxs.to(call.index)
     operands["sorted_scattered_idxs"] = problem.sorted_scattered_idxs.to(call.positions or call.index)
@@ -37,7 +38,10 @@ def as_asked(sample: Sample) -> Sample:
     if not isinstance(weights, MXWeights):
         return sample
     if case.dense:
-        return sample.changed(expert_weights=_alike(decode_mxfp4(weights, problem.dtype).mT, case.call.weights))
+        decoded = decode_mxfp4(weights, problem.dtype).mT
+        if case.off_grid_weights:
+            decoded = _off_the_grid(decoded, case)
+        return sample.changed(expert_weights=_alike(decoded, case.call.weights))
     return sample.changed(expert_weights=weights.repack(case.layout))
 
 
@@ -79,14 +83,31 @@ def _adapters(case: Case, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     if "zero B" in kind:
         changed["lora_B"] = torch.zeros_like(B)
     if "nan A" in kind:
-        changed["lora_A"] = _with_nan(A, A.numel() - A.shape[1])  # of the last row
+        changed["lora_A"] = _with_nan(_with_infinity(case, A, 1), A.numel() - A.shape[1])  # of the last row
     if kind == "nan B":
-        changed["lora_B"] = _with_nan(B, B.shape[1] - 1)
+        changed["lora_B"] = _with_nan(_with_infinity(case, B, -1), B.shape[1] - 1)
     return changed
 
 
 def _with_nan(x: Tensor, place: int) -> Tensor:
     return x.flatten().index_fill(0, torch.tensor([place]), float("nan")).view(x.shape) if x.numel() else x
+
+
+def _with_infinity(case: Case, x: Tensor, sign: int) -> Tensor:
+    """The first of several numbers of an integer fixture infinite: where x is wider than fp16 activations only there.
+
+    Beside drawn numbers a product of infinity and what rounding may make zero would be anything.
+    """
+    if x.numel() < 3 or not case.exact:
+        return x
+    far = 2.0**17 if (case.dtype, x.dtype) == (torch.float16, torch.float32) else float("inf")
+    return x.flatten().index_fill(0, torch.tensor([0]), sign * far).view(x.shape)
+
+
+def _off_the_grid(weights: Tensor, case: Case) -> Tensor:
+    """Each weight times a number of its own from ½ to 1½, in the weights' dtype."""
+    draw = torch.Generator().manual_seed(case.draw_seed(0))
+    return (weights * (0.5 + torch.rand(weights.shape, generator=draw, dtype=torch.float64))).to(weights.dtype)
 
 
 def _gates(case: Case, gates: Tensor) -> Tensor:
@@ -95,7 +116,7 @@ def _gates(case: Case, gates: Tensor) -> Tensor:
     if case.gate_values == "negative":
         return torch.where(place % 2 == 0, -gates, gates)
     if case.gate_values == "one NaN":
-        return _with_nan(gates, gates.numel() // 2)
+        return _with_nan(_with_infinity(case, gates, 1), gates.numel() // 2)
     # The middle one is among them: a row of x or dOut that is not finite meets a zero gate there.
     zero = (place - gates.numel() // 2) % 3 == 0
     return torch.where(zero, 0.0, gates) if case.gate_values == "some zero" else gates
@@ -107,15 +128,9 @@ def _not_finite(sample: Sample) -> Sample:
     if not kind:
         return sample
     if kind in ("nan row", "inf row"):
-        x = problem.inputs.clone()
-        row = x[x.shape[0] // 2]  # a whole row of infinities would sum to NaN everywhere
-        (row if kind == "nan row" else row[:1]).fill_(float("nan" if kind == "nan row" else "inf"))
-        return sample.changed(inputs=x)
+        return sample.changed(inputs=_not_finite_rows(problem.inputs, kind))
     if kind in ("nan dOut", "inf dOut"):
-        dOut = sample.grad_out.clone()
-        row = dOut[dOut.shape[0] // 2]
-        (row if kind == "nan dOut" else row[:1]).fill_(float("nan" if kind == "nan dOut" else "inf"))
-        return sample.changed(dOut)
+        return sample.changed(_not_finite_rows(sample.grad_out, kind))
     if kind == "nan expert":
         weights = problem.expert_weights
         assert isinstance(weights, MXWeights)
@@ -123,6 +138,22 @@ def _not_finite(sample: Sample) -> Sample:
         scales[-1, -1, (problem.K - 1) // MX_BLOCK_SIZE] = 255
         return sample.changed(expert_weights=MXWeights(weights.packed, scales, weights.K, weights.N))
     return _nan_in_remote_rows(sample) if kind == "nan remote" else sample
+
+
+def _not_finite_rows(x: Tensor, kind: str) -> Tensor:
+    """The middle row NaN; or infinite in one place, since a whole row of infinities would sum to NaN everywhere.
+
+    Where there are several rows the first has a negative infinity.
+    """
+    x = x.clone()
+    middle = x.shape[0] // 2
+    if kind.startswith("nan"):
+        x[middle] = float("nan")
+        return x
+    if middle:
+        x[0, :1] = -float("inf")
+    x[middle, :1] = float("inf")
+    return x
 
 
 def _nan_in_remote_rows(sample: Sample) -> Sample:

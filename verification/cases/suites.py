@@ -20,7 +20,7 @@ from mxref.fragments import TILE
 from mxref.verification.cases import named, small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import EXACT_SLOTS, domain_cases
-from mxref.verification.cases.elements import element_cases, elements_to_128, every_element
+from mxref.verification.cases.elements import element_cases, element_cases_with_options, elements_to_128, every_element
 from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
 from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope, Suite
@@ -33,11 +33,12 @@ _BEYOND_STAND_INS = (
     _ROWS,
     replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=2, routing="sentinels"),
     replace(_GATES, gate_exponent=20),
-    Case("integer, K beyond 5760", 2, 6144, 32, 6, 2, 3, _BF16, data="integer", scaling=0.5),
+    Case("integer, K beyond 8192", 1, 8224, 32, 6, 2, 3, _BF16, data="integer", scaling=0.5),
+    Case("integer, more than 512 experts", 520, 32, 32, 40, 2, 3, _BF16, data="integer", scaling=0.5, bias=True),
     Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 3, _FP16, data="integer", scaling=0.5),
 )
-"""What the domain has stand-ins for on a CPU, one at a time, small enough for plain PyTorch: 16-bit indices of rows
-wrap around, and loops over columns end."""
+"""What the domain has stand-ins for on a CPU, and beyond its classes, one at a time, small enough for plain PyTorch:
+16-bit indices of rows wrap around, so do blocks and experts counted in a byte, and loops over columns end."""
 _BEYOND_FP16 = Case(
     "integer, results beyond fp16", 4, 64, 96, 20, 2, 0, _FP16, data="integer", gate_slots=2, gate_exponent=13
 )
@@ -51,7 +52,7 @@ def decode_cases(scope: Scope) -> list[Case]:
     """Every code with every scale byte, in each activation dtype that is judged."""
     if scope.suite == "small":
         return small.decode_cases(scope.device_type)
-    return [case for dtype in scope.dtypes for case in element_cases(dtype)]
+    return [case for dtype in scope.dtypes for case in (*element_cases(dtype), *element_cases_with_options(dtype))]
 
 
 def narrow_decode_cases(suite: Suite, device_type: str) -> list[Case]:
@@ -121,7 +122,7 @@ def exact_cases(scope: Scope) -> list[Case]:
     fixtures = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
         fixtures = _some(fixtures)
-    large = _BEYOND_STAND_INS if scope.suite == "quick" and scope.expense == "cheap" else ()
+    large = () if scope.suite == "small" or scope.expense == "interpreted" else _BEYOND_STAND_INS
     beyond = [_BEYOND_FP16, ABOUT_TILES] if scope.suite != "small" and _FP16 in scope.dtypes else []
     mixed = _mixed(scope) if scope.suite != "small" else []
     domain = [case for case in _domain(scope) if case.exact]

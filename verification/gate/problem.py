@@ -54,6 +54,7 @@ _OPTIONS = {
     "use_fused_dX": "use_fused_dX",
     "use_fused_gather": "use_fused_gather",
     "dense": "dense weights",
+    "off_grid_weights": "weights off the grid of MXFP4",
     "layout": "packed in",
     "quantised_from": "quantised from",
     "scale_bytes": "scale bytes",
