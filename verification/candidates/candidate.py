@@ -35,6 +35,9 @@ from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXLayout, MXWeights
 
+_ACTIVATIONS = ("inputs", "gates", "sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
+"""Operands that a model computes; what it holds is made outside of inference_mode."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -94,13 +97,17 @@ class Candidate:
         """
         operands, leaves = _operands(sample, copy=True)
         y = self._forward(sample, operands)
+        if leaves and sample.case.call.output == "dropped":
+            del operands
+            y = y * 1
+            return {"Y": y.detach(), **self.gradients(sample, y, leaves)}
         outputs = self._backward(sample, y, leaves)
         _check_unchanged(sample, operands)
         return outputs
 
     def _backward(self, sample: Sample, y: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """Y and the gradients, where the caller may overwrite Y in between."""
-        if not leaves or sample.case.call.output == "kept":
+        if not leaves or sample.case.call.output != "overwritten":
             return {"Y": y.detach(), **self.gradients(sample, y, leaves)}
         kept = y.detach().clone()
         try:
@@ -126,9 +133,16 @@ class Candidate:
             with call.surroundings(problem.device.type):
                 if call.context == "checkpoint":
                     return checkpoint(partial(self.call, **arguments), use_reentrant=False)
+                if call.context == "reentrant checkpoint":
+                    return _checkpoint_reentrantly(self.call, arguments)
                 return self.call(**arguments)
 
+        held = _held(arguments)
+        given = _versions(*held.values())
         y = in_another_thread(forward) if call.threads == "another" else forward()
+        for name, before, after in zip(held, given, _versions(*held.values()), strict=True):
+            if before != after:
+                raise UnusableAnswerError(f"changes {name} in place; expected every operand unchanged")
         self._check_output(y, sample)
         _check_apart({"Y": y}, operands)
         return y  # type: ignore[no-any-return]
@@ -185,6 +199,14 @@ class Candidate:
         _settled({"Y": y.detach()})
         if mode != "grad" and y.requires_grad:
             raise UnusableAnswerError(f"returned an output that requires a gradient, under {mode}")
+        if y.requires_grad and not any(_required(sample)):
+            raise UnusableAnswerError("returned an output that requires a gradient, though no operand does")
+        if mode != "inference" and y.is_inference():
+            raise UnusableAnswerError(
+                "returned an inference tensor outside inference_mode, which nobody may write or save for a gradient"
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(y.shape, y.stride(), strict=True)):
+            raise UnusableAnswerError("returned rows or columns that share memory; expected one that can be written")
 
     def _accepted(self, arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         """The call's keywords. Those that the callable lacks are left out where they hold their defaults."""
@@ -240,12 +262,40 @@ def _operands(sample: Sample, copy: bool) -> tuple[dict[str, Any], dict[str, Ten
     call, problem = sample.case.call, sample.problem
     tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
     operands: dict[str, Any] = {name: x.detach() if copy else x for name, x in tensors.items()}
+    made_there = _ACTIVATIONS if copy and call.mode == "inference" else ()
     if copy:
         operands = {name: call.lay_out(name, x) for name, x in operands.items()}
         operands |= _packed(problem.expert_weights, call)
-    required = {tensor: name for tensor, name in OPERAND_OF.items() if name in operands and call.requires(tensor)}
-    operands |= {name: _owned(operands[name], name, call.owner) for name in required.values()}
-    return operands, {tensor: operands[name] for tensor, name in required.items() if call.wants(tensor)}
+        with torch.inference_mode(bool(made_there)):
+            operands |= {name: call.lay_out(name, tensors[name]) for name in made_there if name in tensors}
+    required = {tensor: name for tensor, name in _required(sample).items() if name not in made_there}
+    leaves = {name: _owned(operands[name], name, call.owner) for name in required.values()}
+    computed = call.owner == "computed"
+    operands |= {name: leaf.view_as(leaf) if computed else leaf for name, leaf in leaves.items()}
+    return operands, {tensor: leaves[name] for tensor, name in required.items() if call.wants(tensor)}
+
+
+def _required(sample: Sample) -> dict[str, str]:
+    """The operands that require a gradient, by the name of that."""
+    given = sample.problem.arguments()
+    return {t: n for t, n in OPERAND_OF.items() if isinstance(given.get(n), Tensor) and sample.case.call.requires(t)}
+
+
+def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments of a call, packed bytes and scales too, that count how often they change."""
+    weights = arguments.get("expert_weights")
+    packed = {"packed": weights.packed, "scales": weights.scales} if isinstance(weights, MXWeights) else {}
+    return {n: x for n, x in ({**arguments, **packed}).items() if isinstance(x, Tensor) and not x.is_inference()}
+
+
+def _checkpoint_reentrantly(layer: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """A checkpointed region of the older kind: what requires a gradient is handed to it one by one."""
+    names = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad]
+
+    def region(*given: Tensor) -> Any:
+        return layer(**arguments | dict(zip(names, given, strict=True)))
+
+    return checkpoint(region, *(arguments[name] for name in names), use_reentrant=True)
 
 
 def _versions(*tensors: Tensor) -> list[int]:
@@ -255,18 +305,19 @@ def _versions(*tensors: Tensor) -> list[int]:
 
 def _packed(weights: Tensor | MXWeights, call: Call) -> dict[str, MXWeights]:
     """Packed weights whose bytes and scales lie as a call has them: contiguous, wherever they begin."""
-    if not isinstance(weights, MXWeights) or (call.weights, call.storage) == ("contiguous", "its own"):
+    if not isinstance(weights, MXWeights):
         return {}
+    if (call.weights, call.storage) == ("contiguous", "its own"):
+        return {"expert_weights": replace(weights)}  # an object of its own, which nobody keeps
     packed, scales = call.lay_out("packed", weights.packed), call.lay_out("scales", weights.scales)
     return {"expert_weights": replace(weights, packed=packed, scales=scales)}
 
 
 def _owned(operand: Tensor, name: str, owner: str) -> Tensor:
-    """The operand, requiring a gradient: a leaf of the graph, a parameter, or the result of something else."""
+    """A leaf of the graph: the operand itself, or a parameter."""
     if owner == "parameter" and name not in ("inputs", "gates"):
         return torch.nn.Parameter(operand)
-    leaf = operand.requires_grad_()
-    return leaf.view_as(leaf) if owner == "computed" else leaf
+    return operand.requires_grad_()
 
 
 def _settled(outputs: Mapping[str, Tensor | None]) -> None:

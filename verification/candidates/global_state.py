@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,16 +23,21 @@ class GlobalState:
     gradients_enabled: bool
     inference_mode: bool
     autocast: tuple[bool, bool]
+    autocast_dtypes: tuple[torch.dtype, torch.dtype]
     random_numbers: tuple[int, ...]
     fp32_products: tuple[str, bool]
+    sums_in_16_bits: tuple[Any, Any]
     flush_to_zero: bool
     active_modes: tuple[int, int]
     tracing: tuple[Any, Any]
+    hooks_of_saved_tensors: bool
+    anomaly_mode: bool
 
     @classmethod
     def now(cls) -> GlobalState:
         """The state at this moment."""
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        matmul = torch.backends.cuda.matmul
         generators = [torch.random.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
         return cls(
             torch.get_default_dtype(),
@@ -41,11 +47,15 @@ class GlobalState:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
-            tuple(hash(state.numpy().tobytes()) for state in generators),
+            (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")),
+            (*(hash(state.numpy().tobytes()) for state in generators), *_others_random_numbers()),
             (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
+            (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction),
             float(torch.tensor(_SUBNORMAL, dtype=torch.float32, device="cpu") * 1) == 0.0,
             (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
             (sys.gettrace(), sys.getprofile()),
+            torch._C._autograd._top_saved_tensors_default_hooks(False) is not None,
+            torch.is_anomaly_enabled(),
         )
 
     def changes(self, before: GlobalState) -> dict[str, str]:
@@ -90,3 +100,9 @@ def _deterministic() -> tuple[bool, bool]:
 
 def _plain(value: Any) -> str:
     return str(value).removeprefix("torch.")
+
+
+def _others_random_numbers() -> tuple[int, int]:
+    """Those of Python and of NumPy, which nobody has seeded without having imported it."""
+    numpy = sys.modules.get("numpy.random")
+    return hash(random.getstate()), 0 if numpy is None else hash(numpy.get_state()[1].tobytes())

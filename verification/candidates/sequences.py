@@ -20,7 +20,7 @@ from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import without
-from mxref.weights import MXWeights
+from mxref.weights import MXWeights, decode_mxfp4
 
 _EXAMPLES, _STEPS = 8, 8
 
@@ -34,8 +34,9 @@ _CHANGED = (
 """What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
 _CHANGES = "in place", "in place, through .data", ".data is another tensor"
 """How: as autograd counts it, behind its back in the same memory, or in other memory."""
-_MANY = 16
-"""Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again."""
+_MANY, _FEWER = 130, 16
+"""Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again. The
+layers of a large model need as many at once; interpreted kernels take too long for more than a few."""
 
 
 def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> list[Answer]:
@@ -62,8 +63,10 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         verbosity=Verbosity.quiet, phases=phases, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     try:
-        _as_in_evaluation(Machine())
-        _as_in_pipelines(Machine())
+        many = _FEWER if candidate.operators and sample.problem.device.type == "cpu" else _MANY
+        _as_in_evaluation(Machine(), many)
+        _as_in_pipelines(Machine(), many)
+        _as_in_variants(Machine())
         for operand in _CHANGED:
             _as_in_training(Machine(), operand)
         run_state_machine_as_test(Machine, settings=profile)
@@ -74,20 +77,20 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
     return list(seen[-1]) if seen else []
 
 
-def _as_in_evaluation(machine: _Calls) -> None:
+def _as_in_evaluation(machine: _Calls, many: int) -> None:
     """Results without a graph, many of them alive at once; then training on the same operands."""
     machine.evaluate(which="a")
-    for _ in range(_MANY):
+    for _ in range(many):
         machine.evaluate(which="d")
     machine.look_again()
     machine.forward(which="a")
     machine.backward(index=0, retain=False)
 
 
-def _as_in_pipelines(machine: _Calls) -> None:
+def _as_in_pipelines(machine: _Calls, many: int) -> None:
     """Many graphs alive at once, whose backward passes come in another order; then calls that differ in more."""
     machine.forward(which="a")
-    for _ in range(_MANY):
+    for _ in range(many):
         machine.forward(which="d")
     for index in (0, -1, 0, -1):
         machine.backward(index=index, retain=False)
@@ -96,6 +99,16 @@ def _as_in_pipelines(machine: _Calls) -> None:
         machine.forward(which=which)
     for index in (-4, -3, -2, -1):
         machine.backward(index=index, retain=False)
+    machine.look_again()
+
+
+def _as_in_variants(machine: _Calls) -> None:
+    """The same tensors in calls that differ in what is no tensor, or in one that is left out; there and back."""
+    variants = sorted(machine.samples.keys() - set("bcdef"))
+    for which in (*variants, *reversed(variants)):
+        machine.forward(which=which)
+    for _ in range(2 * len(variants)):
+        machine.backward(index=0, retain=False)
     machine.look_again()
 
 
@@ -142,12 +155,15 @@ class _Pending:
 
 
 class _Calls(RuleBasedStateMachine):
-    """Calls on six sets of operands, each the same tensors in every call.
+    """Calls on sets of operands, each the same tensors in every call.
 
     a: the sample. b: the same shapes with other signs, another scaling and, without gates, another order of rows.
     c: the first tokens of a alone, whose rows of x lie where those of a do. d: a with other signs. e, f: a where its
     operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have other
     strides, but for packed bytes, which are contiguous.
+
+    Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters; neither
+    biases nor gates; x row by row, by position, and in expert order, which has the same shape.
     """
 
     def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]]) -> None:
@@ -164,7 +180,7 @@ class _Calls(RuleBasedStateMachine):
         c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
         e = a.mapped(lambda _, x: lay_out(x, "offset"))
         f = a.mapped(lambda _, x: lay_out(x, "contiguous" if x.dtype == torch.uint8 else "transposed"))
-        self.samples = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f}
+        self.samples = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f} | _variants(a)
         self.expected: dict[str, Outputs] = {}  # as long as the operands are what they are
 
     @rule(which=st.sampled_from("abcdef"))
@@ -256,6 +272,28 @@ class _Calls(RuleBasedStateMachine):
             raise _DifferentError(self.seen[0])
 
 
+def _variants(a: Sample) -> dict[str, Sample]:
+    """Calls with a's own tensors that differ in one thing, by what that is."""
+    problem, weights = a.problem, a.problem.expert_weights
+    names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
+    by_position = problem.inputs.repeat_interleave(problem.k, 0)
+    expert_order = by_position[problem.row_positions()]
+    found = {
+        "other s": a.changed(scaling=-problem.scaling),
+        "int32": a.changed(**{name: getattr(problem, name).int() for name in names}),
+        "no adapters": a.changed(lora_A=None, lora_B=None),
+        "row by row": a.changed(inputs=by_position, k=1),
+        "in expert order": a.changed(inputs=expert_order, k=1, grouped_in=True),
+    }
+    if isinstance(weights, MXWeights):
+        found["decoded"] = a.changed(expert_weights=decode_mxfp4(weights, problem.dtype).mT)
+    if problem.gates is not None:
+        rows = torch.ones(problem.P // a.grad_out.shape[0], device=a.grad_out.device, dtype=a.grad_out.dtype)
+        dOut = (a.grad_out[:, None] * rows[None, :, None]).flatten(0, 1)
+        found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
+    return found
+
+
 def _changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, Tensor]]:
     """Tensors of a problem, and what they hold after a change; `again`: one that takes an earlier one back."""
     weights = problem.expert_weights
@@ -275,7 +313,11 @@ def _changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, 
         scales[-1] += 1 - 2 * again  # the last expert's weights are doubled, and halved again
         return [(weights.scales, scales)]
     x = getattr(problem, operand, None)
-    return [(x, -x)] if isinstance(x, Tensor) else []
+    if not isinstance(x, Tensor):
+        return []
+    new, part = x.detach().clone(), slice(-1) if again else slice(-1, None)  # the last row's alone first
+    new[part] *= -1
+    return [(x, new)]
 
 
 def _like(x: Tensor | None, other: Tensor | None) -> Tensor | None:

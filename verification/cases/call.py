@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,14 +23,14 @@ REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one nu
 Storage = Literal["its own", "shared"]
 Mode = Literal["grad", "no_grad", "inference"]
 Context = Literal[
-    "plain", "autocast", "autocast in backward", "autocast in both passes", "deterministic", "checkpoint",
-    "saved elsewhere", "bf16 by default",
+    "plain", "autocast", "autocast to fp16", "autocast in backward", "autocast in both passes", "deterministic",
+    "strictly deterministic", "checkpoint", "reentrant checkpoint", "saved elsewhere", "bf16 by default",
 ]  # fmt: skip
 Owner = Literal["leaf", "parameter", "computed"]
 Arguments = Literal["spelled out", "defaults left out"]
 Backward = Literal["at once", "one by one", "create_graph", "accumulated"]
 Threads = Literal["one", "another", "another in backward"]
-Output = Literal["kept", "overwritten"]
+Output = Literal["kept", "overwritten", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,18 @@ class Call:
             something else.
         arguments: every keyword is given, or those that hold their defaults are left out.
         needs: gradients that are asked for, of "dX", "dA", "dB", "dbias", "dgates"; None for all that can be.
-        mode: under which gradient mode the forward pass runs; no gradient is asked for but in "grad".
+        mode: under which gradient mode the forward pass runs; no gradient is asked for but in "grad". In "inference" x,
+            gates and the routing are made there too.
         backward: the gradients are asked for at once; one after the other, over a retained graph, as pipelines do that
             put off a weight's gradient; with `create_graph`; or by two backward passes over a retained graph that
             accumulate in `.grad`, which holds none before the first.
-        context: what else is active: autocast around the forward pass, the backward pass, or both; deterministic
-            algorithms or another default dtype around both; a checkpointed region, which runs the forward pass again in
-            the backward pass; or hooks that give the backward pass copies of what was saved.
+        context: what else is active: autocast, to bf16 or fp16, around the forward pass, the backward pass, or both;
+            deterministic algorithms, where others warn or raise, or another default dtype around both; a checkpointed
+            region, which runs the forward pass again in the backward pass, or the older, reentrant one, which runs a
+            backward pass in it too; or hooks that give the backward pass copies of what was saved.
         threads: the call is made in the main thread, or in another one, or its backward pass is asked for in another.
-        output: what the call returned stays as it is until the backward pass, or the caller has overwritten it by then.
+        output: what the call returned stays as it is until the backward pass; or the caller has overwritten it by then;
+            or has gone on with a product of it, and keeps neither it nor an operand but the leaves.
     """
 
     x: Layout = "contiguous"
@@ -123,9 +127,9 @@ def _plain(device_type: str) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _deterministic(device_type: str) -> Iterator[None]:
+def _deterministic(device_type: str, warn_only: bool = True) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         yield
     finally:
@@ -142,16 +146,18 @@ def _default_dtype(device_type: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _autocast(device_type: str) -> AbstractContextManager[object]:
-    return torch.autocast(device_type, torch.bfloat16)
+def _autocast(device_type: str, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager[object]:
+    return torch.autocast(device_type, dtype)
 
 
 _Contexts = dict[Context, Callable[[str], AbstractContextManager[object]]]
 _GLOBAL: _Contexts = {
-    "autocast in both passes": _autocast, "deterministic": _deterministic, "bf16 by default": _default_dtype
+    "autocast in both passes": _autocast, "deterministic": _deterministic,
+    "strictly deterministic": partial(_deterministic, warn_only=False), "bf16 by default": _default_dtype,
 }  # fmt: skip
 _FORWARD: _Contexts = _GLOBAL | {
     "autocast": _autocast,
+    "autocast to fp16": partial(_autocast, dtype=torch.float16),
     "saved elsewhere": lambda device_type: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy),
 }
 _BACKWARD: _Contexts = _GLOBAL | {"autocast in backward": _autocast}

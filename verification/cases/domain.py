@@ -219,11 +219,11 @@ DIMENSIONS: tuple[Dimension, ...] = (
     _how("backward pass", "backward", "at once", "one by one", "create_graph", "accumulated"),
     _how(
         "context", "context",
-        "plain", "autocast", "autocast in backward", "autocast in both passes", "deterministic", "checkpoint",
-        "saved elsewhere", "bf16 by default",
+        "plain", "autocast", "autocast to fp16", "autocast in backward", "autocast in both passes", "deterministic",
+        "strictly deterministic", "checkpoint", "reentrant checkpoint", "saved elsewhere", "bf16 by default",
     ),
     _how("threads", "threads", "one", "another", "another in backward"),
-    _how("output", "output", "kept", "overwritten"),
+    _how("output", "output", "kept", "overwritten", "dropped"),
     _of(
         "values",
         exact={}, ordinary={"data": "balanced"}, off_every_grid={"data": "off_grid"}, subnormal={"data": "subnormal"},

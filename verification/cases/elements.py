@@ -49,11 +49,9 @@ def element_cases_with_options(dtype: torch.dtype) -> list[Case]:
     Whatever decodes in a kernel of its own there has to decode all of them too. Last come finite products with numbers
     so large that a sum from which a block's scale is left until later overflows.
     """
-    fused = {"use_fused_dX": True, "use_fused_gather": True}
-    finite, *others = element_cases(dtype)
-    options = {"rank": 4, "bias": True, "gate_slots": 1, **fused}
-    cases = [replace(finite, name=f"{finite.name}, fused", **fused)]
-    cases += [replace(case, name=f"{case.name}, everything", **options) for case in (finite, *others)]
+    every = [replace(case, use_fused_dX=True, use_fused_gather=True) for case in element_cases(dtype)]
+    cases = [replace(every[0], name=f"{every[0].name}, fused")]
+    cases += [replace(case, name=f"{case.name}, everything", rank=4, bias=True, gate_slots=1) for case in every]
     if dtype != torch.float16:
         large = replace(elements_to_128(dtype), scale_bytes=tuple(range(128)), special="large partners")
         cases.append(replace(large, name=f"bytes below 128 times 2^124, {_name(dtype)}"))
@@ -179,15 +177,18 @@ def _weights(bytes_: Tensor) -> MXWeights:
 
 def _sample(case: Case, weights: MXWeights, x: Tensor, dY: Tensor, experts: Tensor) -> Sample:
     E, K, N, r = case.experts, case.K, case.N, case.rank
-    others: dict[str, Tensor] = {}
-    if r:
-        others |= {"lora_A": torch.ones(E * r, K, dtype=x.dtype), "lora_B": torch.zeros(N, E * r, dtype=x.dtype)}
-    if case.bias:
-        others["expert_biases"] = torch.zeros(E, N, dtype=x.dtype)
-    if case.gate_slots:
-        others["gates"] = torch.ones(len(x) // case.gate_slots, case.gate_slots, dtype=x.dtype)
-    routed = flatten_sort_count(experts, E)
-    return Sample(case, Problem(x, weights, 1, *routed, scaling=case.scaling, **others), dY)
+    problem = Problem(
+        x,
+        weights,
+        1,
+        *flatten_sort_count(experts, E),
+        lora_A=torch.ones(E * r, K, dtype=x.dtype) if r else None,
+        lora_B=torch.zeros(N, E * r, dtype=x.dtype) if r else None,
+        scaling=case.scaling,
+        expert_biases=torch.zeros(E, N, dtype=x.dtype) if case.bias else None,
+        gates=torch.ones(len(x) // case.gate_slots, case.gate_slots, dtype=x.dtype) if case.gate_slots else None,
+    )
+    return Sample(case, problem, dY)
 
 
 def _name(dtype: torch.dtype) -> str:

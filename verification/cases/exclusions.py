@@ -31,8 +31,9 @@ _ROWS_SHARE = "all rows are the same, or share elements"
 _OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
 _WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("backward pass", ("one by one", "create_graph", "accumulated")),
-    ("context", ("autocast in backward", "autocast in both passes", "checkpoint", "saved elsewhere")),
-    ("threads", ("another in backward",)), ("output", ("overwritten",)),
+    ("context", ("autocast in backward", "autocast in both passes", "checkpoint", "reentrant checkpoint",
+                 "saved elsewhere")),
+    ("threads", ("another in backward",)), ("output", ("overwritten", "dropped")),
     ("layout of dOut", ("transposed", "sliced", "padded", "offset", *REPEATED)),
 )  # fmt: skip
 
@@ -89,6 +90,8 @@ EXCLUDED: tuple[Exclusion, ...] = (
     *(Exclusion(first, none, dimension, classes, "there is no backward pass")
       for first, none in (("gradient mode", ("no_grad", "inference")), ("gradients", ("none",)))
       for dimension, classes in _WITHOUT_BACKWARD),
+    Exclusion("context", ("reentrant checkpoint",), "backward pass", ("at once", "one by one", "create_graph"),
+              "torch refuses torch.autograd.grad there"),
     Exclusion("rows", ("more than 2^16",), "N", ("5760",), "3 GB a tensor in the golden model's fp64"),
     Exclusion("rows", ("more than 2^16",), "K", ("2880",), "2 GB a tensor in the golden model's fp64"),
     Exclusion("adapters", ("none",), "gradients", ("dA alone", "dB alone"), "there is no adapter"),
