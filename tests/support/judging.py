@@ -24,7 +24,8 @@ BY_NAME: dict[str, Check] = {check.name: check for check in CHECKS}
 NARROW = ", ".join(
     f"{dimension.name}={dimension.classes[0].name}"
     for dimension in DIMENSIONS
-    if len(dimension.classes) > 6 and dimension.name not in ("rank", "adapters", "gates", "routing", "values")
+    if len(dimension.classes) > 6
+    and dimension.name not in ("N", "rank", "slots", "parameters", "adapters", "gates", "routing", "values")
 )
 """A subset of the domain that a full suite is planned for in a fraction of the time."""
 

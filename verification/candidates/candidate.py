@@ -282,10 +282,14 @@ def _required(sample: Sample) -> dict[str, str]:
 
 
 def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments of a call, packed bytes and scales too, that count how often they change."""
+    """The tensors among the arguments of a call, packed bytes and scales too, that count how often they change.
+
+    Not dense weights: to become the parameter of a module counts as a change of theirs.
+    """
     weights = arguments.get("expert_weights")
     packed = {"packed": weights.packed, "scales": weights.scales} if isinstance(weights, MXWeights) else {}
-    return {n: x for n, x in ({**arguments, **packed}).items() if isinstance(x, Tensor) and not x.is_inference()}
+    tensors = {n: x for n, x in {**arguments, **packed}.items() if isinstance(x, Tensor) and n != "expert_weights"}
+    return {name: x for name, x in tensors.items() if not x.is_inference()}
 
 
 def _checkpoint_reentrantly(layer: Callable[..., Any], arguments: dict[str, Any]) -> Any:

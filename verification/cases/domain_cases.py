@@ -81,15 +81,19 @@ def case_of(name: str, classes: dict[str, Class]) -> Case:
     if gated:
         fields.setdefault("gate_slots", slots_of(gated, fields["tokens"] * fields["top_k"], fields["top_k"]))
     if apart is not None:
-        dtypes = [fields["dtype"]] * 4
-        dtypes[apart] = torch.bfloat16 if fields["dtype"] == torch.float32 else torch.float32
-        fields["own_dtypes"] = tuple(dtypes)
+        fields["own_dtypes"] = dtypes_apart(apart, fields["dtype"])
     # Sums of as many equal terms, or of all rows, are large.
     exact = keeps_sums_exact(fields["scaling"]) and not repeated and fields.get("gate_slots", 0) <= EXACT_SLOTS
     exact &= "off_grid_weights" not in fields
     fields.setdefault("data", "integer" if exact else "balanced")
     covers = tuple((dimension, each.name) for dimension, each in classes.items())
     return Case(name, **fields, call=Call(**how), covers=covers)
+
+
+def dtypes_apart(number: int, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Of the parameters where all but one, of that number, have the activations' dtype."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    return tuple(other if each == number else dtype for each in range(4))
 
 
 def slots_of(gated: Literal[True, "other", "across", "all"], rows: int, slots: int) -> int:

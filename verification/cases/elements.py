@@ -22,8 +22,8 @@ _CODES = len(E2M1_VALUES)
 _EXPERTS = 2  # among which the 16 blocks are dealt: K = N = 256 costs a kernel least
 _BYTES_AT_ONCE = 4  # bounds the size of one non-finite sample; only fp16 has more bytes
 _NAN_BYTE = 255
-_LARGE = 2.0**124
-"""Times 6, under byte 127, the largest weight that is met: finite. Beside a sum that is not scaled yet, not."""
+_LARGE = 2.0**126
+"""Times the code 6 beyond fp32, and under bytes below 127 not."""
 
 
 def element_cases(dtype: torch.dtype, nonfinite: bool = True) -> list[Case]:
@@ -53,8 +53,8 @@ def element_cases_with_options(dtype: torch.dtype) -> list[Case]:
     cases = [replace(every[0], name=f"{every[0].name}, fused")]
     cases += [replace(case, name=f"{case.name}, everything", rank=4, bias=True, gate_slots=1) for case in every]
     if dtype != torch.float16:
-        large = replace(elements_to_128(dtype), scale_bytes=tuple(range(128)), special="large partners")
-        cases.append(replace(large, name=f"bytes below 128 times 2^124, {_name(dtype)}"))
+        large = replace(elements_to_128(dtype), scale_bytes=tuple(range(127)), special="large partners")
+        cases.append(replace(large, name=f"bytes below 127 times 2^126, {_name(dtype)}"))
     return cases
 
 

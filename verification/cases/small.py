@@ -123,9 +123,12 @@ def index_cases(device_type: str) -> list[Case]:
 
 
 def subset_cases(scope: Scope) -> list[Case]:
-    """For every subset of the gradients: an integer fixture with everything that has one. None for mutants."""
-    base = smallest(usual_dtype(scope.device_type))
-    return [] if scope.suite == "small" else [replace(base, name="subsets", gate_slots=2, routing="sentinels")]
+    """For every subset of the gradients: integer fixtures with everything that has one, and without gates.
+
+    None for mutants.
+    """
+    plain = replace(smallest(usual_dtype(scope.device_type)), name="subsets, no gates", routing="sentinels")
+    return [] if scope.suite == "small" else [replace(plain, name="subsets", gate_slots=2), plain]
 
 
 def sequence_cases(scope: Scope) -> list[Case]:

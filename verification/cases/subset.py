@@ -17,7 +17,10 @@ from typing import Any
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension
-from mxref.verification.cases.domain_cases import slots_of
+from mxref.verification.cases.domain_cases import dtypes_apart, slots_of
+
+_NO_FIELDS = ("data", "gated", "rows", "apart")
+"""What a class says of a case that is none of its fields, or not to be changed."""
 
 _NUMBERS: dict[str, Callable[[Case], int]] = {
     "rows": lambda case: case.rows,
@@ -154,7 +157,7 @@ def _check(condition: Condition) -> None:
 def _allows(condition: Condition, dimension: Dimension, each: Class) -> bool:
     """Whether some case of a class can meet a condition on its dimension."""
     if condition.dimension in _NUMBERS and all(value.isdigit() for value in condition.values):
-        fields = {key: value for key, value in each.case.items() if key != "rows"}
+        fields = {key: value for key, value in each.case.items() if key not in ("rows", "apart")}
         if dimension.name == "rows":
             return True  # rows are tokens times slots: judged case by case
         return condition.holds(Case("", **fields))
@@ -172,10 +175,13 @@ def _moved(case: Case, condition: Condition) -> Case:
     def changes(kind: type[Case | Call], of: Callable[[Class], Mapping[str, Any]]) -> dict[str, Any]:
         usual = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
         others = {name: usual[name] for each in dimension.classes for name in of(each) if name in usual}
-        return {name: x for name, x in (others | {**of(chosen)}).items() if name not in ("data", "gated", "rows")}
+        return {name: x for name, x in (others | {**of(chosen)}).items() if name not in _NO_FIELDS}
 
     call = replace(case.call, **changes(Call, lambda each: each.call))
     moved = replace(case, **changes(Case, lambda each: each.case), call=call)
+    if dimension.name == "parameters":
+        apart = chosen.case.get("apart")
+        moved = replace(moved, own_dtypes=() if apart is None else dtypes_apart(apart, moved.dtype))
     if chosen.case.get("gated"):
         return replace(moved, gate_slots=moved.top_k, grouped_out=False)
     gated = moved.gate_slots and not moved.grouped_out  # the gated sum needs rows by position
@@ -187,8 +193,10 @@ def _class_of(case: Case, dimension: str) -> str:
     classes = next(each.classes for each in DIMENSIONS if each.name == dimension)
 
     def agrees(each: Class) -> bool:
-        fields = {name: value for name, value in each.case.items() if name not in ("gated", "rows")}
-        kind = each.case.get("gated")
+        fields = {name: value for name, value in each.case.items() if name == "data" or name not in _NO_FIELDS}
+        apart, kind = each.case.get("apart"), each.case.get("gated")
+        if apart is not None and case.own_dtypes != dtypes_apart(apart, case.dtype):
+            return False
         gated = not kind or case.gate_slots > 0
         if kind in ("across", "all"):
             gated = case.gate_slots == slots_of(kind, case.rows, case.top_k)

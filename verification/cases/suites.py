@@ -130,14 +130,22 @@ def exact_cases(scope: Scope) -> list[Case]:
 
 
 def _mixed(scope: Scope) -> list[Case]:
-    """Parameters of different dtypes, each of which its gradient has; and lora_A zero in place of lora_B."""
+    """Parameters of different dtypes, each of which its gradient has; infinite ones; lora_A zero in place of lora_B."""
     base = Case("integer, A zero", 4, 64, 96, 20, 2, 4, data="integer", scaling=0.5, bias=True, gate_slots=2)
     cases = [replace(base, adapter_values="zero A")]
     for dtype in scope.dtypes:
+        for values in ("nan A", "nan B"):
+            far = replace(base, name=f"integer, {values}, infinities, {_TAGS[dtype]}", dtype=dtype, nan_bias=True)
+            cases.append(replace(far, adapter_values=values, gate_values="one NaN"))
+            if dtype == _FP16:
+                cases.append(replace(cases[-1], name=f"{cases[-1].name}, from fp32", parameter_dtype=_FP32))
         for own in ((_FP32, _BF16, _FP16, _FP32), (_BF16, _FP32, _FP32, _FP16)):
             name = f"integer, {_TAGS[dtype]}, A {_TAGS[own[0]]}, B {_TAGS[own[1]]}"
             cases.append(replace(base, name=name, dtype=dtype, own_dtypes=own))
-    return [*cases, *(rounded(case) for case in cases if case.dtype != _FP32)]
+        other = _BF16 if dtype == _FP32 else _FP32
+        alone = replace(base, name=f"integer, {_TAGS[dtype]}, no LoRA, biases {_TAGS[other]}", dtype=dtype, rank=0)
+        cases.append(replace(alone, own_dtypes=(dtype, dtype, other, dtype)))
+    return [*cases, *(rounded(case) for case in cases if case.own_dtypes and case.dtype != _FP32)]
 
 
 def _rounded_domain(scope: Scope) -> list[Case]:

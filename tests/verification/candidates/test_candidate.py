@@ -12,6 +12,7 @@ from judging import ask, integers
 from torch import Tensor
 
 import mxref
+from mxref.verification.candidates.answer import UnusableAnswerError
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case
@@ -134,7 +135,8 @@ def test_the_candidate_works_on_copies() -> None:
 
     sample = draw(SMALL)
     before = sample.problem.inputs.clone()
-    Candidate("scribble", scribble).trace(sample)
+    with pytest.raises(UnusableAnswerError, match="changes inputs in place"):
+        Candidate("scribble", scribble).trace(sample)
     assert torch.equal(sample.problem.inputs, before)
 
 

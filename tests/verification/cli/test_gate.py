@@ -136,7 +136,7 @@ def test_a_planted_scale_error_is_located(capsys: pytest.CaptureFixture[str]) ->
     assert " FAIL " in capsys.readouterr().out
     assert verdict()["exit_code"] == 1
     failed = [finding for finding in verdict()["findings"] if finding["status"] == "fail"]
-    assert {finding["tensor"] for finding in failed} == {"Y", "dX"}
+    assert {finding["tensor"] for finding in failed} == {"Y", "dX", "dgates"}
     for finding in failed:
         example = finding["counterexample"]
         assert 121 in example["coordinate"]
