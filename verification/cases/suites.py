@@ -164,7 +164,18 @@ def _some(cases: Iterable[Case]) -> list[Case]:
 
 def ordinary_cases(scope: Scope) -> list[Case]:
     """Ordinary numbers: named cases, and those that cover the domain where no exact fixture exists."""
-    return [*drawn_cases(scope.suite, scope.device_type), *_rounded(scope), *(c for c in _domain(scope) if not c.exact)]
+    drawn = drawn_cases(scope.suite, scope.device_type)
+    return [*drawn, *_rounded(scope), *_long(scope), *(case for case in _domain(scope) if not case.exact)]
+
+
+def _long(scope: Scope) -> list[Case]:
+    """Sums beyond those of `_BEYOND_STAND_INS`, with a term in every place: an exact one has few, the last seldom."""
+    if scope.suite == "small" or scope.expense == "interpreted":
+        return []
+    return [
+        Case("K beyond 8192", 1, 8224, 32, 6, 2, 3, _BF16, data="balanced"),
+        Case("N beyond 5760", 2, 32, 6113, 6, 2, 3, _FP16, data="balanced"),
+    ]
 
 
 def _rounded(scope: Scope) -> list[Case]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from mxref.verification.studies.calls import boundaries, callers, gradients, kept, layouts, memory, sizes, values
+from mxref.verification.studies.calls import (
+    boundaries,
+    callers,
+    gradients,
+    kept,
+    layouts,
+    memory,
+    seldom,
+    sizes,
+    values,
+)
 from mxref.verification.studies.calls.layer import Bug
 
 __all__ = ["BUGS"]
 
 BUGS: tuple[Bug, ...] = tuple(
     found
-    for module in (layouts, callers, kept, gradients, memory, values, sizes, boundaries)
+    for module in (layouts, callers, kept, gradients, memory, values, sizes, boundaries, seldom)
     for found in vars(module).values()
     if isinstance(found, Bug)
 )
-"""In the order of their modules: memory layout, callers, what is kept, gradients, state, numbers, sizes, boundaries."""
+"""In the order of their modules: memory layout, callers, what is kept, gradients, state, numbers, sizes, boundaries,
+what is seldom asked."""
