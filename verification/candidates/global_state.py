@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 _SUBNORMAL = 1e-40
@@ -81,12 +82,26 @@ class GlobalState:
         torch.set_grad_enabled(self.gradients_enabled)
         torch.set_autocast_enabled("cpu", self.autocast[0])
         torch.set_autocast_enabled("cuda", self.autocast[1])
+        for device_type, dtype in zip(("cpu", "cuda"), self.autocast_dtypes, strict=True):
+            torch.set_autocast_dtype(device_type, dtype)
         torch.set_float32_matmul_precision(self.fp32_products[0])
+        matmul = torch.backends.cuda.matmul
+        if (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction) != (
+            self.sums_in_16_bits
+        ):
+            matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = (
+                self.sums_in_16_bits
+            )
         torch.set_flush_denormal(self.flush_to_zero)
         while torch._C._len_torch_function_stack() > self.active_modes[0]:
             torch._C._pop_torch_function_stack()
         while torch._C._len_torch_dispatch_stack() > self.active_modes[1]:
             torch._C._pop_torch_dispatch_stack()
+        while (
+            not self.hooks_of_saved_tensors and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        ):
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        torch.autograd.set_detect_anomaly(self.anomaly_mode)
         traces, profiles = self.tracing
         if sys.gettrace() is not traces:
             sys.settrace(traces)
@@ -103,6 +118,5 @@ def _plain(value: Any) -> str:
 
 
 def _others_random_numbers() -> tuple[int, int]:
-    """Those of Python and of NumPy, which nobody has seeded without having imported it."""
-    numpy = sys.modules.get("numpy.random")
-    return hash(random.getstate()), 0 if numpy is None else hash(numpy.get_state()[1].tobytes())
+    """Those of Python and of NumPy."""
+    return hash(random.getstate()), hash(repr(np.random.get_state()))

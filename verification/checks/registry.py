@@ -42,7 +42,7 @@ _OF_ANY: tuple[Check, ...] = (
     Check(
         "decode",
         "Every pair of an MXFP4 code and a scale byte, 16 × 256 of them, in every place of a block, is decoded through "
-        "the products and compared with the value that the format defines.",
+        "the products, alone and beside every option, and compared with the value that the format defines.",
         Asked.ANY, suites.decode_cases, asking.once, equal,
     ),
     Check(
@@ -105,10 +105,11 @@ _OF_ANY: tuple[Check, ...] = (
     ),
     Check(
         "sequences",
-        "Calls in any order, of several forward passes, gradients of earlier ones, many graphs alive at once, calls "
-        "without a graph, operands changed in place as an optimiser does or given other memory through `.data`, other "
-        "shapes in the same memory, the same shapes elsewhere or with other strides: a result depends on its operands "
-        "alone. A failure is shrunk to the shortest sequence.",
+        "Calls in any order, of several forward passes, gradients of earlier ones, as many graphs alive as a large "
+        "model has layers, calls without a graph, operands changed in place as an optimiser does or given other memory "
+        "through `.data`, other shapes in the same memory, the same shapes elsewhere or with other strides, the same "
+        "tensors in calls that differ in something else: a result depends on its operands alone. A failure is shrunk "
+        "to the shortest sequence.",
         Asked.ANY, _fitted(small.sequence_cases), in_sequences, same_values,
     ),
     Check(
@@ -138,8 +139,8 @@ VALUES = INTERVAL, DRIFT, SIGN, EXPONENT = tuple(_BY_NAME[name] for name in ("in
 STATE = Check(
     "state",
     "After each case torch's global state is what it was before: default dtype and device, gradient mode, autocast, "
-    "deterministic mode, threads, products in TF32, subnormals, modes, tracing, and random numbers, none of which the "
-    "layer draws.",
+    "deterministic mode, threads, products in TF32, sums in 16 bits, subnormals, modes, hooks, tracing, and random "
+    "numbers, Python's and NumPy's too, none of which the layer draws.",
     Asked.ANY,
 )  # fmt: skip
 """Held around every asking, see `gate.run`."""

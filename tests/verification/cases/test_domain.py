@@ -105,6 +105,17 @@ def test_what_is_costly_is_the_largest_batch_alone() -> None:
     assert without_costly(largest) == largest, "nothing else is left"
 
 
+def test_of_classes_that_cover_as_much_the_cheapest_is_taken() -> None:
+    others = [Dimension(name, tuple(map(Class, "012"))) for name in "bcde"]
+    cheap, dear = (
+        sum(row[0] == 1 for row in covering_array([Dimension("a", (Class("0"), each)), *others], (), 2, 0))
+        for each in (Class("1"), Class("1", cost=1.0))
+    )
+    assert 3 <= dear < cheap
+    cases = domain_cases(2, EVERY, "cheap", 0)
+    assert sum(("experts", "hundreds") in case.covers for case in cases) < len(cases) / 4
+
+
 def test_another_seed_covers_with_other_cases() -> None:
     one, other = (domain_cases(2, FP32, "interpreted", seed) for seed in (0, 1))
     assert {case.covers for case in one}.isdisjoint(case.covers for case in other)

@@ -105,3 +105,40 @@ def test_a_sample_around_given_weights() -> None:
     assert sample.problem.expert_weights is weights or torch.equal(sample.problem.expert_weights.packed, weights.packed)
     assert tuple(sample.grad_out.shape) == (9, 96)
     assert sample.problem.rank == 8
+
+
+@pytest.mark.parametrize("parameters", [None, torch.float32])
+def test_infinities_stand_beside_nan_in_exact_fixtures(parameters: torch.dtype | None) -> None:
+    """Where a parameter is wider than fp16 activations it is finite, and infinite once it is rounded to them."""
+    case = Case("", 3, 64, 96, 9, 2, 4, torch.float16, parameters, bias=True, gate_slots=2, data="integer", scaling=0.5)
+    case = replace(case, adapter_values="nan A", gate_values="one NaN", nan_bias=True)
+    problem = draw(case).problem
+    for x, sign in ((problem.lora_A, 1), (problem.gates, 1), (problem.expert_biases, -1)):
+        assert x is not None
+        assert x.flatten()[0] == sign * (float("inf") if parameters is None else 2.0**17)
+        assert int(x.isnan().sum()) == 1
+    drawn = draw(replace(case, data="balanced")).problem
+    assert drawn.lora_A is not None
+    assert not drawn.lora_A.isinf().any()
+
+
+def test_weights_off_the_grid_are_no_mxfp4_weights() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        case = Case("", 3, 64, 96, 9, dtype=dtype, data="balanced", dense=True)
+        grid, off = (draw(replace(case, off_grid_weights=each)).problem.expert_weights for each in (False, True))
+        assert isinstance(grid, torch.Tensor)
+        assert isinstance(off, torch.Tensor)
+        there = grid != 0
+        assert ((off / grid)[there].double() - 1).abs().max() <= 0.51
+        coarser = torch.bfloat16 if dtype != torch.bfloat16 else torch.float8_e5m2
+        assert (off != off.to(coarser).to(dtype))[there].double().mean() > 0.5
+        assert torch.equal(grid, grid.to(coarser).to(dtype)) or dtype == torch.bfloat16
+
+
+def test_shuffled_positions_have_their_ends_in_place() -> None:
+    case = Case("", 1, 64, 96, 40, routing="shuffled")
+    positions = draw(case).problem.row_positions()
+    plain = draw(replace(case, routing="uniform")).problem.row_positions()
+    assert torch.equal(positions[[0, -1]], plain[[0, -1]])
+    assert torch.equal(positions.sort().values, plain)
+    assert not torch.equal(positions, plain)

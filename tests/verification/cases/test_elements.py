@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mxref.scattermoe import RoundingPoints, backward, forward
+from mxref.verification.candidates.shipped import golden
 from mxref.verification.cases.draw import draw
-from mxref.verification.cases.elements import all_elements, element_cases, finite_bytes, one_hot_elements
-from mxref.weights import decode_mxfp4
+from mxref.verification.cases.elements import (
+    all_elements,
+    element_cases,
+    element_cases_with_options,
+    finite_bytes,
+    one_hot_elements,
+)
+from mxref.weights import MXWeights, decode_mxfp4
 
 
 def test_the_exhaustive_fixtures_hold_every_element() -> None:
@@ -56,3 +65,28 @@ def test_the_smaller_sample_holds_each_finite_byte_once(dtype: torch.dtype) -> N
     rows = torch.arange(len(W))
     assert torch.equal(fwd.out.value, W.T[rows % weights.K])
     assert torch.equal(backward(sample.problem, fwd, sample.grad_out, points).dx.value, W)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_byte_is_asked_beside_every_option(dtype: torch.dtype) -> None:
+    """And changes nothing: what is computed beside it is zero, or one."""
+    plain, options = element_cases(dtype), element_cases_with_options(dtype)
+    fused, finite, *others = options[: 1 + len(plain)]
+    assert (fused.rank, fused.use_fused_dX, fused.use_fused_gather) == (0, True, True)
+    for case, with_options in zip(plain, (finite, *others), strict=True):
+        one, other = (golden().run(draw(each)) for each in (case, with_options))
+        assert other.keys() == {"Y", "dX", "dA", "dB", "dbias", "dgates"}
+        for name in ("Y", "dX"):
+            assert torch.equal(one[name].nan_to_num(2.0), other[name].nan_to_num(2.0))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_that_is_not_scaled_yet_overflows(dtype: torch.dtype) -> None:
+    case = element_cases_with_options(dtype)[-1]
+    assert case.special == "large partners"
+    sample = draw(case)
+    assert golden().run(sample)["Y"].isfinite().all()  # type: ignore[union-attr]
+    weights = sample.problem.expert_weights
+    assert isinstance(weights, MXWeights)
+    unscaled = replace(weights, scales=torch.full_like(weights.scales, 127))
+    assert golden().run(sample.changed(expert_weights=unscaled))["Y"].isinf().any()  # type: ignore[union-attr]

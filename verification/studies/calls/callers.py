@@ -70,7 +70,7 @@ offsets_wide = bug(
     "offsets of the width of positions", "takes one index dtype for all", indices="int32, offsets int64"
 )(reading(lambda p: {"expert_offsets": _halved(p)} if p.expert_offsets.dtype != p.sorted_scattered_idxs.dtype else {}))
 scaling_default = bug("s = 2 by default", "gives scaling a default of its own", arguments="defaults left out",
-                      scaling="an int")(
+                      scaling="one")(
     _called(lambda scaling=2.0, **_: {"scaling": scaling})
 )  # fmt: skip
 quantised = bug("weights in the dtype that they came from", "decodes to orig_dtype", weights="packed, from fp32")(

@@ -1,0 +1,118 @@
+"""What a caller holds, and what it may do with what is returned: operands that are gone, tensors nobody may write."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from judging import ask
+from torch import Tensor
+
+import mxref
+from mxref.verification.candidates.answer import UnusableAnswerError
+from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.global_state import GlobalState
+from mxref.verification.candidates.shipped import golden, torch_composite
+from mxref.verification.cases.call import Call
+from mxref.verification.cases.case import Case
+from mxref.verification.cases.draw import draw
+
+SMALL = Case("small", 2, 64, 96, 9, 2, 4, bias=True, gate_slots=2, data="integer", scaling=0.5)
+
+
+class _Watch(torch.autograd.Function):
+    """The identity; its backward pass notes which of the watched objects are there."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, watched: dict[str, weakref.ref[Any]], alive: list[set[str]]) -> Tensor:
+        ctx.watched, ctx.alive = watched, alive
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.alive.append({name for name, there in ctx.watched.items() if there() is not None})
+        return grad, None, None
+
+
+def watching(names: tuple[str, ...], alive: list[set[str]]) -> Candidate:
+    def call(**operands: Any) -> Tensor:
+        watched = {name: weakref.ref(operands[name]) for name in names}
+        y = _Watch.apply(mxref.parallel_linear_lora(**operands), watched, alive)  # type: ignore[no-untyped-call]
+        watched["Y"] = weakref.ref(y)
+        return y  # type: ignore[no-any-return]
+
+    return Candidate("watching", call)
+
+
+@pytest.mark.parametrize(("output", "left"), [("kept", {"Y", "expert_weights"}), ("dropped", set())])
+def test_what_a_caller_drops_is_gone_before_the_backward_pass(output: Any, left: set[str]) -> None:
+    alive: list[set[str]] = []
+    sample = draw(replace(SMALL, call=Call(output=output, owner="computed")))
+    found = watching(("expert_weights",), alive).run(sample)
+    assert alive == [left]
+    expected = golden().run(sample)
+    assert all(torch.equal(found[name], x) for name, x in expected.items() if x is not None)  # type: ignore[arg-type]
+
+
+def test_activations_of_inference_are_made_there() -> None:
+    seen: dict[str, bool] = {}
+
+    def call(**operands: Any) -> Tensor:
+        seen.update({name: x.is_inference() for name, x in operands.items() if isinstance(x, Tensor)})
+        return mxref.parallel_linear_lora(**operands)
+
+    Candidate("", call).run(draw(replace(SMALL, call=Call(mode="inference"))))
+    assert seen.pop("lora_A") is seen.pop("lora_B") is seen.pop("expert_biases") is False
+    assert set(seen.values()) == {True}
+
+
+def _in_inference(**operands: Any) -> Tensor:
+    with torch.inference_mode():
+        return mxref.parallel_linear_lora(**operands)
+
+
+def _alike(**operands: Any) -> Tensor:
+    return mxref.parallel_linear_lora(**operands)[:1].expand(9, -1)
+
+
+def _to_and_fro(**operands: Any) -> Tensor:
+    packed = operands["expert_weights"].packed
+    packed ^= 0x88
+    packed ^= 0x88
+    return mxref.parallel_linear_lora(**operands)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (_in_inference, "returned an inference tensor outside inference_mode"),
+        (_alike, "returned rows or columns that share memory"),
+        (lambda **o: mxref.parallel_linear_lora(**o).requires_grad_(), "requires a gradient, though no operand does"),
+        (_to_and_fro, "changes packed in place"),
+    ],
+)
+def test_what_nobody_could_go_on_with_is_told(call: Any, told: str) -> None:
+    sample = draw(replace(SMALL, call=Call(needs=())))
+    with pytest.raises(UnusableAnswerError, match=told):
+        Candidate("", call).run(sample)
+
+
+@pytest.mark.parametrize("context", ["autocast to fp16", "strictly deterministic", "reentrant checkpoint"])
+def test_plain_pytorch_passes_in_every_context(context: Any) -> None:
+    sample = draw(replace(SMALL, call=Call(context=context, backward="accumulated")))
+    assert [str(finding) for finding in ask("integer", torch_composite(), sample) if not finding.ok] == []
+
+
+def test_global_state_is_put_back() -> None:
+    before = GlobalState.now()
+    torch._C._autograd._push_saved_tensors_default_hooks(lambda x: x, lambda x: x)
+    torch.set_autocast_dtype("cpu", torch.float16)
+    torch.autograd.set_detect_anomaly(True)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction ^= True
+    changed = set(GlobalState.now().changes(before))
+    assert changed == {"hooks of saved tensors", "autocast dtypes", "anomaly mode", "sums in 16 bits"}
+    before.restore()
+    assert GlobalState.now().changes(before) == {}
