@@ -130,9 +130,9 @@ def exact_cases(scope: Scope) -> list[Case]:
 
 
 def _mixed(scope: Scope) -> list[Case]:
-    """Parameters of different dtypes, each of which its gradient has; infinite ones; lora_A zero in place of lora_B."""
+    """Parameters of different dtypes, each of which its gradient has; infinite ones; lora_A, or s, zero."""
     base = Case("integer, A zero", 4, 64, 96, 20, 2, 4, data="integer", scaling=0.5, bias=True, gate_slots=2)
-    cases = [replace(base, adapter_values="zero A")]
+    cases = [replace(base, adapter_values="zero A"), replace(base, name="integer, s zero", scaling=0.0)]
     for dtype in scope.dtypes:
         for values in ("nan A", "nan B"):
             far = replace(base, name=f"integer, {values}, infinities, {_TAGS[dtype]}", dtype=dtype, nan_bias=True)
