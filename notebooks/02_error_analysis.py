@@ -145,8 +145,8 @@ for name in BUGS:
 
 # %% [markdown]
 # * **decode** alone sees the scale byte: it is the only guard that visits all 256 of them.
-# * **drift** alone sees the tile: no element leaves its bound, but 64 columns follow LoRA's term together. Decode runs
-#   without LoRA, and the integer fixture has two tiles.
+# * **drift** sees the tile in ordinary numbers: no element leaves its bound, but 64 columns follow LoRA's term. The
+#   integer fixture has two tiles. Decode sees it in dB, which is exact beside an adapter whose B is zero.
 # * **integer** fixtures see the LoRA factor although it is tiny: where nothing rounds, nothing may differ. They are
 #   blind to the bf16 accumulator, whose partial sums of small integers are exact too.
 # * **interval** sees the bf16 accumulator in most elements.
@@ -157,8 +157,8 @@ assert seen == {
     "honest": set(),
     "scale byte": {"decode"},
     "tail row": {*GUARDS, *CLASSIC},
-    "LoRA × 1.0002": {"integer", "interval", "drift", "exponent"},
-    "LoRA tile × 1.000015": {"drift"},
+    "LoRA × 1.0002": {"decode", "integer", "interval", "drift", "exponent"},
+    "LoRA tile × 1.000015": {"decode", "drift"},
     "bf16 accumulator": {"interval", "drift", "sign", "exponent"},
 }
 

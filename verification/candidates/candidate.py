@@ -202,11 +202,9 @@ class Candidate:
         if y.requires_grad and not any(_required(sample)):
             raise UnusableAnswerError("returned an output that requires a gradient, though no operand does")
         if mode != "inference" and y.is_inference():
-            raise UnusableAnswerError(
-                "returned an inference tensor outside inference_mode, which nobody may write or save for a gradient"
-            )
+            raise UnusableAnswerError("returned an inference tensor outside inference_mode, which no graph can save")
         if any(size > 1 and stride == 0 for size, stride in zip(y.shape, y.stride(), strict=True)):
-            raise UnusableAnswerError("returned rows or columns that share memory; expected one that can be written")
+            raise UnusableAnswerError("returned rows or columns that share memory with each other")
 
     def _accepted(self, arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         """The call's keywords. Those that the callable lacks are left out where they hold their defaults."""
@@ -282,10 +280,7 @@ def _required(sample: Sample) -> dict[str, str]:
 
 
 def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the arguments of a call, packed bytes and scales too, that count how often they change.
-
-    Not dense weights: to become the parameter of a module counts as a change of theirs.
-    """
+    """The tensors of a call that count how often they change; dense weights do where they become a module's."""
     weights = arguments.get("expert_weights")
     packed = {"packed": weights.packed, "scales": weights.scales} if isinstance(weights, MXWeights) else {}
     tensors = {n: x for n, x in {**arguments, **packed}.items() if isinstance(x, Tensor) and n != "expert_weights"}
@@ -293,7 +288,7 @@ def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _checkpoint_reentrantly(layer: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """A checkpointed region of the older kind: what requires a gradient is handed to it one by one."""
+    """What requires a gradient is handed to the region one by one."""
     names = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad]
 
     def region(*given: Tensor) -> Any:

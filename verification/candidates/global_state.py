@@ -85,13 +85,8 @@ class GlobalState:
         for device_type, dtype in zip(("cpu", "cuda"), self.autocast_dtypes, strict=True):
             torch.set_autocast_dtype(device_type, dtype)
         torch.set_float32_matmul_precision(self.fp32_products[0])
-        matmul = torch.backends.cuda.matmul
-        if (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction) != (
-            self.sums_in_16_bits
-        ):
-            matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = (
-                self.sums_in_16_bits
-            )
+        matmul, sums = torch.backends.cuda.matmul, self.sums_in_16_bits
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = sums
         torch.set_flush_denormal(self.flush_to_zero)
         while torch._C._len_torch_function_stack() > self.active_modes[0]:
             torch._C._pop_torch_function_stack()

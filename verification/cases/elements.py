@@ -43,11 +43,10 @@ def element_cases(dtype: torch.dtype, nonfinite: bool = True) -> list[Case]:
 
 
 def element_cases_with_options(dtype: torch.dtype) -> list[Case]:
-    """The same bytes where something else is computed beside them: each finite one with the flags, and every byte with
-    the flags, an adapter whose B is zero, zero biases, and gates of one.
+    """The same bytes for whatever decodes otherwise beside something else: each finite one with the flags, and every
+    one with the flags, an adapter whose B is zero, zero biases, and gates of one.
 
-    Whatever decodes in a kernel of its own there has to decode all of them too. Last come finite products with numbers
-    so large that a sum from which a block's scale is left until later overflows.
+    Last come products that are finite, and overflow where a block's scale is left until later.
     """
     every = [replace(case, use_fused_dX=True, use_fused_gather=True) for case in element_cases(dtype)]
     cases = [replace(every[0], name=f"{every[0].name}, fused")]

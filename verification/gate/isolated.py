@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from mxref.verification.candidates.known import is_own
 from mxref.verification.candidates.processes import Ended, Job, Limits, Method, Pool
 from mxref.verification.checks.finding import Finding, Status
 from mxref.verification.checks.registry import STATE
+from mxref.verification.clone import IS_CLONE, of_a_clone
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.process import (
     Asking,
@@ -118,12 +119,11 @@ def _pool(order: Order, size: int = 1) -> Pool[_Part]:
 
 
 def _compiling(order: Order, numbers: Numbers) -> AbstractContextManager[None]:
-    """On a GPU, the shipped kernels are compiled meanwhile, and items wait for theirs."""
-    if order.device.type == "cpu" or not is_own(order.kernel):
+    """On a GPU, in a clone, the shipped kernels are compiled meanwhile, and items wait for theirs."""
+    if order.device.type == "cpu" or not is_own(order.kernel) or not IS_CLONE:
         return nullcontext()
-    from mxref.verification.gate.ahead import compiling_ahead  # with the kernels, which nobody else needs here
-
-    return compiling_ahead(order, numbers)
+    ahead = of_a_clone("gate.own.ahead", "compiling ahead")  # with the kernels, which nobody else needs here
+    return cast(AbstractContextManager[None], ahead.compiling_ahead(order, numbers))
 
 
 def list_items(order: Order) -> list[ItemInfo]:

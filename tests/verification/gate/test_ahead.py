@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from uninterpreted import run_python
 
-from mxref.verification.gate import ahead
 from mxref.verification.gate.order import Order
+from mxref.verification.gate.own import ahead
 from mxref.verification.gate.process import Numbers
 
 ASK = """
@@ -21,7 +21,7 @@ import pretended_gpu as gpu
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
-from mxref.verification.gate import ahead
+from mxref.verification.gate.own import ahead
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.process import Numbers
 from mxref.verification.gate.plan import plan, plan_cases
@@ -65,7 +65,7 @@ from mxref.kernels.device.launch import recording
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.scope import Scope
-from mxref.verification.gate import ahead
+from mxref.verification.gate.own import ahead
 from mxref.verification.gate.plan import plan
 
 candidate = shipped(torch.device("cpu"))

@@ -121,7 +121,7 @@ def test_the_shipped_kernels_are_compiled_ahead_by_either_name(
     kernel: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = list[Order]()
-    monkeypatch.setattr("mxref.verification.gate.ahead.compiling_ahead", lambda order, _: compiled.append(order))
+    monkeypatch.setattr("mxref.verification.gate.own.ahead.compiling_ahead", lambda order, _: compiled.append(order))
     order, numbers = Order(kernel, "cuda"), Numbers([])
     isolated._compiling(order, numbers)
     assert compiled == [order] * ahead

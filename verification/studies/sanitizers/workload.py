@@ -20,7 +20,7 @@ from mxref.verification.candidates.shipped import shipped
 from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
-from mxref.verification.gate.ahead import launches_of, this_gpu, warm_cache
+from mxref.verification.gate.own.ahead import launches_of, this_gpu, warm_cache
 from mxref.verification.gate.plan import plan_cases
 from mxref.verification.studies.sanitizers.tools import DONE, UNWATCHED
 

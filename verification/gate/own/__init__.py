@@ -1,0 +1,1 @@
+"""What the gate does for this project's own kernels alone."""
