@@ -276,20 +276,17 @@ def _variants(a: Sample) -> dict[str, Sample]:
     """Calls with a's own tensors that differ in one thing, by what that is."""
     problem, weights = a.problem, a.problem.expert_weights
     names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-    by_position = problem.inputs.repeat_interleave(problem.k, 0)
-    expert_order = by_position[problem.row_positions()]
     found = {
         "other s": a.changed(scaling=-problem.scaling),
         "int32": a.changed(**{name: getattr(problem, name).int() for name in names}),
         "no adapters": a.changed(lora_A=None, lora_B=None),
-        "row by row": a.changed(inputs=by_position, k=1),
-        "in expert order": a.changed(inputs=expert_order, k=1, grouped_in=True),
+        "row by row": a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1),
+        "in expert order": a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True),
     }
     if isinstance(weights, MXWeights):
         found["decoded"] = a.changed(expert_weights=decode_mxfp4(weights, problem.dtype).mT)
     if problem.gates is not None:
-        rows = torch.ones(problem.P // a.grad_out.shape[0], device=a.grad_out.device, dtype=a.grad_out.dtype)
-        dOut = (a.grad_out[:, None] * rows[None, :, None]).flatten(0, 1)
+        dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
     return found
 

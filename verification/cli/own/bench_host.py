@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,27 +11,21 @@ from rich.table import Table
 
 from mxref.verification.bench.benchmark import gate_paths
 from mxref.verification.bench.host import host_times
-from mxref.verification.bench.pairs import digits
 from mxref.verification.bench.paths import our_paths
 from mxref.verification.bench.summary import milliseconds_and_ratio
 from mxref.verification.bench.workloads import Shape
-from mxref.verification.cli.own.keeping import keep, show
+from mxref.verification.cli.own.keeping import keep, plain_rows, show, tell_red
 from mxref.verification.cli.progress import Meter
 
 
 def run(arguments: argparse.Namespace, shapes: tuple[Shape, ...], device: torch.device, console: Console) -> int:
     """Judge the way that callers get, time it, show it, keep it; the exit code."""
     started, ours = datetime.now(UTC), next(path for path in our_paths() if path.name == "automatic")
-    wrong = [str(f) for result in gate_paths([ours], device) for f in result.findings if not f.ok]
-    if wrong:
-        console.print("\n".join(wrong), style="red", markup=False)
-        console.print("[bold red]The gate is red: nothing was timed.[/]")
+    if tell_red(gate_paths([ours], device), console):
         return 1
     with Meter(len(shapes)) as meter:
         times = host_times(shapes, ours, device, on_shape=lambda shape: meter.show(shape.name, shapes.index(shape)))
-    rows: list[dict[str, Any]] = [
-        {name: digits(x) if isinstance(x, float) else x for name, x in asdict(time).items()} for time in times
-    ]
+    rows = plain_rows(times)
     table = Table("shape", "composite, ms", "ours, ms", "ratio", title="host time of one eager step", box=None)
     for row in rows:
         table.add_row(str(row["shape"]), *milliseconds_and_ratio([row["composite"], row["ours"]]))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from mxref.verification.bench.benchmark import gate_paths
-from mxref.verification.bench.pairs import digits
 from mxref.verification.bench.paths import our_paths
 from mxref.verification.bench.summary import SUSTAINED, sustained_cells
 from mxref.verification.bench.sustained import readings, sustained
 from mxref.verification.bench.workloads import Shape
 from mxref.verification.cli import UsageError
-from mxref.verification.cli.own.keeping import keep, show
+from mxref.verification.cli.own.keeping import keep, plain_rows, show, tell_red
 from mxref.verification.cli.progress import Meter
 
 
@@ -30,10 +27,7 @@ def run(arguments: argparse.Namespace, shapes: tuple[Shape, ...], device: torch.
     """
     started = datetime.now(UTC)
     ours = [path for path in our_paths() if path.name in ("automatic", "repacked")]
-    wrong = [str(f) for result in gate_paths(ours, device) for f in result.findings if not f.ok]
-    if wrong:
-        console.print("\n".join(wrong), style="red", markup=False)
-        console.print("[bold red]The gate is red: nothing was timed.[/]")
+    if tell_red(gate_paths(ours, device), console):
         return 1
     with Meter(len(shapes)) as meter:
         try:
@@ -46,9 +40,7 @@ def run(arguments: argparse.Namespace, shapes: tuple[Shape, ...], device: torch.
             )
         except FileNotFoundError as error:
             raise UsageError("--sustained reads clock and power from nvidia-smi, which is not on the PATH") from error
-    rows: list[dict[str, Any]] = [
-        {name: digits(x) if isinstance(x, float) else x for name, x in asdict(each).items()} for each in found
-    ]
+    rows = plain_rows(found)
     table = Table(*SUSTAINED, title="base products without a pause", box=None)
     for cells in sustained_cells(rows):
         table.add_row(*cells)
