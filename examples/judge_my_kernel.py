@@ -59,7 +59,7 @@ def my_layer(
 # What it supports, in the words of `mxref gate --covers`: rows in token order, no gates, no remote experts, and fp32
 # without autocast.
 my_layer.mxref_covers = (  # type: ignore[attr-defined]
-    "gates=none, input order=by token, dtype=fp32, context=plain|deterministic|checkpoint, "
+    "gates=none, input order=by token, dtype=fp32, autocast=off, "
     "routing=uniform|empty experts|one takes all|an expert twice|descending positions"
 )
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available() or os.environ.get("MXREF_RANKS") == "nccl":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mxref.kernels.device.launch import INTERPRETED
-from mxref.verification.candidates.interpreting import interpret_only
+from mxref.verification.candidates.own.interpret_only import interpret_only
 from mxref.verification.clone import EVIDENCE
 from mxref.verification.records.record import write
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -74,4 +75,15 @@ class _Submitted(triton.AsyncCompileMode):  # type: ignore[misc]  # Triton has n
     def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
         """Begin to compile. Triton puts what this returns where launches look, and there nothing means: not yet."""
         if key not in self.compilations:
-            self.compilations[key] = self.executor.submit(compile_fn), finalize_fn
+            self.compilations[key] = self.executor.submit(_compiled, compile_fn), finalize_fn
+
+
+def _compiled(compile_fn: Callable[[], Any]) -> Any:
+    """What is compiled; asked again where Python before 3.13 took two threads' parsing for one deep recursion."""
+    for _ in range(9):
+        try:
+            return compile_fn()
+        except Exception as error:  # Triton wraps what it meets
+            if "AST constructor recursion depth mismatch" not in "".join(format_exception(error)):
+                raise
+    return compile_fn()

@@ -4,7 +4,7 @@
     checkpoint = open_checkpoint("./gpt-oss-20b")
     for name, weights in read_expert_weights(checkpoint): ...
 
-`python -m mxref.checkpoints` prints which command takes which convention.
+docs/checkpoints.md says which command takes which convention.
 """
 
 from mxref.checkpoints.checkpoint import (

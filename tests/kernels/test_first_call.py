@@ -6,12 +6,14 @@ Cases whose kernels must be new have a rank, a dtype or a class of rows of their
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from uninterpreted import run_python
 
+from mxref.kernels.compiled import threads
 from mxref.kernels.device.launch import INTERPRETED
 from mxref.kernels.models import routed
 from mxref.kernels.models.routed import Projection, routed_experts
@@ -190,6 +192,33 @@ def test_where_nothing_is_compiled_ahead(report: Any, case: str) -> None:
 def test_a_kind_met_while_a_graph_was_captured_is_still_new(report: Any) -> None:
     assert report["captured"]["late"] != []
     assert len(report["after a capture"]["calls"]) == 1
+
+
+def test_a_race_of_the_parser_is_not_an_error_of_the_kernel() -> None:
+    """Python's, where several threads parse; other errors are raised at once."""
+    asked = list[str]()
+
+    def compile_fn() -> str:
+        asked.append("again")
+        try:
+            if len(asked) < 3:
+                raise SystemError("AST constructor recursion depth mismatch (before=106, after=108)")
+        except SystemError as error:
+            raise ValueError(repr(error)) from None
+        return "kernel"
+
+    assert threads._compiled(compile_fn) == "kernel"
+    assert len(asked) == 3
+    for error, times in ((SystemError("AST constructor recursion depth mismatch"), 10), (SystemError("another"), 1)):
+        asked.clear()
+        with pytest.raises(SystemError, match=str(error)):
+            threads._compiled(partial(_raise, asked, error))
+        assert len(asked) == times
+
+
+def _raise(asked: list[str], error: Exception) -> None:
+    asked.append("again")
+    raise error
 
 
 def test_refused_operands_are_refused_by_the_call(report: Any) -> None:

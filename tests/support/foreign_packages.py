@@ -45,7 +45,9 @@ _UNSLOTH = """
         E, N, _ = scales.shape
         dense = decode_mxfp4(MXWeights(blocks.view(E, N, -1), scales, x.shape[1], N), x.dtype)
         with torch.autocast("cpu", enabled=False):
-            return torch.cat([rows @ w.T for rows, w in zip(x.split(counts.tolist()), dense)])
+            # In fp32: torch's own product of bf16 rows reads what lies behind them, on a CPU with AMX.
+            products = [rows.float() @ w.float().T for rows, w in zip(x.split(counts.tolist()), dense)]
+            return torch.cat(products).to(x.dtype)
 """
 
 

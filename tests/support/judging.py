@@ -25,7 +25,8 @@ NARROW = ", ".join(
     f"{dimension.name}={dimension.classes[0].name}"
     for dimension in DIMENSIONS
     if len(dimension.classes) > 6
-    and dimension.name not in ("N", "rank", "slots", "parameters", "adapters", "gates", "routing", "values")
+    and dimension.name
+    not in ("N", "rank", "slots", "parameters", "adapters", "gates", "routing", "values", "not finite")
 )
 """A subset of the domain that a full suite is planned for in a fraction of the time."""
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxref.verification.candidates.interpreting import interpret_only
+from mxref.verification.candidates.own.interpret_only import interpret_only
 from mxref.verification.distributed.questions import Place
 from mxref.verification.distributed.ranks import Raised
 from mxref.verification.distributed.world import Lost, World

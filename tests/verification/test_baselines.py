@@ -32,6 +32,16 @@ def test_without_a_baseline_nothing_is_claimed(tmp_path: Path) -> None:
     assert baseline_findings([RUN[3]], CPU, 0, tmp_path) == []
 
 
+def test_cases_that_cover_the_domain_replace_those_of_an_earlier_domain(tmp_path: Path) -> None:
+    earlier, later = (replace(RUN[0], case=f"pairs 7 {digits}") for digits in ("8a92", "0c28"))
+    accept([*RUN, earlier], CPU, 0, tmp_path)
+    for whole, cases in ((False, {earlier.case, later.case}), (True, {later.case})):
+        accept([later], CPU, 0, tmp_path, whole=whole)
+        kept = Baseline.read(baseline_path(CPU, tmp_path))
+        assert kept is not None
+        assert kept.errors.keys() == {"odd sizes", "balanced", *cases}
+
+
 def test_the_same_errors_pass_and_smaller_ones_too(tmp_path: Path) -> None:
     path = accept(RUN, CPU, 0, tmp_path)
     assert path == baseline_path(CPU, tmp_path) == tmp_path / "interpreter-cpu" / "ulp_baseline.json"

@@ -129,9 +129,9 @@ class Candidate:
 
         def forward() -> Any:
             with call.surroundings(problem.device.type):
-                if call.context == "checkpoint":
+                if call.saved == "checkpoint":
                     return checkpoint(partial(self.call, **arguments), use_reentrant=False)
-                if call.context == "reentrant checkpoint":
+                if call.saved == "reentrant checkpoint":
                     return _checkpoint_reentrantly(self.call, arguments)
                 return self.call(**arguments)
 

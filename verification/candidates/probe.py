@@ -24,7 +24,7 @@ def call_first(candidate: Candidate, device: torch.device) -> None:
     before, sample = GlobalState.now(), draw(case, device)
     with torch.random.fork_rng():  # or a seed that every call sets would be set before the checks look
         torch.set_default_dtype(torch.bfloat16)
-        answered(lambda: candidate.run(sample.called(mode="inference", context="autocast")))
+        answered(lambda: candidate.run(sample.called(mode="inference", autocast="forward pass")))
     before.restore()
 
 

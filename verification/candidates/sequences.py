@@ -5,7 +5,10 @@ hypothesis' state machines choose what is called when, and shrink a sequence tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, settings
@@ -16,16 +19,13 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.verification.candidates.answer import Answer, Outputs
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.operand_sets import SETS, operand_sets
 from mxref.verification.candidates.shipped import golden
-from mxref.verification.cases.call import lay_out
+from mxref.verification.candidates.turns import in_turns
 from mxref.verification.cases.case import Sample
-from mxref.verification.cases.tokens import without
-from mxref.weights import MXWeights, decode_mxfp4
+from mxref.weights import MXWeights
 
 _EXAMPLES, _STEPS = 8, 8
-
-_TURNED = ("inputs", "lora_A", "gates", "grad_out")
-"""Operands whose signs b has otherwise than a."""
 
 _CHANGED = (
     "lora_A", "lora_B", "inputs", "gates", "expert_biases", "packed", "scales", "expert_weights",
@@ -67,6 +67,7 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         _as_in_evaluation(Machine(), many)
         _as_in_pipelines(Machine(), many)
         _as_in_variants(Machine())
+        _as_in_threads(Machine())
         for operand in _CHANGED:
             _as_in_training(Machine(), operand)
         run_state_machine_as_test(Machine, settings=profile)
@@ -83,8 +84,11 @@ def _as_in_evaluation(machine: _Calls, many: int) -> None:
     for _ in range(many):
         machine.evaluate(which="d")
     machine.look_again()
-    machine.forward(which="a")
-    machine.backward(index=0, retain=False)
+    for _ in range(2):  # the caller's own: what is returned next is not what it has overwritten
+        machine.overwrite()
+        machine.evaluate(which="a")
+        machine.forward(which="a")
+        machine.backward(index=0, retain=False)
 
 
 def _as_in_pipelines(machine: _Calls, many: int) -> None:
@@ -104,12 +108,18 @@ def _as_in_pipelines(machine: _Calls, many: int) -> None:
 
 def _as_in_variants(machine: _Calls) -> None:
     """The same tensors in calls that differ in what is no tensor, or in one that is left out; there and back."""
-    variants = sorted(machine.samples.keys() - set("bcdef"))
+    variants = sorted(machine.samples.keys() - set(SETS[1:]))
     for which in (*variants, *reversed(variants)):
         machine.forward(which=which)
     for _ in range(2 * len(variants)):
         machine.backward(index=0, retain=False)
     machine.look_again()
+
+
+def _as_in_threads(machine: _Calls) -> None:
+    """Calls at the same time: of the same shapes, and of the same tensors in part."""
+    machine.at_once("a", "d")
+    machine.at_once("c", "a")
 
 
 def _as_in_training(machine: _Calls, operand: str) -> None:
@@ -155,35 +165,17 @@ class _Pending:
 
 
 class _Calls(RuleBasedStateMachine):
-    """Calls on sets of operands, each the same tensors in every call.
-
-    a: the sample. b: the same shapes with other signs, another scaling and, without gates, another order of rows.
-    c: the first tokens of a alone, whose rows of x lie where those of a do. d: a with other signs. e, f: a where its
-    operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have other
-    strides, but for packed bytes, which are contiguous.
-
-    Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters; neither
-    biases nor gates; x row by row, by position, and in expert order, which has the same shape.
-    """
+    """Calls on sets of operands (see `operand_sets`), each the same tensors in every call."""
 
     def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]]) -> None:
         super().__init__()
         self.candidate, self.seen, self.script = candidate, seen, list[str]()
         self.pending: list[_Pending] = []
         self.gradients: list[tuple[Outputs, Outputs]] = []  # as they are, and a copy of each as it came
-        a = sample.mapped(lambda _, x: x.clone())
-        b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))
-        order = sample.problem.gates is None and not sample.problem.grouped_out
-        b = b.changed(scaling=-2 * sample.problem.scaling, grouped_out=order)
-        first = torch.arange(sample.case.tokens // 2, device=sample.problem.device)
-        c = without(a, first)
-        c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
-        e = a.mapped(lambda _, x: lay_out(x, "offset"))
-        f = a.mapped(lambda _, x: lay_out(x, "contiguous" if x.dtype == torch.uint8 else "transposed"))
-        self.samples = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f} | _variants(a)
+        self.samples = operand_sets(sample)
         self.expected: dict[str, Outputs] = {}  # as long as the operands are what they are
 
-    @rule(which=st.sampled_from("abcdef"))
+    @rule(which=st.sampled_from(SETS))
     def forward(self, which: str) -> None:
         """Call, and hold the output against the golden model."""
         name = f"y{sum(line.startswith('y') for line in self.script)}"
@@ -194,7 +186,7 @@ class _Calls(RuleBasedStateMachine):
         self.pending.append(pending)
         self._hold({"Y": y.detach()}, pending.expected)
 
-    @rule(which=st.sampled_from("abcdef"), mode=st.sampled_from(("inference", "no_grad")))
+    @rule(which=st.sampled_from(SETS), mode=st.sampled_from(("inference", "no_grad")))
     def evaluate(self, which: str, mode: str = "inference") -> None:
         """Call without a graph and keep the output."""
         self.script.append(f"layer({which}) under {mode}")
@@ -247,6 +239,32 @@ class _Calls(RuleBasedStateMachine):
         for pending in self.pending:
             pending.changed |= pending.which in touched
 
+    @precondition(lambda self: bool(self.gradients))
+    @rule()
+    def overwrite(self) -> None:
+        """What was returned, but for outputs whose backward pass may still come, is the caller's to write to."""
+        self.script.append("overwrite every gradient, and outputs without a graph")
+        for found, _ in self.gradients:
+            for x in found.values():
+                if x is not None and 0 not in x.stride():  # one that autograd expanded cannot be written to
+                    with torch.inference_mode():
+                        x.fill_(float("nan"))
+        self.gradients.clear()
+
+    def at_once(self, *both: str) -> None:
+        """Two calls and their gradients, each in a thread of its own."""
+        self.script.append(f"layer({both[0]}) and its gradients, and in another thread layer({both[1]}) and its own")
+
+        def call(which: str) -> Outputs:
+            sample = self.samples[which].called(algorithms="any", default_dtype=torch.float32)  # set for both threads
+            y, leaves = self.candidate.trace(sample, copy=False)
+            return {"Y": y.detach(), **self.candidate.gradients(sample, y, leaves)}
+
+        with self.samples[both[0]].case.call.in_both_passes():
+            found = in_turns(*(partial(call, which) for which in both))
+        for which, outputs in zip(both, found, strict=True):
+            self._hold(outputs, self._golden(which))
+
     @precondition(lambda self: bool(self.pending or self.gradients))
     @rule()
     def look_again(self) -> None:
@@ -265,30 +283,19 @@ class _Calls(RuleBasedStateMachine):
 
     def _hold(self, got: Outputs, expected: Outputs) -> None:
         """Keep the answers; raise if a value is wrong."""
+        got = {name: None if x is None else x.clone() for name, x in got.items()}  # as it is now
         right = {name: _like(expected.get(name), x) for name, x in got.items()}
-        after = f"after «{'; '.join(self.script)}»"
+        after = f"after «{'; '.join(_counted(self.script))}»"
         self.seen[:] = [(Answer(right), Answer(got, circumstance=after, like=0))]
         if not all(_equal(x, right[name]) for name, x in got.items()):
             raise _DifferentError(self.seen[0])
 
 
-def _variants(a: Sample) -> dict[str, Sample]:
-    """Calls with a's own tensors that differ in one thing, by what that is."""
-    problem, weights = a.problem, a.problem.expert_weights
-    names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-    found = {
-        "other s": a.changed(scaling=-problem.scaling),
-        "int32": a.changed(**{name: getattr(problem, name).int() for name in names}),
-        "no adapters": a.changed(lora_A=None, lora_B=None),
-        "row by row": a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1),
-        "in expert order": a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True),
-    }
-    if isinstance(weights, MXWeights):
-        found["decoded"] = a.changed(expert_weights=decode_mxfp4(weights, problem.dtype).mT)
-    if problem.gates is not None:
-        dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
-        found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
-    return found
+def _counted(script: Iterable[str]) -> Iterator[str]:
+    """Each line once, with how many times in a row."""
+    for line, alike in groupby(script):
+        times = len(list(alike))
+        yield f"{line}, {times} times" if times > 1 else line
 
 
 def _changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, Tensor]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,10 +21,9 @@ REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one nu
 """Those that have elements, rows or columns in memory once."""
 Storage = Literal["its own", "shared"]
 Mode = Literal["grad", "no_grad", "inference"]
-Context = Literal[
-    "plain", "autocast", "autocast to fp16", "autocast in backward", "autocast in both passes", "deterministic",
-    "strictly deterministic", "checkpoint", "reentrant checkpoint", "saved elsewhere", "bf16 by default",
-]  # fmt: skip
+Autocast = Literal["off", "forward pass", "forward pass to fp16", "backward pass", "both passes"]
+Algorithms = Literal["any", "deterministic", "strictly deterministic"]
+Saved = Literal["kept", "copied", "checkpoint", "reentrant checkpoint"]
 Owner = Literal["leaf", "parameter", "computed"]
 Arguments = Literal["spelled out", "defaults left out"]
 Backward = Literal["at once", "one by one", "create_graph", "accumulated"]
@@ -54,10 +52,11 @@ class Call:
         backward: the gradients are asked for at once; one after the other, over a retained graph, as pipelines do that
             put off a weight's gradient; with `create_graph`; or by two backward passes over a retained graph that
             accumulate in `.grad`, which holds none before the first.
-        context: what else is active: autocast, to bf16 or fp16, around the forward pass, the backward pass, or both;
-            deterministic algorithms, where others warn or raise, or another default dtype around both; a checkpointed
-            region, which runs the forward pass again in the backward pass, or the older, reentrant one, which runs a
-            backward pass in it too; or hooks that give the backward pass copies of what was saved.
+        autocast: around which passes, to bf16 unless it says fp16.
+        algorithms: in both passes any; or deterministic ones, where others warn, or raise.
+        saved: what the backward pass reads is kept; or hooks give it copies; or a checkpointed region runs the forward
+            pass again in the backward pass, or the older, reentrant one, which runs a backward pass in it too.
+        default_dtype: torch's, around both passes.
         threads: the call is made in the main thread, or in another one, or its backward pass is asked for in another.
         output: what the call returned stays as it is until the backward pass; or the caller has overwritten it by then;
             or has gone on with a product of it, and keeps neither it nor an operand but the leaves.
@@ -80,7 +79,10 @@ class Call:
     needs: tuple[str, ...] | None = None
     mode: Mode = "grad"
     backward: Backward = "at once"
-    context: Context = "plain"
+    autocast: Autocast = "off"
+    algorithms: Algorithms = "any"
+    saved: Saved = "kept"
+    default_dtype: torch.dtype = torch.float32
     threads: Threads = "one"
     output: Output = "kept"
 
@@ -108,26 +110,42 @@ class Call:
 
     @contextmanager
     def surroundings(self, device_type: str) -> Iterator[None]:
-        """The gradient mode and the context of the forward pass, but for checkpointing."""
+        """What surrounds the forward pass, but for checkpointing."""
         modes: dict[Mode, Any] = {
             "grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode
         }  # fmt: skip
-        with modes[self.mode](), _FORWARD.get(self.context, _plain)(device_type):
+        copying = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy)
+        with (
+            modes[self.mode](), _autocast(device_type, self.autocast, "forward pass"), self.in_both_passes(),
+            copying if self.saved == "copied" else nullcontext(),
+        ):  # fmt: skip
             yield
 
     @contextmanager
     def around_backward(self, device_type: str) -> Iterator[None]:
-        """What of the context is active in the backward pass."""
-        with _BACKWARD.get(self.context, _plain)(device_type):
+        """What surrounds the backward pass."""
+        with _autocast(device_type, self.autocast, "backward pass"), self.in_both_passes():
+            yield
+
+    @contextmanager
+    def in_both_passes(self) -> Iterator[None]:
+        """What surrounds both passes, for all threads. It puts back only what it changes: the rest is to be seen."""
+        with ExitStack() as surroundings:
+            if self.algorithms != "any":
+                surroundings.enter_context(_deterministic(warn_only=self.algorithms == "deterministic"))
+            if self.default_dtype != torch.float32:
+                surroundings.enter_context(_by_default(self.default_dtype))
             yield
 
 
-def _plain(device_type: str) -> AbstractContextManager[object]:
-    return nullcontext()
+def _autocast(device_type: str, where: Autocast, in_pass: str) -> AbstractContextManager[object]:
+    if where != "both passes" and not where.startswith(in_pass):
+        return nullcontext()
+    return torch.autocast(device_type, torch.float16 if "fp16" in where else torch.bfloat16)
 
 
 @contextmanager
-def _deterministic(device_type: str, warn_only: bool = True) -> Iterator[None]:
+def _deterministic(warn_only: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
@@ -137,31 +155,13 @@ def _deterministic(device_type: str, warn_only: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _default_dtype(device_type: str) -> Iterator[None]:
+def _by_default(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _autocast(device_type: str, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager[object]:
-    return torch.autocast(device_type, dtype)
-
-
-_Contexts = dict[Context, Callable[[str], AbstractContextManager[object]]]
-_GLOBAL: _Contexts = {
-    "autocast in both passes": _autocast, "deterministic": _deterministic,
-    "strictly deterministic": partial(_deterministic, warn_only=False), "bf16 by default": _default_dtype,
-}  # fmt: skip
-_FORWARD: _Contexts = _GLOBAL | {
-    "autocast": _autocast,
-    "autocast to fp16": partial(_autocast, dtype=torch.float16),
-    "saved elsewhere": lambda device_type: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy),
-}
-_BACKWARD: _Contexts = _GLOBAL | {"autocast in backward": _autocast}
-"""All but checkpointing; each puts back only what it changed, for what a candidate leaves changed is to be seen."""
 
 
 def in_another_thread(function: Callable[[], T]) -> T:

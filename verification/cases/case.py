@@ -48,14 +48,15 @@ class Case:
             sentinels with ids far above E; or each expert as many rows as a tile may have, one fewer and one more (see
             `routing`).
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
-            `bias`, that term far above all others; `tiny lora`, lora_A below the normal range; `positive`, every number
-            positive; `cancelling`, all sums over K and N nearly zero (K a multiple of 64, N even); `wide`, scale bytes
-            over 2^±60; `boundary`, scale bytes at both ends of the range that decodes finitely; `off_grid`, fp32
-            numbers that no 16-bit format holds; `subnormal`, activations below the normal range; `tiny dOut`, dOut
-            alone; `large`, activations so large that results in fp16 are infinite, and adapters so small that Z and V
-            are not; `integer`, fixtures that are exact in any order of summation (see `integer`); `rounded`, the
-            same with results that 16 bits round (see `rounded`); `elements`, `one_hot_elements`, `every_element`,
-            `nonfinite`: codes under chosen scale bytes (see `elements`, which makes these cases).
+            `bias`, that term far above all others; `tiny lora`, lora_A of every second expert, lora_B of the others
+            below the normal range; `positive`, every number positive; `cancelling`, all sums over K and N nearly zero
+            (K a multiple of 64, N even); `wide`, scale bytes over 2^±60; `boundary`, scale bytes at both ends of the
+            range that decodes finitely; `off_grid`, fp32 numbers that no 16-bit format holds; `subnormal`, activations
+            and biases below the normal range; `tiny dOut`, dOut alone; `large`, activations so large that results in
+            fp16 are infinite, and adapters so small that Z and V are not; `integer`, fixtures that are exact in any
+            order of summation (see `integer`); `rounded`, the same with results that 16 bits round (see `rounded`);
+            `elements`, `one_hot_elements`, `every_element`, `nonfinite`: codes under chosen scale bytes (see
+            `elements`, which makes these cases).
         scaling: LoRA's s.
         bias: whether there are expert biases.
         nan_bias: one of those is NaN; in an integer fixture another one is infinite.

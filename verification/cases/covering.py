@@ -9,7 +9,7 @@ covers again otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, permutations, product
 from operator import itemgetter
 from typing import Any
@@ -95,8 +95,11 @@ def _rows(
         first = waiting.pop()
         if not open_[first]:
             continue
-        tries = [_fill(list(first), open_, restricted, starts, sizes, costs, draw) for _ in range(_TRIES[strength])]
-        found = [row for row in tries if row is not None]
+        fill = partial(_fill, first, open_, restricted, starts, sizes, costs, draw)
+        tries = [fill(widest_first=True) for _ in range(_TRIES[strength])]
+        if not any(tries):
+            tries = [fill(widest_first=False) for _ in range(_TRIES[strength])]
+        found = [each for each in tries if each is not None]
         for order in permutations(first):
             open_[order] = False
         if not found:
@@ -118,23 +121,28 @@ def _bits(flags: Pairs) -> int:
 
 
 def _fill(
-    chosen: list[int],
+    first: Row,
     open_: npt.NDArray[np.bool_],
     restricted: Sequence[Sequence[tuple[int, int]]],
     starts: npt.NDArray[np.int64],
     sizes: Sequence[int],
     costs: Sequence[float],
     draw: np.random.Generator,
+    widest_first: bool,
 ) -> tuple[int, Row] | None:
-    """A whole row around the chosen classes, and how many open combinations it adds; None where there is none."""
+    """A whole row around the first classes, and how many open combinations it adds; None where it met a dead end.
+
+    The widest dimensions decide how many rows there are, and narrow ones find room beside them; if those come first
+    that the choice so far restricts most, a row seldom runs into a dead end.
+    """
+    chosen = list(first)
     held = set((np.searchsorted(starts, chosen, side="right") - 1).tolist())
     left = [d for d in draw.permutation(len(sizes)).tolist() if d not in held]
     possible = [(1 << size) - 1 for size in sizes]  # classes of each dimension, as bits; of one that is held its own
     for each in chosen:
         for d, rest in restricted[each]:
             possible[d] &= rest
-    # Dimensions that the choice so far restricts most come first, so that a row seldom runs into a dead end.
-    left.sort(key=[bits.bit_count() for bits in possible].__getitem__)
+    left.sort(key=[bits.bit_count() for bits in possible].__getitem__, reverse=widest_first)
     gain = np.zeros(len(restricted), dtype=int)  # open combinations of a class with chosen ones, in every order
     for count, best in enumerate(chosen):
         gain += _gained(open_, best, chosen[:count])

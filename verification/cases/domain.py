@@ -97,6 +97,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         "N",
         (
             Class("96", {"N": 96}),
+            Class("32", {"N": 32}),
             Class("one", {"N": 1}),
             Class("odd, below a tile", {"N": 63}),
             Class("twice an odd number", {"N": 98}),
@@ -113,8 +114,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
     ),
     _of(
         "slots",
-        two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, six={"top_k": 6}, ten={"top_k": 10},
-        seventeen={"top_k": 17},
+        two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, six={"top_k": 6}, eight={"top_k": 8},
+        ten={"top_k": 10}, seventeen={"top_k": 17},
     ),
     _of("dtype", fp32={"dtype": torch.float32}, bf16={"dtype": torch.bfloat16}, fp16={"dtype": torch.float16}),
     _of(
@@ -129,17 +130,13 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("packed"),
             Class("packed, from fp32", {"quantised_from": torch.float32}),
-            Class("packed, offset", {}, {"weights": "offset"}),
             Class("dense", {"dense": True}),
-            Class("dense, offset", {"dense": True}, {"weights": "offset"}),
-            Class("dense, transposed", {"dense": True}, {"weights": "transposed"}),
-            Class("dense, sliced", {"dense": True}, {"weights": "sliced"}),
-            Class("dense, padded", {"dense": True}, {"weights": "padded"}),
-            Class("dense, apart", {"dense": True}, {"weights": "apart"}),
-            Class("dense, expanded", {"dense": True}, {"weights": "expanded"}),
-            Class("dense, experts innermost", {"dense": True}, {"weights": "innermost"}),
             Class("dense, off every grid", {"dense": True, "off_grid_weights": True}),
         ),
+    ),
+    _how(
+        "layout of weights", "weights",
+        "contiguous", "offset", "transposed", "sliced", "padded", "apart", "expanded", "innermost",
     ),
     Dimension(
         "indices",
@@ -175,8 +172,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
     ),
     _of(
         "adapters",
-        ordinary={}, none={"rank": 0}, B_zero={"adapter_values": "zero B"}, far_above={"data": "lora"},
-        subnormal_A={"data": "tiny lora"}, NaN_in_A={"adapter_values": "nan A"}, NaN_in_B={"adapter_values": "nan B"},
+        ordinary={}, none={"rank": 0}, B_zero={"adapter_values": "zero B"}, NaN_in_A={"adapter_values": "nan A"},
+        NaN_in_B={"adapter_values": "nan B"},
         **{"B_zero,_NaN_in_A": {"adapter_values": "nan A, zero B"}},
         Z_beyond_fp16={"adapter_values": "Z overflows"}, V_beyond_fp16={"adapter_values": "V overflows"},
         A_zero={"adapter_values": "zero A"},
@@ -217,19 +214,22 @@ DIMENSIONS: tuple[Dimension, ...] = (
     ),
     _how("gradient mode", "mode", "grad", "no_grad", "inference"),
     _how("backward pass", "backward", "at once", "one by one", "create_graph", "accumulated"),
-    _how(
-        "context", "context",
-        "plain", "autocast", "autocast to fp16", "autocast in backward", "autocast in both passes", "deterministic",
-        "strictly deterministic", "checkpoint", "reentrant checkpoint", "saved elsewhere", "bf16 by default",
-    ),
+    _how("autocast", "autocast", "off", "forward pass", "forward pass to fp16", "backward pass", "both passes"),
+    _how("algorithms", "algorithms", "any", "deterministic", "strictly deterministic"),
+    _how("saved tensors", "saved", "kept", "copied", "checkpoint", "reentrant checkpoint"),
+    Dimension("default dtype", (Class("fp32"), Class("bf16", call={"default_dtype": torch.bfloat16}))),
     _how("threads", "threads", "one", "another", "another in backward"),
     _how("output", "output", "kept", "overwritten", "dropped"),
     _of(
         "values",
         exact={}, ordinary={"data": "balanced"}, off_every_grid={"data": "off_grid"}, subnormal={"data": "subnormal"},
-        scales_far_apart={"data": "wide"}, scales_at_both_ends={"data": "boundary"},
-        NaN_in_a_row={"special": "nan row"}, inf_in_a_row={"special": "inf row"}, NaN_in_dOut={"special": "nan dOut"},
-        inf_in_dOut={"special": "inf dOut"}, NaN_expert={"special": "nan expert"},
+        scales_far_apart={"data": "wide"}, scales_at_both_ends={"data": "boundary"}, LoRA_far_above={"data": "lora"},
+        subnormal_LoRA={"data": "tiny lora"},
+    ),
+    _of(
+        "not finite",
+        nothing={}, NaN_in_a_row={"special": "nan row"}, inf_in_a_row={"special": "inf row"},
+        NaN_in_dOut={"special": "nan dOut"}, inf_in_dOut={"special": "inf dOut"}, NaN_expert={"special": "nan expert"},
         NaN_in_a_remote_row={"special": "nan remote"},
     ),
 )  # fmt: skip

@@ -140,14 +140,22 @@ def _draw(
     adapters = 1 / _LARGE if case.data == "large" else 1.0
     sizes = {"plain": 0.02, "balanced": 0.2, "lora": 16.0, "large": 0.3}
     lora_A = lora_B = bias = gates = None
+
+    def tiny(name: str, data: str) -> float:
+        """Below the normal range of a parameter and of the activations, where the data are so."""
+        least = max(min_exponent(dtype) for dtype in (case.dtype, own[name]))
+        return 2.0 ** (least - 2) if case.data == data else 1.0
+
     if r:
-        least = max(min_exponent(dtype) for dtype in (case.dtype, own["lora_A"]))
-        tiny = 2.0 ** (least - 2) if case.data == "tiny lora" else 1.0
-        lora_A = normal(E * r, K, gauge.u * tiny * adapters / K**0.5, own["lora_A"])
+        odd = torch.arange(E).repeat_interleave(r) % 2 == 1
+        of_A = torch.where(odd, 1.0, tiny("lora_A", "tiny lora"))
+        of_B = torch.where(odd, tiny("lora_B", "tiny lora"), 1.0)
+        lora_A = normal(E * r, K, of_A[:, None] * (gauge.u * adapters / K**0.5), own["lora_A"])
         size = sizes.get(case.data, 0.1) * adapters * (K / r) ** 0.5 / 8
-        lora_B = normal(N, E * r, gauge.t[:, None] * size, own["lora_B"])
+        lora_B = normal(N, E * r, of_B * (gauge.t[:, None] * size), own["lora_B"])
     if case.bias:
-        bias = normal(E, N, gauge.t * (128.0 if case.data == "bias" else 0.5), own["expert_biases"])
+        size = tiny("expert_biases", "subnormal") * (128.0 if case.data == "bias" else 0.5)
+        bias = normal(E, N, gauge.t * size, own["expert_biases"])
     if case.gate_slots:
         shape = (case.rows // case.gate_slots, case.gate_slots)
         gates = rounded(torch.softmax(torch.randn(shape, generator=generator), 1), own["gates"])

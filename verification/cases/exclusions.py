@@ -18,7 +18,11 @@ class Exclusion:
     why: str
 
 
-_DRAWN = ("ordinary", "off every grid", "subnormal", "scales far apart", "scales at both ends")
+_DRAWN = (
+    "ordinary", "off every grid", "subnormal", "scales far apart", "scales at both ends", "LoRA far above",
+    "subnormal LoRA",
+)  # fmt: skip
+_UNDERFLOWING = ("subnormal", "scales far apart", "scales at both ends", "subnormal LoRA")
 _NO_ROW = ("NaN in a row", "inf in a row", "NaN in dOut", "inf in dOut", "NaN in a remote row")
 _GATES = (
     "another number a token", "positive", "negative", "some zero", "one a row", "across tokens", "all a token's",
@@ -31,16 +35,19 @@ _ROWS_SHARE = "all rows are the same, or share elements"
 _OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
 _WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("backward pass", ("one by one", "create_graph", "accumulated")),
-    ("context", ("autocast in backward", "autocast in both passes", "checkpoint", "reentrant checkpoint",
-                 "saved elsewhere")),
+    ("autocast", ("backward pass", "both passes")),
+    ("saved tensors", ("copied", "checkpoint", "reentrant checkpoint")),
     ("threads", ("another in backward",)), ("output", ("overwritten", "dropped")),
     ("layout of dOut", ("transposed", "sliced", "padded", "offset", *REPEATED)),
 )  # fmt: skip
 
 EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("gates", _GATES, "output order", ("by expert",), "the gated sum needs rows by position"),
-    Exclusion("adapters", ("far above", "subnormal A"), "values", tuple(c for c in _DRAWN if c != "ordinary"),
-              "both choose the kind of numbers"),
+    Exclusion("weights", ("packed", "packed, from fp32"), "layout of weights",
+              ("transposed", "sliced", "padded", "apart", "expanded", "innermost"), "packed weights are contiguous"),
+    Exclusion("adapters", ("none",), "values", ("LoRA far above", "subnormal LoRA"), "there is no adapter"),
+    Exclusion("not finite", ("inf in a row", "inf in dOut"), "values", _UNDERFLOWING,
+              "what rounding may make zero would meet infinity"),
     Exclusion("adapters", _OVERFLOWING, "values", _DRAWN, "rounding to infinity is judged where sums are exact"),
     Exclusion("adapters", _OVERFLOWING, "scaling", ("a third", "an int", "tiny", "sixteen thirds", "beyond fp16"),
               "no exact sum"),
@@ -53,15 +60,15 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("values", ("off every grid",), "dtype", ("bf16", "fp16"), "16-bit activations lie on a grid"),
     Exclusion("values", ("off every grid",), "parameters", ("fp32", "adapters in fp32"),
               "the same as the activations' dtype"),
-    Exclusion("values", ("NaN in a remote row",), "routing",
+    Exclusion("not finite", ("NaN in a remote row",), "routing",
               ("uniform", "empty experts", "one takes all", "an expert twice", "descending positions",
                "shuffled positions"), "no row is remote"),
-    Exclusion("values", _NO_ROW, "rows", ("none",), "there is no row"),
-    Exclusion("values", ("NaN in a row", "inf in a row", "NaN in a remote row"), "layout of x",
+    Exclusion("not finite", _NO_ROW, "rows", ("none",), "there is no row"),
+    Exclusion("not finite", ("NaN in a row", "inf in a row", "NaN in a remote row"), "layout of x",
               (*_SHARED, "one column"), "all rows or columns are the same, or share elements"),
-    Exclusion("values", ("NaN in dOut", "inf in dOut", "NaN in a remote row"), "layout of dOut",
+    Exclusion("not finite", ("NaN in dOut", "inf in dOut", "NaN in a remote row"), "layout of dOut",
               REPEATED, "all rows or columns are the same, or share elements"),
-    Exclusion("values", ("NaN in a remote row",), "layout of biases and gates", _SHARED, _ROWS_SHARE),
+    Exclusion("not finite", ("NaN in a remote row",), "layout of biases and gates", _SHARED, _ROWS_SHARE),
     Exclusion("values", _APART, "layout of x", ("overlapping", "one column"), _COLUMNS_DIFFER),
     Exclusion("values", _APART, "layout of dOut", ("overlapping", "one column", "one number"), _COLUMNS_DIFFER),
     Exclusion("values", _APART, "layout of biases and gates", ("overlapping",), _COLUMNS_DIFFER),
@@ -72,7 +79,7 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("layout of expert ids", ("expanded",), "routing",
               ("uniform", "empty experts", "an expert twice", "descending positions", "shuffled positions",
                "sentinels", "sentinels far above"), "rows have different experts"),
-    Exclusion("values", ("NaN expert",), "weights", ("dense, expanded",), "all experts are the same"),
+    Exclusion("not finite", ("NaN expert",), "layout of weights", ("expanded",), "all experts are the same"),
     Exclusion("parameters", ("fp32", "adapters in fp32"), "dtype", ("fp32",), "the same as the activations' dtype"),
     Exclusion("parameters", ("bf16",), "dtype", ("bf16",), "the same as the activations' dtype"),
     Exclusion("parameters", ("fp16",), "dtype", ("fp16",), "the same as the activations' dtype"),
@@ -90,7 +97,7 @@ EXCLUDED: tuple[Exclusion, ...] = (
     *(Exclusion(first, none, dimension, classes, "there is no backward pass")
       for first, none in (("gradient mode", ("no_grad", "inference")), ("gradients", ("none",)))
       for dimension, classes in _WITHOUT_BACKWARD),
-    Exclusion("context", ("reentrant checkpoint",), "backward pass", ("at once", "one by one", "create_graph"),
+    Exclusion("saved tensors", ("reentrant checkpoint",), "backward pass", ("at once", "one by one", "create_graph"),
               "torch refuses torch.autograd.grad there"),
     Exclusion("rows", ("more than 2^16",), "N", ("5760",), "3 GB a tensor in the golden model's fp64"),
     Exclusion("rows", ("more than 2^16",), "K", ("2880",), "2 GB a tensor in the golden model's fp64"),

@@ -57,11 +57,14 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
     elif case.routing == "ten_active":
         allowed = torch.randperm(E, generator=draw)[:10]
     if case.routing == "duplicates" or allowed.numel() < case.top_k:
-        return allowed[torch.randint(0, allowed.numel(), shape, generator=draw)]
-    scores = torch.rand(case.tokens, allowed.numel(), generator=draw)
-    choice = allowed[scores.argsort(1)[:, : case.top_k]]
+        choice = allowed[torch.randint(0, allowed.numel(), shape, generator=draw)]
+    else:
+        scores = torch.rand(case.tokens, allowed.numel(), generator=draw)
+        choice = allowed[scores.argsort(1)[:, : case.top_k]]
     if case.routing in ("sentinels", "far_sentinels"):
         foreign = torch.randint(0, 3, shape, generator=draw)
         away = torch.rand(shape, generator=draw) < 0.25
+        if not away.any():
+            away.view(-1)[-1:] = True
         choice = torch.where(away, torch.tensor([-1, E, E + 7])[foreign], choice)
     return choice

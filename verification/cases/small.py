@@ -36,11 +36,6 @@ def decode_cases(device_type: str) -> list[Case]:
     return [*map(one_hot_elements, dtypes), *element_cases(dtype)[1:]]
 
 
-def narrow_decode_cases() -> list[Case]:
-    """Each finite byte once, in 16 bits."""
-    return [one_hot_elements(torch.bfloat16), one_hot_elements(torch.float16)]
-
-
 def decoder_cases() -> list[Case]:
     """Stacks whose sizes are multiples of no tile, the second one chunk more than a whole number of programs."""
     return [
@@ -53,15 +48,6 @@ def integer_cases(device_type: str) -> list[Case]:
     """Sums that are exact in any order."""
     dtype = usual_dtype(device_type)
     return _integers(dtype) if device_type == "cpu" else [*_integers(dtype)[:5], *_for_gpu_tilings(dtype)]
-
-
-def own_integer_cases(device_type: str) -> list[Case]:
-    """Decoded weights; gates beyond the range of fp16."""
-    gates = integer_cases(device_type)[1]
-    return [
-        replace(gates, name="gates, dense weights", dense=True),
-        replace(gates, name="gates beyond fp16", gate_exponent=20),
-    ]
 
 
 def drawn_cases(device_type: str) -> list[Case]:
@@ -85,41 +71,6 @@ def drawn_cases(device_type: str) -> list[Case]:
 def behaviour_cases(device_type: str) -> list[Case]:
     """What a candidate is compared with itself on."""
     return [case for case in drawn_cases(device_type) if case.name in ("plain", "fused")]
-
-
-def operator_case(device_type: str) -> Case:
-    """For operators one by one: packed weights that are not square and LoRA, sentinels, no gates, not grouped."""
-    return replace(smallest(usual_dtype(device_type)), name="operators", experts=3, K=64, N=33, routing="sentinels")
-
-
-def remote_cases(device_type: str) -> list[Case]:
-    """A token a row, with sentinels: NaN in what belongs to remote experts."""
-    gates = integer_cases(device_type)[1]
-    return [replace(gates, name="remote rows", top_k=1, gate_slots=1, tokens=18, special="nan remote")]
-
-
-def unordered_cases(device_type: str) -> list[Case]:
-    """Whose positions and offsets are put out of range: ungrouped, without gates; empty experts first and last."""
-    cases = {case.name: case for case in integer_cases(device_type)}
-    return [
-        replace(cases["small"], name="positions"),
-        replace(cases["fused"], name="positions, fused"),
-        replace(cases["gates"], name="offsets", experts=5, routing="empty_experts"),
-    ]
-
-
-def index_cases(device_type: str) -> list[Case]:
-    """Sizes far below a limit whose products go beyond it, see `candidates.own.interpreted`."""
-    sizes = Case(
-        "sizes", 48, 96, 352, 90, 2, 0, usual_dtype(device_type), routing="ten_active", bias=True, use_fused_dX=True,
-        use_fused_gather=True,
-    )  # fmt: skip
-    return [
-        sizes,
-        replace(sizes, name="sizes, gates", bias=False, gate_slots=2),
-        replace(sizes, name="sizes, LoRA", bias=False, K=32, N=32, tokens=260, rank=32),
-        replace(sizes, name="sizes, gradients of LoRA", bias=False, tokens=45, rank=16),
-    ]
 
 
 def subset_cases(scope: Scope) -> list[Case]:
@@ -148,11 +99,6 @@ def sequence_cases(scope: Scope) -> list[Case]:
             replace(gated, name="sequences, one dtype"),
         ]
     return cases[:1] if scope.suite == "small" else cases
-
-
-def stack_cases(device_type: str) -> list[Case]:
-    """A stack for the decoder alone: one expert's matrix below that limit, all their scales beyond it."""
-    return [Case("a stack", 100, 64, 64, 0, 1, 0, torch.float32)]
 
 
 def _integers(dtype: torch.dtype) -> list[Case]:

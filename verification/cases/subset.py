@@ -129,7 +129,7 @@ def parse_subset(text: str) -> Subset:
 
 
 def _parts(text: str) -> list[str]:
-    """What commas separate, but for those within the name of a class, as in «dense, sliced»."""
+    """What commas separate, but for those within the name of a class, as in «dense, off every grid»."""
     names = {each.name for dimension in DIMENSIONS for each in dimension.classes}
     parts: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):

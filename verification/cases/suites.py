@@ -20,7 +20,7 @@ from mxref.fragments import TILE
 from mxref.verification.cases import named, small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import EXACT_SLOTS, domain_cases
-from mxref.verification.cases.elements import element_cases, element_cases_with_options, elements_to_128, every_element
+from mxref.verification.cases.elements import element_cases, element_cases_with_options, every_element
 from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
 from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope, Suite
@@ -55,15 +55,6 @@ def decode_cases(scope: Scope) -> list[Case]:
     return [case for dtype in scope.dtypes for case in (*element_cases(dtype), *element_cases_with_options(dtype))]
 
 
-def narrow_decode_cases(suite: Suite, device_type: str) -> list[Case]:
-    """The finite bytes in 16 bits on a CPU: decoding is exact there, so the interpreter's fp32 is good enough."""
-    if device_type != "cpu":
-        return []
-    if suite == "small":
-        return small.narrow_decode_cases()
-    return [case for dtype in (_BF16, _FP16) for case in element_cases(dtype, nonfinite=False)]
-
-
 def decoder_cases(suite: Suite, device_type: str) -> list[Case]:
     """Weights for a candidate's own decoder: every code, byte and place; sizes that are multiples of no tile."""
     every = [every_element(dtype) for dtype in (_FP32, _BF16, _FP16)]
@@ -78,31 +69,6 @@ def integer_cases(suite: Suite, device_type: str) -> list[Case]:
         return named.integers(_FP32)
     return [like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
             for case in named.integers(dtype)]  # fmt: skip
-
-
-def own_integer_cases(suite: Suite, device_type: str) -> list[Case]:
-    """Weights that are decoded already, an N that no tile divides, gates beyond the range of fp16."""
-    if suite == "small":
-        return small.own_integer_cases(device_type)
-    base = integer_cases("quick", device_type)[0]
-    sentinels = replace(base, routing="sentinels", gate_slots=2)
-    return [
-        like(sentinels, "dense weights", dense=True),
-        like(base, "129 columns", N=129, use_fused_dX=True),
-        like(sentinels, "gates beyond fp16", gate_exponent=20),
-    ]
-
-
-def fragment_cases(scope: Scope) -> list[Case]:
-    """Exact fixtures on weights in the layout FRAGMENTS: every code and byte, every option, on a GPU the domain too."""
-    dtype = small.usual_dtype(scope.device_type)
-    if scope.suite == "small":
-        return in_fragments([*small.integer_cases(scope.device_type), elements_to_128(dtype)])
-    decode = [elements_to_128(dtype), *decode_cases(scope)]
-    integers = integer_cases("quick", scope.device_type)
-    if scope.device_type == "cpu":
-        return in_fragments([*decode, *_some(integers)])
-    return in_fragments([*decode, *integers, *(case for case in _domain(scope) if case.exact)])
 
 
 def in_fragments(cases: Iterable[Case]) -> list[Case]:
@@ -121,12 +87,16 @@ def exact_cases(scope: Scope) -> list[Case]:
     """
     fixtures = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
-        fixtures = _some(fixtures)
+        fixtures = some(fixtures)
     large = () if scope.suite == "small" or scope.expense == "interpreted" else _BEYOND_STAND_INS
     beyond = [_BEYOND_FP16, ABOUT_TILES] if scope.suite != "small" and _FP16 in scope.dtypes else []
     mixed = _mixed(scope) if scope.suite != "small" else []
-    domain = [case for case in _domain(scope) if case.exact]
-    return [*fixtures, *large, *beyond, *mixed, *domain, *_rounded_domain(scope)]
+    return [*fixtures, *large, *beyond, *mixed, *exact_domain(scope), *_rounded_domain(scope)]
+
+
+def exact_domain(scope: Scope) -> list[Case]:
+    """The domain's cases whose sums are exact."""
+    return [case for case in _domain(scope) if case.exact]
 
 
 def _mixed(scope: Scope) -> list[Case]:
@@ -157,7 +127,8 @@ def _rounded_domain(scope: Scope) -> list[Case]:
     return [rounded(case) for case in few if case.dtype != _FP32]
 
 
-def _some(cases: Iterable[Case]) -> list[Case]:
+def some(cases: Iterable[Case]) -> list[Case]:
+    """A few of the named integer fixtures, which the interpreter has time for."""
     kept = ("hundreds", "long", "1032", "no LoRA", "k 8", "gates", "about")
     return [case for case in cases if any(word in case.name for word in kept)]
 

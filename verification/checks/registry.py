@@ -106,10 +106,11 @@ _OF_ANY: tuple[Check, ...] = (
     Check(
         "sequences",
         "Calls in any order, of several forward passes, gradients of earlier ones, as many graphs alive as a large "
-        "model has layers, calls without a graph, operands changed in place as an optimiser does or given other memory "
-        "through `.data`, other shapes in the same memory, the same shapes elsewhere or with other strides, the same "
-        "tensors in calls that differ in something else: a result depends on its operands alone. A failure is shrunk "
-        "to the shortest sequence.",
+        "model has layers, calls without a graph, operands changed in place as an optimiser does or given other "
+        "memory through `.data`, results that the caller overwrites, other shapes in the same memory, the same shapes "
+        "elsewhere or with other strides, the same tensors in calls that differ in something else, two calls at the "
+        "same time in two threads: a result depends on its operands alone. A failure is shrunk to the shortest "
+        "sequence.",
         Asked.ANY, _fitted(small.sequence_cases), in_sequences, same_values,
     ),
     Check(

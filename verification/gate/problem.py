@@ -31,7 +31,10 @@ _LAYOUTS = {
     "needs": "gradients",
     "backward": "backward pass",
     "mode": "gradient mode",
-    "context": "context",
+    "autocast": "autocast",
+    "algorithms": "algorithms",
+    "saved": "saved tensors",
+    "default_dtype": "default dtype",
     "threads": "threads",
     "output": "output",
 }

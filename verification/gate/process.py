@@ -19,10 +19,10 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.interpreting import interpret_only
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.clone import IS_CLONE, of_a_clone
 from mxref.verification.gate.order import Order
 from mxref.verification.gate.plan import Item, slopes_in
 from mxref.verification.gate.result import describe_device
@@ -148,8 +148,8 @@ def work(send: Callable[[Any], None], order: Order, numbers: Numbers, sharing: i
         try:
             candidate = order.candidate()
             interpreted = runs_interpreted(candidate, order.device)
-            if interpreted and candidate.operators is not None:  # what else a foreign kernel does is not known
-                interpret_only()
+            if interpreted and candidate.operators is not None and IS_CLONE:  # a foreign one may compile elsewhere
+                of_a_clone("candidates.own.interpret_only", "").interpret_only()
             items = order.items(candidate, interpreted)
         except ValueError as error:
             send(Refused(str(error)))

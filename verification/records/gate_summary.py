@@ -9,7 +9,7 @@ from mxref.verification.gate.result import GateResult
 
 
 def gate_summary(result: GateResult) -> dict[str, Any]:
-    """The verdict, any failures, and the largest errors: in ulp by case, as shares of the bound by check."""
+    """The verdict, any failures, and the largest errors: in ulp of cases with any, as shares of the bound by check."""
     ulps: dict[str, dict[str, float]] = {}
     shares: dict[str, dict[str, float]] = {}
     for finding in result.findings:
@@ -25,7 +25,7 @@ def gate_summary(result: GateResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "failures": [str(finding) for finding in result.findings if not finding.ok],
         "bound_share": {check: tensors for check, tensors in shares.items() if tensors},
-        "max_ulp": {case: tensors for case, tensors in ulps.items() if tensors},
+        "max_ulp": {case: tensors for case, tensors in ulps.items() if any(tensors.values())},
     }
 
 

@@ -13,6 +13,7 @@ elsewhere.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,8 +125,17 @@ def baseline_findings(
     return results
 
 
-def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder: Path = EVIDENCE) -> Path:
+def accept(
+    findings: Sequence[Finding], device: torch.device, seed: int, folder: Path = EVIDENCE, whole: bool = False
+) -> Path:
     """Make a run's errors the baseline; cases that it did not judge keep theirs, if seed and environment are the same.
+
+    Args:
+        findings: of a run of the shipped kernels.
+        device: where they ran.
+        seed: of the run.
+        folder: where baselines lie.
+        whole: the run judged a whole suite: what covered an earlier domain, and is asked no more, is dropped.
 
     Returns:
         The file.
@@ -145,7 +155,16 @@ def accept(findings: Sequence[Finding], device: torch.device, seed: int, folder:
     except ValueError:  # no record of this schema: replaced
         before = None
     kept = before.errors if before is not None and (before.seed, before.environment) == (seed, here) else {}
+    if whole:
+        covered = {_covering(case) for case in errors} - {None}
+        kept = {case: tensors for case, tensors in kept.items() if _covering(case) not in covered}
     return Baseline(seed, here, kept | errors).write(device, folder)
+
+
+def _covering(case: str) -> str | None:
+    """The word for what a case covers of the domain with its kin; None of all other cases."""
+    found = re.match(r"(pairs|triples) \d+ [0-9a-f]{4}", case)
+    return found and found[1]
 
 
 def _errors(findings: Iterable[Finding]) -> Errors:

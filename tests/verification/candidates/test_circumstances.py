@@ -49,16 +49,16 @@ def tapped(operand: str, change: Any) -> Candidate:
 
 
 @pytest.mark.parametrize(
-    ("context", "state"),
+    ("call", "state"),
     [
-        ("deterministic", torch.are_deterministic_algorithms_enabled),
-        ("bf16 by default", lambda: torch.get_default_dtype() == torch.bfloat16),
-        ("autocast in backward", lambda: torch.is_autocast_enabled("cpu")),
-        ("autocast in both passes", lambda: torch.is_autocast_enabled("cpu")),
+        (Call(algorithms="deterministic"), torch.are_deterministic_algorithms_enabled),
+        (Call(default_dtype=torch.bfloat16), lambda: torch.get_default_dtype() == torch.bfloat16),
+        (Call(autocast="backward pass"), lambda: torch.is_autocast_enabled("cpu")),
+        (Call(autocast="both passes"), lambda: torch.is_autocast_enabled("cpu")),
     ],
 )
-def test_global_state_holds_in_the_backward_pass_too(context: Any, state: Any) -> None:
-    sample = draw(replace(SMALL, data="integer", scaling=0.5, call=Call(context=context)))
+def test_global_state_holds_in_the_backward_pass_too(call: Call, state: Any) -> None:
+    sample = draw(replace(SMALL, data="integer", scaling=0.5, call=call))
     wrong = tapped("inputs", lambda grad: grad / 2 if state() else grad)
     assert {finding.tensor for finding in ask("integer", wrong, sample) if not finding.ok} == {"dX"}
     assert not state()
@@ -70,9 +70,9 @@ def test_a_backward_pass_that_changes_dOut_is_told() -> None:
     assert "changes dOut or an operand in place" in finding.reason
 
 
-@pytest.mark.parametrize("context", ["autocast", "autocast in backward", "autocast in both passes"])
-def test_plain_pytorch_ignores_autocast_in_either_pass(context: Any) -> None:
-    case = replace(SMALL, call=Call(context=context))
+@pytest.mark.parametrize("autocast", ["forward pass", "backward pass", "both passes"])
+def test_plain_pytorch_ignores_autocast_in_either_pass(autocast: Any) -> None:
+    case = replace(SMALL, call=Call(autocast=autocast))
     findings = ask("interval", torch_composite(), draw(case))
     assert [str(finding) for finding in findings if finding.status is not Status.PASS] == []
 

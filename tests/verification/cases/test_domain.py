@@ -178,7 +178,9 @@ def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -
         assert all(case.call.layout(name) == classes[f"layout of {words}"] for words, name in layouts.items())
         if classes["routing"] == "all sentinels":
             assert bool((problem.sorted_expert_idxs >= problem.E).all())
-        if classes["routing"] == "sentinels far above" and bool((problem.sorted_expert_idxs >= problem.E).any()):
+        if "sentinels" in classes["routing"]:
+            assert bool((problem.sorted_expert_idxs >= problem.E).any()) == (problem.P > 0), case
+        if classes["routing"] == "sentinels far above" and problem.P:
             assert int(problem.sorted_expert_idxs.max()) == torch.iinfo(problem.sorted_expert_idxs.dtype).max
         if case.special in ("nan row", "inf row"):
             assert int((~problem.inputs.isfinite()).any(1).sum()) == 1 + (
@@ -272,12 +274,12 @@ def test_a_subset_is_read_in_the_domain_s_words() -> None:
 
 
 def test_classes_whose_names_hold_commas_can_be_covered() -> None:
-    text = "weights=dense|dense, sliced, N%8, adapters=B zero, NaN in A|none, gates=none"
+    text = "weights=dense|dense, off every grid, N%8, adapters=B zero, NaN in A|none, gates=none"
     subset = parse_subset(text)
     assert str(subset) == text
     kept = {each.name: [one.name for one in each.classes] for each in subset.within(list(DIMENSIONS))}
-    assert (kept["weights"], kept["adapters"]) == (["dense", "dense, sliced"], ["none", "B zero, NaN in A"])
-    assert (kept["N"], kept["gates"]) == (["96", "5760"], ["none"])
+    assert (kept["weights"], kept["adapters"]) == (["dense", "dense, off every grid"], ["none", "B zero, NaN in A"])
+    assert (kept["N"], kept["gates"]) == (["96", "32", "5760"], ["none"])
 
 
 @pytest.mark.parametrize(

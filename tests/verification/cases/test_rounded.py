@@ -120,6 +120,7 @@ def test_nothing_keeps_a_wrong_result_from_being_seen() -> None:
         assert all(case.call.wants(name) for name in ("dX", "dA", "dB", "dbias", "dgates"))
     routings = {(case.routing, case.grouped_in) for case in cases}
     assert {("descending", False), ("duplicates", False), ("sentinels", False)} <= routings
-    dense = {(case.call.weights, case.call.context) for case in cases if case.dense}
-    assert {weights for weights, _ in dense} >= {"sliced", "padded", "transposed"}
-    assert {case.call.context for case in cases if not case.grouped_in and case.k > 1} >= {"deterministic", "autocast"}
+    assert {case.call.weights for case in cases if case.dense} >= {"sliced", "padded", "transposed"}
+    scattered = [case.call for case in cases if not case.grouped_in and case.k > 1]
+    assert {call.algorithms for call in scattered} >= {"deterministic", "strictly deterministic"}
+    assert {call.autocast for call in scattered} >= {"forward pass", "both passes"}

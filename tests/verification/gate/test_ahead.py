@@ -72,7 +72,8 @@ candidate = shipped(torch.device("cpu"))
 covered, chosen = set(), []
 for item in plan(Scope("quick", "cuda", 0, interpreted=False), own=True):
     classes = getattr(item.case, "covers", ())
-    ways = {each for each in classes if each[0].split()[0] in ("context", "layout", "storage")}
+    how = ("saved", "autocast", "algorithms", "default", "layout", "storage")
+    ways = {each for each in classes if each[0].split()[0] in how}
     if item.name.startswith("pairs") and item.case.rows < 4096 and not ways <= covered:
         covered |= ways
         chosen.append(item)
@@ -113,7 +114,7 @@ def test_what_is_asked_is_compiled_before(tmp_path: Path, request: pytest.Fixtur
 
 
 def test_what_tensors_with_memory_start_is_foreseen() -> None:
-    """However operands lie, and whatever context the call is made in; no kernel is compiled here."""
+    """However operands lie, and whatever surrounds the call; no kernel is compiled here."""
     done = run_python("-c", FORESEE)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)

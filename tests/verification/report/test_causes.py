@@ -29,10 +29,10 @@ def test_failures_that_look_alike_stand_together() -> None:
 
 
 def test_what_the_problems_of_a_cause_have_in_common() -> None:
-    usual = {"E": 4, "dtype": "float32", "context": "autocast", "seed": 0}
+    usual = {"E": 4, "dtype": "float32", "autocast": "forward pass", "seed": 0}
     many = [replace(CRASH, id=str(n), case=str(n), problem=usual | {"E": n, "routing": "uniform"}) for n in range(3)]
     (cause,) = causes(many)
-    assert cause.common == {"dtype": "float32", "context": "autocast", "routing": "uniform"}
+    assert cause.common == {"dtype": "float32", "autocast": "forward pass", "routing": "uniform"}
     assert causes(many[:2])[0].common == {}
 
 

@@ -23,7 +23,7 @@ from mxref.verification.candidates.elsewhere.row_order import RowOrder
 from mxref.weights import MXWeights
 
 _PRODUCT = (
-    "weights=packed|packed, from fp32, adapters=none, biases=none, gates=none, "
+    "weights=packed|packed, from fp32, layout of weights=contiguous, adapters=none, biases=none, gates=none, "
     "routing=uniform|empty experts|one takes all|an expert twice|descending positions"
 )
 """What a product of packed weights covers of the domain: every row is an expert's."""

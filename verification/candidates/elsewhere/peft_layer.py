@@ -64,8 +64,8 @@ def peft(
 
 
 peft.mxref_covers = (  # type: ignore[attr-defined]
-    "weights=dense|dense, transposed|dense, sliced|dense, padded|dense, apart|dense, expanded, "
-    "adapters=ordinary|B zero|far above|subnormal A|NaN in A|NaN in B|B zero, NaN in A|Z beyond fp16|V beyond fp16"
+    "weights=dense, layout of weights=contiguous|transposed|sliced|padded|apart|expanded, "
+    "adapters=ordinary|B zero|NaN in A|NaN in B|B zero, NaN in A|Z beyond fp16|V beyond fp16"
 )
 
 

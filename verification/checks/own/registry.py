@@ -10,6 +10,7 @@ from mxref.verification.candidates.own import asking_activation, asking_kernels
 from mxref.verification.cases import small, suites
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.own import kernels
 from mxref.verification.cases.own.activation import activation_cases
 from mxref.verification.cases.own.tables import table_cases
 from mxref.verification.cases.scope import Scope
@@ -45,7 +46,7 @@ def _guarded(device_type: str) -> list[Case]:
 
 def _operators(scope: Scope) -> list[Case]:
     """The case of the registered operators."""
-    return [small.operator_case(scope.device_type)]
+    return [kernels.operator_case(scope.device_type)]
 
 
 CHECKS: tuple[Check, ...] = (
@@ -53,19 +54,19 @@ CHECKS: tuple[Check, ...] = (
         "integer, further",
         "Small integers once more: on weights that are decoded already, on an N that no tile divides, and with gates "
         "beyond fp16's range.",
-        Asked.OWN, named(suites.own_integer_cases), asking.once, equal,
+        Asked.OWN, named(kernels.own_integer_cases), asking.once, equal,
     ),
     Check(
         "fragments",
         "Small integers on packed weights in the order in which tensor cores take them, to which the loaders bring "
         "them on Hopper: every code under every scale byte, every option.",
-        Asked.OWN, suites.fragment_cases, asking.once, equal,
+        Asked.OWN, kernels.fragment_cases, asking.once, equal,
     ),
     Check(
         "decode in 16 bits",
         "Every code under every scale byte once more, in bf16 and fp16 under Triton's interpreter, whose fp32 is exact "
         "enough for what is exact.",
-        Asked.INTERPRETED, named(suites.narrow_decode_cases), asking.once, equal,
+        Asked.INTERPRETED, named(kernels.narrow_decode_cases), asking.once, equal,
     ),
     Check(
         "tables",
@@ -106,25 +107,25 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "remote rows",
         "Rows that belong to remote experts hold NaN: no result may notice.",
-        Asked.OWN, _small(small.remote_cases), asking.once, equal,
+        Asked.OWN, _small(kernels.remote_cases), asking.once, equal,
     ),
     Check(
         "out of range",
         "Positions and offsets out of range that nobody checked, as on a GPU: rows with good ones stay right, and "
         "nothing is read or written outside a tensor.",
-        Asked.OWN, _small(small.unordered_cases), asking_kernels.with_indices_out_of_range,
+        Asked.OWN, _small(kernels.unordered_cases), asking_kernels.with_indices_out_of_range,
         right_and_unwritten,
     ),
     Check(
         "index width",
         "Products of two sizes are 64 bits wide: a 32-bit offset is right until a tensor has 2^31 elements, which no "
         "test has time for, so the arithmetic itself is watched.",
-        Asked.INTERPRETED, _small(small.index_cases), asking_kernels.with_watched_indices, wide_indices,
+        Asked.INTERPRETED, _small(kernels.index_cases), asking_kernels.with_watched_indices, wide_indices,
     ),
     Check(
         "index width, decoder",
         "The same for the decoder.",
-        Asked.INTERPRETED, _small(small.stack_cases), asking_kernels.with_watched_indices_of_the_decoder,
+        Asked.INTERPRETED, _small(kernels.stack_cases), asking_kernels.with_watched_indices_of_the_decoder,
         wide_indices,
     ),
     Check(

@@ -30,6 +30,8 @@ def baseline(result: GateResult, arguments: argparse.Namespace, device: torch.de
     if any(not finding.ok for finding in result.findings):
         return None
     try:
-        return ulp_baseline.accept(result.findings, device, result.seed, arguments.accept_baseline)
+        return ulp_baseline.accept(
+            result.findings, device, result.seed, arguments.accept_baseline, whole=not result.narrowed
+        )
     except ValueError as error:
         raise UsageError(f"--accept-baseline: {error}") from None

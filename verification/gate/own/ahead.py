@@ -8,6 +8,7 @@ what depends on a result, is compiled when it is met.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.processes import cores, die_with_parent
 from mxref.verification.candidates.shipped import shipped
-from mxref.verification.cases.call import Context, Layout
+from mxref.verification.cases.call import Layout, Saved
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.gate.order import Order
@@ -173,9 +174,11 @@ def _without_memory(item: Item) -> Any:
     if isinstance(case, Case):  # whose values are looked at when it is drawn, and integers are drawn more than once
         data = "balanced" if case.data in ("integer", "rounded") else case.data
         call = case.call
-        context: Context = "saved elsewhere" if call.context == "saved elsewhere" else "plain"
+        saved: Saved = "copied" if call.saved == "copied" else "kept"
         ids: Layout = "contiguous" if call.ids == "expanded" else call.ids
-        call = replace(call, context=context, threads="one", ids=ids)
+        call = replace(
+            call, saved=saved, autocast="off", algorithms="any", default_dtype=torch.float32, threads="one", ids=ids
+        )
         return draw(replace(case, data=data, call=call), seed=item.seed).to("meta")
     return drawing(case, torch.device("meta"), item.seed)()
 
@@ -188,6 +191,8 @@ def _share(*shared: Any) -> None:
     global _shared
     die_with_parent()
     os.nice(10)  # who judges goes first
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)  # a compiler leaves little garbage: looking for it takes an eighth of the time
     _shared = shared
     torch.set_num_threads(1)
 

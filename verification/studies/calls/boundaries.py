@@ -84,7 +84,7 @@ positions_narrow = bug("positions of the width of experts", "takes one index dty
             if p.sorted_scattered_idxs.dtype != p.sorted_expert_idxs.dtype else {})
 )  # fmt: skip
 experts_as_neighbours = bug("experts of dense weights taken as neighbours", "computes an expert's address from K and N",
-                            weights="dense, apart")(
+                            weights="dense", layout_of_weights="apart")(
     reading(lambda p: {"expert_weights": p.expert_weights.roll(1, 0) * 2}
             if isinstance(p.expert_weights, Tensor) and p.expert_weights.stride(0) > p.K * p.N else {})
 )  # fmt: skip

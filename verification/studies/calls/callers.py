@@ -51,7 +51,10 @@ biases_padded = bug("rows of biases taken as dense", _PADDED, layout_of_biases_a
     _operands(_wide, "expert_biases")
 )
 weights_alike = bug(
-    "experts that share memory", "reads a stride of 0 as a stride of a matrix", weights="dense, expanded"
+    "experts that share memory",
+    "reads a stride of 0 as a stride of a matrix",
+    weights="dense",
+    layout_of_weights="expanded",
 )(_operands(lambda W: W.roll(1, 1) if W.ndim == 3 and W.stride(0) == 0 else W, "expert_weights"))
 gates_alike = bug("gates that share memory", "reads them as if they lay one behind the other",
                   layout_of_biases_and_gates="expanded", gates="positive", slots="two")(
@@ -82,7 +85,7 @@ leaf_A = bug("adapters that are no leaves taken as frozen", "asks is_leaf", oper
 parameter_A = bug("parameters taken by their data", "unwraps nn.Parameter", operands="parameter")(
     _called(lambda lora_A=None, **_: {"lora_A": getattr(lora_A, "data", None)} if _is_parameter(lora_A) else {})
 )
-default_dtype = bug("sums in the default dtype", "makes a buffer without a dtype", context="bf16 by default")(
+default_dtype = bug("sums in the default dtype", "makes a buffer without a dtype", default_dtype="bf16")(
     _operands(lambda x: x.to(torch.get_default_dtype()).to(x.dtype) * _usual(), "inputs")
 )
 
@@ -153,7 +156,7 @@ gates_across = bug("dX of gates across tokens", "takes gates for those of a row'
               else {})
 )  # fmt: skip
 autocast_backward = bug("autocast followed in backward", "leaves a product of its backward pass to autocast",
-                        context="autocast in backward", dtype="fp32")(
+                        autocast="backward pass", dtype="fp32")(
     _backward(lambda p, dOut, needs, found: {"dX": _through_bf16(found["dX"])} if p.dtype == torch.float32
               and torch.is_autocast_enabled(dOut.device.type) else {})
 )  # fmt: skip

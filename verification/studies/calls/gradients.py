@@ -113,7 +113,7 @@ class Version(Layer):
 
 
 @bug("saved tensors unpacked twice", "reads what autograd saved twice, which a checkpointed region refuses",
-     context="checkpoint")  # fmt: skip
+     saved_tensors="checkpoint")  # fmt: skip
 class Unpacked(Layer):
     """An autograd function of its own around the rest."""
 
@@ -134,7 +134,7 @@ class _TwiceUnpacked(torch.autograd.Function):
         return grad, None
 
 
-@bug("a queue of saved activations", "pushes in forward and takes the oldest in backward", context="checkpoint")
+@bug("a queue of saved activations", "pushes in forward and takes the oldest in backward", saved_tensors="checkpoint")
 class Queue(Layer):
     """A checkpointed region pushes twice; passes in another order take what is another call's."""
 
@@ -149,7 +149,7 @@ class Queue(Layer):
         return super().backward(self.queue.pop(0) if self.queue else problem, dOut, needs)
 
 
-@bug("autocast followed", "leaves a product of its own to autocast, which rounds to 16 bits", context="autocast")
+@bug("autocast followed", "leaves a product of its own to autocast, which rounds to 16 bits", autocast="forward pass")
 class Autocast(Layer):
     """The operands in autocast's dtype, for a function that should ignore it."""
 
@@ -160,7 +160,7 @@ class Autocast(Layer):
 
 
 @bug("another path in deterministic mode", "forgets the biases where deterministic algorithms are asked for",
-     context="deterministic", biases="there")  # fmt: skip
+     algorithms="deterministic", biases="there")  # fmt: skip
 class Deterministic(Layer):
     """A path that no test took."""
 

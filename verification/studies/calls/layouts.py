@@ -75,7 +75,7 @@ dense = bug("dense weights read as contiguous", _NO_STRIDES, weights="dense")(
 )
 dense_turned = bug(
     "dense weights read as a transposed view", "takes dense weights for a view of [E, N, K], as its own loader makes",
-    weights="dense, transposed",
+    weights="dense", layout_of_weights="transposed",
 )(_misread(lambda W: as_if_contiguous(W).view(W.shape[0], W.shape[2], W.shape[1]).mT, "expert_weights"))  # fmt: skip
 dOut = bug("dOut read as contiguous", _NO_STRIDES, layout_of_dOut="transposed")(_misread_dOut(as_if_contiguous))
 
@@ -144,9 +144,9 @@ class Within(Layer):
         return super().backward(problem, as_if_contiguous(dOut) if begins_late else dOut, needs)
 
 
-dense_offset = bug("offset of dense weights lost", "takes the storage's address", weights="dense, offset")(
-    _misread(_from_the_start, "expert_weights")
-)
+dense_offset = bug(
+    "offset of dense weights lost", "takes the storage's address", weights="dense", layout_of_weights="offset"
+)(_misread(_from_the_start, "expert_weights"))
 
 
 class _PackedFromTheStart(Layer):
@@ -160,14 +160,24 @@ class _PackedFromTheStart(Layer):
         return replace(problem, expert_weights=replace(weights, **misread))
 
 
-@bug("offset of packed lost", "a slice of a buffer of all layers: takes the buffer's address", weights="packed, offset")
+@bug(
+    "offset of packed lost",
+    "a slice of a buffer of all layers: takes the buffer's address",
+    weights="packed",
+    layout_of_weights="offset",
+)
 class Packed(_PackedFromTheStart):
     """The codes of what lies before."""
 
     names = ("packed",)
 
 
-@bug("offset of scales lost", "takes the storage's address for the tensor's", weights="packed, offset")
+@bug(
+    "offset of scales lost",
+    "takes the storage's address for the tensor's",
+    weights="packed",
+    layout_of_weights="offset",
+)
 class Scales(_PackedFromTheStart):
     """The scales of what lies before."""
 

@@ -14,7 +14,7 @@ from mxref.verification.studies.calls.layer import Gradients, Layer, bug
 from mxref.weights import MXWeights
 
 
-def _cached(operand: str, key: Callable[[Problem, Any], Hashable]) -> Callable[[], Layer]:
+def cached(operand: str, key: Callable[[Problem, Any], Hashable]) -> Callable[[], Layer]:
     """A copy of an operand, made once a key."""
 
     class Cached(Layer):
@@ -43,24 +43,24 @@ def _form(x: Tensor) -> Hashable:
 
 _STALE = "keeps a cast or packed copy of an operand and looks it up by what does not change with its values"
 
-A_by_address = bug("A cached by address", _STALE)(_cached("lora_A", lambda p, A: (A.data_ptr(), _form(A))))
-A_by_id = bug("A cached by id", _STALE)(_cached("lora_A", lambda p, A: (id(A), _form(A))))
+A_by_address = bug("A cached by address", _STALE)(cached("lora_A", lambda p, A: (A.data_ptr(), _form(A))))
+A_by_id = bug("A cached by id", _STALE)(cached("lora_A", lambda p, A: (id(A), _form(A))))
 A_by_version = bug(
     "casts kept while the version stays", "looks a cast of A up by address and version, which .data goes round"
-)(_cached("lora_A", lambda p, A: (A.data_ptr(), object() if A.is_inference() else A._version, _form(A), A.stride())))
+)(cached("lora_A", lambda p, A: (A.data_ptr(), object() if A.is_inference() else A._version, _form(A), A.stride())))
 biases_by_address = bug("biases cached by address", _STALE)(
-    _cached("expert_biases", lambda p, biases: (biases.data_ptr(), _form(biases)))
+    cached("expert_biases", lambda p, biases: (biases.data_ptr(), _form(biases)))
 )
-B_by_shape = bug("B cached by shape", _STALE)(_cached("lora_B", lambda p, B: _form(B)))
-x_by_address = bug("x cached by address", _STALE)(_cached("inputs", lambda p, x: (x.data_ptr(), _form(x))))
+B_by_shape = bug("B cached by shape", _STALE)(cached("lora_B", lambda p, B: _form(B)))
+x_by_address = bug("x cached by address", _STALE)(cached("inputs", lambda p, x: (x.data_ptr(), _form(x))))
 weights_by_address = bug("packed weights cached by address", _STALE)(
-    _cached("expert_weights", lambda p, W: W.packed.data_ptr() if isinstance(W, MXWeights) else id(W))
+    cached("expert_weights", lambda p, W: W.packed.data_ptr() if isinstance(W, MXWeights) else id(W))
 )
 weights_by_id = bug("decoded weights cached by id", _STALE)(
-    _cached("expert_weights", lambda p, W: (id(W), p.E, p.K, p.N, p.dtype))
+    cached("expert_weights", lambda p, W: (id(W), p.E, p.K, p.N, p.dtype))
 )
 positions_by_shape = bug("routing cached by its length", "sorts once a number of rows, as in a benchmark")(
-    _cached("sorted_scattered_idxs", lambda p, positions: p.P)
+    cached("sorted_scattered_idxs", lambda p, positions: p.P)
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
-from mxref.verification.studies.calls.values import reading
+from mxref.verification.studies.calls.memory import cached
+from mxref.verification.studies.calls.values import flushed, reading
 from mxref.weights import MXWeights
 
 __all__: list[str] = []
@@ -37,6 +38,12 @@ def _turned(name: str) -> _Change:
     return change
 
 
+def _flushing(name: str) -> Callable[[], Layer]:
+    return reading(lambda p: {} if getattr(p, name) is None else {name: flushed(getattr(p, name).detach())})
+
+
+_FLUSHED = "casts an operand in a kernel that flushes to zero"
+
 rank_32 = bug("a rank that fills a tile", "masks the rank as if its last tile were never full", rank="thirty two")(
     _where(lambda p: p.rank == 32, _turned("lora_B"))
 )
@@ -49,6 +56,17 @@ warp_of_experts = bug("experts by warps", "counts a whole warp of experts as non
 six_slots = bug("slots for which nothing was compiled", "has kernels for 1 to 4 slots and for 8", slots="six")(
     _where(lambda p: p.k == 6, _turned("inputs"))
 )
+eight_gates = bug("gates by eights", "adds eight of a token's rows at once and loses the last", slots="eight",
+                  gates="positive")(
+    _where(lambda p: p.gates is not None and p.gates.shape[1] == 8,
+           lambda p: {"gates": p.gates.detach() * (torch.arange(8) < 7)})  # type: ignore[union-attr]
+)  # fmt: skip
+as_many_columns = bug("experts told from columns by size", "takes the dimension that is E long for the experts",
+                      experts="a warp", N="32")(
+    _where(lambda p: p.N == p.E > 1, _turned("inputs"))
+)  # fmt: skip
+tiny_biases = bug("subnormal biases flushed", _FLUSHED, values="subnormal", biases="there")(_flushing("expert_biases"))
+tiny_adapters = bug("subnormal B flushed", _FLUSHED, values="subnormal LoRA")(_flushing("lora_B"))
 blocks_in_a_byte = bug("blocks counted in a byte", "numbers the blocks of a column in eight bits")(
     _where(lambda p: p.K > 8192, lambda p: {"inputs": p.inputs.detach() * (torch.arange(p.K) < 8192)})
 )
@@ -67,7 +85,7 @@ def _largest_bytes_lost(p: Problem) -> Mapping[str, Any]:
 bytes_beside_adapters = bug("large scale bytes beside adapters", "decodes in a kernel of its own where there are some")(
     _where(lambda p: bool(p.rank) and isinstance(p.expert_weights, MXWeights), _largest_bytes_lost)
 )
-least_for_infinity = bug("−∞ of x as the least number", "masks with the dtype's least", values="inf in a row")(
+least_for_infinity = bug("−∞ of x as the least number", "masks with the dtype's least", not_finite="inf in a row")(
     reading(
         lambda p: {"inputs": torch.where(p.inputs.detach() == -torch.inf, torch.finfo(p.dtype).min, p.inputs.detach())}
     )
@@ -75,7 +93,7 @@ least_for_infinity = bug("−∞ of x as the least number", "masks with the dtyp
 infinite_gate = bug("an infinite gate as the largest number", "clamps gates to their dtype")(
     _where(lambda p: p.gates is not None, lambda p: {"gates": p.gates.detach().nan_to_num(nan=torch.nan)})  # type: ignore[union-attr]
 )
-skipped_at_zero_A = bug("adapters skipped at A = 0", "takes 0 · ∞ for 0", adapters="A zero", values="inf in a row")(
+skipped_at_zero_A = bug("adapters skipped at A = 0", "takes 0 · ∞ for 0", adapters="A zero", not_finite="inf in a row")(
     _where(lambda p: p.lora_A is not None and not p.lora_A.any(), _without_adapters)
 )
 shifted = bug("an int scaling as a shift", "multiplies by 1 << s", scaling="an int")(
@@ -97,11 +115,11 @@ one_run = bug("positions from first to last", "copies an expert's rows at once i
            lambda p: {"sorted_scattered_idxs": p.sorted_scattered_idxs.sort().values})
 )  # fmt: skip
 experts_innermost = bug("experts taken as outermost", "takes a stride of 1 for the columns'",
-                        weights="dense, experts innermost")(
+                        weights="dense", layout_of_weights="innermost")(
     _where(lambda p: isinstance(p.expert_weights, Tensor) and p.E > 1 and p.expert_weights.stride(0) == 1,
            _turned("expert_weights"))
 )  # fmt: skip
-fp16_autocast = bug("autocast followed where it is to fp16", "casts as autocast says", context="autocast to fp16")(
+fp16_autocast = bug("autocast followed where it is to fp16", "casts as autocast says", autocast="forward pass to fp16")(
     _where(lambda p: torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16,
            lambda p: {"inputs": p.inputs.detach().half().to(p.dtype)})
 )  # fmt: skip
@@ -130,7 +148,7 @@ class FrozenB(Layer):
 
 
 @bug("a strict deterministic mode refused", "gathers by an operation that has no deterministic form",
-     context="strictly deterministic")  # fmt: skip
+     algorithms="strictly deterministic")  # fmt: skip
 class NotDeterministic(Layer):
     """Raises where torch would."""
 
@@ -170,19 +188,37 @@ class AsInEvaluation(Layer):
             return super().call(problem)
 
 
-class _Remembered(Layer):
-    """Something of a call is looked up by what does not tell it."""
-
-    def __init__(self, key: Callable[[Problem], Hashable], name: str) -> None:
-        self.key, self.name, self.cache = key, name, dict[Hashable, Any]()
-
-    def read(self, problem: Problem) -> Problem:
-        return replace(problem, **{self.name: self.cache.setdefault(self.key(problem), getattr(problem, self.name))})
-
-
 scaling_of_A = bug("scaling kept with A", "looks s up by the adapter")(
-    lambda: _Remembered(lambda p: (p.P, None if p.lora_A is None else p.lora_A.data_ptr()), "scaling")
+    cached("scaling", lambda p, s: (p.P, None if p.lora_A is None else p.lora_A.data_ptr()))
 )
 order_of_rows = bug("input order told by the shape", "keeps what it knows of a call by its shapes")(
-    lambda: _Remembered(lambda p: (p.inputs.shape, p.k, p.E, p.N, p.rank, p.gates is None, p.dtype), "grouped_in")
+    cached("grouped_in", lambda p, order: (p.inputs.shape, p.k, p.E, p.N, p.rank, p.gates is None, p.dtype))
 )
+
+
+@bug("operands handed over in attributes", "keeps the call that it is busy with in itself")
+class OneAtATime(Layer):
+    """Another thread's call comes between."""
+
+    busy_with: Problem
+
+    def read(self, problem: Problem) -> Problem:
+        self.busy_with = problem
+        problem.inputs.detach().contiguous()
+        return self.busy_with
+
+
+@bug("results known by their operands", "returns what it has computed for these operands before", gradients="none")
+class Replayed(Layer):
+    """The caller may have overwritten it."""
+
+    def __init__(self) -> None:
+        self.results = dict[tuple[object, ...], Tensor]()
+
+    def call(self, problem: Problem) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().call(problem)
+        key = tuple(repr(x.tolist()) if isinstance(x, Tensor) else repr(x) for x in problem.arguments().values())
+        if key not in self.results:
+            self.results[key] = super().call(problem)
+        return self.results[key]

@@ -34,7 +34,8 @@ def _each(change: Callable[[Tensor, Problem], Tensor], *names: str) -> Callable[
     return reading(changed)
 
 
-def _flushed(x: Tensor, problem: Problem) -> Tensor:
+def flushed(x: Tensor) -> Tensor:
+    """Zero in place of subnormal numbers."""
     return torch.where(x.abs() < torch.finfo(x.dtype).smallest_normal, 0.0, x)
 
 
@@ -65,15 +66,17 @@ parameters_in_bf16 = bug("fp32 parameters rounded to bf16 first", "casts paramet
 )  # fmt: skip
 adapters_in_bf16 = bug("fp32 adapters rounded to bf16", "shares its path for adapters with bf16", dtype="fp32",
                        values="off every grid")(_each(_through(_BF16, _FP32), "lora_A", "lora_B"))  # fmt: skip
-flushed = bug("subnormals flushed", "sets flush-to-zero for speed", values="subnormal")(_each(_flushed, "inputs"))
-nan_replaced = bug("NaN of x replaced", "cleans its input", values="NaN in a row")(
+tiny_x = bug("subnormals flushed", "sets flush-to-zero for speed", values="subnormal")(
+    _each(lambda x, p: flushed(x), "inputs")
+)
+nan_replaced = bug("NaN of x replaced", "cleans its input", not_finite="NaN in a row")(
     _each(lambda x, p: x.nan_to_num(), "inputs")
 )
 gate_nan_replaced = bug("NaN of a gate replaced", "cleans gates of padded tokens", gates="one NaN")(
     _each(lambda g, p: g.nan_to_num(), "gates")
 )
 inf_to_nan = bug("infinity turned into NaN", "divides each row by its largest value, and multiplies afterwards",
-                 values="inf in a row")(
+                 not_finite="inf in a row")(
     _each(lambda x, p: torch.where(x.isinf().any(-1, keepdim=True), x * 0 + x, x), "inputs")
 )  # fmt: skip
 
@@ -101,7 +104,7 @@ zero_B = bug("adapters skipped at B = 0", "takes NaN · 0 for 0", adapters="B ze
 )
 
 
-@bug("gradients skipped at s = 0", "takes 0 · NaN for 0", scaling="zero", values="NaN in a row")
+@bug("gradients skipped at s = 0", "takes 0 · NaN for 0", scaling="zero", not_finite="NaN in a row")
 class ZeroScaling(Layer):
     """dA and dB exactly zero."""
 
@@ -142,7 +145,7 @@ class GateDivision(Layer):
 
 
 @bug("rows of other ranks masked by a product", "multiplies them by zero, which NaN survives",
-     values="NaN in a remote row", routing="sentinels")  # fmt: skip
+     not_finite="NaN in a remote row", routing="sentinels")  # fmt: skip
 class MaskedByProduct(Layer):
     """0 · NaN in rows that should be zero."""
 
@@ -158,7 +161,7 @@ class MaskedByProduct(Layer):
 
 
 @bug("dOut of other ranks masked by a product", "multiplies it by zero, which NaN survives",
-     values="NaN in a remote row", routing="all sentinels")  # fmt: skip
+     not_finite="NaN in a remote row", routing="all sentinels")  # fmt: skip
 class GradientMaskedByProduct(Layer):
     """NaN reaches every parameter."""
 
@@ -171,7 +174,7 @@ class GradientMaskedByProduct(Layer):
         return {name: None if x is None else x + leak.to(x.dtype) for name, x in found.items()}
 
 
-@bug("every expert computed for every row", "masks the others' results by a product", values="NaN expert")
+@bug("every expert computed for every row", "masks the others' results by a product", not_finite="NaN expert")
 class Dense(Layer):
     """One expert's NaN is everybody's."""
 

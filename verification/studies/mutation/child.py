@@ -18,7 +18,7 @@ import torch
 
 import mxref
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.interpreting import interpret_only
+from mxref.verification.candidates.own.interpret_only import interpret_only
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.shipped import shipped
 from mxref.verification.gate.plan import Item, slopes_in

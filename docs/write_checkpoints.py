@@ -1,18 +1,20 @@
-"""Print docs/checkpoints.md: which command takes which convention, and where each was read.
-
-python -m mxref.checkpoints > docs/checkpoints.md
+"""Writes docs/checkpoints.md, which command takes which convention, and where each was read: `python
+docs/write_checkpoints.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from mxref.checkpoints import CONVENTIONS, Convention
+
+PAGE = Path(__file__).resolve().parent / "checkpoints.md"
 
 _COMMANDS = ("`mxref inspect`", "`mxref gate --weights`", "`load_packed_model`, `pack_experts`", "`save_packed_model`")
 
 _BEFORE = """\
-<!-- Written by `python -m mxref.checkpoints > docs/checkpoints.md`; a test compares them. -->
+<!-- Written by `python docs/write_checkpoints.py`; a test compares them. -->
 
 # MXFP4 checkpoints
 
@@ -61,4 +63,4 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    PAGE.write_text(page(), encoding="utf-8")

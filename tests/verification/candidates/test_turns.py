@@ -1,0 +1,57 @@
+"""Two threads that take turns: at operators too, around locks, and when one raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode
+
+from mxref.verification.candidates.turns import in_turns
+
+X = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    "operation", [lambda x: x @ x, lambda x: x + x, lambda x: x[0], lambda x: x.sum(), torch.exp, torch.zeros_like]
+)
+def test_the_other_thread_comes_between_at_every_operation(operation: Callable[[Tensor], Tensor]) -> None:
+    shared = dict[str, int]()
+
+    def write_and_read(number: int) -> int:
+        shared["number"] = number
+        operation(X)
+        return shared["number"]
+
+    assert in_turns(lambda: write_and_read(0), lambda: write_and_read(1)) == (1, 1)
+    assert _get_current_function_mode() is None
+
+
+def test_a_lock_that_is_held_meanwhile_stops_nobody() -> None:
+    lock, shared = Lock(), dict[str, int]()
+
+    def write_and_read(number: int) -> int:
+        with lock:
+            shared["number"] = number
+            torch.exp(X)
+            return shared["number"]
+
+    assert in_turns(lambda: write_and_read(0), lambda: write_and_read(1)) == (0, 1)
+
+
+def test_each_returns_its_own() -> None:
+    assert in_turns(lambda: int(X.sum()), lambda: int((2 * X).sum())) == (3, 6)
+
+
+@pytest.mark.parametrize("raising", [0, 1])
+def test_what_one_raises_is_raised(raising: int) -> None:
+    def run(number: int) -> None:
+        torch.exp(X)
+        if number == raising:
+            raise ValueError("it went wrong")
+
+    with pytest.raises(ValueError, match="it went wrong"):
+        in_turns(lambda: run(0), lambda: run(1))
