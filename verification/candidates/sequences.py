@@ -37,6 +37,8 @@ _CHANGES = "in place", "in place, through .data", ".data is another tensor"
 _MANY, _FEWER = 130, 16
 """Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again. The
 layers of a large model need as many at once; interpreted kernels take too long for more than a few."""
+_CYCLES = 20_000_000
+"""Of a GPU, some 10 ms: before that a call was made and has started what it starts."""
 
 
 def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> list[Answer]:
@@ -68,6 +70,8 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         _as_in_pipelines(Machine(), many)
         _as_in_variants(Machine())
         _as_in_threads(Machine())
+        if sample.problem.device.type == "cuda":
+            Machine().on_streams("a", "d")
         for operand in _CHANGED:
             _as_in_training(Machine(), operand)
         run_state_machine_as_test(Machine, settings=profile)
@@ -265,6 +269,23 @@ class _Calls(RuleBasedStateMachine):
         for which, outputs in zip(both, found, strict=True):
             self._hold(outputs, self._golden(which))
 
+    def on_streams(self, *which: str) -> None:
+        """Calls and their gradients, each on a stream of its own, where its operands are filled long after the call."""
+        self.script.append(f"layer({') and layer('.join(which)}) and their gradients, each on a stream of its own")
+        begun = []
+        for each in which:
+            sample, stream = self.samples[each], torch.cuda.Stream()
+            late = sample.mapped(lambda _, x: torch.zeros_like(x))
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(_CYCLES)
+                _fill(late, sample)
+                y, leaves = self.candidate.trace(late, copy=False)
+                begun.append((late, {"Y": y.detach(), **self.candidate.gradients(late, y, leaves)}))
+        torch.cuda.synchronize()
+        for each, (_, outputs) in zip(which, begun, strict=True):
+            self._hold(outputs, self._golden(each))
+
     @precondition(lambda self: bool(self.pending or self.gradients))
     @rule()
     def look_again(self) -> None:
@@ -289,6 +310,13 @@ class _Calls(RuleBasedStateMachine):
         self.seen[:] = [(Answer(right), Answer(got, circumstance=after, like=0))]
         if not all(_equal(x, right[name]) for name, x in got.items()):
             raise _DifferentError(self.seen[0])
+
+
+def _fill(sample: Sample, other: Sample) -> None:
+    """Copies every tensor of another sample into the one of the same name."""
+    tensors = dict[str, Tensor]()
+    other.mapped(lambda name, x: tensors.setdefault(name, x))
+    sample.mapped(lambda name, x: x.copy_(tensors[name]))
 
 
 def _counted(script: Iterable[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """What an implementation is asked, by suite: cases that have names, and those that cover the domain.
 
-    small   seconds: what a mutant is judged by (see `small`)
+    small   seconds: what a mutant is judged by (see `own.small`)
     quick   what a commit is judged by: minutes interpreted on a CPU, seconds on a GPU
     full    what a release is judged by: the quick suite, longer sums, and on a GPU the shapes of real models
 
@@ -17,13 +17,14 @@ from functools import lru_cache
 import torch
 
 from mxref.fragments import TILE
-from mxref.verification.cases import named, small
+from mxref.verification.cases import named
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import EXACT_SLOTS, domain_cases
 from mxref.verification.cases.elements import element_cases, element_cases_with_options, every_element
 from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
 from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope, Suite
+from mxref.verification.clone import of_a_clone
 from mxref.weights import MXLayout
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -48,23 +49,29 @@ _MOST_ROWS = 2**13
 _TAGS = {_BF16: "bf16", _FP16: "fp16", _FP32: "fp32"}
 
 
+def _small(name: str, *where: str) -> list[Case]:
+    """Cases of the small suite, of a device type."""
+    cases: list[Case] = getattr(of_a_clone("cases.own.small", "the small suite"), name)(*where)
+    return cases
+
+
 def decode_cases(scope: Scope) -> list[Case]:
     """Every code with every scale byte, in each activation dtype that is judged."""
     if scope.suite == "small":
-        return small.decode_cases(scope.device_type)
+        return _small("decode_cases", scope.device_type)
     return [case for dtype in scope.dtypes for case in (*element_cases(dtype), *element_cases_with_options(dtype))]
 
 
 def decoder_cases(suite: Suite, device_type: str) -> list[Case]:
     """Weights for a candidate's own decoder: every code, byte and place; sizes that are multiples of no tile."""
     every = [every_element(dtype) for dtype in (_FP32, _BF16, _FP16)]
-    return [*every, *(small.decoder_cases() if suite == "small" else [])]
+    return [*every, *(_small("decoder_cases") if suite == "small" else [])]
 
 
 def integer_cases(suite: Suite, device_type: str) -> list[Case]:
     """Fixtures that are exact in any order of summation: every option, every routing, scale bytes over 2^±120."""
     if suite == "small":
-        return small.integer_cases(device_type)
+        return _small("integer_cases", device_type)
     if device_type == "cpu":
         return named.integers(_FP32)
     return [like(case, f"{case.name}, {tag}") for dtype, tag in ((_BF16, "bf16"), (_FP16, "fp16"))
@@ -170,14 +177,14 @@ def _domain(scope: Scope) -> list[Case]:
 def drawn_cases(suite: Suite, device_type: str) -> list[Case]:
     """Ordinary numbers: every routing, tail, option and kind of data."""
     if suite == "small":
-        return small.drawn_cases(device_type)
+        return _small("drawn_cases", device_type)
     return _quick(device_type) if suite == "quick" else _full(device_type)
 
 
 def behaviour_cases(suite: Suite, device_type: str) -> list[Case]:
     """What a candidate is compared with itself on: every path once, tiny in the interpreter, many tiles on a GPU."""
     if suite == "small":
-        return small.behaviour_cases(device_type)
+        return _small("behaviour_cases", device_type)
     if device_type == "cpu":
         plain = Case("plain", 3, 64, 64, 9, 2, 4)
         grouped = Case("grouped", 4, 32, 64, 12, 1, 3, routing="empty_experts", grouped_in=True, grouped_out=True)

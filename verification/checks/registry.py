@@ -109,8 +109,8 @@ _OF_ANY: tuple[Check, ...] = (
         "model has layers, calls without a graph, operands changed in place as an optimiser does or given other "
         "memory through `.data`, results that the caller overwrites, other shapes in the same memory, the same shapes "
         "elsewhere or with other strides, the same tensors in calls that differ in something else, two calls at the "
-        "same time in two threads: a result depends on its operands alone. A failure is shrunk to the shortest "
-        "sequence.",
+        "same time in two threads, and on a GPU on two streams: a result depends on its operands alone. A failure is "
+        "shrunk to the shortest sequence.",
         Asked.ANY, _fitted(small.sequence_cases), in_sequences, same_values,
     ),
     Check(

@@ -12,8 +12,8 @@ import torch
 from mutant_toys import CPU, SOURCES, ask_toys, everything, named, setting
 
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.own.small import drawn_cases
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cases.small import drawn_cases
 from mxref.verification.checks.registry import CHECKS
 from mxref.verification.gate.plan import Item, plan
 from mxref.verification.studies.mutation import compiled

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.elements import element_cases, elements_to_128, one_hot_elements
 from mxref.verification.cases.named import like
+from mxref.verification.cases.own import small
 from mxref.verification.cases.scope import Scope, Suite
+from mxref.verification.cases.small import smallest, usual_dtype
 from mxref.verification.cases.suites import decode_cases, exact_domain, in_fragments, integer_cases, some
 
 
@@ -42,7 +43,7 @@ def narrow_decode_cases(suite: Suite, device_type: str) -> list[Case]:
 
 def fragment_cases(scope: Scope) -> list[Case]:
     """Exact fixtures on weights in the layout FRAGMENTS: every code and byte, every option, on a GPU the domain too."""
-    dtype = small.usual_dtype(scope.device_type)
+    dtype = usual_dtype(scope.device_type)
     if scope.suite == "small":
         return in_fragments([*small.integer_cases(scope.device_type), elements_to_128(dtype)])
     decode = [elements_to_128(dtype), *decode_cases(scope)]
@@ -54,9 +55,7 @@ def fragment_cases(scope: Scope) -> list[Case]:
 
 def operator_case(device_type: str) -> Case:
     """For operators one by one: packed weights that are not square and LoRA, sentinels, no gates, not grouped."""
-    return replace(
-        small.smallest(small.usual_dtype(device_type)), name="operators", experts=3, K=64, N=33, routing="sentinels"
-    )
+    return replace(smallest(usual_dtype(device_type)), name="operators", experts=3, K=64, N=33, routing="sentinels")
 
 
 def remote_cases(device_type: str) -> list[Case]:
@@ -78,7 +77,7 @@ def unordered_cases(device_type: str) -> list[Case]:
 def index_cases(device_type: str) -> list[Case]:
     """Sizes far below a limit whose products go beyond it, see `candidates.own.interpreted`."""
     sizes = Case(
-        "sizes", 48, 96, 352, 90, 2, 0, small.usual_dtype(device_type), routing="ten_active", bias=True,
+        "sizes", 48, 96, 352, 90, 2, 0, usual_dtype(device_type), routing="ten_active", bias=True,
         use_fused_dX=True, use_fused_gather=True,
     )  # fmt: skip
     return [

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from mxref.verification.candidates import asking
 from mxref.verification.candidates.own import asking_activation, asking_kernels
-from mxref.verification.cases import small, suites
+from mxref.verification.cases import suites
 from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
-from mxref.verification.cases.own import kernels
+from mxref.verification.cases.own import kernels, small
 from mxref.verification.cases.own.activation import activation_cases
 from mxref.verification.cases.own.tables import table_cases
 from mxref.verification.cases.scope import Scope

@@ -17,9 +17,9 @@ from mxref.kernels.compiled.units import units_of
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.processes import cores
 from mxref.verification.candidates.shipped import shipped
-from mxref.verification.cases import small
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.own import small
 from mxref.verification.gate.own.ahead import launches_of, this_gpu, warm_cache
 from mxref.verification.gate.plan import plan_cases
 from mxref.verification.studies.sanitizers.tools import DONE, UNWATCHED
