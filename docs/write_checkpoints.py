@@ -1,5 +1,6 @@
-"""Writes docs/checkpoints.md, which command takes which convention, and where each was read: `python
-docs/write_checkpoints.py`.
+"""Writes docs/checkpoints.md: which command takes which convention, and where each was read.
+
+python docs/write_checkpoints.py
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def my_layer(
 # without autocast.
 my_layer.mxref_covers = (  # type: ignore[attr-defined]
     "gates=none, input order=by token, dtype=fp32, autocast=off, "
-    "routing=uniform|empty experts|one takes all|an expert twice|descending positions"
+    "routing=uniform|empty experts|one takes all|an expert twice"
 )
 
 if __name__ == "__main__":

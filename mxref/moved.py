@@ -17,11 +17,6 @@ def _under(package: str, names: dict[str, str]) -> dict[str, str]:
 MOVED = {
     "mxref.checkpoint": "mxref.checkpoints",
     "mxref.deepseek_checkpoint": "mxref.checkpoints",
-    **dict.fromkeys(
-        ("mxref.kernels.aot", "mxref.kernels.compiled.ahead_of_time"),
-        "mxref.verification.studies.compiled.ahead_of_time",
-    ),
-    "mxref.kernels.machine_code": "mxref.verification.studies.compiled.machine_code",
     "mxref.verification.inspection": "mxref.checkpoints.statistics",
     **_under(
         "mxref.kernels",
@@ -54,44 +49,20 @@ MOVED = {
         "mxref.verification",
         {
             "accumulation": "arithmetic",
-            "allocations": "candidates.memory",
-            "baselines": "records",
             "behaviour": "checks",
             "bounds": "arithmetic.bounds",
-            "cliffs": "candidates.own",
-            "composite": "candidates.starting_point",
             "drift": "checks",
-            "emulation": "studies.honest",
-            "entries": "candidates",
-            "exhaustive": "cases",
-            "fences": "candidates.memory",
             "guards": "checks",
-            "honest": "studies.honest",
             "integer": "cases",
-            "margins": "candidates.memory",
             "memory": "candidates.memory",
             "metrics": "arithmetic.metrics",
-            "mutants": "studies.mutation",
-            "mutation": "studies.mutation",
-            "operators": "checks.own",
             "options": "cli.options",
-            "outside": "candidates.elsewhere",
-            "programs": "candidates.interpreting",
             "ratios": "checks",
-            "sampling": "cases",
-            "scheduling": "checks.own",
-            "scoreboard": "studies.scoreboard",
-            "scoreboard_report": "studies.scoreboard",
-            "steps": "gate.plan",
-            "syntax": "records.sources",
             "thresholds": "arithmetic.thresholds",
-            "usage": "cli",
-            "verdicts": "checks",
-            "witness": "cases",
         },
     ),
 }
-"""Old module -> the module, or the package of modules, that holds its contents."""
+"""Old module -> the module, or the package of modules, that holds its contents; those that others may know."""
 
 SPLIT = {
     "mxref.verification.candidates": {

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from mxref.verification.arithmetic.thresholds import RUNS, RUNS_INTERPRETED
 from mxref.verification.candidates.answer import OPERAND_OF, Answer, Outputs, answered
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.interpreting import reversed_programs
 from mxref.verification.candidates.memory import RedZone, between_red_zones, uninitialised_memory
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import disturbed, select, tokens_of, without
@@ -98,7 +101,7 @@ def with_two_backwards(candidate: Candidate, sample: Sample) -> list[Answer]:
 
 
 def for_every_subset(candidate: Candidate, sample: Sample) -> list[Answer]:
-    """Each subset of the gradients by itself, to be like the same gradients among all of them."""
+    """Each subset of the gradients by itself, to be like the same ones among all of them; and Y without a graph."""
     whole = answered(lambda: candidate.run(sample))
     names = [name for name in whole.outputs if name != "Y"]
     answers = [whole]
@@ -108,6 +111,10 @@ def for_every_subset(candidate: Candidate, sample: Sample) -> list[Answer]:
         answers.append(replace(whole, outputs={name: whole.outputs[name] for name in ("Y", *needs)}))
         how = f"when only {', '.join(OPERAND_OF[name] for name in needs)} need{'s' * (len(needs) == 1)} a gradient"
         answers.append(answered(partial(candidate.run, part), circumstance=how, like=len(answers) - 1))
+    answers.append(replace(whole, outputs={name: x for name, x in whole.outputs.items() if name == "Y"}))
+    for mode in ("no_grad", "inference"):
+        run = partial(candidate.run, sample.called(mode=mode))
+        answers.append(answered(run, circumstance=f"under {mode}", like=len(answers) - 1))
     return answers
 
 
@@ -171,3 +178,18 @@ def _fewer_tokens(candidate: Candidate, sample: Sample, label: str, index: int) 
         return {name: outputs.get(name) for name in tokens_of(sample)}
 
     return [answered(whole, label), answered(part, label, "in a smaller batch", index)]
+
+
+@contextmanager
+def reversed_programs() -> Iterator[None]:
+    """Within this context interpreted programs run from the last to the first: a GPU promises no order.
+
+    What is not interpreted is as ever.
+    """
+    place = interpreter.InterpreterBuilder.set_grid_idx
+
+    def from_the_end(builder: Any, *index: int) -> None:
+        place(builder, *(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+    with patch.object(interpreter.InterpreterBuilder, "set_grid_idx", from_the_end):
+        yield

@@ -36,8 +36,8 @@ class Call:
     """One way to call.
 
     Attributes:
-        x, adapters, others, weights, ids, rows, ends, dOut: how an operand lies in memory, see `lay_out`; `adapters`
-            are lora_A and lora_B, `others` the biases and gates (expanded: a token's slots share one), `weights` dense
+        x, A, B, biases, gates, weights, ids, rows, ends, dOut: how an operand lies in memory, see `lay_out`; `A` and
+            `B` are lora_A and lora_B, `gates` expanded are one a token that its slots share, `weights` dense
             ones or packed bytes and scales, `ids`, `rows` and `ends` sorted_expert_idxs, sorted_scattered_idxs and
             expert_offsets, `dOut` the incoming gradient.
         storage: each operand has a storage of its own, or lies in one behind something else, whatever its layout.
@@ -63,8 +63,10 @@ class Call:
     """
 
     x: Layout = "contiguous"
-    adapters: Layout = "contiguous"
-    others: Layout = "contiguous"
+    A: Layout = "contiguous"
+    B: Layout = "contiguous"
+    biases: Layout = "contiguous"
+    gates: Layout = "contiguous"
     weights: Layout = "contiguous"
     ids: Layout = "contiguous"
     rows: Layout = "contiguous"
@@ -89,8 +91,8 @@ class Call:
     def layout(self, operand: str) -> Layout:
         """Of an operand by its name in `Problem`, or "grad_out"."""
         named: dict[str, Layout] = {
-            "inputs": self.x, "lora_A": self.adapters, "lora_B": self.adapters, "expert_biases": self.others,
-            "gates": "one column" if self.others == "expanded" else self.others, "expert_weights": self.weights,
+            "inputs": self.x, "lora_A": self.A, "lora_B": self.B, "expert_biases": self.biases,
+            "gates": "one column" if self.gates == "expanded" else self.gates, "expert_weights": self.weights,
             "sorted_expert_idxs": self.ids, "sorted_scattered_idxs": self.rows, "expert_offsets": self.ends,
             "packed": self.weights, "scales": self.weights, "grad_out": self.dOut,
         }  # fmt: skip

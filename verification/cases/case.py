@@ -16,15 +16,19 @@ from mxref.verification.cases.call import Call
 from mxref.weights import MXLayout, MXWeights
 
 Routing = Literal[
-    "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "descending", "sentinels", "all_sentinels",
-    "far_sentinels", "about_tiles", "shuffled",
+    "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "sentinels", "all_sentinels",
+    "far_sentinels", "about_tiles",
 ]  # fmt: skip
+PositionOrder = Literal["ascending", "descending", "shuffled"]
 Data = Literal[
     "plain", "balanced", "lora", "tiny lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid",
     "subnormal", "tiny dOut", "large", "integer", "rounded", "elements", "one_hot_elements", "every_element",
     "nonfinite",
 ]  # fmt: skip
-Special = Literal["", "nan row", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote", "large partners"]
+Special = Literal[
+    "", "nan row", "nan row, zero dOut", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote",
+    "large partners",
+]  # fmt: skip
 GateValues = Literal["positive", "negative", "some zero", "one NaN"]
 AdapterValues = Literal["ordinary", "zero A", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows"]
 
@@ -43,10 +47,10 @@ class Case:
         adapter_dtype: of lora_A and lora_B, where it is another one.
         own_dtypes: of lora_A, lora_B, biases and gates, in place of both, where they differ.
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
-            at most ten experts active; the same expert in several slots of a token; positions descending within an
-            expert, or in any order between its first and last; a quarter of the rows sentinels, or all of them;
-            sentinels with ids far above E; or each expert as many rows as a tile may have, one fewer and one more (see
-            `routing`).
+            at most ten experts active; the same expert in several slots of a token; a quarter of the rows sentinels, or
+            all of them; sentinels with ids far above E; or each expert as many rows as a tile may have, one fewer and
+            one more (see `routing`).
+        position_order: within an expert; `shuffled` leaves the first and last of every sixteen where they are.
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
             `bias`, that term far above all others; `tiny lora`, lora_A of every second expert, lora_B of the others
             below the normal range; `positive`, every number positive; `cancelling`, all sums over K and N nearly zero
@@ -67,7 +71,8 @@ class Case:
         adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds a NaN,
             and in an integer fixture that of the first one an infinity;
             Z, or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term.
-        special: what is not finite: one row of x or dOut (of infinities two rows, one of either sign), one expert's
+        special: what is not finite: one row of x or dOut (of infinities two rows, one of either sign), one row of x
+            whose rows of dOut are zero, one expert's
             weights, or what only sentinels' slots read; "large partners" is for `elements`.
         grouped_in: inputs come in expert order, one row a routed row.
         fan_out: k, rows that each input row feeds; None for top_k (1 with `grouped_in`).
@@ -93,6 +98,7 @@ class Case:
     adapter_dtype: torch.dtype | None = None
     own_dtypes: tuple[torch.dtype, ...] = ()
     routing: Routing = "uniform"
+    position_order: PositionOrder = "ascending"
     data: Data = "plain"
     scaling: float = 2.0
     bias: bool = False

@@ -75,7 +75,8 @@ def case_of(name: str, classes: dict[str, Class]) -> Case:
         fields |= each.case
         how |= each.call
     gated, rows, apart = (fields.pop(name, none) for name, none in (("gated", False), ("rows", 0), ("apart", None)))
-    repeated = {how.get(name) for name in ("x", "adapters", "dOut")} & {*REPEATED} or how["others"] == "overlapping"
+    repeated = {how[name] for name in ("x", "A", "B", "dOut")} & {*REPEATED}
+    repeated |= {how["biases"], how["gates"]} & {"overlapping"}
     if rows:
         fields["tokens"] = -(-rows // fields["top_k"])
     if gated:

@@ -5,6 +5,8 @@ The same case and seed give the same numbers on every device: everything is draw
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,9 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
     Raises:
         ValueError: integer data for which no draw is exact at every rounding point (the sizes are too large).
     """
+    if case.K % MX_BLOCK_SIZE:
+        blocks = -(-case.K // MX_BLOCK_SIZE)
+        return _cut(draw(replace(case, K=blocks * MX_BLOCK_SIZE), seed=seed), case).to(device)
     if case.data in ("elements", "one_hot_elements", "every_element", "nonfinite"):
         sample = draw_elements(case)
     elif case.data == "integer":
@@ -42,6 +47,16 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
     sample = as_asked(sample).to(device)
     sample.problem.validate(check_values=True)
     return sample
+
+
+def _cut(sample: Sample, case: Case) -> Sample:
+    """The sample on dense weights without what lies behind K along the contraction."""
+    problem, K = sample.problem, case.K
+    weights, A = problem.expert_weights, problem.lora_A
+    assert isinstance(weights, Tensor), "packed weights have whole blocks"
+    A = None if A is None else A[:, :K]
+    problem = replace(problem, inputs=problem.inputs[:, :K], expert_weights=weights[:, :K], lora_A=A)
+    return Sample(case, *repeated(case, problem, sample.grad_out))
 
 
 def draw_for_weights(

@@ -68,9 +68,8 @@ def rounded(case: Case) -> Case:
     """
     scaling = case.scaling if case.scaling and keeps_sums_exact(case.scaling) else 0.5
     call = case.call
-    x, adapters, dOut = ("contiguous" if layout in REPEATED else layout for layout in
-                         (call.x, call.adapters, call.dOut))  # fmt: skip
-    others = "contiguous" if call.others == "overlapping" else call.others
+    x, A, B, dOut = ("contiguous" if layout in REPEATED else layout for layout in (call.x, call.A, call.B, call.dOut))
+    biases, gates = ("contiguous" if layout == "overlapping" else layout for layout in (call.biases, call.gates))
     return replace(
         case,
         name=f"{case.name}, rounded",
@@ -85,7 +84,7 @@ def rounded(case: Case) -> Case:
         gate_exponent=0,
         gate_values="positive" if case.gate_values == "one NaN" else case.gate_values,
         adapter_values="zero A" if case.adapter_values == "zero A" else "ordinary",
-        call=replace(call, x=x, adapters=adapters, others=others, dOut=dOut, needs=None, mode="grad"),
+        call=replace(call, x=x, A=A, B=B, biases=biases, gates=gates, dOut=dOut, needs=None, mode="grad"),
         covers=(),
     )
 
@@ -97,8 +96,15 @@ def draw_rounded(case: Case, seed: int) -> Sample:
     for largest in fp16 if case.dtype == torch.float16 else _BF16:
         sample = _draw(case, draw, largest)
         if _sums_are_exact(sample) and _is_finite(sample):
-            return sample
+            return _beside_the_grid(sample)
     return draw_integer(case, seed)
+
+
+def _beside_the_grid(sample: Sample) -> Sample:
+    """Adapters wider than activations a little larger than what they are rounded to, which they are once a call."""
+    adapters = {name: getattr(sample.problem, name) for name in ("lora_A", "lora_B")}
+    wider = {name: x * (1 + 2**-13) for name, x in adapters.items() if x is not None and x.dtype == torch.float32}
+    return sample.changed(**wider) if sample.case.dtype != torch.float32 else sample
 
 
 def _draw(case: Case, draw: torch.Generator, largest: _Largest) -> Sample:

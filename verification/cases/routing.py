@@ -19,24 +19,28 @@ def draw_routing(case: Case, draw: torch.Generator) -> tuple[Tensor, Tensor, Ten
     Positions need not ascend within an expert, and any id from E on is a sentinel's.
     """
     experts, positions, offsets = flatten_sort_count(draw_choice(case, draw), case.experts)
-    if case.routing == "descending":
+    if case.position_order == "descending":
         order = torch.argsort(experts * experts.numel() - torch.arange(experts.numel()), stable=True)
         positions = positions[order]
-    if case.routing == "shuffled":
+    if case.position_order == "shuffled":
         positions = _shuffled(positions, offsets, draw)
     if case.routing == "far_sentinels":
         far = case.experts + 1 + torch.arange(experts.numel()) * 1000
+        if case.call.index == torch.int64:
+            far[-2:] = 2**32  # what is left of it in 32 bits is an expert's
         far[-1:] = torch.iinfo(case.call.index).max
         experts = torch.where(experts >= case.experts, far, experts)
     return experts, positions, offsets
 
 
 def _shuffled(positions: Tensor, offsets: Tensor, draw: torch.Generator) -> Tensor:
-    """The positions of each expert in any order between its first and its last, which stay."""
+    """The positions of each expert, of every sixteen the first and the last where they are, the others in any order."""
     found, begin = positions.clone(), 0
     for end in offsets.tolist():
-        inner = torch.randperm(max(end - begin - 2, 0), generator=draw)
-        found[begin + 1 : begin + 1 + inner.numel()] = positions[begin + 1 + inner]
+        for first in range(begin, end, 16):
+            inner = slice(first + 1, min(first + 16, end) - 1)
+            moved = positions[inner]
+            found[inner] = moved[torch.randperm(moved.numel(), generator=draw)]
         begin = end
     return found
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope
 
 FULL_OF_COLUMNS = 132 * 4 * 128
@@ -26,10 +27,13 @@ def smallest(dtype: torch.dtype) -> Case:
 def subset_cases(scope: Scope) -> list[Case]:
     """For every subset of the gradients: integer fixtures with everything that has one, and without gates.
 
-    None for mutants.
+    Where 16 bits are judged, also what they round. None for mutants.
     """
     plain = replace(smallest(usual_dtype(scope.device_type)), name="subsets, no gates", routing="sentinels")
-    return [] if scope.suite == "small" else [replace(plain, name="subsets", gate_slots=2), plain]
+    cases = [replace(plain, name="subsets", gate_slots=2), plain]
+    if len(scope.dtypes) > 1:
+        cases.append(rounded(replace(cases[0], dtype=torch.bfloat16)))
+    return [] if scope.suite == "small" else cases
 
 
 def sequence_cases(scope: Scope) -> list[Case]:

@@ -90,7 +90,16 @@ def _adapters(case: Case, A: Tensor, B: Tensor) -> dict[str, Tensor]:
 
 
 def _with_nan(x: Tensor, place: int) -> Tensor:
-    return x.flatten().index_fill(0, torch.tensor([place]), float("nan")).view(x.shape) if x.numel() else x
+    return x.flatten().index_fill(0, torch.tensor([place]), _nan(x.dtype)).view(x.shape) if x.numel() else x
+
+
+def _nan(dtype: torch.dtype) -> Tensor:
+    """NaN as a GPU makes it, all bits but the sign: who rounds by adding to its bits carries into the sign."""
+    return (
+        torch.tensor(2**31 - 1, dtype=torch.int32).view(dtype)
+        if dtype == torch.float32
+        else (torch.tensor(2**15 - 1, dtype=torch.int16).view(dtype))
+    )
 
 
 def _with_infinity(case: Case, x: Tensor, sign: int) -> Tensor:
@@ -118,7 +127,10 @@ def _gates(case: Case, gates: Tensor) -> Tensor:
     if case.gate_values == "one NaN":
         return _with_nan(_with_infinity(case, gates, 1), gates.numel() // 2)
     # The middle one is among them: a row of x or dOut that is not finite meets a zero gate there.
+    # All of the first token's are, too.
     zero = (place - gates.numel() // 2) % 3 == 0
+    if len(gates) > 1:
+        zero[0] = True
     return torch.where(zero, 0.0, gates) if case.gate_values == "some zero" else gates
 
 
@@ -127,6 +139,8 @@ def _not_finite(sample: Sample) -> Sample:
     problem, kind = sample.problem, sample.case.special
     if not kind:
         return sample
+    if kind == "nan row, zero dOut":
+        return sample.changed(_without_middle(sample), inputs=_not_finite_rows(problem.inputs, kind))
     if kind in ("nan row", "inf row"):
         return sample.changed(inputs=_not_finite_rows(problem.inputs, kind))
     if kind in ("nan dOut", "inf dOut"):
@@ -143,17 +157,28 @@ def _not_finite(sample: Sample) -> Sample:
 def _not_finite_rows(x: Tensor, kind: str) -> Tensor:
     """The middle row NaN; or infinite in one place, since a whole row of infinities would sum to NaN everywhere.
 
-    Where there are several rows the first has a negative infinity.
+    Where there are several rows the first has one NaN, or a negative infinity.
     """
     x = x.clone()
     middle = x.shape[0] // 2
     if kind.startswith("nan"):
-        x[middle] = float("nan")
+        x[0, :1] = x[middle] = _nan(x.dtype)
         return x
     if middle:
         x[0, :1] = -float("inf")
     x[middle, :1] = float("inf")
     return x
+
+
+def _without_middle(sample: Sample) -> Tensor:
+    """dOut, zero in every row that the middle row of x takes part in."""
+    problem, dOut = sample.problem, sample.grad_out.clone()
+    read = problem.row_sources() == problem.inputs.shape[0] // 2
+    if problem.grouped_out:
+        return dOut.masked_fill(read[:, None], 0.0)
+    slots = 1 if problem.gates is None else problem.gates.shape[1]
+    dOut[problem.row_positions()[read] // slots] = 0.0
+    return dOut
 
 
 def _nan_in_remote_rows(sample: Sample) -> Sample:

@@ -28,16 +28,24 @@ from mxref.verification.clone import of_a_clone
 from mxref.weights import MXLayout
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 33_000, 2, 2, _FP32, data="integer", scaling=0.5, bias=True)
+_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 22_000, 3, 2, _FP32, data="integer", scaling=0.5, bias=True)
 _GATES = Case("integer, bf16 gates beyond fp16", 4, 64, 96, 20, 2, 4, _BF16, data="integer", scaling=0.5, gate_slots=2)
+_LONG_K = Case("integer, K beyond 8192", 1, 8224, 32, 6, 2, 128, _BF16, data="integer", scaling=0.5)
+_LONG_N = Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 128, _FP16, data="integer", scaling=0.5, gate_slots=2,
+               routing="sentinels")  # fmt: skip
 _BEYOND_STAND_INS = (
-    _ROWS,
-    replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=2, routing="sentinels"),
+    replace(_ROWS, routing="one_expert"),
+    replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=3, routing="sentinels"),
     replace(_GATES, gate_exponent=20),
-    Case("integer, K beyond 8192", 1, 8224, 32, 6, 2, 3, _BF16, data="integer", scaling=0.5),
-    Case("integer, more than 512 experts", 520, 32, 32, 40, 2, 3, _BF16, data="integer", scaling=0.5, bias=True),
-    Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 3, _FP16, data="integer", scaling=0.5),
-)
+    _LONG_K,
+    replace(_LONG_K, name="integer, K beyond 8192, dense", dense=True, grouped_in=True, rank=3),
+    _LONG_N,
+    replace(_LONG_N, name="integer, N beyond 5760, dense", dense=True, grouped_out=True, gate_slots=0, rank=3),
+    Case("integer, more than 512 experts", 520, 32, 32, 40, 2, 128, _BF16, data="integer", scaling=0.5, bias=True),
+    Case("integer, 40 slots", 4, 64, 96, 3, 40, 4, _FP32, data="integer", scaling=0.5, bias=True),
+    Case("integer, 256 experts", 256, 32, 32, 40, 2, 3, _BF16, data="integer", scaling=0.5, bias=True,
+         routing="sentinels"),
+)  # fmt: skip
 """What the domain has stand-ins for on a CPU, and beyond its classes, one at a time, small enough for plain PyTorch:
 16-bit indices of rows wrap around, so do blocks and experts counted in a byte, and loops over columns end."""
 _BEYOND_FP16 = Case(
@@ -116,7 +124,7 @@ def _mixed(scope: Scope) -> list[Case]:
             cases.append(replace(far, adapter_values=values, gate_values="one NaN"))
             if dtype == _FP16:
                 cases.append(replace(cases[-1], name=f"{cases[-1].name}, from fp32", parameter_dtype=_FP32))
-        for own in ((_FP32, _BF16, _FP16, _FP32), (_BF16, _FP32, _FP32, _FP16)):
+        for own in ((_FP32, _BF16, _FP16, _FP32), (_BF16, _FP32, _FP32, _FP16), (_BF16, _FP16, _FP16, _BF16)):
             name = f"integer, {_TAGS[dtype]}, A {_TAGS[own[0]]}, B {_TAGS[own[1]]}"
             cases.append(replace(base, name=name, dtype=dtype, own_dtypes=own))
         other = _BF16 if dtype == _FP32 else _FP32

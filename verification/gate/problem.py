@@ -15,8 +15,10 @@ from mxref.weights import MXLayout, MXWeights
 
 _LAYOUTS = {
     "x": "layout of x",
-    "adapters": "layout of A and B",
-    "others": "layout of biases and gates",
+    "A": "layout of A",
+    "B": "layout of B",
+    "biases": "layout of biases",
+    "gates": "layout of gates",
     "weights": "layout of weights",
     "ids": "layout of expert ids",
     "rows": "layout of positions",
@@ -43,6 +45,7 @@ _OPTIONS = {
     "adapter_dtype": "adapters in",
     "own_dtypes": "A, B, biases and gates in",
     "routing": "routing",
+    "position_order": "order of positions",
     "data": "values",
     "special": "special",
     "bias": "biases",

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from mxref.verification.candidates.interpreting import reversed_programs
+from mxref.verification.candidates.asking import reversed_programs
 from mxref.verification.candidates.memory import FreshRedZones, RedZone, between_red_zones, uninitialised_memory
 from mxref.verification.candidates.own.interpreted import INDEX_LIMIT, checked_indices, checked_memory
 from mxref.verification.cases.case import Case

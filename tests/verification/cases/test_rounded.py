@@ -105,7 +105,8 @@ def test_parameters_may_differ_in_dtype(interpreted: bool) -> None:
     for case in mixed:
         sample = draw(case)
         found = {name: getattr(sample.problem, name).dtype for name in case.dtypes}
-        assert (found, len(set(found.values()))) == (case.dtypes, 3)
+        assert found == case.dtypes
+        assert len(set(found.values())) > 1
         assert "A, B, biases and gates in" in problem_text(problem_of(case, 0))
 
 
@@ -118,8 +119,9 @@ def test_nothing_keeps_a_wrong_result_from_being_seen() -> None:
         assert case.routing != "all_sentinels"
         assert case.scaling
         assert all(case.call.wants(name) for name in ("dX", "dA", "dB", "dbias", "dgates"))
+    assert {case.position_order for case in cases} == {"ascending", "descending", "shuffled"}
     routings = {(case.routing, case.grouped_in) for case in cases}
-    assert {("descending", False), ("duplicates", False), ("sentinels", False)} <= routings
+    assert {("duplicates", False), ("sentinels", False)} <= routings
     assert {case.call.weights for case in cases if case.dense} >= {"sliced", "padded", "transposed"}
     scattered = [case.call for case in cases if not case.grouped_in and case.k > 1]
     assert {call.algorithms for call in scattered} >= {"deterministic", "strictly deterministic"}

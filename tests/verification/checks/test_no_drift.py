@@ -101,7 +101,7 @@ def test_rows_that_occur_eight_times_are_far_from_drift(dtype: torch.dtype, dot:
     [
         # One row an expert and N = 1: V, rounded once, is in every element of dA, and an expanded B repeats it.
         Case("one V", 260, 32, 1, 9, 8, 4, FP32, data="lora", scaling=1 / 3, grouped_out=True, routing="sentinels",
-             call=Call(adapters="expanded")),
+             call=Call(A="expanded", B="expanded")),
         # Every column of dY, and so of dBᵀ, is the same.
         Case("one column", 260, 32, 33, 48, 8, 20, BF16, data="balanced", scaling=1 / 3, gate_slots=8, dense=True,
              routing="empty_experts", gate_values="some zero", call=Call(weights="expanded", dOut="one number")),

@@ -32,7 +32,7 @@ cases = [
     Case("more of it", data="integer", grouped_out=True, bias=True, tokens=37, **bf16),
     Case("gates", data="balanced", gate_slots=2, use_fused_dX=True, **bf16),
     Case("offset", data="balanced", **bf16,
-         call=Call(x="offset", ids="offset", rows="offset", ends="offset", adapters="offset")),
+         call=Call(x="offset", ids="offset", rows="offset", ends="offset", A="offset", B="offset")),
 ]
 candidate, cpu = shipped(torch.device("cpu")), torch.device("cpu")
 items = plan_cases(cases, cpu, 0)

@@ -24,7 +24,7 @@ from mxref.weights import MXWeights
 
 _PRODUCT = (
     "weights=packed|packed, from fp32, layout of weights=contiguous, adapters=none, biases=none, gates=none, "
-    "routing=uniform|empty experts|one takes all|an expert twice|descending positions"
+    "routing=uniform|empty experts|one takes all|an expert twice"
 )
 """What a product of packed weights covers of the domain: every row is an expert's."""
 

@@ -46,8 +46,8 @@ def _wide(x: Tensor) -> Tensor:
 _PADDED = "tests for neighbouring columns, and takes the number of columns for the row stride"
 
 x_padded = bug("rows of x taken as dense", _PADDED, layout_of_x="padded")(_operands(_wide, "inputs"))
-A_padded = bug("rows of A taken as dense", _PADDED, layout_of_A_and_B="padded")(_operands(_wide, "lora_A"))
-biases_padded = bug("rows of biases taken as dense", _PADDED, layout_of_biases_and_gates="padded", biases="there")(
+A_padded = bug("rows of A taken as dense", _PADDED, layout_of_A="padded")(_operands(_wide, "lora_A"))
+biases_padded = bug("rows of biases taken as dense", _PADDED, layout_of_biases="padded", biases="there")(
     _operands(_wide, "expert_biases")
 )
 weights_alike = bug(
@@ -57,7 +57,7 @@ weights_alike = bug(
     layout_of_weights="expanded",
 )(_operands(lambda W: W.roll(1, 1) if W.ndim == 3 and W.stride(0) == 0 else W, "expert_weights"))
 gates_alike = bug("gates that share memory", "reads them as if they lay one behind the other",
-                  layout_of_biases_and_gates="expanded", gates="positive", slots="two")(
+                  layout_of_gates="expanded", gates="positive", slots="two")(
     _operands(lambda g: g.roll(1, 0) if g.stride(1) == 0 else g, "gates")
 )  # fmt: skip
 gates_subnormal = bug("subnormal gates flushed", "has subnormals off", gates="subnormal in fp16", dtype="fp16")(

@@ -62,12 +62,12 @@ def _misread_dOut(how: Callable[[Tensor], Tensor]) -> Callable[[], Layer]:
 _NO_STRIDES = "hands a kernel the address and the shape, and neither strides nor a contiguous copy"
 
 x = bug("x read as contiguous", _NO_STRIDES, layout_of_x="transposed")(_misread(as_if_contiguous, "inputs"))
-A = bug("A read as contiguous", _NO_STRIDES, layout_of_A_and_B="transposed")(_misread(as_if_contiguous, "lora_A"))
-B = bug("B read as contiguous", _NO_STRIDES, layout_of_A_and_B="sliced")(_misread(as_if_contiguous, "lora_B"))
-biases = bug("biases read as contiguous", _NO_STRIDES, layout_of_biases_and_gates="sliced", biases="there")(
+A = bug("A read as contiguous", _NO_STRIDES, layout_of_A="transposed")(_misread(as_if_contiguous, "lora_A"))
+B = bug("B read as contiguous", _NO_STRIDES, layout_of_B="sliced")(_misread(as_if_contiguous, "lora_B"))
+biases = bug("biases read as contiguous", _NO_STRIDES, layout_of_biases="sliced", biases="there")(
     _misread(as_if_contiguous, "expert_biases")
 )
-gates = bug("gates read as contiguous", _NO_STRIDES, layout_of_biases_and_gates="transposed", gates="positive")(
+gates = bug("gates read as contiguous", _NO_STRIDES, layout_of_gates="transposed", gates="positive")(
     _misread(as_if_contiguous, "gates")
 )
 dense = bug("dense weights read as contiguous", _NO_STRIDES, weights="dense")(
@@ -83,15 +83,15 @@ x_columns = bug(
     "columns of x taken as neighbours", "passes the row stride of x and no column stride", layout_of_x="sliced"
 )(_misread(_unit_columns, "inputs"))
 A_columns = bug(
-    "columns of A taken as neighbours", "passes the row stride of A and no column stride", layout_of_A_and_B="sliced"
+    "columns of A taken as neighbours", "passes the row stride of A and no column stride", layout_of_A="sliced"
 )(_misread(_unit_columns, "lora_A"))
 
 x_offset = bug("offset of x lost", "takes the storage's address for the tensor's", layout_of_x="offset")(
     _misread(_from_the_start, "inputs")
 )
-adapters_offset = bug(
-    "offset of A and B lost", "takes the storage's address for the tensor's", layout_of_A_and_B="offset"
-)(_misread(_from_the_start, "lora_A", "lora_B"))
+adapters_offset = bug("offset of A and B lost", "takes the storage's address for the tensor's", layout_of_A="offset")(
+    _misread(_from_the_start, "lora_A", "lora_B")
+)
 dOut_offset = bug("offset of dOut lost", "takes the storage's address for the tensor's", layout_of_dOut="offset")(
     _misread_dOut(_from_the_start)
 )

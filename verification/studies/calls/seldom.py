@@ -110,7 +110,7 @@ positions_as_ids = bug("positions of the width of ids", "takes the first index t
            lambda p: {"sorted_scattered_idxs": p.sorted_scattered_idxs.roll(1)})
 )  # fmt: skip
 one_run = bug("positions from first to last", "copies an expert's rows at once if the ends are as far apart",
-              routing="shuffled positions", experts="one")(
+              order_of_positions="shuffled", experts="one")(
     _where(lambda p: p.E == 1 and p.P > 0 and int(p.expert_offsets[-1]) == p.P,
            lambda p: {"sorted_scattered_idxs": p.sorted_scattered_idxs.sort().values})
 )  # fmt: skip

@@ -87,7 +87,7 @@ class Twice(Layer):
         return found
 
 
-@bug("positions taken as ascending", "sorts positions within each expert", routing="descending positions")
+@bug("positions taken as ascending", "sorts positions within each expert", order_of_positions="descending")
 class Ascending(Layer):
     """Rows of grouped operands belong to other positions then."""
 
