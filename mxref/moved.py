@@ -49,15 +49,9 @@ MOVED = {
         "mxref.verification",
         {
             "accumulation": "arithmetic",
-            "behaviour": "checks",
             "bounds": "arithmetic.bounds",
             "drift": "checks",
-            "guards": "checks",
-            "integer": "cases",
-            "memory": "candidates.memory",
             "metrics": "arithmetic.metrics",
-            "options": "cli.options",
-            "ratios": "checks",
             "thresholds": "arithmetic.thresholds",
         },
     ),
@@ -75,13 +69,11 @@ SPLIT = {
         "cases.case": "Case Sample with_dense_weights=Case",
         "cases.draw": "sample_for_weights=draw_for_weights",
         "cases.small": "FULL_OF_COLUMNS usual_dtype",
-        "cases.suites": "behaviour_cases configuration_cases full_cases=drawn_cases integer_cases "
-        "quick_cases=drawn_cases",
+        "cases.suites": "full_cases=drawn_cases integer_cases quick_cases=drawn_cases",
     },
     "mxref.verification.gate": {
         "checks.registry": "GUARDS=CHECKS",
-        "gate.plan": "Step=Item behaviour_steps=plan case_steps=plan_cases checkpoint_steps=plan_checkpoint "
-        "decode_steps=plan suite_steps=plan",
+        "gate.plan": "Step=Item suite_steps=plan",
         "gate.result": "GateResult",
         "gate.run": "run_gate",
     },

@@ -22,6 +22,7 @@ from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.operand_sets import SETS, operand_sets
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.candidates.turns import in_turns
+from mxref.verification.cases.call import Mode
 from mxref.verification.cases.case import Sample
 from mxref.weights import MXWeights
 
@@ -34,9 +35,9 @@ _CHANGED = (
 """What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
 _CHANGES = "in place", "in place, through .data", ".data is another tensor"
 """How: as autograd counts it, behind its back in the same memory, or in other memory."""
-_MANY, _FEWER = 130, 16
+_MANY, _FEWER = 520, 16
 """Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again. The
-layers of a large model need as many at once; interpreted kernels take too long for more than a few."""
+layers of a large model, in several batches under way, need as many at once; interpreted kernels take too long."""
 _CYCLES = 20_000_000
 """Of a GPU, some 10 ms: before that a call was made and has started what it starts."""
 
@@ -68,6 +69,7 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         many = _FEWER if candidate.operators and sample.problem.device.type == "cpu" else _MANY
         _as_in_evaluation(Machine(), many)
         _as_in_pipelines(Machine(), many)
+        _as_in_distillation(Machine())
         _as_in_variants(Machine())
         _as_in_threads(Machine())
         if sample.problem.device.type == "cuda":
@@ -86,6 +88,10 @@ def _as_in_evaluation(machine: _Calls, many: int) -> None:
     """Results without a graph, many of them alive at once; then training on the same operands."""
     machine.evaluate(which="a")
     for _ in range(many):
+        machine.evaluate(which="d")
+    machine.look_again()
+    machine.evaluate(which="a", rows=2)
+    for _ in range(2):
         machine.evaluate(which="d")
     machine.look_again()
     for _ in range(2):  # the caller's own: what is returned next is not what it has overwritten
@@ -110,6 +116,18 @@ def _as_in_pipelines(machine: _Calls, many: int) -> None:
     machine.look_again()
 
 
+def _as_in_distillation(machine: _Calls) -> None:
+    """Two backward passes over one graph, for other gradients in the same memory; outputs whose graph has ended."""
+    if not machine.candidate.covers.one_backward:
+        machine.forward(which="a")
+        machine.backward(index=0, retain=True)
+        machine.refill(which="a")
+        machine.backward(index=0, retain=False)
+    for which in ("a", "d", "d"):
+        machine.detach(which=which)
+    machine.look_again()
+
+
 def _as_in_variants(machine: _Calls) -> None:
     """The same tensors in calls that differ in what is no tensor, or in one that is left out; there and back."""
     variants = sorted(machine.samples.keys() - set(SETS[1:]))
@@ -122,8 +140,9 @@ def _as_in_variants(machine: _Calls) -> None:
 
 def _as_in_threads(machine: _Calls) -> None:
     """Calls at the same time: of the same shapes, and of the same tensors in part."""
-    machine.at_once("a", "d")
-    machine.at_once("c", "a")
+    for both in (("a", "d"), ("c", "a"), ("a", "b")):
+        machine.at_once(both)
+    machine.at_once(("a", "d"), "no_grad")
 
 
 def _as_in_training(machine: _Calls, operand: str) -> None:
@@ -191,12 +210,28 @@ class _Calls(RuleBasedStateMachine):
         self._hold({"Y": y.detach()}, pending.expected)
 
     @rule(which=st.sampled_from(SETS), mode=st.sampled_from(("inference", "no_grad")))
-    def evaluate(self, which: str, mode: str = "inference") -> None:
-        """Call without a graph and keep the output."""
-        self.script.append(f"layer({which}) under {mode}")
-        y, _ = self.candidate.trace(self.samples[which].called(mode=mode), copy=False)
+    def evaluate(self, which: str, mode: str = "inference", rows: int | None = None) -> None:
+        """Call without a graph and keep the output, or so many rows of it."""
+        self.script.append(f"layer({which}){f'[:{rows}]' if rows else ''} under {mode}")
+        self._keep(self.candidate.trace(self.samples[which].called(mode=mode), copy=False)[0], which, rows)
+
+    def detach(self, which: str) -> None:
+        """Call, and keep the output alone, whose graph ends."""
+        self.script.append(f"layer({which}).detach()")
+        self._keep(self.candidate.trace(self.samples[which], copy=False)[0].detach(), which)
+
+    def _keep(self, y: Tensor, which: str, rows: int | None = None) -> None:
         self._hold({"Y": y}, self._golden(which))
-        self.gradients.append(({"Y": y}, {"Y": y.clone()}))
+        self.gradients.append(({"Y": y[:rows]}, {"Y": y[:rows].clone()}))
+
+    def refill(self, which: str) -> None:
+        """The same tensor of incoming gradients holds others."""
+        self.script.append(f"change dOut of {which} in place")
+        self.samples[which].grad_out.neg_()
+        self.expected.pop(which, None)
+        for pending in self.pending:
+            if pending.which == which:
+                pending.expected = self._golden(which)
 
     @precondition(lambda self: bool(self.pending))
     @rule(index=st.integers(0, 3), retain=st.booleans())
@@ -255,17 +290,20 @@ class _Calls(RuleBasedStateMachine):
                         x.fill_(float("nan"))
         self.gradients.clear()
 
-    def at_once(self, *both: str) -> None:
-        """Two calls and their gradients, each in a thread of its own."""
-        self.script.append(f"layer({both[0]}) and its gradients, and in another thread layer({both[1]}) and its own")
+    def at_once(self, both: tuple[str, str], mode: Mode = "grad") -> None:
+        """Two calls and their gradients, each in a thread of its own; the second under a mode."""
+        self.script.append(
+            f"layer({both[0]}) and its gradients, and in another thread layer({both[1]}) under {mode} and its own"
+        )
 
-        def call(which: str) -> Outputs:
-            sample = self.samples[which].called(algorithms="any", default_dtype=torch.float32)  # set for both threads
+        def call(which: str, mode: Mode) -> Outputs:
+            # What is global is set for both threads.
+            sample = self.samples[which].called(algorithms="any", default_dtype=torch.float32, mode=mode)
             y, leaves = self.candidate.trace(sample, copy=False)
             return {"Y": y.detach(), **self.candidate.gradients(sample, y, leaves)}
 
         with self.samples[both[0]].case.call.in_both_passes():
-            found = in_turns(*(partial(call, which) for which in both))
+            found = in_turns(partial(call, both[0], "grad"), partial(call, both[1], mode))
         for which, outputs in zip(both, found, strict=True):
             self._hold(outputs, self._golden(which))
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Condition, get_ident
 from typing import Any, TypeVar
 
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 T = TypeVar("T")
 
@@ -17,10 +17,7 @@ _PATIENCE = 0.5
 
 
 def in_turns(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
-    """What two functions return, or what one raises; each hands over at every operation of torch that its Python calls.
-
-    What autograd runs in a thread of its own, as for a GPU, hands over nowhere.
-    """
+    """What two functions return, or what one raises; each hands over at every operation of torch in its thread."""
     turns = _Turns()
     with ThreadPoolExecutor(2) as threads:
         both = [threads.submit(turns.run, number, function) for number, function in enumerate((first, second))]
@@ -72,14 +69,14 @@ class _Turns:
         return frame and (id(frame), frame.f_lasti)
 
 
-class _AtEachOperation(TorchFunctionMode):
+class _AtEachOperation(TorchDispatchMode):
     """Calls back before each, but for those of Triton's interpreter, which has one state for all threads."""
 
     def __init__(self, call: Callable[[], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.call = call
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not str(sys._getframe(1).f_globals.get("__name__")).startswith("triton."):
             self.call()
         return func(*args, **(kwargs or {}))

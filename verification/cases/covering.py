@@ -132,8 +132,8 @@ def _fill(
 ) -> tuple[int, Row] | None:
     """A whole row around the first classes, and how many open combinations it adds; None where it met a dead end.
 
-    The widest dimensions decide how many rows there are, and narrow ones find room beside them; if those come first
-    that the choice so far restricts most, a row seldom runs into a dead end.
+    The widest dimensions decide how many rows there are; if those come first that the choice so far restricts most, a
+    row seldom runs into a dead end.
     """
     chosen = list(first)
     held = set((np.searchsorted(starts, chosen, side="right") - 1).tolist())

@@ -101,7 +101,7 @@ def draw_rounded(case: Case, seed: int) -> Sample:
 
 
 def _beside_the_grid(sample: Sample) -> Sample:
-    """Adapters wider than activations a little larger than what they are rounded to, which they are once a call."""
+    """Adapters wider than activations a little larger than what they are rounded to."""
     adapters = {name: getattr(sample.problem, name) for name in ("lora_A", "lora_B")}
     wider = {name: x * (1 + 2**-13) for name, x in adapters.items() if x is not None and x.dtype == torch.float32}
     return sample.changed(**wider) if sample.case.dtype != torch.float32 else sample

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mxref.verification.candidates.turns import in_turns
 
@@ -27,7 +28,35 @@ def test_the_other_thread_comes_between_at_every_operation(operation: Callable[[
         return shared["number"]
 
     assert in_turns(lambda: write_and_read(0), lambda: write_and_read(1)) == (1, 1)
-    assert _get_current_function_mode() is None
+    assert _get_current_dispatch_mode() is None
+
+
+def test_the_other_thread_comes_between_in_a_backward_pass() -> None:
+    shared = dict[str, int]()
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
+            ctx.number = number
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            shared["number"] = ctx.number
+            grad = grad + grad
+            return grad * shared["number"], None
+
+    def gradient(number: int) -> float:
+        x = torch.ones((), requires_grad=True)
+        (grad,) = torch.autograd.grad(Function.apply(x, number), x)  # type: ignore[no-untyped-call]
+        return float(grad)
+
+    assert in_turns(lambda: gradient(1), lambda: gradient(2)) == (4, 4)
+
+
+def test_what_torch_compiles_is_called_too() -> None:
+    compiled = torch.compile(lambda x: (x @ x).sum(), backend="aot_eager")
+    assert in_turns(lambda: float(compiled(X)), lambda: float(compiled(2 * X))) == (3, 12)
 
 
 def test_a_lock_that_is_held_meanwhile_stops_nobody() -> None:
