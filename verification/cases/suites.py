@@ -42,6 +42,7 @@ _BEYOND_STAND_INS = (
     _LONG_N,
     replace(_LONG_N, name="integer, N beyond 5760, dense", dense=True, grouped_out=True, gate_slots=0, rank=3),
     Case("integer, more than 512 experts", 520, 32, 32, 40, 2, 128, _BF16, data="integer", scaling=0.5, bias=True),
+    Case("integer, 32 experts and columns", 32, 64, 32, 20, 2, 4, _FP32, data="integer", scaling=0.5, bias=True),
     Case("integer, 40 slots", 4, 64, 96, 3, 40, 4, _FP32, data="integer", scaling=0.5, bias=True),
     Case("integer, 256 experts", 256, 32, 32, 40, 2, 3, _BF16, data="integer", scaling=0.5, bias=True,
          routing="sentinels"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from mxref.verification.cases.scope import Scope
 from mxref.verification.cli import main
 from mxref.verification.gate.plan import plan
 from mxref.verification.gate.run import judge
+from mxref.verification.records.record import read, record_path
 from mxref.verification.studies.calls import run
 from mxref.verification.studies.calls.catalogue import BUGS
 from mxref.verification.studies.calls.layer import Bug, Layer
 from mxref.verification.studies.calls.layouts import as_if_contiguous
-from mxref.verification.studies.calls.run import judge_bugs, payload
+from mxref.verification.studies.calls.run import Judged, judge_bugs, payload
 
 BY_NAME = {bug.name: bug for bug in BUGS}
 
@@ -127,3 +129,21 @@ def test_what_is_kept_is_plain_data() -> None:
 def test_wrong_use() -> None:
     assert main(["calls", "--name", "nobody"]) == 2
     assert main(["calls", "--name", "x read as contiguous", "--record"]) == 2
+
+
+def test_the_rest_is_what_a_record_has_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def judged(bugs: Sequence[Bug], seed: int, jobs: int, on_judged: object) -> list[Judged]:
+        asked.extend(bug.name for bug in bugs)
+        alive = BUGS[0].name if len(bugs) > 1 else ""
+        return [Judged(bug, "" if bug.name == alive else "integer", "wrong") for bug in bugs]
+
+    monkeypatch.setattr("mxref.verification.cli.own.calls.judge_bugs", judged)
+    assert main(["calls", "--rest"]) == 2, "there is no record to go on from"
+    assert main(["calls", "--record", str(tmp_path), "--rest"]) == 2
+    assert main(["calls", "--record", str(tmp_path)]) == 1
+    asked.clear()
+    assert main(["calls", "--record", str(tmp_path), "--rest"]) == 0
+    assert asked == [BUGS[0].name]
+    assert len(read(record_path("calls", torch.device("cpu"), tmp_path))["bugs"]) == len(BUGS)

@@ -6,6 +6,7 @@ needed, what is remembered, sizes, numbers), and judge each as any foreign candi
 examples:
   mxref calls                      every bug, each until a check rejects it
   mxref calls --name "*cached*"    only those that match
+  mxref calls --record --rest      go on from the record with what survived, since the gate asks more now
   mxref calls --list               print the bugs, and which classes of the domain show them
 
 exit codes: 0 every bug is rejected, 1 one survives or the honest layer is rejected, 2 wrong use
@@ -28,6 +29,7 @@ from mxref.verification.cli.options import add_jobs, add_out, add_record, add_se
 from mxref.verification.cli.progress import Meter
 from mxref.verification.gate.plan import matches
 from mxref.verification.records import record
+from mxref.verification.records.sources import digest
 from mxref.verification.report.output import new_table, write_json
 from mxref.verification.studies import calls
 from mxref.verification.studies.calls.catalogue import BUGS
@@ -43,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_jobs(parser)
     add_out(parser, "calls.json")
     add_record(parser, "the result of all bugs")
+    parser.add_argument(
+        "--rest", action="store_true", help="with --record: judge what survived in the record of these very bugs"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,16 +62,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("no bug matches; --list prints them")
     if arguments.record is not None and arguments.name:
         raise UsageError("--record keeps the result of all bugs; leave out --name")
+    if arguments.rest and arguments.record is None:
+        raise UsageError("--rest goes on from a record; add --record")
     console = terminal(160)
+    known = _known(arguments.record) if arguments.rest else {}
     if arguments.list:
         console.print(_listed(bugs), highlight=False)
         return 0
-    with Meter(len(bugs)) as meter:
+    open_ = [bug for bug in bugs if bug.name not in known]
+    with Meter(len(open_)) as meter:
         try:
-            judged = judge_bugs(bugs, arguments.seed, arguments.jobs, lambda each: meter.advance(each.bug.name))
+            now = judge_bugs(open_, arguments.seed, arguments.jobs, lambda each: meter.advance(each.bug.name))
         except NotHonestError as error:
             print(f"mxref: error: {error}", file=sys.stderr)
             return 1
+    found_now = {each.bug.name: each for each in now}
+    judged = [found_now.get(bug.name) or Judged(bug, *known[bug.name]) for bug in bugs]
     _print(judged, console)
     found = payload(judged, arguments.seed)
     if arguments.out is not None:
@@ -74,6 +85,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.record is not None:
         note(console, "record", record.write("calls", found, torch.device("cpu"), arguments.record, texts=_texts()))
     return int(not found["passed"])
+
+
+def _known(folder: Path) -> dict[str, tuple[str, str]]:
+    """Check and finding of each bug that the record rejects.
+
+    Raises:
+        UsageError: there is no record, or the bugs' sources have changed since.
+    """
+    path = record.record_path("calls", torch.device("cpu"), folder)
+    try:
+        kept = record.read(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--rest: {error}") from None
+    if kept["digest"] != digest(_texts()):
+        raise UsageError(f"--rest: {path} is of other bugs than these; leave out --rest")
+    return {bug["name"]: (bug["check"], bug["finding"]) for bug in kept["bugs"] if bug["check"]}
 
 
 def _texts() -> dict[str, str]:
