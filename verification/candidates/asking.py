@@ -103,6 +103,8 @@ def with_two_backwards(candidate: Candidate, sample: Sample) -> list[Answer]:
 def for_every_subset(candidate: Candidate, sample: Sample) -> list[Answer]:
     """Each subset of the gradients by itself, to be like the same ones among all of them; and Y without a graph."""
     whole = answered(lambda: candidate.run(sample))
+    if whole.error is not None:
+        return [whole]
     names = [name for name in whole.outputs if name != "Y"]
     answers = [whole]
     for needs in (chosen for count in range(1, len(names)) for chosen in combinations(names, count)):
