@@ -113,10 +113,11 @@ def for_every_subset(candidate: Candidate, sample: Sample) -> list[Answer]:
         answers.append(replace(whole, outputs={name: whole.outputs[name] for name in ("Y", *needs)}))
         how = f"when only {', '.join(OPERAND_OF[name] for name in needs)} need{'s' * (len(needs) == 1)} a gradient"
         answers.append(answered(partial(candidate.run, part), circumstance=how, like=len(answers) - 1))
-    answers.append(replace(whole, outputs={name: x for name, x in whole.outputs.items() if name == "Y"}))
+    graph = len(answers)
+    answers.append(replace(whole, outputs={"Y": whole.outputs["Y"]}))
     for mode in ("no_grad", "inference"):
         run = partial(candidate.run, sample.called(mode=mode))
-        answers.append(answered(run, circumstance=f"under {mode}", like=len(answers) - 1))
+        answers.append(answered(run, circumstance=f"under {mode}", like=graph))
     return answers
 
 

@@ -1,9 +1,11 @@
-"""Sets of operands that the calls of a sequence are made on."""
+"""Sets of operands that the calls of a sequence are made on, and how they change in between."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from mxref.problem import Problem
 from mxref.verification.cases.call import lay_out
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import without
@@ -11,6 +13,13 @@ from mxref.weights import MXWeights, decode_mxfp4
 
 SETS = "abcdef"
 """Those that occur in any order; the others are variants of a, told by what they differ in."""
+CHANGED = (
+    "lora_A", "lora_B", "inputs", "gates", "expert_biases", "packed", "scales", "expert_weights",
+    "sorted_scattered_idxs", "routing",
+)  # fmt: skip
+"""What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
+CHANGES = "in place", "in place, through .data", ".data is another tensor"
+"""How: as autograd counts it, behind its back in the same memory, or in other memory."""
 _TURNED = ("inputs", "lora_A", "gates", "grad_out")
 """Operands whose signs b has otherwise than a."""
 
@@ -55,3 +64,29 @@ def _variants(a: Sample) -> dict[str, Sample]:
         dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
     return found
+
+
+def changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of a problem, and what they hold after a change; `again`: one that takes an earlier one back."""
+    weights = problem.expert_weights
+    if operand == "routing":  # the experts change places
+        live, E = problem.sorted_expert_idxs < problem.E, problem.E
+        experts = torch.where(live, E - 1 - problem.sorted_expert_idxs, problem.sorted_expert_idxs).sort().values
+        counts = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1)).flip(0)
+        return [(problem.sorted_expert_idxs, experts), (problem.expert_offsets, counts.cumsum(0))]
+    if operand == "sorted_scattered_idxs":
+        return [(problem.sorted_scattered_idxs, problem.sorted_scattered_idxs.flip(0))]
+    if operand == "packed" and isinstance(weights, MXWeights):
+        codes, part = weights.packed.clone(), slice(-1) if again else slice(-1, None)  # the last expert's alone first
+        codes[part] ^= 0x88  # the sign bits of both codes
+        return [(weights.packed, codes)]
+    if operand == "scales" and isinstance(weights, MXWeights):
+        scales = weights.scales.clone()
+        scales[-1] += 1 - 2 * again  # the last expert's weights are doubled, and halved again
+        return [(weights.scales, scales)]
+    x = getattr(problem, operand, None)
+    if not isinstance(x, Tensor):
+        return []
+    new, part = x.detach().clone(), slice(-1) if again else slice(-1, None)  # the last row's alone first
+    new[part] *= -1
+    return [(x, new)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -16,25 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
-from mxref.problem import Problem
 from mxref.verification.candidates.answer import Answer, Outputs
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.operand_sets import SETS, operand_sets
+from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS, changed, operand_sets
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.candidates.turns import in_turns
 from mxref.verification.cases.call import Mode
 from mxref.verification.cases.case import Sample
-from mxref.weights import MXWeights
 
 _EXAMPLES, _STEPS = 8, 8
 
-_CHANGED = (
-    "lora_A", "lora_B", "inputs", "gates", "expert_biases", "packed", "scales", "expert_weights",
-    "sorted_scattered_idxs", "routing",
-)  # fmt: skip
-"""What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
-_CHANGES = "in place", "in place, through .data", ".data is another tensor"
-"""How: as autograd counts it, behind its back in the same memory, or in other memory."""
 _MANY, _FEWER = 520, 16
 """Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again. The
 layers of a large model, in several batches under way, need as many at once; interpreted kernels take too long."""
@@ -74,7 +64,7 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         _as_in_threads(Machine())
         if sample.problem.device.type == "cuda":
             Machine().on_streams("a", "d")
-        for operand in _CHANGED:
+        for operand in CHANGED:
             _as_in_training(Machine(), operand)
         run_state_machine_as_test(Machine, settings=profile)
     except _DifferentError as error:
@@ -150,7 +140,7 @@ def _as_in_training(machine: _Calls, operand: str) -> None:
     machine.forward(which="a")
     machine.update(which="a", operand=operand)
     machine.backward(index=0, retain=False)
-    for how in ("", *_CHANGES[1:]):
+    for how in ("", *CHANGES[1:]):
         if how:
             machine.update(which="a", operand=operand, how=how)
         machine.forward(which="a")
@@ -194,7 +184,7 @@ class _Calls(RuleBasedStateMachine):
         super().__init__()
         self.candidate, self.seen, self.script = candidate, seen, list[str]()
         self.pending: list[_Pending] = []
-        self.gradients: list[tuple[Outputs, Outputs]] = []  # as they are, and a copy of each as it came
+        self.kept: list[tuple[Outputs, Outputs]] = []  # what was returned as it is, and a copy of it as it came
         self.samples = operand_sets(sample)
         self.expected: dict[str, Outputs] = {}  # as long as the operands are what they are
 
@@ -222,7 +212,7 @@ class _Calls(RuleBasedStateMachine):
 
     def _keep(self, y: Tensor, which: str, rows: int | None = None) -> None:
         self._hold({"Y": y}, self._golden(which))
-        self.gradients.append(({"Y": y[:rows]}, {"Y": y[:rows].clone()}))
+        self.kept.append(({"Y": y[:rows]}, {"Y": y[:rows].clone()}))
 
     def refill(self, which: str) -> None:
         """The same tensor of incoming gradients holds others."""
@@ -249,24 +239,24 @@ class _Calls(RuleBasedStateMachine):
         if not retain or not gradients:
             self.pending.remove(pending)
         self._hold(gradients, pending.expected)
-        self.gradients.append((gradients, {name: None if x is None else x.clone() for name, x in gradients.items()}))
+        self.kept.append((gradients, _copied(gradients)))
 
     @precondition(lambda self: bool(self.pending))
-    @rule(which=st.sampled_from("ab"), operand=st.sampled_from(_CHANGED))
-    def update(self, which: str, operand: str, how: str = _CHANGES[0]) -> None:
+    @rule(which=st.sampled_from("ab"), operand=st.sampled_from(CHANGED))
+    def update(self, which: str, operand: str, how: str = CHANGES[0]) -> None:
         """Give operands other values: signs, powers of two or order, which leave every sum exact.
 
         Args:
             which: operands of "a" or "b".
-            operand: one of _CHANGED; nothing happens where the sample has none.
-            how: one of _CHANGES; but for the first, which autograd counts, no pass may be pending.
+            operand: one of CHANGED; nothing happens where the sample has none.
+            how: one of CHANGES; but for the first, which autograd counts, no pass may be pending.
         """
         problem = self.samples[which].problem
         again = sum(line.startswith(f"change {which}.{operand} ") for line in self.script) % 2 == 1
-        changed = _changed(problem, operand, again)
-        if not changed:
+        values = changed(problem, operand, again)
+        if not values:
             return
-        for old, new in changed:
+        for old, new in values:
             if how == ".data is another tensor":
                 old.data = new.detach().clone()
             else:
@@ -278,17 +268,17 @@ class _Calls(RuleBasedStateMachine):
         for pending in self.pending:
             pending.changed |= pending.which in touched
 
-    @precondition(lambda self: bool(self.gradients))
+    @precondition(lambda self: bool(self.kept))
     @rule()
     def overwrite(self) -> None:
         """What was returned, but for outputs whose backward pass may still come, is the caller's to write to."""
         self.script.append("overwrite every gradient, and outputs without a graph")
-        for found, _ in self.gradients:
+        for found, _ in self.kept:
             for x in found.values():
                 if x is not None and 0 not in x.stride():  # one that autograd expanded cannot be written to
                     with torch.inference_mode():
                         x.fill_(float("nan"))
-        self.gradients.clear()
+        self.kept.clear()
 
     def at_once(self, both: tuple[str, str], mode: Mode = "grad") -> None:
         """Two calls and their gradients, each in a thread of its own; the second under a mode."""
@@ -296,14 +286,12 @@ class _Calls(RuleBasedStateMachine):
             f"layer({both[0]}) and its gradients, and in another thread layer({both[1]}) under {mode} and its own"
         )
 
-        def call(which: str, mode: Mode) -> Outputs:
+        def call(which: str, mode: Mode = "grad") -> Outputs:
             # What is global is set for both threads.
-            sample = self.samples[which].called(algorithms="any", default_dtype=torch.float32, mode=mode)
-            y, leaves = self.candidate.trace(sample, copy=False)
-            return {"Y": y.detach(), **self.candidate.gradients(sample, y, leaves)}
+            return self._run(self.samples[which].called(algorithms="any", default_dtype=torch.float32, mode=mode))
 
         with self.samples[both[0]].case.call.in_both_passes():
-            found = in_turns(partial(call, both[0], "grad"), partial(call, both[1], mode))
+            found = in_turns(lambda: call(both[0]), lambda: call(both[1], mode))
         for which, outputs in zip(both, found, strict=True):
             self._hold(outputs, self._golden(which))
 
@@ -313,26 +301,31 @@ class _Calls(RuleBasedStateMachine):
         begun = []
         for each in which:
             sample, stream = self.samples[each], torch.cuda.Stream()
+            tensors: dict[str, Tensor] = {}
+            sample.mapped(tensors.setdefault)
             late = sample.mapped(lambda _, x: torch.zeros_like(x))
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 torch.cuda._sleep(_CYCLES)
-                _fill(late, sample)
-                y, leaves = self.candidate.trace(late, copy=False)
-                begun.append((late, {"Y": y.detach(), **self.candidate.gradients(late, y, leaves)}))
+                late.mapped(lambda name, x: x.copy_(tensors[name]))  # noqa: B023
+                begun.append((late, self._run(late)))
         torch.cuda.synchronize()
         for each, (_, outputs) in zip(which, begun, strict=True):
             self._hold(outputs, self._golden(each))
 
-    @precondition(lambda self: bool(self.pending or self.gradients))
+    @precondition(lambda self: bool(self.pending or self.kept))
     @rule()
     def look_again(self) -> None:
         """Outputs and gradients that were returned earlier are what they were."""
         self.script.append("look at every output again")
         for pending in self.pending:
             self._hold({"Y": pending.y.detach()}, {"Y": pending.kept})
-        for gradients, kept in self.gradients:
-            self._hold(gradients, kept)
+        for found, copy in self.kept:
+            self._hold(found, copy)
+
+    def _run(self, sample: Sample) -> Outputs:
+        y, leaves = self.candidate.trace(sample, copy=False)
+        return {"Y": y.detach(), **self.candidate.gradients(sample, y, leaves)}
 
     def _golden(self, which: str) -> Outputs:
         """The golden model's results for operands as they are."""
@@ -342,19 +335,12 @@ class _Calls(RuleBasedStateMachine):
 
     def _hold(self, got: Outputs, expected: Outputs) -> None:
         """Keep the answers; raise if a value is wrong."""
-        got = {name: None if x is None else x.clone() for name, x in got.items()}  # as it is now
+        got = _copied(got)
         right = {name: _like(expected.get(name), x) for name, x in got.items()}
         after = f"after «{'; '.join(_counted(self.script))}»"
         self.seen[:] = [(Answer(right), Answer(got, circumstance=after, like=0))]
         if not all(_equal(x, right[name]) for name, x in got.items()):
             raise _DifferentError(self.seen[0])
-
-
-def _fill(sample: Sample, other: Sample) -> None:
-    """Copies every tensor of another sample into the one of the same name."""
-    tensors = dict[str, Tensor]()
-    other.mapped(lambda name, x: tensors.setdefault(name, x))
-    sample.mapped(lambda name, x: x.copy_(tensors[name]))
 
 
 def _counted(script: Iterable[str]) -> Iterator[str]:
@@ -364,30 +350,8 @@ def _counted(script: Iterable[str]) -> Iterator[str]:
         yield f"{line}, {times} times" if times > 1 else line
 
 
-def _changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of a problem, and what they hold after a change; `again`: one that takes an earlier one back."""
-    weights = problem.expert_weights
-    if operand == "routing":  # the experts change places
-        live, E = problem.sorted_expert_idxs < problem.E, problem.E
-        experts = torch.where(live, E - 1 - problem.sorted_expert_idxs, problem.sorted_expert_idxs).sort().values
-        counts = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1)).flip(0)
-        return [(problem.sorted_expert_idxs, experts), (problem.expert_offsets, counts.cumsum(0))]
-    if operand == "sorted_scattered_idxs":
-        return [(problem.sorted_scattered_idxs, problem.sorted_scattered_idxs.flip(0))]
-    if operand == "packed" and isinstance(weights, MXWeights):
-        codes, part = weights.packed.clone(), slice(-1) if again else slice(-1, None)  # the last expert's alone first
-        codes[part] ^= 0x88  # the sign bits of both codes
-        return [(weights.packed, codes)]
-    if operand == "scales" and isinstance(weights, MXWeights):
-        scales = weights.scales.clone()
-        scales[-1] += 1 - 2 * again  # the last expert's weights are doubled, and halved again
-        return [(weights.scales, scales)]
-    x = getattr(problem, operand, None)
-    if not isinstance(x, Tensor):
-        return []
-    new, part = x.detach().clone(), slice(-1) if again else slice(-1, None)  # the last row's alone first
-    new[part] *= -1
-    return [(x, new)]
+def _copied(outputs: Outputs) -> Outputs:
+    return {name: None if x is None else x.clone() for name, x in outputs.items()}
 
 
 def _like(x: Tensor | None, other: Tensor | None) -> Tensor | None:

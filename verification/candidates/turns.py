@@ -20,8 +20,7 @@ def in_turns(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
     """What two functions return, or what one raises; each hands over at every operation of torch in its thread."""
     turns = _Turns()
     with ThreadPoolExecutor(2) as threads:
-        both = [threads.submit(turns.run, number, function) for number, function in enumerate((first, second))]
-        a, b = (each.result() for each in both)
+        a, b = threads.map(turns.run, (0, 1), (first, second))
         return a, b
 
 

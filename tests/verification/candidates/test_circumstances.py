@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from judging import ask
+from tapped import tap
 from torch import Tensor
 
 import mxref
@@ -23,27 +24,13 @@ SMALL = Case("small", 2, 64, 96, 9, 2, 4, bias=True, gate_slots=2)
 BF16 = Case("bf16", 3, 64, 96, 21, 2, 4, torch.bfloat16, torch.float32, bias=True, gate_slots=2, routing="sentinels")
 
 
-class _Tap(torch.autograd.Function):
-    """The identity, whose gradient goes through a function."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, change: Any) -> Tensor:
-        ctx.change = change
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.change(grad), None
-
-
 def tapped(operand: str, change: Any) -> Candidate:
     """The golden model with a change to one operand's gradient; "Y": to dOut."""
 
     def call(**operands: Any) -> Tensor:
         if operand == "Y":
-            return _Tap.apply(mxref.parallel_linear_lora(**operands), change)  # type: ignore[no-any-return, no-untyped-call]
-        given = _Tap.apply(operands[operand], change)  # type: ignore[no-untyped-call]
-        return mxref.parallel_linear_lora(**operands | {operand: given})
+            return tap(mxref.parallel_linear_lora(**operands), change)
+        return mxref.parallel_linear_lora(**operands | {operand: tap(operands[operand], change)})
 
     return Candidate("tapped", call)
 

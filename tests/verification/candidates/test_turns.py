@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
-from typing import Any
 
 import pytest
 import torch
+from tapped import tap
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -34,22 +34,14 @@ def test_the_other_thread_comes_between_at_every_operation(operation: Callable[[
 def test_the_other_thread_comes_between_in_a_backward_pass() -> None:
     shared = dict[str, int]()
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
-            ctx.number = number
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Any:
-            shared["number"] = ctx.number
-            grad = grad + grad
-            return grad * shared["number"], None
-
     def gradient(number: int) -> float:
+        def change(grad: Tensor) -> Tensor:
+            shared["number"] = number
+            grad = grad + grad
+            return grad * shared["number"]
+
         x = torch.ones((), requires_grad=True)
-        (grad,) = torch.autograd.grad(Function.apply(x, number), x)  # type: ignore[no-untyped-call]
-        return float(grad)
+        return float(*torch.autograd.grad(tap(x, change), x))
 
     assert in_turns(lambda: gradient(1), lambda: gradient(2)) == (4, 4)
 
