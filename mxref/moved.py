@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 
-def _under(package: str, names: dict[str, str]) -> dict[str, str]:
-    return {f"{package}.{old}": f"{package}.{new}" for old, new in names.items()}
+def _renamed(homes: Mapping[str, str]) -> dict[str, str]:
+    """Old name -> `home.new`, of names by their home, as `old=new` if renamed."""
+    pairs = ((home, *name.partition("=")) for home, names in homes.items() for name in names.split())
+    return {old: f"{home}.{new or old}" for home, old, _, new in pairs}
+
+
+def _into(package: str, **folders: str) -> dict[str, str]:
+    return {f"{package}.{old}": f"{package}.{new}" for old, new in _renamed(folders).items()}
 
 
 MOVED = {
     "mxref.checkpoint": "mxref.checkpoints",
     "mxref.deepseek_checkpoint": "mxref.checkpoints",
     "mxref.verification.inspection": "mxref.checkpoints.statistics",
-    **_under(
+    "mxref.verification.accumulation": "mxref.verification.arithmetic",
+    "mxref.verification.drift": "mxref.verification.checks",
+    **_into("mxref.verification", arithmetic="bounds metrics thresholds"),
+    **_into(
         "mxref.kernels",
-        {
-            "autograd": "layer.autograd",
-            "configs": "device.configs",
-            "decode": "device.decode",
-            "dequant": "device.dequant",
-            "experts": "models.experts",
-            "grouped_matmul": "device.grouped_matmul",
-            "grouped_outer": "device.grouped_outer",
-            "hopper": "device.hopper",
-            "hopper_decode": "device.hopper_decode",
-            "interop": "models.torchao",
-            "launch": "device.launch",
-            "layers": "models.moe_block",
-            "library": "layer.library",
-            "loading": "models.loading",
-            "merging": "models.merging",
-            "operands": "layer.operands",
-            "packing": "models.packing",
-            "peft_adapters": "models.peft",
-            "scatter2scatter": "layer.scatter2scatter",
-            "schedule": "device.schedule",
-            "slots": "device.slots",
-            "transformers_experts": "models.transformers",
-        },
-    ),
-    **_under(
-        "mxref.verification",
-        {
-            "accumulation": "arithmetic",
-            "bounds": "arithmetic.bounds",
-            "drift": "checks",
-            "metrics": "arithmetic.metrics",
-            "thresholds": "arithmetic.thresholds",
-        },
+        device="configs decode dequant grouped_matmul grouped_outer hopper hopper_decode launch schedule slots",
+        layer="autograd library operands scatter2scatter",
+        models="experts interop=torchao layers=moe_block loading merging packing peft_adapters=peft "
+        "transformers_experts=transformers",
     ),
 }
 """Old module -> the module, or the package of modules, that holds its contents; those that others may know."""
@@ -112,5 +91,4 @@ def names_of(package: str) -> Callable[[str], Any]:
 
 def moved_names(package: str) -> dict[str, str]:
     """Old name -> where it is now, for a package in SPLIT."""
-    pairs = ((module, *name.partition("=")) for module, names in SPLIT[package].items() for name in names.split())
-    return {old: f"mxref.verification.{module}.{new or old}" for module, old, _, new in pairs}
+    return {old: f"mxref.verification.{new}" for old, new in _renamed(SPLIT[package]).items()}

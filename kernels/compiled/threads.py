@@ -1,8 +1,7 @@
-"""What a step starts, compiled in threads before it starts.
+"""A step's kernels, compiled in threads before it starts.
 
-Triton compiles a kernel when it is launched for the first time, so a first step compiles one after another. Here the
-step runs on tensors without memory before, its launches are recorded, and their kernels are compiled at once. The
-compilers let other threads run meanwhile; no process is started, and no thread is left.
+Triton compiles kernels one by one at their first launch. Here the step first runs on meta tensors, its launches are
+recorded, and their kernels are compiled at once: the compilers let other threads run. No thread is left.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ _Compilation = tuple[Future[Any], Callable[[Any], None]]
 
 
 def compile_in_threads(step: Callable[[], object], operand: Tensor) -> bool:
-    """Compile what a step will start, as many kernels at once as there are cores; launches then find them compiled.
+    """Compile what a step will start, as many kernels at once as there are cores.
 
-    The step runs in a thread of its own, where modes, hooks and grad mode of the calling thread are not in force.
+    The step runs in its own thread, without the caller's modes, hooks and grad mode.
 
     Args:
         step: makes its operands by itself, on the `meta` device.
         operand: one of the real step, on the GPU to compile for.
 
     Returns:
-        Whether it is done. Nothing is where the step raises: the real one will say why.
+        Whether it was done; False where the step raises, as the real one will.
 
     Raises:
-        Exception: what Triton raises where a kernel does not compile, as a launch of it would.
+        Exception: Triton's, where a kernel does not compile, as at its launch.
     """
     with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:  # starts no more threads than it has work for
         launches = pool.submit(_launches, step, architecture(operand.device)).result()
@@ -66,20 +65,20 @@ def _submit(pool: ThreadPoolExecutor, launches: Iterable[Launch], operand: Tenso
 
 
 class _Submitted(triton.AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
-    """Triton's mode, but launches of other threads never meet a kernel that is not compiled yet, or could not be."""
+    """Triton's mode, but other threads' launches never meet a kernel that is not compiled or could not be."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         super().__init__(pool)
         self.compilations = dict[str, _Compilation]()
 
     def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
-        """Begin to compile. Triton puts what this returns where launches look, and there nothing means: not yet."""
+        """Begin to compile; None, which Triton puts where launches look, means not yet."""
         if key not in self.compilations:
             self.compilations[key] = self.executor.submit(_compiled, compile_fn), finalize_fn
 
 
 def _compiled(compile_fn: Callable[[], Any]) -> Any:
-    """What is compiled; asked again where Python before 3.13 took two threads' parsing for one deep recursion."""
+    """What is compiled; again where Python before 3.13 took two threads' parsing for one deep recursion."""
     for _ in range(9):
         try:
             return compile_fn()

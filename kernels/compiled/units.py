@@ -1,9 +1,8 @@
-"""One kernel to compile, as Triton's own run time would compile it at a launch, in whatever process.
+"""One kernel to compile as Triton would at a launch, in whatever process.
 
-Triton makes the key of a compilation from a launch's arguments: their types, which of them are 1 or multiples of 16,
-the constants, the options. Nothing here makes such a key again. A recorded launch goes through the same function of
-Triton's as one on a GPU does, asked to compile and not to start, and so it leaves in Triton's cache what a launch will
-look for there.
+Triton derives a compilation's key from a launch's arguments: types, which are 1 or multiples of 16, constants, options.
+A recorded launch goes through the same function of Triton's, asked not to start, and so leaves in Triton's cache what a
+launch on a GPU looks for.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Unit:
         architecture: such as "sm_90".
         label: what the launch does, for a report.
         module, kernel: where the jitted function lives.
-        arguments: argument name -> value; a tensor is its dtype alone, beginning at a multiple of 16 bytes.
+        arguments: by name; a tensor is its dtype alone, aligned to 16 bytes.
         options: compile options by name.
         key: Triton's, which equal compilations of a kernel share.
     """
@@ -67,17 +66,17 @@ class Unit:
 
     @property
     def function(self) -> Any:
-        """The jitted function, of the module that is imported under its name."""
+        """The jitted function."""
         return getattr(import_module(self.module), self.kernel)
 
     def build(self) -> Any:
-        """Triton's compiled kernel, from its cache if it is there."""
+        """Triton's compiled kernel, from its cache if there."""
         with _gpu(self.architecture, "compiles"):
             return compile_launch(Launch(self.function, dict(self.arguments), dict(self.options)))
 
 
 def units_of(architecture: str, launches: Iterable[tuple[str, Launch]]) -> Iterator[Unit]:
-    """The compilations that launches with their labels need, each once."""
+    """The compilations of labelled launches, each once."""
     seen = set[tuple[str, str, str]]()
     for label, launch in launches:
         unit = Unit.of(architecture, label, launch)
@@ -87,9 +86,9 @@ def units_of(architecture: str, launches: Iterable[tuple[str, Launch]]) -> Itera
 
 
 def compile_units(units: Sequence[Unit], jobs: int) -> Iterator[tuple[Unit, bool]]:
-    """Compile into Triton's cache, in `jobs` processes at once: each unit when it is done, and whether it was new.
+    """Compile into Triton's cache in `jobs` processes: each unit when done, and whether it was new.
 
-    The processes are forks of this one, so that they need not import anything; they use no GPU.
+    The processes are forks, which need no imports; they use no GPU.
     """
     with ProcessPoolExecutor(min(jobs, len(units)) or 1, get_context("fork")) as pool:
         futures = {pool.submit(_build_if_new, unit): unit for unit in units}
@@ -106,7 +105,7 @@ def _build_if_new(unit: Unit) -> bool:
 
 
 def compile_launch(launch: Launch) -> Any:
-    """Triton's compiled kernel of a launch, from its cache if it is there; nothing starts, tensors may lack memory."""
+    """Triton's compiled kernel of a launch, from its cache if there; nothing starts, tensors may be meta."""
     arguments = (_without_memory(value) for value in launch.arguments.values())
     return launch.kernel.run(*arguments, grid=None, warmup=True, **launch.options)
 
@@ -125,20 +124,19 @@ class _Driver:
         self._purpose = purpose
 
     def get_current_device(self) -> tuple[GPUTarget, str]:
-        """A key: what was compiled is kept by device, and a kernel that is there already would not be asked for."""
+        """A key: compiled kernels are kept by device, and one that is there would not be asked for."""
         return self._target, self._purpose
 
     def get_current_stream(self, device: object) -> None:
-        """None is needed to compile."""
+        """Not needed to compile."""
 
     def get_current_target(self) -> GPUTarget:
-        """The GPU that is compiled for."""
         return self._target
 
 
 @contextmanager
 def _gpu(architecture: str, purpose: str) -> Iterator[None]:
-    """Within this context Triton takes this machine's GPU to be of the architecture."""
+    """Within it Triton takes this machine's GPU to be of the architecture."""
     drivers = triton.runtime.driver
     before = drivers._active  # `active` would look for a GPU
     drivers.set_active(_Driver(architecture, purpose))

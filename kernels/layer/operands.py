@@ -83,20 +83,25 @@ def kind_of_weights(weights: Tensor | MXWeights) -> Hashable:
     """The same of weights, and how they lie in memory."""
     if isinstance(weights, MXWeights):
         return kind_of(weights.packed), weights.layout, weights.scales_to_128
-    return kind_of(weights), weights.stride(), weights.requires_grad
+    return kind_of(weights), weights.stride(), weights.requires_grad, weights.is_neg()
 
 
 def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor as a kernel takes it: rounded to `dtype` if given, contiguous, and in fp32 under the interpreter."""
+    """A tensor as a kernel takes it: rounded to `dtype` if given, contiguous, and in fp32 under the interpreter.
+
+    Memory holds its numbers with their signs: a negative that torch puts off (`Tensor.is_neg`) is made here.
+    """
     wanted = dtype or x.dtype
     if INTERPRETED or x.dtype != wanted:
         x = x.to(wanted).to(compute_dtype(wanted))
-    return x.contiguous()
+    x = x.contiguous()
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def dense_weights(weights: Tensor) -> Tensor:
-    """Dense weights as the kernels read them: as they are, strides included, upcast only under the interpreter."""
-    return weights.to(compute_dtype(weights.dtype)) if INTERPRETED else weights
+    """Dense weights as the kernels read them: strides included, with their signs; upcast only under the interpreter."""
+    weights = weights.to(compute_dtype(weights.dtype)) if INTERPRETED else weights
+    return weights.resolve_neg() if weights.is_neg() else weights
 
 
 def routing_of(positions: Tensor, offsets: Tensor, given: Routing | None = None) -> Routing:

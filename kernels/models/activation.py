@@ -1,9 +1,8 @@
-"""Which of transformers' experts modules have a gated activation that the kernels compute.
+"""Gated activations of transformers' experts modules that the kernels compute.
 
-A module says what it does between its projections by its method `_apply_gate`. The table below declares, by the
-qualified name of that function, which `SwiGLU` it is and in which attributes the module keeps its numbers. Another
-version of transformers may have other code under the same name: so values and gradients of the declared form are then
-compared with the module's own. Whatever is not declared, or does not agree, keeps the module's own function.
+The table below declares, by the qualified name of a module's `_apply_gate`, which `SwiGLU` it is and which attributes
+hold its numbers. Another version of transformers may have other code under the same name, so values and gradients are
+compared with the module's own. What is not declared, or does not agree, keeps the module's own function.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ DECLARED: dict[str, Callable[[Any], SwiGLU | None]] = {
 
 
 def form_of(experts: Any) -> SwiGLU | None:
-    """The activation of an experts module of transformers, or None: then its own function is to be called."""
+    """The activation of an experts module of transformers; None to call its own function."""
     function = getattr(getattr(experts, "_apply_gate", None), "__func__", None)
     declared = DECLARED.get(getattr(function, "__qualname__", ""))
     if function is None or declared is None or not function.__module__.startswith("transformers."):
@@ -52,12 +51,12 @@ def form_of(experts: Any) -> SwiGLU | None:
     try:
         form = declared(experts)
         return form if form is not None and _agrees(experts, form) else None
-    except Exception:  # whatever this version's module lacks or raises, its own function is what it has
+    except Exception:  # whatever this version's module lacks or raises
         return None
 
 
 def _agrees(experts: Any, form: SwiGLU) -> bool:
-    """Whether the module's function has the form's values and gradients on every pair of some numbers, in fp64."""
+    """Whether the module's function has the form's values and gradients on pairs of numbers, in fp64."""
     bound = 7.0 if form.limit is None else form.limit
     edges = [bound, bound * (1 + 2**-7), bound * (1 - 2**-8)]
     numbers = [*edges, *(-edge for edge in edges), 0.0, 0.5, -1.25, 3.0, -4.0, 25.0, -25.0, 300.0, -300.0, float("nan")]

@@ -23,7 +23,7 @@ from mxref.kernels.models.stacks import PROJECTIONS
 
 
 def save_adapters(model: nn.Module, directory: str | Path) -> None:
-    """Write the adapters that packed experts own, under the names and in the layouts of PEFT.
+    """Write the adapters that packed experts own, in PEFT's names and layouts.
 
     Args:
         model: its packed experts own adapters of one rank and alpha, as `pack_experts` gives them.
@@ -59,7 +59,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
 
 
 def load_adapters(model: nn.Module, directory: str | Path) -> None:
-    """Give the packed experts a PEFT adapter as their own, in the place of what they own; the rest is frozen.
+    """Give the packed experts a PEFT adapter as their own, replacing what they own; the rest is frozen.
 
     Args:
         model: its experts are packed, and PEFT is not on it.
@@ -86,7 +86,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> None:
 
 
 def _read(model: nn.Module, directory: str | Path) -> dict[PackedExperts, dict[str, LoRA]]:
-    """The adapters of every packed experts module; the model is left without them."""
+    """The packed experts' adapters; the model is left without them."""
     adapted: Any = load_peft_model(model, directory)
     try:
         found: dict[PackedExperts, dict[str, LoRA]] = {}

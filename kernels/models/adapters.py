@@ -1,4 +1,4 @@
-"""A LoRA adapter of one expert projection: its matrices, their layouts here and in PEFT, and its limits."""
+"""A LoRA adapter of one expert projection: matrices, layouts here and in PEFT, limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mxref.kernels.layer.operands import MAX_RANK
 
 @dataclass(frozen=True)
 class LoRA:
-    """One projection's adapter: A [E·r, K] and B [N, E·r], both expert-major, and the factor of their product."""
+    """One projection's adapter: A [E·r, K] and B [N, E·r], expert-major, and their product's factor."""
 
     A: Tensor
     B: Tensor
@@ -23,14 +23,13 @@ class LoRA:
 
     @classmethod
     def joined(cls, adapters: Sequence[LoRA], num_experts: int) -> LoRA:
-        """One adapter whose product is the sum of the given ones', their ranks side by side; differentiable.
+        """One adapter whose product is the sum of the given ones', ranks side by side; differentiable.
 
-        The layer has one scaling, which it applies to the sum in the accumulator: here that of the largest magnitude.
-        The other adapters' ratios to it go into their B, in fp32. That is exact where a ratio is a power of two, and
-        one fp32 rounding of B elsewhere, before B is rounded to the activation dtype.
+        Its scaling is that of the largest magnitude; the other adapters' ratios to it go into their B in fp32: exact
+        for powers of two, else one fp32 rounding of B, before B is rounded to the activation dtype.
 
         Args:
-            adapters: at least one, of any ranks and scalings.
+            adapters: at least one.
             num_experts: E.
 
         Raises:
@@ -53,7 +52,7 @@ class LoRA:
 
 
 def check_adapter(rank: Any, alpha: Any = None, dtype: Any = torch.float32) -> None:
-    """Whether the kernels can have an adapter like this.
+    """Whether the kernels take such an adapter.
 
     Raises:
         TypeError: `rank` is no integer, `alpha` no number, or `dtype` no floating-point dtype of 16 bits or more.
@@ -88,9 +87,7 @@ def rank_major(B: Tensor, num_experts: int) -> Tensor:
 
 
 def unwrap_adapters(experts: nn.Module) -> tuple[Any, dict[str, LoRA]]:
-    """Through PEFT's nested ParamWrappers to the experts module, with the active adapters by parameter name.
-
-    Several active adapters act as their sum, see `LoRA.joined`.
+    """The experts module in PEFT's nested ParamWrappers, and the active adapters, joined, by parameter name.
 
     Raises:
         ValueError: an adapter is merged, or the active adapters cannot be joined.

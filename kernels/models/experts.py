@@ -1,7 +1,4 @@
-"""Packed experts as a module: gate_up, the model's own activation, and down with the gates, on packed weights.
-
-`PackedExperts` takes the place of a transformers experts module; `mxref.kernels.models.packing` puts it there.
-"""
+"""Packed experts as a module; `mxref.kernels.models.packing` puts it in place of a transformers experts module."""
 
 from __future__ import annotations
 
@@ -27,8 +24,7 @@ PEFT_MINIMUM = Version("0.21.0")
 class PackedExperts(PackedStacks):
     """All experts of one MoE layer, packed in MXFP4; a drop-in for a transformers experts module.
 
-    Weights and biases are frozen, see `PackedStacks`. The adapters, if the module owns any, are the only parameters
-    that train.
+    Weights and biases are frozen, see `PackedStacks`; only adapters that the module owns train.
 
     Attributes:
         rank: of the adapters that this module owns, 0 for none.
@@ -53,7 +49,6 @@ class PackedExperts(PackedStacks):
         _register_with_peft()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As nn.Module does, for copies and pickles."""
         super().__setstate__(state)
         _register_with_peft()
 
@@ -81,7 +76,7 @@ class PackedExperts(PackedStacks):
         self.adopt_lora(rank, float(rank if alpha is None else alpha), adapters)
 
     def adopt_lora(self, rank: int, alpha: float, adapters: Mapping[str, LoRA]) -> None:
-        """Own these adapters of both projections, without a copy; their scaling becomes alpha / rank."""
+        """Own these adapters of both projections, uncopied; their scaling becomes alpha / rank."""
         self.rank, self.alpha = rank, alpha
         for name in PROJECTIONS:
             for part, value in (("A", adapters[name].A), ("B", adapters[name].B)):
@@ -96,7 +91,7 @@ class PackedExperts(PackedStacks):
         self.rank, self.alpha = 0, 0.0
 
     def own_adapters(self) -> dict[str, LoRA]:
-        """The module's own adapters by projection; empty without."""
+        """The module's own adapters by projection."""
         if not self.rank:
             return {}
         pairs = {n: (getattr(self, f"{n}_lora_A"), getattr(self, f"{n}_lora_B")) for n in PROJECTIONS}
@@ -112,7 +107,7 @@ class PackedExperts(PackedStacks):
         """[M, H], experts [M, k], gates [M, k] -> [M, H]; `adapters` by projection replace the module's own.
 
         Raises:
-            TypeError, ValueError: an argument does not fit the weights, see `parallel_linear_lora`.
+            TypeError, ValueError: as `parallel_linear_lora`.
         """
         warn_if_flushed(hidden_states.device)
         for name, adapter in (adapters or {}).items():
@@ -129,16 +124,16 @@ class PackedExperts(PackedStacks):
         return f"MXFP4 [E, K, N]: {shapes}, rank={self.rank}"
 
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
-        # detached: what backward reads are these bytes, whatever the parameters hold by then
+        # detached: backward reads these bytes, whatever the parameters hold by then
         blocks, scales = (parameter.detach() for parameter in self._bytes(name))
         return Projection(blocks.flatten(-2), scales, getattr(self, f"{name}_bias"), lora, *self._stored_as(name))
 
 
 def _register_with_peft() -> None:
-    """Let PEFT, where it is installed, know packed experts before anything can add an adapter to them.
+    """Let PEFT, if installed, know packed experts.
 
     Raises:
-        ImportError: an older PEFT is installed, which would leave the experts out without a word.
+        ImportError: an older PEFT is installed, which would silently leave the experts out.
     """
     if util.find_spec("peft") is None:
         return

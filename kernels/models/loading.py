@@ -3,9 +3,8 @@
     from mxref.kernels.models.loading import load_packed_model, save_packed_model
     model = load_packed_model("./gpt-oss-20b", rank=16, device="cuda")
 
-The model is built without memory for its parameters. Experts go from the files into packed parameters, a projection at
-a time and never decoded; every other tensor goes from the files into its place, matrices in FP8 or MXFP4 as bf16. So at
-its highest, memory holds the finished model and one projection more.
+Experts go from the files into packed parameters, a projection at a time and never decoded; other tensors into their
+places, matrices in FP8 or MXFP4 as bf16. Peak memory is the finished model and one projection.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ def load_packed_model(
     dtype: torch.dtype | str | None = None,
     lora_dtype: torch.dtype | str = torch.float32,
 ) -> Any:
-    """The causal language model of a checkpoint, frozen, its experts packed and with adapters.
+    """The frozen causal language model of a checkpoint, its experts packed and with adapters.
 
     Args:
         directory: config.json beside one safetensors file or shards with their index, of any convention of
-            `mxref.checkpoints`, or the id of a model in the local Hugging Face cache. What `save_pretrained` wrote for
-            a model with adapters of its own is read with these.
+            `mxref.checkpoints`, or the id of a model in the local Hugging Face cache. Own adapters that
+            `save_pretrained` wrote are read too.
         rank: of the experts' adapters; 0 for none (as when PEFT adds its own).
         alpha: scaling is alpha / rank; by default alpha = rank, or that of stored adapters.
         device: where the model goes.
-        dtype: of the tensors that are not packed, but for those that the model keeps in fp32; as stored by default.
+        dtype: of unpacked tensors, but for those that the model keeps in fp32; as stored by default.
         lora_dtype: of the adapters.
 
     Raises:
         FileNotFoundError: `directory` or its config.json does not exist.
         TypeError, ValueError: as `open_checkpoint` and `pack_experts`; also if a tensor is missing, left over or of
-            another shape, stored adapters are of another rank or alpha, or a dtype is none.
+            another shape, stored adapters have another rank or alpha, or a dtype is none.
     """
     dtype, lora_dtype = _dtype("dtype", dtype), _dtype("lora_dtype", lora_dtype) or torch.float32
     config, directory = read_config(directory), resolve(directory)
@@ -76,7 +75,7 @@ def load_packed_model(
 def read_config(directory: str | Path) -> Any:
     """The configuration of a checkpoint, which may be the id of a model in the local Hugging Face cache.
 
-    Its `name_or_path` is that id: what PEFT writes into an adapter's configuration holds on other machines too.
+    Its `name_or_path` is that id, so that what PEFT writes into an adapter's configuration is portable.
 
     Raises:
         FileNotFoundError: `directory` or its config.json does not exist.
@@ -95,11 +94,11 @@ def read_config(directory: str | Path) -> Any:
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """The frozen causal language model of a configuration on the meta device; its buffers are on the CPU.
+    """The frozen causal language model of a configuration on the meta device, buffers on the CPU.
 
     Args:
         config: of transformers.
-        dtype: of its parameters; the configuration's by default, or else bf16.
+        dtype: of its parameters; by default the configuration's, or else bf16.
         options: of transformers' `from_config`.
     """
     with torch.device("cpu"), init_empty_weights(include_buffers=False):  # buffers are computed, or stored
@@ -108,7 +107,7 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, **options: Any) -
 
 
 def _dtype(name: str, given: Any) -> torch.dtype | None:
-    """A dtype, also by its name, as transformers takes it."""
+    """A dtype, also by its name."""
     found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
     if found is None and given in (None, "auto"):
         return None
@@ -120,7 +119,7 @@ def _dtype(name: str, given: Any) -> torch.dtype | None:
 
 
 def _check_adapters(checkpoint: Checkpoint, config: Any, rank: int, alpha: float | None) -> float | None:
-    """The adapters' alpha, if the checkpoint holds adapters of its own: those of the configuration."""
+    """The adapters' alpha; of stored adapters, the configuration's."""
     stored = [name for name in checkpoint.others if _is_adapter(name)]
     if not stored:
         return alpha
@@ -137,7 +136,7 @@ def _check_adapters(checkpoint: Checkpoint, config: Any, rank: int, alpha: float
 
 
 def _names_in(model: Any, renaming: Renaming, checkpoint: Checkpoint) -> dict[str, str]:
-    """The model's names of the checkpoint's projections; those that belong to no module of it, such as mtp.*, stay."""
+    """The model's names of the checkpoint's projections; those of no module of it, such as mtp.*, stay."""
     own = {f"{module}.{projection}" for module in experts_modules(model) for projection in PROJECTIONS}
     names = {}
     for name, projection in checkpoint.projections.items():
@@ -150,7 +149,7 @@ def _names_in(model: Any, renaming: Renaming, checkpoint: Checkpoint) -> dict[st
 def _fill(
     model: Any, renaming: Renaming, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, str]:
-    """Put every stored tensor outside the packed weights in its place; names in the checkpoint by the model's.
+    """Put every stored unpacked tensor in its place; names in the checkpoint by the model's.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
@@ -180,7 +179,7 @@ def _fill(
 
 
 def _needed(model: Any, renaming: Renaming, checkpoint: Checkpoint) -> set[str]:
-    """What has to be stored: everything but packed weights and their biases; adapters if the checkpoint has some."""
+    """Names that must be stored: all but packed weights and their biases; adapters if the checkpoint has some."""
     experts = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
     needed = {name for name in renaming.own if name.rpartition(".")[0] not in experts}
     if any(map(_is_adapter, checkpoint.others)):
@@ -194,13 +193,13 @@ def _is_adapter(name: str) -> bool:
 
 
 def _ignored(model: Any, name: str) -> bool:
-    """Whether the model's class says that it has no use for a stored tensor, such as the layers mtp.*."""
+    """Whether the model's class ignores a stored tensor, such as the layers mtp.*."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype for a tensor, given the one that is asked for."""
+    """A tensor's dtype where `dtype` is asked for."""
     kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     if dtype == torch.float16:
         kept |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
@@ -209,7 +208,6 @@ def _kept_in_fp32(model: Any, name: str, dtype: torch.dtype | None) -> torch.dty
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
-    """A stored tensor as the parameter or buffer of its name."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     place = getattr(module, attribute)

@@ -1,13 +1,12 @@
-"""Merging adapters into packed weights on request: W + s·B·A is quantised again, and what that loses is reported.
+"""Merging adapters into packed weights on request: W + s·B·A is quantised again, and the loss reported.
 
     from mxref.kernels.models.merging import merge_adapters
     model, losses = merge_adapters(model)
 
-MXFP4 has two significant bits, and an adapter is small beside its weights: much of it falls between the grid's points.
-So nothing merges by itself, and `MergeLoss` says what is left. A block's scale must not follow its largest element
-either: a weight of 6 that grows a little would double it, and so move all 32. Each block takes the scale, of those
-that the four modes of `encode_mxfp4` choose, that loses least, or keeps its bytes: no block ends further from W + Δ
-than it was without the adapter.
+MXFP4 has two significant bits, and much of an adapter, small beside its weights, falls between the grid's points:
+`MergeLoss` says what is left. A block's scale must not follow its largest element: a weight of 6 that grows a little
+would double it and move all 32. Each block takes the scale, of those that `encode_mxfp4`'s four modes choose, that
+loses least, or keeps its bytes: no block ends further from W + Δ than it was without the adapter.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from mxref.weights import MXWeights, decode_mxfp4, encode_mxfp4
 
 @dataclass(frozen=True)
 class MergeLoss:
-    """What quantising W + Δ again did to one projection, Δ = s·B·A, Ŵ the weights after; norms are Frobenius norms.
+    """What quantising W + Δ did to one projection, Δ = s·B·A, Ŵ the weights after; Frobenius norms.
 
     Attributes:
         name: of the projection.
         weights: ‖Ŵ − (W + Δ)‖ / ‖W + Δ‖.
         adapter: ‖Ŵ − (W + Δ)‖ / ‖Δ‖, at most 1: leaving the adapter out.
-        kept: ⟨Ŵ − W, Δ⟩ / ‖Δ‖², the share of the adapter that is in the new weights; 1 is all of it.
+        kept: ⟨Ŵ − W, Δ⟩ / ‖Δ‖², the share of the adapter in the new weights.
     """
 
     name: str
@@ -48,14 +47,13 @@ class MergeLoss:
 
 
 def merge_adapters(model: nn.Module) -> tuple[nn.Module, list[MergeLoss]]:
-    """Merge the active adapters into the packed weights, in place, by quantising the sums again.
+    """Merge the active adapters into the packed weights, in place.
 
     Args:
-        model: a `PeftModel` with packed experts, whose other adapters PEFT merges as always; or a model whose packed
-            experts own their adapters.
+        model: a `PeftModel`, whose other adapters PEFT merges as always; or one whose packed experts own adapters.
 
     Returns:
-        The model without adapters, and the loss of every projection that had one.
+        The model without adapters, and the loss of every projection that had any.
 
     Raises:
         ValueError: no packed experts have an active adapter.
@@ -82,7 +80,7 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, list[MergeLoss]]:
 
 
 def _is_outermost(name: str, module: nn.Module) -> bool:
-    """Whether a module is PEFT's wrapper around packed experts, and in no other such wrapper."""
+    """Whether a module is the outermost of PEFT's wrappers around packed experts."""
     if not hasattr(module, "parameter_name") or name.endswith(".base_layer"):
         return False
     return isinstance(unwrap_adapters(module)[0], PackedExperts)
@@ -111,7 +109,7 @@ def _merge(name: str, experts: PackedExperts, projection: str, lora: LoRA) -> Me
 
 
 def _nearest(before: MXWeights, W: Tensor, wanted: Tensor) -> MXWeights:
-    """The MXFP4 weights nearest to `wanted`, block by block, among what the scale modes give and the bytes before."""
+    """The weights nearest to `wanted`, block by block, among what the scale modes give and `before`."""
     packed, scales, least = before.packed, before.scales, _block_errors(W, wanted)
     for mode in SCALE_MODES:
         after = encode_mxfp4(wanted, mode)

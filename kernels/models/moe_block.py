@@ -1,8 +1,7 @@
-"""`HFScatterMoEGatedMLP`: the forward of a whole Hugging Face MoE block, as users of ScatterMoE kernel layers know it.
+"""`HFScatterMoEGatedMLP`: the forward of a Hugging Face MoE block, in the form of ScatterMoE's kernel layers.
 
-It is the block's own forward, with its experts on these kernels: so router, scaling factors, norms, jitter, correction
-biases and shared experts are the block's. Adapters that PEFT wrapped around the experts' parameters are found and
-passed to the kernels; those elsewhere in the block act through their modules' own forward.
+It is the block's own forward with its experts on these kernels. PEFT's adapters on the experts' parameters are passed
+to the kernels; those elsewhere in the block act by themselves.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from mxref.kernels.models.packing import not_covered
 class HFScatterMoEGatedMLP(nn.Module):
     """A kernel layer for every MoE block of transformers whose `experts` are packed, or dense and covered.
 
-    `forward` is static and takes the block as `self`, the form in which Hugging Face's `kernels` replaces the forward
-    of a module (of the module, not of its class: the class's forward is what runs).
+    `forward` is static and takes the block as `self`, as Hugging Face's `kernels` replaces a module's forward (not its
+    class's, which is what runs).
     """
 
     @staticmethod
@@ -30,8 +29,7 @@ class HFScatterMoEGatedMLP(nn.Module):
         """What the block's own forward gives, usually [batch, length, H] -> [batch, length, H].
 
         Args:
-            self: the block. `experts` is a module that `pack_experts` made or `experts_modules` accepts, or such a
-                module with PEFT's adapters around it.
+            self: the block. `experts` is packed or accepted by `experts_modules`, with or without PEFT's adapters.
             layer_input: [batch, length, H].
 
         Raises:

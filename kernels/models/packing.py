@@ -1,7 +1,4 @@
-"""From a transformers model to packed experts: which modules are covered, and the one-line replacement.
-
-`pack_experts(model, checkpoint, rank=16)` gives every MoE layer packed weights and adapters of rank 16.
-"""
+"""From a transformers model to packed experts: which modules are covered, and their replacement."""
 
 from __future__ import annotations
 
@@ -33,11 +30,10 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     """The experts modules of a transformers model by name, each checked to be one that the kernels cover.
 
     Covered: a stack of weights `gate_up_proj` and `down_proj` with the model's own `_apply_gate` between them, in
-    either orientation, gate and up halves or interleaved, with or without biases. Shared experts, which every token
-    passes, are no routed experts and stay as they are.
+    either orientation, gate and up halves or interleaved, with or without biases. Shared experts stay as they are.
 
     Raises:
-        TypeError: `model` is no module, or an experts module is of another kind; the message says which and why.
+        TypeError: `model` is no module, or an experts module is of another kind.
         ValueError: the model has no experts module, or its experts are packed already.
     """
     if not isinstance(model, nn.Module):
@@ -79,23 +75,21 @@ def pack_experts(
 ) -> nn.Module:
     """Replace every experts module of a transformers model by `PackedExperts`; returns the same model.
 
-    Everything is checked before the first module is replaced. Dense weights are quantised one expert at a time and let
-    go one layer at a time; they may lie on the meta device when a checkpoint is given.
+    Everything is checked before the first module is replaced. Dense weights are quantised expert by expert and freed
+    layer by layer; with a checkpoint they may lie on the meta device.
 
-    With adapters (`rank` above 0) everything else in the model is frozen, as PEFT does; unfreeze afterwards what is to
-    train beside them. With `rank=0` only the experts themselves are frozen, and PEFT freezes the rest.
+    With `rank` above 0 everything but the adapters is frozen, as PEFT does; unfreeze afterwards what is to train too.
+    With `rank=0` only the experts are frozen, and PEFT freezes the rest.
 
     Args:
         model: a transformers MoE model.
-        checkpoint: of any convention of `mxref.checkpoints`, opened or its path; its bytes are taken as they are, and
-            its projections must be the model's. By default torchao MXTensor parameters are taken as they are and dense
-            weights are quantised.
+        checkpoint: of any convention of `mxref.checkpoints`, opened or its path, with the model's projections; its
+            bytes are kept. By default torchao MXTensor parameters keep their bytes and dense weights are quantised.
         rank: of the adapters; 0 for none (as when PEFT adds its own).
         alpha: scaling is alpha / rank; alpha = rank by default.
         lora_dtype: of the adapters.
         scale_mode: of the quantisation, see `encode_mxfp4`.
-        device: where packed weights and adapters go; by default where a module's dense weights lie, or the CPU if that
-            is the meta device.
+        device: of packed weights and adapters; by default the dense weights', or the CPU if that is the meta device.
 
     Raises:
         TypeError, ValueError: as `experts_modules` and `check_adapter`; also for an unknown `scale_mode`, and a
@@ -134,8 +128,7 @@ def plans_without(model: Any, modules: Iterable[str]) -> tuple[dict[str, str], d
     """transformers' plans for tensor and expert parallelism without these modules.
 
     The plans name dense weights. Under them packed experts would stay whole on every rank, and tensor parallelism would
-    add up the ranks' gradients, all of them whole. Without them experts are replicated, and asking for expert
-    parallelism is refused by transformers.
+    sum the ranks' whole gradients. Without them experts are replicated, and transformers refuses expert parallelism.
     """
     stems = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules}
     plans = (
@@ -158,7 +151,7 @@ def _within(name: str, stem: str) -> bool:
 def put_packed(
     model: nn.Module, name: str, packed: Mapping[str, MXWeights], biases: Mapping[str, Tensor]
 ) -> PackedExperts:
-    """Replace one experts module by packed weights and biases, both by projection; what stands there now."""
+    """Replace one experts module by packed weights and biases, both by projection."""
     module: Any = model.get_submodule(name)
     dtype = module.down_proj.dtype
     for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
@@ -171,8 +164,8 @@ def put_packed(
 
 
 def _prepare_saving(model: Any, rank: int, alpha: float | None) -> None:
-    """Let `save_pretrained` write packed tensors under the names that they have, and say what adapters they carry."""
-    model._weight_conversions = []  # the rules of transformers 5.17 take packed stacks apart as if they were dense
+    """Let `save_pretrained` write packed tensors under their own names, and the adapters' rank and alpha."""
+    model._weight_conversions = []  # transformers 5.17's rules would split packed stacks
     config = getattr(model, "config", None)
     if config is None:
         return
@@ -237,7 +230,7 @@ def _check_encodable(name: str, module: nn.Module) -> None:
 
 
 def _encode(module: nn.Module, name: str, scale_mode: str, home: torch.device) -> MXWeights:
-    """A projection on the device `home`, quantised there one expert at a time; MXTensors keep their bytes."""
+    """A projection on the device `home`, quantised there expert by expert; MXTensors keep their bytes."""
     weight = getattr(module, name).detach()
     if is_mxfp4_param(weight):
         return MXWeights.from_torchao(weight).to(home)
@@ -252,7 +245,7 @@ def _encode(module: nn.Module, name: str, scale_mode: str, home: torch.device) -
 
 
 def _biases(module: nn.Module, name: str, checkpoint: Checkpoint | None, device: torch.device) -> dict[str, Tensor]:
-    """The biases that the module has; a checkpoint stands in for those on the meta device."""
+    """The module's biases; those on the meta device from the checkpoint."""
     own = {p: bias.detach() for p in PROJECTIONS if (bias := getattr(module, f"{p}_bias", None)) is not None}
     meta = {f"{name}.{p}": p for p, bias in own.items() if bias.is_meta}
     stored = read_expert_biases(checkpoint, meta) if meta and checkpoint is not None else ()

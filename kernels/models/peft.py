@@ -1,22 +1,18 @@
 """PEFT adapters whose base is `PackedExperts`.
 
-Importing this module makes PEFT's LoRA know packed experts, whichever call adds it: `peft.get_peft_model`, also with
-`mixed=True`, a trainer's `peft_config`, `PeftModel.from_pretrained`, a model's own `add_adapter` and `load_adapter`.
-Packed experts import it by themselves. In PEFT's table of tuners the entry for LoRA becomes `LoraModel`, and its tuner
-of several methods becomes `MixedModel`: subclasses that treat every other model as PEFT does.
+Importing this module, which packed experts do by themselves, makes PEFT's LoRA know them whichever call adds it:
+`peft.get_peft_model`, also with `mixed=True`, a trainer's `peft_config`, `PeftModel.from_pretrained`, a model's own
+`add_adapter` and `load_adapter`. `LoraModel` and `MixedModel` take the place of PEFT's tuners and treat every other
+model as PEFT does.
 
     from mxref.kernels.models.peft import get_peft_model
     model = get_peft_model(pack_experts(model, rank=0), LoraConfig(
         target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
 
-The result is an ordinary `PeftModel`, and an adapter's names and layouts are those of the same model with dense weights
-(A [r·E, in] expert-major, B [out, r·E] rank-major). So an adapter trained here continues in plain PEFT on a dequantised
-model, and the reverse. Rank and alpha are each adapter's own; several active ones add up (see `LoRA.joined`). What PEFT
-refuses for dense parameters (lora_dropout, DoRA, lora_bias, …) it refuses here. Merging is refused: packed weights
-cannot take a low-rank sum; `mxref.kernels.models.merging.merge_adapters` quantises it again, on request, and reports
-the loss.
-
-X-LoRA raises, as it does with adapters on dense parameters.
+The result is an ordinary `PeftModel` with the adapter names and layouts of the dense model (A [r·E, in] expert-major, B
+[out, r·E] rank-major): an adapter trained here continues in plain PEFT on a dequantised model, and the reverse. Several
+active adapters add up (see `LoRA.joined`). What fails in PEFT on dense parameters (lora_dropout, DoRA, lora_bias,
+X-LoRA, …) fails here. Merging is refused; `mxref.kernels.models.merging.merge_adapters` quantises the sum on request.
 """
 
 from __future__ import annotations
@@ -53,17 +49,17 @@ _EXPERT_MODULES = {"experts", "gate_proj", "up_proj", "w1", "w2", "w3", *PROJECT
 
 
 def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) -> peft.PeftModel:
-    """`peft.get_peft_model`, which must put adapters on packed experts.
+    """`peft.get_peft_model`, required to put adapters on packed experts.
 
     Args:
         model: a model that `pack_experts(…, rank=0)` made.
-        config: plain LoRA; `target_parameters` names the experts' projections as on the dense model.
+        config: plain LoRA; `target_parameters` as on the dense model.
         options: keyword arguments of `peft.get_peft_model`.
 
     Raises:
         TypeError: `config` is of another method than LoRA.
-        ValueError: the model has no packed experts, they own adapters already, `target_parameters` reaches none of
-            them or holds a name that nothing has, or the configuration asks for what packed weights cannot give.
+        ValueError: the model has no packed experts, they own adapters already, `target_parameters` reaches none of them
+            or holds an unknown name, or the configuration asks for what packed weights cannot give.
     """
     _check_reaches_experts(model, config)
     adapted: peft.PeftModel = peft.get_peft_model(model, config, **options)
@@ -71,12 +67,12 @@ def get_peft_model(model: nn.Module, config: peft.LoraConfig, **options: Any) ->
 
 
 def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> peft.PeftModel:
-    """`peft.PeftModel.from_pretrained`, for an adapter of packed experts; it may come from a dense model.
+    """`peft.PeftModel.from_pretrained`, for an adapter of packed experts or of a dense model's.
 
     Args:
         model: a model that `pack_experts(…, rank=0)` made.
         directory: what `save_pretrained` wrote.
-        options: keyword arguments of `PeftModel.from_pretrained`, such as `is_trainable=True` to continue.
+        options: of `PeftModel.from_pretrained`, such as `is_trainable=True`.
 
     Raises:
         TypeError, ValueError: as `get_peft_model`.
@@ -87,10 +83,10 @@ def load_peft_model(model: nn.Module, directory: str | Path, **options: Any) -> 
 
 
 class _KnowsPackedExperts(BaseTuner):
-    """A tuner that gives LoRA to packed experts."""
+    """Gives LoRA to packed experts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
-        """One more adapter.
+        """As PEFT does.
 
         Raises:
             ValueError: as `get_peft_model`, before anything is wrapped; an adapter may leave the experts alone.
@@ -99,14 +95,14 @@ class _KnowsPackedExperts(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **options)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """PEFT's last step before it wraps anything, after it has brought old names up to date."""
+        """PEFT's last step before it wraps anything; old names are up to date."""
         super()._prepare_model(peft_config, model)
         if isinstance(peft_config, peft.LoraConfig):
             _check_config(model, peft_config)
 
 
 class LoraModel(_KnowsPackedExperts, lora_model.LoraModel):
-    """PEFT's tuner, which gives adapters to packed experts and refuses to merge before it starts."""
+    """PEFT's tuner, which also knows packed experts and refuses to merge them before it starts."""
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
@@ -120,7 +116,7 @@ class LoraModel(_KnowsPackedExperts, lora_model.LoraModel):
 
 
 class MixedModel(_KnowsPackedExperts, tuners.MixedModel):
-    """PEFT's tuner of several methods at once, of which LoRA can be on packed experts."""
+    """PEFT's tuner of several methods, LoRA also on packed experts."""
 
     @staticmethod
     def _create_new_module(config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
@@ -128,9 +124,9 @@ class MixedModel(_KnowsPackedExperts, tuners.MixedModel):
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
-    """PEFT's wrapper around one projection of `PackedExperts`: its adapter goes to the kernels, beside the weights.
+    """PEFT's wrapper around one projection of `PackedExperts`: its adapter goes to the kernels.
 
-    PEFT recognises its wrappers by the name of their class, so this one keeps it.
+    PEFT recognises its wrappers by their class's name.
     """
 
     def __init__(
@@ -144,7 +140,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=config, **options)
 
     def get_param(self) -> Tensor:
-        """A stand-in of the projection's dense shape [E, in, out], one number wide, where the packed weights lie."""
+        """A stand-in of the dense shape [E, in, out], one number wide, on the packed weights' device."""
         base: Any = self.get_base_layer()
         device = getattr(base, f"{self.parameter_name}_scales").device
         return torch.zeros((), device=device).expand(base.shape(self.parameter_name))
@@ -163,7 +159,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
 
 def _wrapped(tuner: Any, config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
-    """A tuner's wrapper around a module; around packed experts, ours."""
+    """A tuner's wrapper; around packed experts, ours."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, PackedExperts) and isinstance(config, peft.LoraConfig):
         return ParamWrapper(target, adapter_name, config=config, **options)
@@ -172,7 +168,7 @@ def _wrapped(tuner: Any, config: Any, adapter_name: str, target: nn.Module, **op
 
 
 def _packed(model: nn.Module) -> dict[str, PackedExperts]:
-    """Packed experts by the name that they had before PEFT wrapped them."""
+    """Packed experts by their names without PEFT's wrappers."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedExperts))
     return {name.replace(".base_layer", ""): module for name, module in found}
 
@@ -195,7 +191,7 @@ def _check_reaches_experts(model: nn.Module, config: Any) -> None:
 
 
 def _check_config(model: nn.Module, config: Any) -> None:
-    """Whether a model's packed experts can have what a configuration asks for; any other model can."""
+    """Whether packed experts can have what a configuration asks for; a model without them can."""
     packed = _packed(model)
     if not packed:
         return
@@ -228,7 +224,7 @@ def _check_config(model: nn.Module, config: Any) -> None:
 
 
 def _check_all_found(argument: str, targets: Iterable[str], names: list[str], hint: str = "") -> None:
-    """Whether something in the model has each target's name; otherwise the nearest names are told."""
+    """Whether each target names something; otherwise the nearest names are told."""
     for target in targets:
         if _reaches(target, names):
             continue
@@ -246,7 +242,7 @@ def _reaches(target: str, names: Iterable[str]) -> bool:
 
 @contextmanager
 def _visible_to_peft(model: nn.Module) -> Iterator[None]:
-    """PEFT looks for parameters by name: for the time of an injection the packed projections stand there as such."""
+    """PEFT looks for parameters by name: the packed projections are there as such during an injection."""
     for module in _packed(model).values():
         for name in PROJECTIONS:
             stand_in = nn.Parameter(torch.empty(module.shape(name), device="meta"), requires_grad=False)
@@ -261,7 +257,7 @@ def _visible_to_peft(model: nn.Module) -> Iterator[None]:
 
 @wraps(save_and_load.get_peft_model_state_dict)
 def get_peft_model_state_dict(*args: Any, **options: Any) -> Any:
-    """As PEFT does, which asks for a whole state and keeps the adapters: packed bytes are not copied for that."""
+    """As PEFT does, but packed bytes are not copied for a state of which only adapters are kept."""
     with packed_bytes_left_out():
         return get_peft_model_state_dict.__wrapped__(*args, **options)
 

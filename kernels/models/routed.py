@@ -1,4 +1,4 @@
-"""What all experts of a layer do with a token's row: gate_up, the model's own activation, and down with the gates."""
+"""All experts of a layer: gate_up, the model's own activation, and down with the gates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Projection:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What of it decides which kernels start, and differs between projections of one process."""
+        """What decides which kernels start and differs between projections of one process."""
         A = None if self.lora is None else self.lora.A
         return self.weight.shape, self.layout, A if A is None else (A.shape, A.dtype, A.requires_grad)
 
@@ -71,7 +71,7 @@ def routed_experts(
 ) -> Tensor:
     """Σ over each token's slots of gate · down(activation(gate_up(x))): [M, H] in the dtype of x.
 
-    On a GPU the first call of a kind compiles what its step will start, forward and backward, in threads.
+    On a GPU the first call of a kind compiles its step's kernels, forward and backward, in threads.
 
     Args:
         x: [M, H]; under autocast the products take autocast's dtype.
@@ -106,10 +106,10 @@ def _compile_first(
     down: Projection,
     activation: Callable[[Tensor], Tensor],
 ) -> None:
-    """Before the first call of a kind: compile what it will start, with its backward pass if there is to be one.
+    """Before the first call of a kind: compile what it and its backward pass, if any, will start.
 
-    A kind is what `Experts.numbers_of_tokens` tells apart, and what the operands are beside their rows. Where it says
-    too little, and while a CUDA graph is captured, kernels are compiled when they are launched.
+    A kind is what `Experts.numbers_of_tokens` tells apart, and the operands but for their rows. Kernels that this
+    misses, and all while a CUDA graph is captured, are compiled at their launch.
     """
     (tokens, k), E = experts.shape, gate_up.weight.shape[0]
     trains = x.requires_grad or torch.is_grad_enabled()  # checkpointing turns grad mode off
@@ -139,7 +139,7 @@ def _compile_first(
 
 
 def _meta(x: Any, dtype: torch.dtype | None = None) -> Any:
-    """A leaf like a tensor on the meta device; None for None."""
+    """A leaf like `x` on the meta device; None for None."""
     if x is None:
         return None
     like = torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")
@@ -154,8 +154,8 @@ def _first_half(gate_up: Tensor) -> Tensor:
 class Activation:
     """What an experts module of transformers does between its projections, [P, 2I] -> [P, I].
 
-    One kernel where `form` says what it is. Otherwise the module's own function, looked up by name at every call:
-    transformers may install `_apply_gate` under another function name, whose bound method no pickle gives back.
+    One kernel where `form` is known. Otherwise the module's own function, looked up at every call: transformers may
+    install `_apply_gate` under another function name, whose bound method cannot be unpickled.
 
     Attributes:
         experts: the module, emptied of its weights.

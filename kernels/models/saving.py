@@ -1,4 +1,4 @@
-"""A packed model to a checkpoint: under the names of a convention, the packed bytes as they were loaded."""
+"""A packed model to a checkpoint under a convention's names, packed bytes unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model's tensors were stored, to be written back under the same names.
+    """Where a model's tensors were stored.
 
     Attributes:
         convention: by name.
@@ -43,7 +43,7 @@ class Origin:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, tensors: dict[str, str]) -> Origin:
-        """Of a model that was loaded from a checkpoint whose projections have the model's names."""
+        """Of a model loaded from a checkpoint whose projections have the model's names."""
         experts = {
             name: tuple(pair.weight for pair in projection.pairs[: len(projection.pairs) // projection.tensor.E or 1])
             for name, projection in checkpoint.projections.items()
@@ -56,21 +56,20 @@ def save_packed_model(
 ) -> None:
     """Save a packed model as a checkpoint that `load_packed_model` reads; adapters are left out.
 
-    Bytes are written as a checkpoint has them, so experts that were loaded are saved unchanged, and so is all else that
-    was loaded in its own dtype. With gpt-oss names transformers reads a gpt-oss model. Tokenizer files and generation
-    settings come along.
+    Experts that were loaded are saved unchanged, and so is all else that was loaded in its own dtype. With gpt-oss
+    names transformers reads a gpt-oss model. Tokenizer files and generation settings are copied.
 
-    Where experts lie in another layout (see `PackedExperts`) their bytes are rearranged in place and back: nothing may
-    run the model meanwhile, in another thread, and a graph of before cannot go backward any more, which raises.
+    Experts in another layout (see `PackedStacks`) are rearranged in place and back: no other thread may run the model
+    meanwhile, and backward through an earlier graph raises.
 
     Args:
-        model: a transformers model with packed experts; with PEFT adapters on it, give `model.unload()`, and save those
-            with `save_pretrained`.
+        model: of transformers, with packed experts; of one with PEFT adapters, give `model.unload()`, and save
+            those with `save_pretrained`.
         directory: made if need be.
         max_shard_size: bytes, or a string such as "5GB".
-        convention: gpt-oss, DeepSeek-V4 or compressed-tensors. By default the one that the model was loaded from, if
-            it is one of these; else gpt-oss for gpt-oss models and those that transformers stores stacked, and
-            compressed-tensors for all others.
+        convention: gpt-oss, DeepSeek-V4 or compressed-tensors. By default the one that the model was loaded from, if it
+            is one of these; else gpt-oss for gpt-oss models and those that transformers stores stacked,
+            compressed-tensors for others.
 
     Raises:
         ValueError: `model` has no packed experts, PEFT's adapters are on it, or the convention is another or cannot
@@ -110,12 +109,12 @@ def _chosen(convention: str | None, model: Any, origin: Origin, experts: Mapping
 
 
 def _apart(weights: Sequence[str]) -> bool:
-    """Whether these names of an expert's weights are those of its own matrices, not of a stack."""
+    """Whether these are names of one expert's matrices, not of a stack."""
     return all(".experts.0." in weight for weight in weights)
 
 
 def _weight_names(chosen: Convention, model: Any, origin: Origin, projection: str) -> Sequence[str]:
-    """Under which names a projection is stored: of the stack, or of expert 0's matrices."""
+    """A projection's stored names: the stack's, or those of expert 0's matrices."""
     if chosen is gpt_oss.CONVENTION:
         return [projection]
     known = origin.experts.get(projection, ())
@@ -172,7 +171,7 @@ def _expert_tensors(
 
 
 def _write_settings(model: Any, directory: Path, chosen: Convention) -> None:
-    """The configuration, generation settings, and a tokenizer's files from where the model came."""
+    """The configuration, generation settings, and tokenizer files."""
     config = copy.deepcopy(model.config)
     written = dict(chosen.quantization or {})
     said = getattr(config, "quantization_config", None)
@@ -195,7 +194,7 @@ def _write_settings(model: Any, directory: Path, chosen: Convention) -> None:
 
 
 def _write_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int | str) -> None:
-    """One shard in memory at a time; shards of an earlier checkpoint in the same place go."""
+    """One shard in memory at a time; an earlier checkpoint's shards are deleted."""
     sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
@@ -211,6 +210,6 @@ def _write_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_size
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A tensor whose memory holds nothing else, as safetensors wants it."""
+    """A tensor alone in its memory, for safetensors."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,7 +1,4 @@
-"""Models that are trained whole, and what on: published sizes, as configurations of transformers, and batches.
-
-Nothing here imports transformers before a configuration is asked for.
-"""
+"""Published sizes of models that are trained whole, and batches; transformers is imported only for a configuration."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ class Model:
         layers: of the whole model.
         targets: PEFT's `target_modules`: what gives queries and values.
         settings: what differs from the configuration's defaults.
-        as_many_layers: it is larger than any one card, so as many of its layers as fit are trained.
+        as_many_layers: larger than any one card: as many of its layers as fit are trained.
         rank: of the adapters, by default.
         recorded_with: options of the command that writes its record.
     """
@@ -75,11 +72,11 @@ class Model:
     recorded_with: str = "--profile"
 
     def shortened(self, layers: int) -> Model:
-        """With so many layers at most, no fewer where they do not fit."""
+        """With so many layers at most, whether or not they fit."""
         return replace(self, layers=min(layers, self.layers), as_many_layers=False)
 
     def config(self, layers: int | None = None) -> Any:
-        """Its configuration with its first `layers` layers, by default all.
+        """Its configuration with the first `layers` layers, by default all.
 
         Raises:
             ValueError: the installed transformers has no such model.

@@ -1,7 +1,4 @@
-"""Packed stacks as a module: the frozen bytes of both projections, in the layout that the kernels read fastest.
-
-`PackedExperts` is built on it.
-"""
+"""Packed stacks as a module: the frozen bytes of both projections, in the layout that the kernels read fastest."""
 
 from __future__ import annotations
 
@@ -26,15 +23,14 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 class PackedStacks(nn.Module):
     """The weights and biases of one MoE layer's experts, packed in MXFP4 and frozen.
 
-    The codes and scales are uint8 parameters under their gpt-oss checkpoint names (`gate_up_proj_blocks`
-    [E, N, K/32, 16], `gate_up_proj_scales` [E, N, K/32], …): no optimiser and no gradient reaches them, they are
-    sharded, moved and broadcast as weights are, and `state_dict` holds what a gpt-oss checkpoint holds. `to(dtype)`,
-    `half()` and the like leave them alone; what would convert bytes to numbers (`type(dtype)`, loading other dtypes) is
-    refused.
+    Codes and scales are uint8 parameters under gpt-oss checkpoint names (`gate_up_proj_blocks` [E, N, K/32, 16],
+    `gate_up_proj_scales` [E, N, K/32], …): no optimiser or gradient reaches them, and they are sharded, moved and
+    broadcast as weights are. `to(dtype)`, `half()` and the like leave them alone; what would convert bytes to numbers
+    (`type(dtype)`, loading other dtypes) is refused.
 
-    On a GPU whose kernels read another layout faster than a checkpoint's the bytes of these parameters are rearranged
-    (`arrange`). Whoever asks gets a checkpoint's bytes all the same: `state_dict` holds copies of such parameters, in
-    the CPU's memory, and within `checkpoint_layout` there is nothing to copy.
+    Where a GPU's kernels read another layout faster than a checkpoint's, the bytes are rearranged (`arrange`).
+    `state_dict` still holds a checkpoint's bytes: copies of such parameters in the CPU's memory, or within
+    `checkpoint_layout` no copies.
 
     Attributes:
         num_experts: E.
@@ -67,11 +63,10 @@ class PackedStacks(nn.Module):
             self.register_parameter(f"{name}_bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def __getstate__(self) -> dict[str, Any]:
-        """As nn.Module does, for copies and pickles; copies of parameters know nothing of their bytes' layout."""
+        """For copies and pickles; copied parameters do not know their bytes' layout."""
         return self.__dict__ | {"_layouts": {name: self._known(name) for name in self._layouts}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As nn.Module does, for copies and pickles."""
         restore: Any = super().__setstate__
         restore(state)
         for name, stored in self._layouts.items():
@@ -88,7 +83,7 @@ class PackedStacks(nn.Module):
         return E, 2 * blocks * half, N
 
     def packed_weights(self, name: str) -> MXWeights:
-        """A projection's packed weights, sharing its memory: what they are until the module is cast or arranged.
+        """A projection's packed weights, sharing its memory; valid until the module is cast or arranged.
 
         Raises:
             ValueError: `name` is no projection.
@@ -99,14 +94,13 @@ class PackedStacks(nn.Module):
         return MXWeights(blocks.flatten(-2), scales, K, N, layout, scales_to_128=to_128)
 
     def arrange(self, dtype: torch.dtype | None) -> None:
-        """Bring the bytes into the layout that the kernels read fastest where they lie.
+        """Bring the bytes into the layout that the device's kernels read fastest.
 
-        The first time they move to memory of their own, since what they were made of may be someone else's too; from
-        then on they are rearranged in place. What moves the module or casts it comes here again. Sharded tensors, and
-        those in the CPU's memory, stay as they are.
+        The first time they move to memory of their own, since theirs may be shared; then they are rearranged in place.
+        Moving or casting the module calls this again. Sharded tensors, and those in the CPU's memory, stay as they are.
 
         Args:
-            dtype: of the rows to come. With None the bytes return to a checkpoint's layout, and stay in it for good.
+            dtype: of the rows to come. None returns the bytes to a checkpoint's layout for good.
         """
         self._rows = dtype
         for name in PROJECTIONS:
@@ -119,7 +113,6 @@ class PackedStacks(nn.Module):
                 self._repack(name, layout)
 
     def _repack(self, name: str, layout: MXLayout) -> None:
-        """Bring a projection's bytes into another layout."""
         if layout == self._known(name)[0]:
             return
         after = self.packed_weights(name).repack(layout)
@@ -131,23 +124,23 @@ class PackedStacks(nn.Module):
         self._note(name, layout, after.scales_to_128)
 
     def _bytes(self, name: str) -> tuple[Any, Any]:
-        """The parameters of a projection's codes and scales."""
+        """A projection's codes and scales."""
         return getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
 
     def _note(self, name: str, layout: MXLayout, scales_to_128: bool) -> None:
-        """Remember how the bytes lie: here and, unless they always lay as in a checkpoint, on the parameters."""
+        """Note the layout here and, unless it has always been a checkpoint's, on the parameters."""
         self._layouts[name] = layout, scales_to_128
         for parameter in self._bytes(name):
             if layout != MXLayout.FWD or _noted(parameter) is not None:
                 parameter.stored_as = int(layout), scales_to_128
 
     def _known(self, name: str) -> tuple[MXLayout, bool]:
-        """Layout and `scales_to_128`: as the parameters say, which other modules may own and arrange too."""
+        """Layout and `scales_to_128`, as the parameters say: other modules may own and arrange them too."""
         noted = _noted(self._bytes(name)[0])
         return self._layouts[name] if noted is None else (MXLayout(noted[0]), noted[1])
 
     def _replaced(self, name: str) -> str:
-        """The parameter that others put here while bytes had another layout, so that nobody knows its own; or ""."""
+        """The parameter that others put here while bytes had another layout, its own unknown; or ""."""
         codes, scales = (_noted(parameter) for parameter in self._bytes(name))
         if codes is None and scales is None:
             replaced = self._layouts[name][0] != MXLayout.FWD
@@ -156,7 +149,7 @@ class PackedStacks(nn.Module):
         return f"{name}_{'blocks' if codes is None else 'scales'}" if replaced else ""
 
     def _lend(self, name: str) -> None:
-        """Someone else sees this memory too: the bytes have to move before they are rearranged."""
+        """The memory is shared from now on: bytes move before they are rearranged."""
         for parameter in self._bytes(name):
             if hasattr(parameter, "in_own_memory"):
                 del parameter.in_own_memory
@@ -171,7 +164,7 @@ class PackedStacks(nn.Module):
         return self._known(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedStacks:
-        """What `to`, `half`, `type`, `cuda` and the like go through; refused before anything has changed."""
+        """Behind `to`, `half`, `type`, `cuda`, …; refuses before anything has changed."""
         device = getattr(self, _PACKED[0]).device
         converted = fn(torch.zeros(0, dtype=torch.uint8, device=device)).dtype
         if converted != torch.uint8:
@@ -198,7 +191,7 @@ class PackedStacks(nn.Module):
             return
         for name in PROJECTIONS:
             if self._known(name)[0] == MXLayout.FWD:
-                if self._rows is not None:  # the state is a view of this memory, which is someone else's from now on
+                if self._rows is not None:  # the state is a view of this memory
                     self._lend(name)
             else:  # a GPU that holds a model seldom holds it twice
                 copies = self.packed_weights(name).repack(MXLayout.FWD).to_gpt_oss()
@@ -206,7 +199,7 @@ class PackedStacks(nn.Module):
                     destination[f"{prefix}{name}_{part}"] = copied.cpu()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """As nn.Module does; `load_state_dict` would otherwise convert other dtypes to bytes, value by value."""
+        """As nn.Module does, which would convert other dtypes to bytes value by value."""
         for name in _PACKED:
             stored = state_dict.get(prefix + name)
             if stored is not None and stored.dtype != torch.uint8:
@@ -225,9 +218,9 @@ class PackedStacks(nn.Module):
 
 @contextmanager
 def checkpoint_layout(model: nn.Module) -> Iterator[None]:
-    """For its duration all packed experts of a model hold a checkpoint's bytes, without a second copy of any stack.
+    """For its duration all packed experts of a model hold a checkpoint's bytes, rearranged in place.
 
-    Nothing may run the model meanwhile, in another thread or process; nor is what it gives out valid afterwards.
+    Nothing may run the model meanwhile, in any thread or process; what it gives out is invalid afterwards.
     """
     packed = [(module, module._rows) for module in model.modules() if isinstance(module, PackedStacks)]
     try:
@@ -241,7 +234,7 @@ def checkpoint_layout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def packed_bytes_left_out() -> Iterator[None]:
-    """For its duration no state dict has packed bytes: where they would be dropped anyway, nothing is copied."""
+    """For its duration no state dict has packed bytes, for callers that would drop the copies."""
     before = _BYTES_LEFT_OUT.set(True)
     try:
         yield
@@ -258,7 +251,7 @@ _AS_STORED = int(MXLayout.FWD), False
 
 
 def _noted(parameter: Any) -> tuple[int, bool] | None:
-    """What a parameter of codes says of its bytes, see `PackedStacks._note`."""
+    """What `PackedStacks._note` put on a parameter of codes."""
     noted: tuple[int, bool] | None = getattr(parameter, "stored_as", None)
     return noted
 

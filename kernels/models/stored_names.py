@@ -1,8 +1,8 @@
-"""Names of a transformers model's tensors in checkpoints, by the conversions that transformers itself applies.
+"""Names of a transformers model's tensors in checkpoints, by transformers' own conversions.
 
-Many families are stored under other names than their modules have, with the experts' matrices apart. transformers
-keeps the rules (`transformers/conversion_mapping.py`); here they give names, and are applied to the tensors outside
-the experts. Packed experts keep their bytes: only their names are asked for.
+Many families are stored under other names, with the experts' matrices apart. transformers' rules
+(`transformers/conversion_mapping.py`) are applied to the tensors outside the experts, and give the names of packed
+ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Renaming:
         return self._renamed(stored)[0]
 
     def tensors(self, stored: Mapping[str, Callable[[], Tensor]]) -> Iterator[tuple[str, str | None, Tensor]]:
-        """(name in the model, name in the checkpoint, value), one at a time; converted, without a name, by some rules.
+        """(name in the model, name in the checkpoint, or None if rules converted it, value), one at a time.
 
         Args:
             stored: reads a tensor, by its name in the checkpoint.
@@ -75,11 +75,11 @@ class Renaming:
 
 
 def stored_expert_names(model: Any, projection: str) -> tuple[str, ...]:
-    """Names of the matrices of expert 0 that make up a projection in a checkpoint; of the stack, if it is stored so.
+    """Names of expert 0's matrices that make up a projection in a checkpoint; of the stack, if stored so.
 
     Args:
         model: of transformers.
-        projection: its name in the model, such as model.layers.0.mlp.experts.gate_up_proj.
+        projection: such as model.layers.0.mlp.experts.gate_up_proj.
     """
     stand_in = torch.empty(1, 2, 1, device="meta")  # one expert, one gate row and one up row
     with _rules_of_its_own(model):
@@ -87,7 +87,7 @@ def stored_expert_names(model: Any, projection: str) -> tuple[str, ...]:
 
 
 def stored_tensors(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors under their names in a checkpoint, taken apart where they are stored so.
+    """A model's tensors under their names in a checkpoint, split where they are stored so.
 
     Args:
         model: of transformers.
@@ -100,7 +100,7 @@ def stored_tensors(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 @contextmanager
 def _rules_of_its_own(model: Any) -> Iterator[None]:
-    """`pack_experts` empties a model's list of rules, for `save_pretrained`; without a list its family's rules hold."""
+    """`pack_experts` empties a model's list of rules; without a list its family's rules hold."""
     attributes = vars(model)
     kept = {key: attributes.pop(key) for key in ("_weight_conversions",) if key in attributes}
     try:

@@ -1,7 +1,7 @@
-"""torchao's MXFP4 parameters in and out, and the weights of the active experts whatever holds them.
+"""torchao's MXFP4 parameters in and out, and the weights of active experts.
 
-A torchao `MXTensor` with FP4 elements carries the same bytes as `MXWeights`, so both ways are views. torchao is
-optional and is never imported to look at a tensor: without it no `MXTensor` can exist.
+A torchao `MXTensor` with FP4 elements has the bytes of `MXWeights`, so conversions are views. torchao is optional and
+never imported to look at a tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_mxfp4_param(p: Any) -> bool:
 
 
 def selective_mx_weights_fwd(mx_param: Any, active: Tensor) -> MXWeights:
-    """The packed weights of the listed experts, copied byte for byte; nothing is decoded.
+    """The packed weights of the listed experts, copied byte for byte.
 
     Args:
         mx_param: a torchao `MXTensor` [E, N, K] with FP4 elements and plain scales, or a parameter that holds one.
@@ -46,12 +46,12 @@ def selective_expert_weights(module: nn.Module, name: str, active: Tensor) -> Te
     """The dense weights of the listed experts, decoded if they are packed.
 
     Args:
-        module: an experts module; `is_transposed = True` on it says that it stores dense weights as [E, K, N].
+        module: an experts module; with `is_transposed = True` its dense weights are [E, K, N].
         name: of its weights: an `MXTensor` parameter, a dense parameter, or a projection of `PackedExperts`.
         active: integer [a], expert ids in 0..E−1.
 
     Returns:
-        [a, N, K]: of the dtype that the weights were quantised from, or of the dense parameter, differentiable.
+        [a, N, K] in the dtype that the weights were quantised from, or that of the dense parameter, differentiable.
 
     Raises:
         TypeError: the parameter holds elements that are neither floating point nor MXFP4, or `active` no integers.
@@ -88,7 +88,7 @@ def mxfp4_param(weights: MXWeights) -> nn.Parameter:
 
 
 def require_torchao() -> None:
-    """Raise ImportError, with the version that is needed, unless torchao is there."""
+    """Raise ImportError, which names the version needed, unless torchao is there."""
     needed = f"torchao >= {TORCHAO_MINIMUM} is needed for MXTensor: pip install 'torchao>={TORCHAO_MINIMUM}'"
     try:
         found = Version(metadata.version("torchao"))

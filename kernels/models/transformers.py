@@ -3,9 +3,8 @@
     from mxref.kernels.models.transformers import use_mxref_experts
     use_mxref_experts(model)        # checks every MoE layer, then model.set_experts_implementation("mxref")
 
-It serves experts modules with dense, frozen weights; for packed weights see
-`mxref.kernels.models.packing.pack_experts`, whose modules need no implementation to be chosen. Importing this module
-registers the name and nothing else.
+For dense, frozen weights; packed experts (`mxref.kernels.models.packing.pack_experts`) need no implementation to be
+chosen. Importing this module only registers the name.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ NAME = "mxref"
 def experts_forward(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapters: Any = None
 ) -> Tensor:
-    """The forward of an experts module whose weights are dense, or torchao MXTensors.
+    """The forward of an experts module with dense weights or torchao MXTensors.
 
     Args:
         self: an experts module that `experts_modules` accepts.
@@ -45,7 +44,7 @@ def experts_forward(
 
 
 def use_mxref_experts(model: Any) -> None:
-    """Let a transformers model run its experts on these kernels.
+    """Run a transformers model's experts on these kernels.
 
     Raises:
         TypeError, ValueError: as `experts_modules`; also if a dense expert weight requires a gradient.

@@ -4,8 +4,7 @@
     from mxref.kernels.models.warming import experts_of, step_units
     for unit, new in compile_units(step_units(experts_of(model, rank=16), "sm_90"), jobs=16): ...
 
-The experts' own forward and backward pass run on tensors without memory, and what they would start is compiled. So no
-GPU is needed, and nothing here lists kernels.
+The experts' own passes run on meta tensors, and what they would start is compiled: no GPU is needed.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ class Experts:
         form: the activation; None is the model's own function.
         dtype: of the activations.
         lora_dtype: of the adapters and their gradients.
-        sharded: the bytes keep a checkpoint's layout; elsewhere they lie as `PackedExperts.arrange` has them, and no
-            scale byte is above 128.
+        sharded: bytes keep a checkpoint's layout; otherwise that of `PackedStacks.arrange`, no scale byte above 128.
     """
 
     E: int
@@ -61,9 +59,9 @@ class Experts:
     sharded: bool = False
 
     def launches(self, tokens: int, architecture: str) -> list[Launch]:
-        """What training steps of so many tokens start on a GPU: where x and gates need gradients, and where not.
+        """What training steps of `tokens` tokens start, with and without gradients of x and gates.
 
-        Some routers give gates in fp32 and some in the dtype of x; both are taken.
+        Gates are taken in fp32 and in the dtype of x, since routers differ.
         """
         with recording(architecture) as recorder, torch.device("meta"):
             both = self._projection(architecture, self.H, 2 * self.I), self._projection(architecture, self.I, self.H)
@@ -76,9 +74,9 @@ class Experts:
         return recorder.launches
 
     def numbers_of_tokens(self) -> list[int]:
-        """Numbers of tokens whose steps start, all in all, what steps of any number from 2 on start.
+        """Numbers of tokens whose steps together start what steps of any number from 2 on start.
 
-        Kernels differ by the class of shapes, which has its tiling, and by whether 16 divides the routed rows.
+        Kernels differ by shape class and by whether 16 divides the routed rows.
         """
         found = dict[tuple[str, bool], int]()
         for tokens in range(2, 98 * self.E + 16):
@@ -100,7 +98,7 @@ class Experts:
 
 
 def experts_of(model: Any, rank: int, lora_dtype: torch.dtype = torch.float32, sharded: bool = False) -> list[Experts]:
-    """The experts of a transformers model that is to be packed, each kind once; its weights may be on the meta device.
+    """The experts of a transformers model to be packed, each kind once; weights may be on the meta device.
 
     `rank`, `lora_dtype` and `sharded` as in `Experts`.
 
@@ -120,12 +118,12 @@ def experts_of(model: Any, rank: int, lora_dtype: torch.dtype = torch.float32, s
 
 
 def step_units(experts: Iterable[Experts], architecture: str, tokens: Iterable[int] = ()) -> list[Unit]:
-    """The compilations of training steps; a step finds them in Triton's cache under the same versions and environment.
+    """The compilations of training steps.
 
     Args:
         experts: of `experts_of`, or by hand.
         architecture: such as "sm_90", the GPU's compute capability.
-        tokens: of a step, sequences times tokens in each; by default what any number needs.
+        tokens: numbers of tokens of a step; by default what any number needs.
 
     Raises:
         RuntimeError: TRITON_INTERPRET was set when this package was imported.

@@ -28,14 +28,13 @@ _calls: dict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)
 
 
 def check_ranks_agree(model: nn.Module, *, seed: bool = False, wait: float = WAIT) -> None:
-    """Whether all ranks hold the same model; call it before anything is sharded, and again on what is.
+    """Whether all ranks hold the same model; call it before sharding, and again after.
 
-    Compared are the versions of libraries, every parameter and buffer by name, shape, dtype and whether it trains, and
-    the values of those that are whole. Sharded ones are compared by their layout.
+    Compared are library versions and every parameter and buffer: name, shape, dtype, whether it trains, and values, or
+    the layout where it is sharded.
 
     Args:
-        model: weights and adapters.
-        seed: compare the states of the CPU's random numbers too, which have to be the same where ranks share tokens.
+        seed: compare the CPU's random states too, which must agree where ranks share tokens.
         wait: seconds.
 
     Raises:
@@ -54,7 +53,7 @@ def check_ranks_agree(model: nn.Module, *, seed: bool = False, wait: float = WAI
 
 
 def exchange(facts: Mapping[str, str], wait: float = WAIT, group: ProcessGroup | None = None) -> list[dict[str, str]]:
-    """Every rank's facts, in the order of a group's ranks; a collective through the store, so that none waits forever.
+    """Every rank's facts, in the group's order; a collective through the store, so that none waits forever.
 
     Raises:
         TimeoutError: on every rank that is there; which ranks are not.
@@ -76,10 +75,10 @@ def exchange(facts: Mapping[str, str], wait: float = WAIT, group: ProcessGroup |
 
 @contextmanager
 def failing_together(wait: float = WAIT, group: ProcessGroup | None = None) -> Iterator[None]:
-    """What some ranks do alone, such as writing a file: if one of them fails, all of the group do.
+    """What some ranks do alone, such as writing a file: if one fails, all of the group do.
 
     Raises:
-        RuntimeError: on every rank that did not fail itself; which ranks did, and why.
+        RuntimeError: on every other rank; which ranks failed, and why.
         TimeoutError: as `exchange`.
     """
     error: Exception | None = None

@@ -1,4 +1,4 @@
-"""Training that goes on on another number of ranks: model and optimiser through PyTorch's distributed checkpoints."""
+"""Resuming on another number of ranks: model and optimiser through PyTorch's distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["load_training", "save_training"]
 def save_training(
     directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, group: ProcessGroup | None = None
 ) -> None:
-    """Write parameters, packed bytes among them, and the optimiser's state; every rank its part.
+    """Write parameters, packed bytes, and the optimiser's state; every rank its part.
 
-    Collective over `group`, the ranks that train this model: several groups, each with a model and a directory of its
-    own, save side by side. None for all ranks.
+    Collective over `group`, the ranks that train this model, None for all: several groups with own directories save
+    side by side.
     """
     save(_state(model, optimiser), checkpoint_id=str(directory), process_group=group)
 
@@ -32,13 +32,13 @@ def save_training(
 def load_training(
     directory: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, group: ProcessGroup | None = None
 ) -> None:
-    """Read what `save_training` wrote on any number of ranks, in place; every rank its part; no gradient is left.
+    """Read what `save_training` wrote on any number of ranks, in place; every rank its part; gradients are dropped.
 
-    Experts that are divided (`shard_experts`) and those that are not keep their adapters in different layouts, so each
-    resumes on its own kind; adapters saved as PEFT's go from any to any. Collective over `group`, as `save_training`.
+    Divided experts (`shard_experts`) and others keep adapters in different layouts and resume on their own kind;
+    adapters saved as PEFT's fit any. Collective over `group`, as `save_training`.
 
     Raises:
-        FileNotFoundError: on the ranks that miss files of it; RuntimeError on the others. Nothing has been read then.
+        FileNotFoundError: on ranks that miss files; RuntimeError on the others. Nothing has been read then.
         CheckpointException: on every rank, if it does not hold what the model needs.
     """
     directory = Path(directory)

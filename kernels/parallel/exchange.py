@@ -1,13 +1,13 @@
-"""How tokens meet the experts of other ranks: they travel by all-to-all, or stay, and a sum over ranks completes them.
+"""How tokens meet other ranks' experts: they travel by all-to-all, or stay and a sum over ranks completes them.
 
-Both are functions for any mixture of experts, whose own experts a rank runs by a function (rows, ids among its own,
-gates) -> outputs. With n ranks, and L_q the loss of rank q:
+A rank runs its own experts by a function (rows, ids among its own, gates) -> outputs. With n ranks, and L_q the loss of
+rank q:
 
-    all-to-all   every rank has tokens of its own. x and the gates get their own rank's dL; what the experts' parameters
-                 get is the sum of dL_q over all ranks, which `Owned.mean` divides by n, as data parallelism does.
-    sum          every rank has the same tokens, and so the same L. The forward pass sums the outputs; the backward pass
-                 sums the gradients of x and of the gates, each rank's being those of its own experts alone. Nobody
-                 divides: every rank then holds the whole gradient, and the experts' parameters have theirs already.
+    all-to-all   every rank has its own tokens. x and the gates get their own rank's dL; the experts' parameters get the
+                 sum of dL_q over all ranks, which `Owned.mean` divides by n, as data parallelism does.
+    sum          every rank has the same tokens and L. The forward pass sums the outputs, the backward pass the
+                 gradients of x and of the gates, each rank's being those of its own experts alone. Nothing is divided:
+                 every rank then holds the whole gradient, as the experts' parameters do already.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Owned:
-    """Which experts each rank of a mesh owns: slices in the order of ranks, the first ones longer, as `Shard(0)` cuts.
+    """Which experts each rank of a mesh owns: slices in rank order, the first ones longer, as `Shard(0)` cuts.
 
     Attributes:
-        num_experts: E, of all ranks together.
-        mesh: the ranks among which the experts are divided, one dimension.
+        num_experts: E, of all ranks.
+        mesh: one dimension.
 
     Raises:
         ValueError: the mesh has several dimensions, or leaves a rank without an expert.
@@ -67,7 +67,7 @@ class Owned:
         return slice(start, start + self.sizes[rank])
 
     def mean(self, parameter: Tensor) -> Tensor:
-        """A parameter of this rank's experts as it is; its gradient, a sum over ranks, becomes their mean."""
+        """A parameter of this rank's experts; its gradient, a sum over ranks, becomes their mean."""
         n = self.mesh.size()
         parameter = parameter.view_as(parameter)  # the hook belongs to this use, not to the parameter
         if parameter.requires_grad:
@@ -75,25 +75,25 @@ class Owned:
         return parameter
 
     def shared(self, tensor: Tensor) -> Tensor:
-        """A tensor that is the same on every rank, as it is; its gradient becomes the sum of all ranks' gradients."""
+        """A tensor, the same on every rank; its gradient becomes the sum of all ranks' gradients."""
         whole = DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
         return whole.to_local(grad_placements=[Partial()])
 
     def summed(self, part: Tensor) -> Tensor:
-        """The sum of all ranks' tensors; the gradient, the same on every rank, is each one's gradient."""
+        """The sum of all ranks' tensors; each gets the gradient, the same on every rank."""
         whole = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
         return whole.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
 
 
 def all_to_all_experts(experts: Experts, x: Tensor, ids: Tensor, gates: Tensor, owned: Owned) -> Tensor:
-    """Every token's slots travel to the ranks that own their experts, and the results back: [M, H] in the dtype of x.
+    """Tokens' slots travel to the ranks that own their experts, and the results back: [M, H] in the dtype of x.
 
-    Gates stay at home: out = R(Σ_slots gate·Y) is computed where the token lives, with the rounding points of one
-    process. The host waits once, for the sizes of the exchange.
+    out = R(Σ_slots gate·Y) is computed where the token lives, with the rounding points of one process. The host waits
+    once, for the exchange's sizes.
 
     Args:
-        experts: runs this rank's own experts, on rows with one slot each and gates of 1.
-        x: [M, H], this rank's own tokens; M may differ between ranks and be 0.
+        experts: runs this rank's experts, on rows with one slot each and gates of 1.
+        x: [M, H]; M may differ between ranks and be 0.
         ids: integer [M, k] among all E experts; others contribute nothing.
         gates: [M, k].
         owned: which rank owns which experts.
@@ -120,9 +120,9 @@ def all_to_all_experts(experts: Experts, x: Tensor, ids: Tensor, gates: Tensor, 
 
 
 def summed_experts(experts: Experts, x: Tensor, ids: Tensor, gates: Tensor, owned: Owned) -> Tensor:
-    """Every rank runs its own experts on all tokens, with sentinels for other ranks'; their outputs are summed.
+    """Every rank runs its own experts on all tokens, sentinels for other ranks'; the outputs are summed.
 
-    In 16 bits every rank rounds its part once, and the sum over ranks rounds in that dtype as well.
+    In 16 bits every rank rounds its part once, and the sum over ranks rounds in that dtype too.
 
     Args:
         experts: runs this rank's own experts.

@@ -25,17 +25,16 @@ EXCHANGES: dict[str, Callable[..., Tensor]] = {"all-to-all": all_to_all_experts,
 
 
 class ShardedExperts(PackedExperts):
-    """`PackedExperts` of which every rank owns a slice, bytes, biases and own adapters: DTensors, experts leading.
+    """`PackedExperts` of which every rank owns a slice: bytes, biases and own adapters are DTensors, experts leading.
 
-    Own adapters are stored as A [E, r, K] and B [E, N, r], so that a slice of experts is a slice of rows, whatever E.
-    With all-to-all their gradient is the mean over the mesh of every rank's gradient, as DDP and FSDP2 make it.
+    Own adapters are A [E, r, K] and B [E, N, r]. With all-to-all their gradient is the mean of all ranks' gradients, as
+    in DDP and FSDP2.
 
-    Adapters that PEFT puts on it stay ordinary parameters of all experts on every rank. A rank's gradient is that of
-    its own experts: with all-to-all data parallelism over all ranks, DDP or FSDP2, makes the mean of it; with the sum
-    every rank gets the whole gradient.
+    PEFT's adapters stay ordinary parameters of all experts on every rank. A rank's gradient is that of its own experts:
+    with all-to-all DDP or FSDP2 over all ranks makes the mean; with the sum every rank gets the whole gradient.
 
     Args:
-        packed: whole, the same on every rank.
+        packed: the same on every rank.
         mesh: one dimension.
         exchange: a key of `EXCHANGES`.
 
@@ -58,7 +57,7 @@ class ShardedExperts(PackedExperts):
         self.train(packed.training)
 
     def adopt_lora(self, rank: int, alpha: float, adapters: Mapping[str, LoRA]) -> None:
-        """Own this rank's slice of these adapters of both projections; their scaling becomes alpha / rank."""
+        """As `PackedExperts.adopt_lora`, of whole adapters this rank's slice."""
         E = self.num_experts
         self.rank, self.alpha = rank, alpha
         for name in PROJECTIONS:
@@ -68,7 +67,7 @@ class ShardedExperts(PackedExperts):
                 self.register_parameter(f"{name}_lora_{part}", self._divided(nn.Parameter(value)))
 
     def own_adapters(self) -> dict[str, LoRA]:
-        """This rank's slice of the module's own adapters by projection; empty without."""
+        """This rank's slice of the module's own adapters by projection."""
         if not self.rank:
             return {}
         own: dict[str, Any] = {key: p for key, p in self.named_parameters(recurse=False) if "_lora_" in key}
@@ -97,12 +96,12 @@ class ShardedExperts(PackedExperts):
         top_k_weights: Tensor,
         adapters: Mapping[str, LoRA] | None = None,
     ) -> Tensor:
-        """As `PackedExperts.forward`; collective: every rank of the mesh calls it."""
+        """As `PackedExperts.forward`; collective."""
         lora = self.own_adapters() if adapters is None else {name: self._cut(a) for name, a in adapters.items()}
         gate_up, down = (self._projection(name, lora.get(name)) for name in PROJECTIONS)
         own = partial(routed_experts, gate_up=gate_up, down=down, activation=self._activation)
         out = EXCHANGES[self.exchange](own, hidden_states, top_k_index, top_k_weights, self.owned)
-        return out.clone()  # it is a view, on which FSDP2's hooks would not survive a change in place
+        return out.clone()  # on a view FSDP2's hooks would not survive a change in place
 
     def _projection(self, name: str, lora: LoRA | None) -> Projection:
         blocks, scales = (getattr(self, f"{name}_{part}").to_local().detach() for part in ("blocks", "scales"))
@@ -110,7 +109,7 @@ class ShardedExperts(PackedExperts):
         return Projection(blocks.flatten(-2), scales, None if bias is None else bias.to_local(), lora)
 
     def _adapters(self, stacks: Mapping[str, Tensor]) -> dict[str, LoRA]:
-        """Stacks A [E, r, K] and B [E, N, r] as the adapters that the layer takes."""
+        """Stacks A [E, r, K] and B [E, N, r] as the layer's adapters."""
         pairs = {name: (stacks[f"{name}_lora_A"], stacks[f"{name}_lora_B"]) for name in PROJECTIONS}
         scaling = self.alpha / self.rank
         return {n: LoRA(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scaling) for n, (A, B) in pairs.items()}
@@ -133,26 +132,26 @@ class ShardedExperts(PackedExperts):
 
 
 def _in_order(gradient: Tensor) -> Tensor:
-    """The same with the strides of a contiguous tensor, those of dimensions of size one too.
+    """The same with a contiguous tensor's strides, also of dimensions of size one.
 
-    Where slices are uneven torch 2.11 gathers gradients of other strides than the parameter's, to copy them; ranks that
-    own one expert would do so alone, and the others wait for ever.
+    With uneven slices torch 2.11 gathers gradients whose strides differ from the parameter's; ranks that own one expert
+    would do so alone, and hang.
     """
     return gradient.flatten().view(gradient.shape)
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh, exchange: str = "all-to-all") -> nn.Module:
-    """Divide the packed experts of a model among the ranks of a mesh, in place; returns the same model.
+    """Divide a model's packed experts among the ranks of a mesh, in place; returns the same model.
 
-    What is divided is out of reach of a `DistributedDataParallel` around this model, which would copy rank 0's.
+    A `DistributedDataParallel` around the model ignores what is divided; it would copy rank 0's.
 
     Args:
         model: with packed experts, the same on every rank (`check_ranks_agree` tells); PEFT may be on it.
         mesh: one dimension, such as `init_device_mesh("cuda", (2, 4), mesh_dim_names=("fsdp", "ep"))["ep"]`.
-        exchange: "all-to-all" where each rank has its own tokens, "sum" where all have the same ones.
+        exchange: "all-to-all" where each rank has its own tokens, "sum" where all have the same.
 
     Raises:
-        ValueError: as `ShardedExperts`; also if the model has no packed experts, or they are sharded already. Nothing
+        ValueError: as `ShardedExperts`; also if the model has no packed experts, or they are sharded already; nothing
             has changed then.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}

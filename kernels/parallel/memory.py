@@ -1,8 +1,7 @@
-"""Memory and traffic of a rank, on paper: `python -m mxref.kernels.parallel.memory [docs/parallel.md]`.
+"""Computed memory and traffic of a rank: `python -m mxref.kernels.parallel.memory [docs/parallel.md]`.
 
-Packed weights take 17/32 byte each, everything else that is frozen 2 bytes (bf16), adapters 16 bytes: fp32 value and
-gradient, and AdamW's two moments. Every decoder layer is checkpointed. Neither logits nor what a library or the
-allocator needs is counted.
+Packed weights take 17/32 byte each, everything else that is frozen 2 bytes (bf16), adapters 16: fp32 value, gradient
+and AdamW's two moments. Every decoder layer is checkpointed. Logits, libraries and the allocator are not counted.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a mixture of experts: layers, those with experts, H, I, E, k, and how many parameters lie elsewhere.
+    """Sizes of a mixture of experts; `moe_layers` of the layers have experts.
 
     Attributes:
         others: parameters outside the experts, `vocabulary` among them.
-        vocabulary: parameters of embedding and head, which stay gathered.
+        vocabulary: of embedding and head, which stay gathered.
     """
 
     name: str
@@ -71,13 +70,13 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """All of them, over which everything that is no expert is sharded."""
+        """All of them."""
         return self.fsdp * self.ep
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: parameters with their gradients and moments, what is gathered at a time, activations."""
+    """Bytes, see `per_rank`."""
 
     state: float
     gathered: float
@@ -90,18 +89,16 @@ class Memory:
 
 
 def per_rank(model: Model, layout: Layout, rank: int = 16, tokens: int = 8192) -> Memory:
-    """One rank's memory while it trains.
+    """One rank's memory in training.
 
         state        (17/32 · experts + 2 · others + 16 · adapters) / ranks
-        gathered     two layers at a time, of experts a slice, or nothing where it is not sharded; and the vocabulary
-        activations  a row of H for every token and layer; within the layer at hand, for every routed row, 3I + H, and
-                     2H more where rows travel, with as much again for gradients
+        gathered     two layers, of experts a slice or, where that is not sharded, nothing; and the vocabulary
+        activations  H for every token and layer; in one layer 3I + H for every routed row, 2H more where rows travel,
+                     and as much again for gradients
 
     Args:
-        model: of which sizes.
-        layout: of ranks.
         rank: of the adapters.
-        tokens: of this rank; those of experts are taken as balanced.
+        tokens: of this rank, balanced among experts.
     """
     weights, adapters = model.expert_weights, model.adapters(rank)
     state = PACKED * weights * model.moe_layers + FROZEN * model.others + TRAINED * adapters * model.moe_layers
@@ -116,10 +113,9 @@ def per_rank(model: Model, layout: Layout, rank: int = 16, tokens: int = 8192) -
 
 
 def traffic(model: Model, layout: Layout, rank: int = 16, tokens: int = 8192) -> float:
-    """Bytes that one rank receives a step: layers gathered for both passes, adapters' gradients, rows that travel.
+    """Bytes that one rank receives a step: layers for both passes, adapters' gradients, rows that travel.
 
-    Rows travel there and back in the forward pass, in its repetition and in the backward pass. The arguments are those
-    of `per_rank`.
+    Rows travel there and back in the forward pass, its repetition and the backward pass. Arguments as `per_rank`.
     """
     layer = 2 * PACKED * model.expert_weights + 3 * ADAPTER * model.adapters(rank)
     received = layer * model.moe_layers / layout.ep * (layout.fsdp - 1) / layout.fsdp
@@ -129,7 +125,7 @@ def traffic(model: Model, layout: Layout, rank: int = 16, tokens: int = 8192) ->
 
 
 def tables() -> str:
-    """Both as Markdown, in GB, for every model and number of ranks: FSDP2 alone, and experts divided within a node."""
+    """Both as Markdown, in GB: FSDP2 alone, and experts divided within a node."""
     lines = []
     for title, figure in (("Memory of a rank, GB", _memory), ("Received by a rank in a step, GB", _traffic)):
         lines += [f"**{title}**; FSDP2 alone / experts in parallel", ""]
@@ -156,7 +152,7 @@ def _ranks(ranks: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the tables, or write them into the file that is named."""
+    """Print the tables, or write them into the named file."""
     if not arguments:
         print(tables())
         return

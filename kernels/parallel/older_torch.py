@@ -1,4 +1,4 @@
-"""What FSDP2 of a torch older than 2.13 lacks for packed experts: it cannot shard parameters of bytes."""
+"""FSDP2 before torch 2.13 cannot shard parameters of bytes; mended here for packed experts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _FIXED = Version("2.13")
 
 @contextmanager
 def bytes_shardable() -> Iterator[None]:
-    """While it lasts, `fully_shard` takes parameters of bytes with any torch; around it, or around what calls it.
+    """Within it, `fully_shard` takes parameters of bytes with any torch.
 
         with bytes_shardable():
             model = accelerator.prepare(model)
 
-    With torch 2.13 and later it does nothing. Not for several threads at once.
+    No effect from torch 2.13 on. Not thread-safe.
     """
     if Version(torch.__version__) >= _FIXED:
         yield
         return
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # private: here alone, of versions that are known
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # private, of known versions
 
     group: Any = _fsdp_param_group
     before, group.FSDPParam = group.FSDPParam, _mended()
@@ -43,10 +43,10 @@ def bytes_shardable() -> Iterator[None]:
 
 @cache
 def _mended() -> Any:
-    """FSDP2's own class of a sharded parameter, for bytes too.
+    """FSDP2's class of a sharded parameter, for bytes too.
 
-    As it is, it makes each part a parameter that asks for a gradient, which bytes refuse, and only then says whether it
-    should (PyTorch issue 177844); and it gathers bytes as the numbers of a mixed-precision policy.
+    FSDP2's own makes each part a parameter that asks for a gradient, which bytes refuse, before it sets `requires_grad`
+    (PyTorch issue 177844), and casts gathered bytes by the mixed-precision policy.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 

@@ -28,21 +28,21 @@ SAVING = 3600.0
 def shard_model(
     model: nn.Module, mesh: DeviceMesh, layers: Iterable[nn.Module], exchange: str = "all-to-all", **options: Any
 ) -> Any:
-    """Shard a model over the ranks of a mesh, in place; returns the same model, an `FSDPModule`.
+    """Shard a model over a mesh, in place; returns the same model, an `FSDPModule`.
 
-    With a dimension "ep" its ranks divide the experts among themselves, and "fsdp", if there is one, shards every slice
-    further. Everything else is sharded over all ranks. Gradients are means over all ranks, of experts' adapters too.
+    The ranks of a dimension "ep" divide the experts, and "fsdp" shards every slice further. Everything else is sharded
+    over all ranks. All gradients are means over all ranks.
 
     Args:
         model: with packed experts, the same on every rank (`check_ranks_agree` tells).
-        mesh: its dimensions are called "fsdp" and "ep", either or both.
-        layers: what FSDP2 gathers at a time, beside the experts in them: `model.model.layers`.
-        exchange: how tokens meet divided experts, see `shard_experts`.
+        mesh: of dimensions "fsdp" and "ep", either or both.
+        layers: what FSDP2 gathers at a time, besides their experts: `model.model.layers`.
+        exchange: see `shard_experts`.
         options: of `fully_shard`, such as `mp_policy`, `reshard_after_forward`, `offload_policy`.
 
     Raises:
-        ValueError: as `shard_experts`; also if the mesh has other dimensions, or an expert's tensor has no dimension
-            that the ranks of "fsdp" divide. Nothing has changed then, but the experts may be divided.
+        ValueError: as `shard_experts`; also if the mesh has other dimensions, or "fsdp" divides no dimension of an
+            expert's tensor. Nothing has changed then, but the experts may be divided.
     """
     names = mesh.mesh_dim_names or ()
     if not names or set(names) - {"fsdp", "ep"}:
@@ -65,7 +65,7 @@ def shard_model(
 
 
 def _placements(experts: ShardedExperts, ranks: int) -> dict[nn.Parameter, Shard]:
-    """Along which dimension, behind that of the experts, each of a slice's tensors is cut into even parts."""
+    """The dimension, behind the experts', along which each tensor is cut into even parts."""
     found = {}
     for name, parameter in experts.named_parameters(recurse=False):
         dimension = next((d for d in range(1, parameter.ndim) if parameter.shape[d] % ranks == 0), None)
@@ -82,7 +82,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     """`torch.nn.utils.clip_grad_norm_` for parameters on several meshes, as `shard_model` leaves them.
 
     Returns:
-        the norm of all gradients together, before: fp32, the same on every rank.
+        the norm of all gradients before clipping: fp32, the same on every rank.
     """
     meshes: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -97,21 +97,21 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
 @contextmanager
 def whole_model(model: nn.Module, wait: float = SAVING) -> Iterator[bool]:
-    """For its duration rank 0's model is whole and on the CPU, as if it had never been sharded; for saving it.
+    """For its duration rank 0's model is whole and on the CPU, for saving it.
 
         with whole_model(model) as here:
             if here:
                 save_packed_model(model, "out")     # or save_adapters, or PEFT's save_pretrained
 
-    Collective: every rank of the world enters and leaves. One tensor at a time is gathered on the other ranks.
+    Collective over the world. Other ranks gather one tensor at a time.
 
     Args:
         model: of `shard_model`.
-        wait: seconds that the other ranks give rank 0 for what it does within.
+        wait: seconds that the other ranks give rank 0.
 
     Raises:
-        RuntimeError: on every rank, if what rank 0 does within fails; on rank 0 the error itself is raised.
-        TimeoutError: on the other ranks, if it takes longer.
+        RuntimeError: on the other ranks, if rank 0 fails; rank 0 raises the error itself.
+        TimeoutError: on the other ranks, if rank 0 takes longer.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

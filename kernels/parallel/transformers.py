@@ -5,9 +5,8 @@
     model = load_packed_model("./gpt-oss-20b", rank=16)
     model = distribute_model(model, DistributedConfig(fsdp_size=8, ep_size=8))
 
-transformers applies the switch while it loads dense weights; a packed model is made without it, and divided here by the
-same code, under a plan that knows packed tensors. Everything else, who divides a gradient among it, is transformers'.
-Needs transformers 5.21 or later.
+transformers applies the switch while it loads dense weights; a packed model is divided afterwards by the same code,
+under a plan that knows packed tensors. Needs transformers 5.21 or later.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def distribute_model(model: Any, config: Any) -> Any:
     """Apply transformers' `DistributedConfig` to a model with packed experts; returns the same model.
 
     Args:
-        model: what `load_packed_model` or `pack_experts` made, the same on every rank; its adapters, if any, its own.
-        config: `ep_size` of it divides the number of experts.
+        model: packed, the same on every rank; adapters, if any, its own.
+        config: its `ep_size` divides the number of experts.
 
     Raises:
         ValueError: the model has no packed experts, PEFT's adapters are on them, `ep_size` does not divide their
@@ -85,7 +84,7 @@ def distribute_model(model: Any, config: Any) -> Any:
 
 
 def _divide_once(module: Any) -> None:
-    """Undo an error in experts' gradients, of dense ones too: on a mesh of one rank torch 2.13's FSDP2 divides twice if
-    it is told to sum before it divides (`foreach_reduce`), and transformers 5.22 tells it so."""
+    """Undo an error in experts' gradients, also dense ones. On a mesh of one rank torch 2.13's FSDP2 divides twice if
+    it sums before it divides (`foreach_reduce`), as transformers 5.22 has it do."""
     if isinstance(module, FSDPModule):
         module.set_force_sum_reduction_for_comms(False)

@@ -1,4 +1,4 @@
-"""MXFP4 checkpoints: names and layouts on disk, conventions as data, one place that recognises them.
+"""MXFP4 checkpoints: names and layouts on disk, conventions as data.
 
     from mxref.checkpoints import open_checkpoint, read_expert_weights
     checkpoint = open_checkpoint("./gpt-oss-20b")

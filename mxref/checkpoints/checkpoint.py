@@ -1,4 +1,4 @@
-"""One checkpoint, opened once: its convention, its expert projections, and every other tensor."""
+"""One checkpoint, opened once: convention, expert projections, and every other tensor."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CONVENTIONS = (gpt_oss.CONVENTION, DEEPSEEK_V4, COMPRESSED_TENSORS, QUARK, MODEL
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint, checked in full against its files' headers; tensors are read when they are asked for.
+    """An opened checkpoint, fully checked against the files' headers; tensors are read on demand.
 
     Attributes:
-        convention: under which its experts are named.
-        files: where its tensors lie.
+        convention: of the experts' names.
+        files: of its tensors.
         projections: the expert projections by name, layer by layer.
         biases: names of stored biases [E, N] by their projection's name.
-        others: every other weight by name; quantised ones are read as dense matrices.
+        others: every other weight by name; quantised ones are read as dense.
     """
 
     convention: Convention
@@ -43,7 +43,7 @@ class Checkpoint:
         return [replace(projection.tensor, name=name) for name, projection in self.projections.items()]
 
     def cannot_fill(self, module: object) -> str:
-        """Why an experts module of transformers cannot take these weights, whatever their sizes; empty if it can."""
+        """Why an experts module of transformers cannot take these weights, sizes aside; empty if it can."""
         per_expert = any(projection.per_expert for projection in self.projections.values())
         if per_expert and not getattr(module, "is_concatenated", True):
             return f"{self.convention.name} stores gate and up rows apart, and the module interleaves them"
@@ -52,13 +52,13 @@ class Checkpoint:
         return ""
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """The same checkpoint with other names for some projections, {name: new name}."""
+        """The same with some projections renamed, {name: new name}."""
         projections = {names.get(name, name): projection for name, projection in self.projections.items()}
         return replace(self, projections=projections, biases={names.get(n, n): b for n, b in self.biases.items()})
 
 
 def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
-    """Recognise a checkpoint's convention and check all its headers; an opened one is returned as it is.
+    """Recognise a checkpoint's convention and check all headers; an opened one is returned.
 
     Args:
         path: a safetensors file, a directory, or the id of a model in the local Hugging Face cache, see
@@ -66,8 +66,7 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file is damaged; no convention's expert weights are in it, and the message says what is; or the
-            weights are not as their convention has them.
+        ValueError: a file is damaged, it has no convention's expert weights, or they break the convention.
     """
     if isinstance(path, Checkpoint):
         return path
@@ -87,7 +86,7 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
 
 
 def list_expert_tensors(path: str | Path | Checkpoint) -> list[ExpertTensor]:
-    """The MXFP4 expert projections of a checkpoint, layer by layer, from the files' headers alone.
+    """The MXFP4 expert projections of a checkpoint, layer by layer, from headers alone.
 
     Raises:
         FileNotFoundError, ValueError: as `open_checkpoint`.
@@ -100,14 +99,14 @@ def read_expert_weights(
 ) -> Iterator[tuple[str, MXWeights]]:
     """Expert weights by name, one projection in memory at a time, nothing decoded.
 
-    The checkpoint is checked in full when this function is called; tensors are read as the iterator advances.
+    The checkpoint is checked in full at the call; tensors are read as the iterator advances.
 
     Args:
-        path: see `open_checkpoint`; whoever reads several times opens it once.
-        names: the projections wanted, in this order; all of them, layer by layer, when None.
+        path: see `open_checkpoint`; open it first to read several times.
+        names: of projections, in this order; by default all, layer by layer.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`; also for a name that the checkpoint does not hold.
+        FileNotFoundError, ValueError: as `open_checkpoint`; also for an unknown name.
     """
     opened = open_checkpoint(path)
     wanted = _wanted(names, list(opened.projections), opened)
@@ -117,7 +116,7 @@ def read_expert_weights(
 def read_expert_biases(
     path: str | Path | Checkpoint, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Expert biases [E, N] in the checkpoint's dtype, by the projection's name; by default all those present.
+    """Expert biases [E, N] in the checkpoint's dtype, by projection's name; by default all.
 
     Raises:
         FileNotFoundError, ValueError: as `read_expert_weights`.
@@ -128,7 +127,7 @@ def read_expert_biases(
 
 
 def list_other_tensors(path: str | Path | Checkpoint) -> list[str]:
-    """Names of the weights that belong to no expert projection: attention, router, norms, embeddings.
+    """Names of weights outside the expert projections: attention, router, norms, embeddings.
 
     Raises:
         FileNotFoundError, ValueError: as `open_checkpoint`.
@@ -139,7 +138,7 @@ def list_other_tensors(path: str | Path | Checkpoint) -> list[str]:
 def read_other_tensors(
     path: str | Path | Checkpoint, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `list_other_tensors` names, one in memory at a time; as stored, or bf16 where quantised.
+    """The tensors of `list_other_tensors`, one in memory at a time; as stored, or bf16 where quantised.
 
     Raises:
         FileNotFoundError, ValueError: as `read_expert_weights`.
@@ -163,7 +162,7 @@ def _wanted(names: Iterable[str] | None, present: list[str], opened: Checkpoint)
 
 
 def _description(files: Files) -> str:
-    """What a checkpoint of no known convention holds, and what that is."""
+    """What a checkpoint of no known convention holds."""
     of_dtype: dict[str, list[str]] = {}
     for name, entry in files.tensors.items():
         of_dtype.setdefault(entry.dtype, []).append(name)

@@ -1,8 +1,8 @@
-"""What a convention is: the names under which codes and scales lie, and how expert projections are found by them.
+"""Conventions: the names of codes and scales, and how expert projections are found by them.
 
-Every convention stores a weight as a pair of tensors, codes and scales, whose names end in its suffixes. A pair with an
-experts' axis holds a whole projection; pairs named like `layers.0.mlp.experts.7.up_proj.weight` hold one matrix of one
-expert and are stacked, gate rows before up rows; any other pair is a quantised matrix outside the experts.
+A weight is a pair of tensors, codes and scales, whose names end in the convention's suffixes. A pair with an experts'
+axis holds a whole projection; pairs named like `layers.0.mlp.experts.7.up_proj.weight` hold one expert's matrix and are
+stacked, gate rows before up rows; any other pair is a quantised matrix outside the experts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EXPERT = re.compile(rf"(?P<layer>.+)\.experts\.(?P<expert>\d+)\.(?P<part>{_PART
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One expert projection of a checkpoint: its name, and its logical sizes."""
+    """One expert projection of a checkpoint: name and logical sizes."""
 
     name: str
     E: int
@@ -40,7 +40,7 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """A weight's name, and the names of the tensors that hold its codes and its scales."""
+    """Names of a weight and of the tensors of its codes and scales."""
 
     weight: str
     codes: str
@@ -53,7 +53,7 @@ class Projection:
 
     Attributes:
         tensor: its name and sizes.
-        pairs: what its rows are made of, in their order: one pair for all experts, or those of expert 0, 1, …
+        pairs: of its rows, in order: one for all experts, or those of expert 0, 1, …
         per_expert: whether each expert has pairs of its own.
     """
 
@@ -62,7 +62,7 @@ class Projection:
     per_expert: bool
 
     def read(self, files: Files) -> MXWeights:
-        """The stack, in memory of its own; beside it only the files' windows on this projection exist."""
+        """The stack, in memory of its own; no other copy is made."""
         E, N, K = self.tensor.E, self.tensor.N, self.tensor.K
         packed = _rows(files, [pair.codes for pair in self.pairs], E * N, K // 2)
         scales = _rows(files, [pair.scales for pair in self.pairs], E * N, K // MX_BLOCK_SIZE)
@@ -76,16 +76,16 @@ class Convention:
     Attributes:
         name: as people call it.
         checkpoints: whose they are.
-        layout: names, dtypes and shapes in a line.
+        layout: names, dtypes and shapes, in words.
         source: where that was read.
-        codes, scales: suffixes of the two tensors; scales may have one of several.
+        codes, scales: suffixes of the two tensors, of scales alternatives.
         weight: suffix of the weight's own name.
-        telling: those suffixes that no other convention has; half a pair under them is an error, not another file.
-        blocked: whether codes have an axis of their own for the 16 bytes of a block.
+        telling: suffixes of no other convention; half a pair under them is an error.
+        blocked: whether codes have an axis for the 16 bytes of a block.
         code_dtypes, scale_dtypes: accepted, by safetensors' names.
-        quant_method: how the configuration must name it, where the tensors' names do not tell.
-        check: looks at a pair further, and raises ValueError.
-        store: codes and scales as bytes to the two tensors that are written; None if it is only read.
+        quant_method: required of the configuration where tensors' names do not tell.
+        check: further, of a pair; raises ValueError.
+        store: codes' and scales' bytes to the two tensors written; None if only read.
         quantization: `quantization_config` of a written checkpoint.
     """
 
@@ -117,7 +117,7 @@ class Convention:
         """Every expert projection, layer by layer, checked against the headers.
 
         Raises:
-            ValueError: codes, scales, a matrix or an expert are missing, or a dtype or a shape is another.
+            ValueError: codes, scales, a matrix or an expert are missing, or a dtype or a shape is wrong.
         """
         dtypes = {*self.code_dtypes, *self.scale_dtypes}
         for orphan, partners in self._orphans(files):
@@ -147,10 +147,10 @@ class Convention:
         return [p for p in pairs if not _holds_experts(files, p) and files.tensors[p.codes].dtype in self.code_dtypes]
 
     def sizes(self, files: Files, pair: Pair, axes: int) -> tuple[int, ...]:
-        """The weight's logical shape, [E, N, K] or [N, K], from the headers.
+        """The weight's logical shape, [E, N, K] or [N, K].
 
         Raises:
-            ValueError: a dtype or a shape is another.
+            ValueError: a dtype or a shape is wrong.
         """
         for name, dtypes, meaning in (
             (pair.codes, self.code_dtypes, "two E2M1 codes a byte"),
@@ -174,7 +174,7 @@ class Convention:
         return bool(self.telling) and orphan.endswith(self.telling)
 
     def _stacked(self, files: Files, name: str, E: int, matrices: list[Pair]) -> Projection:
-        """One projection of separate experts, all of one size."""
+        """One projection of separate experts."""
         each = len(matrices) // E
         sizes = [self.sizes(files, pair, 2) for pair in matrices]
         experts = [sizes[first : first + each] for first in range(0, len(sizes), each)]
@@ -194,7 +194,7 @@ class Convention:
                         break
 
     def _orphans(self, files: Files) -> Iterator[tuple[str, list[str]]]:
-        """Tensors without a partner, and the names that the partner might have."""
+        """Tensors without a partner, and the partner's possible names."""
         for name in files.tensors:
             partners = [name.removesuffix(self.codes) + suffix for suffix in self.scales]
             if not name.endswith(self.codes):
@@ -210,7 +210,7 @@ def _holds_experts(files: Files, pair: Pair) -> bool:
 def _matrices(
     files: Files, layer: str, experts: Mapping[int, Mapping[str, Pair]], count: int, parts: Iterable[str]
 ) -> Iterator[Pair]:
-    """The pairs of one projection in the order of its rows."""
+    """A projection's pairs in row order."""
     for e in range(count):
         for part in parts:
             if part not in experts.get(e, ()):
@@ -226,7 +226,7 @@ def _weight_name(stem: str) -> str:
 
 
 def _module_name(layer: str) -> str:
-    """A layer's MoE block as transformers' models name it."""
+    """transformers' name of a layer's MoE block."""
     name = re.sub(r"\.(ffn|block_sparse_moe)$", ".mlp", layer)
     return f"model.{name}" if name.startswith("layers.") else name
 

@@ -1,7 +1,4 @@
-"""The conventions of other projects, as data: where each puts codes and scales, and where that was read.
-
-gpt-oss, which is this project's own too, has a module to itself.
-"""
+"""Other projects' conventions as data, with sources; gpt-oss, also this project's own, has its own module."""
 
 from __future__ import annotations
 

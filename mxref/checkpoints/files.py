@@ -1,8 +1,8 @@
-"""The files of a checkpoint: where each tensor lies, its dtype and shape, and the tensors themselves, few at a time.
+"""The files of a checkpoint: each tensor's place, dtype and shape, and the tensors, few at a time.
 
 A path is a safetensors file, a directory with one such file or with `model.safetensors.index.json` and its shards
-(symbolic links as in a Hugging Face snapshot are followed), or a model id of the hub whose snapshot is in the local
-cache. Nothing is ever downloaded. Headers are read once, when the checkpoint is opened; data when it is asked for.
+(symbolic links are followed), or the id of a model in the local Hugging Face cache. Nothing is downloaded. Headers are
+read once, data on demand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXPERT_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_n
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its file, its dtype by safetensors' name (U8, BF16, F8_E8M0, …), and its shape."""
+    """One tensor: file, dtype by safetensors' name (U8, BF16, F8_E8M0, …), and shape."""
 
     file: Path
     dtype: str
@@ -34,12 +34,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint's tensors by name, and what the files beside them say.
+    """A checkpoint's tensors by name, and the files beside them.
 
     Attributes:
         root: the file or directory.
-        tensors: every tensor; of a sharded checkpoint, those that the index lists.
-        metadata: the safetensors headers' free text, all files together.
+        tensors: all, or those that the index of shards lists.
+        metadata: the safetensors headers' free text.
         config: config.json, empty without one.
         quantization: config.json's `quantization_config`, or hf_quant_config.json.
     """
@@ -56,8 +56,8 @@ class Files:
 
         Raises:
             FileNotFoundError: nothing is there.
-            ValueError: a file is missing, empty, truncated, a Git LFS pointer, a pickle or otherwise not safetensors,
-                or the index or a configuration is no JSON object.
+            ValueError: a file is missing, truncated or not safetensors, or the index or a configuration is no JSON
+                object.
         """
         root = resolve(path)
         directory = root if root.is_dir() else root.parent
@@ -68,14 +68,14 @@ class Files:
 
     @property
     def quant_method(self) -> str:
-        """How the configuration names the quantisation, "" if it does not: mxfp4, compressed-tensors, quark, …"""
+        """The configuration's name of the quantisation, "" without: mxfp4, compressed-tensors, quark, …"""
         producer = self.quantization.get("producer")
         name = producer.get("name") if isinstance(producer, dict) else None
         return str(self.quantization.get("quant_method") or name or "")
 
     @property
     def num_experts(self) -> int:
-        """The number of experts of a layer that config.json states, 0 if it states none."""
+        """Experts of a layer by config.json, 0 if it does not say."""
         text = self.config.get("text_config")
         for config in (self.config, text if isinstance(text, dict) else {}):
             for key in _EXPERT_COUNTS:
@@ -88,12 +88,12 @@ class Files:
         return f"{tensor} in {self.tensors[tensor].file}"
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """The tensors of these names, in this order, as windows on their files, each of which is opened once.
+        """The tensors of these names, in order, as windows on their files, each opened once.
 
-        The windows are closed with the iterator: copy what has to last.
+        Windows close with the iterator: copy what has to last.
 
         Raises:
-            ValueError: a file is no longer what it was when the checkpoint was opened.
+            ValueError: a file has changed since the checkpoint was opened.
             RuntimeError: under FakeTensorMode, where tensors have no data.
         """
         if detect_fake_mode() is not None:
@@ -108,7 +108,7 @@ class Files:
 
 
 def resolve(path: str | Path) -> Path:
-    """The file or directory that `path` names: itself, or the cached snapshot of a model id such as openai/gpt-oss-20b.
+    """The file or directory at `path`, or the cached snapshot of a model id such as openai/gpt-oss-20b.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -132,7 +132,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: it is something else, or nested too deeply.
+        ValueError: it is none, or nested too deeply.
     """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -209,7 +209,7 @@ def _from_index(index: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """The safetensors file, or a ValueError that says what the file is instead."""
+    """The safetensors file, or a ValueError that says what it is instead."""
     try:
         opened = safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -1,7 +1,7 @@
 """gpt-oss: all experts of a projection in one pair, `{name}_blocks` and `{name}_scales`, its bias beside it.
 
-The blocks' bytes are `MXWeights.packed` already. Rows are in the order of the model's own parameter: of gpt-oss models
-gate and up interleaved. This is also how this project's packed modules name their tensors.
+The blocks' bytes are `MXWeights.packed`. Rows are in the order of the model's parameter, gate and up interleaved in
+gpt-oss. This project's packed modules use these names too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONVENTION = Convention(
 def write_expert_weights(
     file: str | Path, weights: Mapping[str, MXWeights], biases: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Save projections under their gpt-oss names in one safetensors file; what was read is written back bit for bit.
+    """Save projections under gpt-oss names in one safetensors file, bit for bit as read.
 
     Raises:
         ValueError: `weights` is empty, or a bias's shape is not its projection's [E, N].

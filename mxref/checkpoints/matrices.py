@@ -1,7 +1,6 @@
-"""The weights outside the experts: plain tensors, and matrices in FP8 or MXFP4, read one at a time as dense tensors.
+"""The weights outside the experts, read one at a time as dense tensors, FP8 and MXFP4 matrices as bf16.
 
-Adapters on the experts leave these weights alone, so they take the place that the model has for them, as bf16. That is
-exact within bf16's range where the scales are powers of two; with FP32 scales the products are rounded.
+That is exact within bf16's range where the scales are powers of two; with FP32 scales the products are rounded.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _FP8, _BLOCK = "F8_E4M3", 128
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight outside the experts: the name of its tensor, and of its scales if it is quantised."""
+    """A weight outside the experts: names of its tensor and, if quantised, its scales."""
 
     tensor: str
     scales: str | None = None
@@ -31,7 +30,7 @@ class Matrix:
         """The weight in memory of its own: as stored, or bf16 where it is quantised.
 
         Raises:
-            ValueError: an FP8 matrix has no scales, or scales that fit no division into blocks.
+            ValueError: an FP8 matrix has no scales, or scales that fit no blocks.
         """
         entry = files.tensors[self.tensor]
         if self.scales is None:
@@ -47,10 +46,10 @@ class Matrix:
 
 
 def matrices_of(files: Files, convention: Convention, owned: set[str]) -> dict[str, Matrix]:
-    """Every weight whose tensors are not among those `owned` by the experts, by its name.
+    """Every weight, by name, whose tensors are not `owned` by the experts.
 
     Raises:
-        ValueError: an MXFP4 matrix has scales of another dtype or shape.
+        ValueError: an MXFP4 matrix's scales have a wrong dtype or shape.
     """
     found: dict[str, Matrix] = {}
     taken = set(owned)

@@ -1,4 +1,4 @@
-"""What a packed checkpoint holds, block by block: scale bytes, and blocks that are zero, saturated or NaN."""
+"""A packed checkpoint's blocks: scale bytes, and those that are zero, saturated or NaN."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BlockStatistics:
         scale_bytes: how often each byte 0..255 scales a block.
         blocks: E·N·K/32.
         zero: blocks whose 32 codes are all ±0.
-        saturated: blocks that hold ±6, the largest code; a clipped element can only be there.
+        saturated: blocks that hold ±6, the largest code; clipped elements are only there.
         nan: blocks whose scale byte is 255.
     """
 

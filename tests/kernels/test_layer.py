@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,24 @@ def test_pinned_tilings(sample: Any, config: Config) -> None:
     drawn = sample(routing="sentinels", gates=True, bias=True, M=40)
     got = drawn.run(kernels.parallel_linear_lora, use_fused_dX=True, config=config)
     assert_identical(got, drawn.run(mxref.parallel_linear_lora))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_negatives_that_torch_has_put_off(sample: Any, dense: bool) -> None:
+    """Memory holds the opposite numbers, and the tensor says so (`Tensor.is_neg`); kernels read memory."""
+    drawn = sample(bias=True, gates=True)
+    if dense:  # expanded, so that what is made of them lies otherwise
+        weights = mxref.decode_mxfp4(drawn.problem.expert_weights, torch.float32).mT[:1]
+        drawn = replace(drawn, problem=replace(drawn.problem, expert_weights=weights.expand(drawn.problem.E, -1, -1)))
+    expected = drawn.run(mxref.parallel_linear_lora)
+    drawn.run(kernels.parallel_linear_lora)  # what is known of such a call may not be taken for the next
+    put_off = {
+        name: torch._neg_view(-x) for name, x in drawn.problem.arguments().items()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }  # fmt: skip
+    assert put_off["inputs"].is_neg()
+    put_off = replace(drawn, problem=replace(drawn.problem, **put_off), grad_out=torch._neg_view(-drawn.grad_out))
+    assert_identical(put_off.run(kernels.parallel_linear_lora), expected)
 
 
 @pytest.mark.parametrize("contiguous", ["K", "N"])

@@ -1,7 +1,4 @@
-"""How an implementation computes, as it declares it: where it rounds, and how its fp32 sums run.
-
-`accumulator` bounds what the sums can come to.
-"""
+"""What an implementation declares of its arithmetic: rounding points and fp32 sums, which `accumulator` bounds."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ POINTS: dict[str, dict[str, Any]] = {
 
 
 def declared_points(names: Iterable[str], dtype: torch.dtype) -> RoundingPoints:
-    """The contract's rounding points for activations of `dtype`, changed as `names`, from POINTS, say."""
+    """The contract's rounding points for activations of `dtype`, changed by `names` from POINTS."""
     points = RoundingPoints.contract(dtype)
     for name in names:
         points = replace(points, **POINTS[name])
@@ -41,7 +38,7 @@ class Order:
 
     Attributes:
         permutation: n -> the n term indices in the order of visit; None for 0..n−1.
-        parts: split-K: contiguous parts of equally many steps (the last may be shorter), summed apart and then added.
+        parts: split-K: contiguous parts of equally many steps (the last may have fewer), summed apart, then added.
     """
 
     permutation: Callable[[int], Tensor] | None = None
@@ -53,17 +50,17 @@ class Accumulation:
     """What an implementation declares about its fp32 sums.
 
     Attributes:
-        kind: `tensor_core`: steps of `step` products, aligned to the largest exponent, truncated to `fraction_bits`
-            and added to the accumulator, which is truncated to fp32; fp32 operands do not go that way (TF32 is
-            forbidden) and are bounded in any order. `fp32_blocks`: blocks of `step` products, each summed in fp32 in
-            any order, rounded to nearest and added to the accumulator; LoRA's sum over the rank is one block. With a
-            step of 1 this is a chain of fused multiply-adds. `undeclared`: any order.
+        kind: `tensor_core`: steps of `step` products, aligned to the largest exponent, truncated to `fraction_bits` and
+            added to the accumulator, which is truncated to fp32; fp32 operands (TF32 is forbidden) are bounded in any
+            order. `fp32_blocks`: blocks of `step` products, each summed in fp32 in any order, rounded to nearest and
+            added to the accumulator; LoRA's sum over the rank is one block. A step of 1 is a chain of fused
+            multiply-adds. `undeclared`: any order.
         step: terms between two roundings of the accumulator (for `fp32_blocks`, BK).
         fraction_bits: of the aligned sum, `tensor_core` only.
-        lora: `first`: the LoRA product, times s, is in the accumulator before the base product starts. `apart`: it
-            has its own accumulator, times s and added at the end.
-        bias_inside: the bias is in the accumulator before the base product starts; otherwise it is added at the end.
-        orders: of the products that do not visit their terms in order, in one part.
+        lora: `first`: the LoRA product, times s, is in the accumulator before the base product. `apart`: it has its own
+            accumulator, times s and added at the end.
+        bias_inside: the bias is in the accumulator before the base product; otherwise added at the end.
+        orders: of products that do not visit their terms in order, in one part.
     """
 
     kind: Literal["tensor_core", "fp32_blocks", "undeclared"]
@@ -75,7 +72,7 @@ class Accumulation:
 
     @property
     def declared(self) -> bool:
-        """Whether the bound follows the sum; an undeclared one is order-free, and weak."""
+        """Whether the bound follows the sum; otherwise it is order-free, and weak."""
         return self.kind != "undeclared"
 
     def __str__(self) -> str:
@@ -102,7 +99,7 @@ ACCUMULATIONS: dict[str, Accumulation] = {
 
 
 def default_accumulation(device: torch.device) -> Accumulation:
-    """What a candidate without a declaration is judged by first: the tensor cores of the GPU, or blocks of 64."""
+    """First tried without a declaration: the GPU's tensor cores, or blocks of 64."""
     if device.type == "cpu":
         return ACCUMULATIONS["fp32-blocks-64"]
     newest = torch.cuda.get_device_capability(device) >= (9, 0)

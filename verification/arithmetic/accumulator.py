@@ -1,10 +1,10 @@
-"""E_n: how far an fp32 accumulator can be from the exact sum, for an accumulation that an implementation declares.
+"""E_n: how far an fp32 accumulator of a declared accumulation can be from the exact sum.
 
 Sources: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., chapters 3 and 4 (γ_n, running error
 analysis); P. Xie et al., MMA-Sim, arXiv 2511.10909 (what a tensor core does with one step of products).
 
-An `Accumulator` walks through the operations that an implementation performs on its accumulator (dot, scale, add) with
-centres in fp64, and carries a radius that no honest implementation of these operations leaves.
+An `Accumulator` performs the implementation's operations (dot, scale, add) on centres in fp64, and carries a radius
+that no honest implementation of them leaves.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mxref.verification.arithmetic.metrics import pow2_floor
 U = 2.0**-24
 """Unit roundoff of fp32: one addition or product, rounded to nearest, errs by at most U relative to its result."""
 
-_TRUNCATED = 2.0**-23  # one ulp of fp32: what truncation loses at most, relative to the result
-UNDERFLOW = 2.0**-149  # smallest fp32 subnormal: what one operation loses at most below the normal range
+_TRUNCATED = 2.0**-23  # one ulp of fp32: truncation's largest relative loss
+UNDERFLOW = 2.0**-149  # smallest fp32 subnormal: an operation's largest loss below the normal range
 _GOLDEN = 2.0**-53  # unit roundoff of the reference's own fp64 sums
 _SLACK = 1 + 2.0**-40  # covers the fp64 arithmetic of the radii themselves
 
@@ -42,20 +42,20 @@ def gamma(n: float, unit: float = U) -> float:
 class Accumulator:
     """Centre and radius of an fp32 accumulator [R, C], operation by operation.
 
-    Every operation keeps the invariant that an honest implementation's accumulator differs from `value` by at most
-    `radius()`, `value` being the exact result for operands at their centres, in fp64.
+    An honest implementation's accumulator always differs from `value`, the exact result for operands at their centres
+    in fp64, by at most `radius()`.
 
     Args:
         how: the declared accumulation.
-        dtype: of the operands; 16-bit operands may go through hardware that truncates.
+        dtype: of the operands; hardware may truncate 16-bit ones.
         rows, columns, device: of the accumulator, which starts at exact zero.
     """
 
     def __init__(self, how: Accumulation, dtype: torch.dtype, rows: int, columns: int, device: torch.device) -> None:
         self._how, self._dtype = how, dtype
         self._smallest = 2.0 ** min_exponent(dtype)
-        # In an undeclared sum of 16-bit operands every rounding may be a truncation. A tensor core's step of L products
-        # then costs (L+1)·2^-24·2^e + 2^-23·|S|; its largest term is not cut, so that γ_n with 2^-23 for u covers it.
+        # In an undeclared sum of 16-bit operands every rounding may truncate. A tensor core's step of L products then
+        # costs (L+1)·2^-24·2^e + 2^-23·|S|; its largest term is not cut, so γ_n with 2^-23 for u covers it.
         wide = dtype in (torch.float32, torch.float64)
         self._unit = U if wide else _TRUNCATED
         self._running = how.declared and not (how.kind == "tensor_core" and wide)
@@ -65,7 +65,7 @@ class Accumulator:
         self._roundings = 0
 
     def radius(self) -> Tensor:
-        """The largest honest distance from `value`: fp64 [R, C], the reference's own error included."""
+        """The largest honest distance from `value`: fp64 [R, C], with the reference's own error."""
         radius = self._radius + self._roundings * _GOLDEN * self._magnitude
         if not self._running:
             radius = radius + gamma(self._roundings, self._unit) * self._magnitude
@@ -116,7 +116,7 @@ class Accumulator:
         self._magnitude += product
 
     def scale(self, s: float) -> None:
-        """Multiply by s, given to the implementation as fp32: one rounding of s and one of the product."""
+        """Multiply by s, fp32 in the implementation: one rounding of s and one of the product."""
         exact = math.frexp(s)[0] in (0.0, 0.5, -0.5)
         loss = 0.0 if exact else 2 * U * (1 + U)
         self._roundings += 0 if exact else 2
@@ -147,14 +147,13 @@ class Accumulator:
 
         tensor_core: (L+1)·2^-F·2^(e_t) + 2^-23·|S_t| with L products a step, F fraction bits and e_t the largest
         exponent among the step's products and the accumulator: each of the L+1 aligned terms is cut below 2^(e_t − F),
-        then the sum is cut to fp32. Subnormal and zero operands are aligned by the format's smallest exponent.
+        then the sum to fp32. Subnormal and zero operands are aligned by the format's smallest exponent.
 
         fp32_blocks: γ_L·|P||Q| for the sums inside blocks of L, and u·|S_t| for every addition of a block.
 
-        The implementation's S_t differs from the exact one by at most the radius so far. That radius is bounded in
-        advance: r ≤ r_0 + c·(M + r) with M ≥ Σ|terms| and c ≥ the relative cost of all steps, hence
-        r ≤ (r_0 + c·M) / (1 − c). Every |S_t| below is widened by it, which covers all second-order terms and lets
-        the steps be evaluated together.
+        The implementation's S_t differs from the exact one by at most the radius so far, bounded in advance: r ≤ r_0 +
+        c·(M + r) with M ≥ Σ|terms| and c ≥ the relative cost of all steps, hence r ≤ (r_0 + c·M) / (1 − c). Every |S_t|
+        is widened by it, which covers all second-order terms and lets the steps be evaluated together.
         """
         tensor_core = self._how.kind == "tensor_core"
         if tensor_core:
@@ -184,7 +183,6 @@ class Accumulator:
 
 
 def _reach(x: Tensor, radius: Tensor | None) -> Tensor:
-    """The largest magnitude that x may have."""
     return x.abs() if radius is None else x.abs() + radius
 
 
@@ -229,7 +227,7 @@ def _running_cost(
 
 
 def _in_steps(P: Tensor, Q: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """[R, n] and [n, C] -> [T, R, step] and [T, step, C], the last step filled with zeros."""
+    """[R, n] and [n, C] -> [T, R, step] and [T, step, C], padded with zeros."""
     missing = -P.shape[1] % step
     P = torch.nn.functional.pad(P, (0, missing)).contiguous()
     Q = torch.nn.functional.pad(Q, (0, 0, 0, missing)).contiguous()

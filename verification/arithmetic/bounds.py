@@ -1,13 +1,13 @@
-"""Every threshold of the gate: which values of each output an honest implementation can produce.
+"""The gate's thresholds: values of each output that an honest implementation can produce.
 
-The reference gives each quantity's exact value q from operands at their *centres*; `accumulation` bounds by e how far
-an fp32 accumulator can be from q. What is then rounded by R has the centre R(q) and the radius
+The reference gives each quantity's exact value q from operands at their *centres*; an fp32 accumulator is within e of
+q. Rounded by R, it has the centre R(q) and the radius
 
     ρ(q, e) = max(|R(q + e) − R(q)|, |R(q − e) − R(q)|)
 
 and enters later formulas with both. An output is accepted in [R(q − e), R(q + e)]; R is monotonic, so nothing honest
-lies outside. Where a value that enters later formulas may or may not overflow as it is rounded, what depends on it is
-undecided. Nothing here is calibrated against an implementation.
+lies outside. What depends on a value that may or may not overflow in its rounding is undecided. Nothing is calibrated
+against an implementation.
 """
 
 from __future__ import annotations
@@ -42,14 +42,12 @@ def intervals(
     points: RoundingPoints,
     accumulation: Accumulation,
 ) -> dict[str, Interval]:
-    """Accepted intervals of the output and of every gradient that the problem has.
+    """Accepted intervals of the output and of every gradient.
 
     Args:
-        problem: the operands.
-        fwd, bwd: the reference's passes under the same `points`; without `bwd`, only "Y" is returned.
-        grad_out: dOut, the gradient of the output.
-        points: declared rounding points.
-        accumulation: declared accumulation.
+        fwd, bwd: the reference's passes under `points`; without `bwd`, only "Y" is returned.
+        grad_out: dOut.
+        points, accumulation: declared.
 
     Returns:
         From "Y", "dX", "dA", "dB", "dbias", "dgates" to intervals in the caller's layout, on the problem's device.
@@ -59,15 +57,15 @@ def intervals(
 
 
 class Propagation:
-    """Walks one call in the order of its data, expert by expert: one decoded weight matrix is alive at a time.
+    """Walks one call, expert by expert: one decoded weight matrix is alive at a time.
 
     Attributes:
         z, v: what Z and V can be, [P, r] in expert order; None without LoRA, V also before `gradients`.
         y: what the rows of Y can be as the gates meet them, [P, N].
         dy: what dY can be; None where it can be one value only, and before `gradients`.
         d: what the rows of D can be; None before `gradients`.
-        undecided: bool, where Z, V, and what becomes of the rows of Y and D, may or may not have overflowed; all in
-            expert order, those without such an element are missing.
+        undecided: bool, where Z, V, and what becomes of the rows of Y and D, may or may not have overflowed; in expert
+            order, absent without such an element.
     """
 
     def __init__(
@@ -96,14 +94,14 @@ class Propagation:
         return accumulator
 
     def adapters(self, e: int) -> tuple[Tensor, Tensor, float]:
-        """A, B and the factor still to be applied to their products, as declared."""
+        """A, B and the factor still to be applied to their products."""
         A, B = self.problem.expert_lora(e)
         if self.points.scaling_in_B:
             return A, self.points.R(self.problem.scaling * B).value, 1.0
         return A, B, self.problem.scaling
 
     def _rounded(self, name: Product, rows: slice, q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Estimate:
-        """Some rows of R(q + δ), |δ| ≤ e, of which later formulas are made."""
+        """Rows of R(q + δ), |δ| ≤ e, for later formulas."""
         found = may_overflow(q, e, dtype)
         if found is not None:
             everywhere = q.new_zeros(self.problem.P, q.shape[1], dtype=torch.bool)
@@ -111,7 +109,7 @@ class Propagation:
         return Estimate(round_to(q, dtype), rho(q, e, dtype))
 
     def _inner(self, name: Product, rows: slice, q: Tensor, e: Tensor) -> Estimate:
-        """Z or V after its rounding point, if it has one."""
+        """Z or V after its rounding point, if any."""
         return self._rounded(name, rows, q, e, self.points.dtype if self.points.z else None)
 
     def _forward(self, e: int, rows: slice) -> None:
@@ -134,7 +132,7 @@ class Propagation:
         low: tuple[Estimate, Tensor, float] | None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Radius of Y or D before its rounding: the base product and LoRA's, brought together as declared."""
+        """Radius of Y or D before its rounding: the base product and LoRA's, joined as declared."""
         P, Q, P_radius = base
         main = self._accumulator(P.shape[0], Q.shape[1])
         inside = self.how.bias_inside and bias is not None
@@ -173,7 +171,6 @@ class Propagation:
         return base.radius + low.radius + 2 * U * (base.reach + low.reach)
 
     def _rows_of_y(self) -> Estimate:
-        """Y as the gates meet it."""
         y = self.fwd.y
         if self.points.gates_before_output:
             return Estimate(y.exact, self.y_error)
@@ -182,7 +179,7 @@ class Propagation:
         return self._rounded("Y", slice(None), y.exact, self.y_error, self.points.dtype)
 
     def output(self) -> dict[str, Interval]:
-        """The caller's output; with gates Σ|g|·r_Y + γ_(g+1)·Σ|g·Y|, a product and g − 1 additions a slot."""
+        """The output; with gates Σ|g|·r_Y + γ_(g+1)·Σ|g·Y|, a product and g − 1 additions a slot."""
         problem, error, undecided = self.problem, self.y_error, self._undecided_rows("Y", "Z")
         if problem.gates is None:
             error = error if problem.grouped_out else self._by_position(error)
@@ -199,7 +196,7 @@ class Propagation:
         return {"Y": self._accept(self.fwd.out, error, self.points.dtype, undecided)}
 
     def _undecided_rows(self, name: Product, inner: Product) -> Tensor | None:
-        """Of Y or D in expert order; what Z or V leave undecided is the whole row."""
+        """Of Y or D in expert order; an undecided Z or V makes the whole row so."""
         rows, low = self.undecided.get(name), self.undecided.get(inner)
         if low is None:
             return rows
@@ -208,7 +205,7 @@ class Propagation:
         return low if rows is None else low | rows
 
     def _undecided_ranks(self, inner: Product) -> Tensor | None:
-        """[E·r], of dA or dB: what Z or V leave undecided in any row of the expert."""
+        """[E·r], of dA or dB: undecided in any of the expert's rows of Z or V."""
         low, r = self.undecided.get(inner), self.problem.rank
         if low is None:
             return None
@@ -218,7 +215,7 @@ class Propagation:
         return found
 
     def gradients(self, bwd: Backward) -> dict[str, Interval]:
-        """Every gradient that the problem has."""
+        """Every gradient."""
         problem, points = self.problem, self.points
         self.dy, results = self._split(bwd)
         dy = Estimate(bwd.dy.value, torch.zeros_like(bwd.dy.value)) if self.dy is None else self.dy
@@ -253,10 +250,10 @@ class Propagation:
     def _split(self, bwd: Backward) -> tuple[Estimate | None, dict[str, Interval]]:
         """dY, None if known exactly, and with gates their gradient: Σ|dOut|·r_Y + γ_(N+1)·Σ|Y·dOut|.
 
-        A gate and dOut of 16 bits have 22 significant bits together at most, so fp32 holds their product, and R rounds
-        it once: dY is the same for everyone. Beyond fp32's range no less. A product of bf16 that has bits below 2^-149
-        is at most 255²·2^-150, under half of bf16's smallest number: 0 with fp32 in between as without; from 2^128 on,
-        both are infinite. Where R is the identity, a gate may meet dOut sooner or later: ±u·|g·dOut|.
+        A gate and dOut of 16 bits have at most 22 significant bits together, so fp32 holds their product, and R rounds
+        it once: dY is the same for everyone, also beyond fp32's range. A product of bf16 with bits below 2^-149 is at
+        most 255²·2^-150, under half of bf16's smallest number: 0 with or without fp32 in between; from 2^128 on, both
+        are infinite. Where R is the identity, a gate may meet dOut sooner or later: ±u·|g·dOut|.
         """
         problem, exact = self.problem, bwd.dy.exact
         if problem.gates is None or bwd.dgates is None:
@@ -274,7 +271,7 @@ class Propagation:
     def _backward(
         self, e: int, rows: slice, dy: Estimate, bwd: Backward, d_error: Tensor, errors: dict[str, Tensor | None]
     ) -> None:
-        """V, D and the parameters of one expert; its share of `d_error` and `errors` is filled."""
+        """V, D and the parameters of one expert; fills its share of `d_error` and `errors`."""
         problem, x = self.problem, self.x[rows]
         dbias, dA, dB = errors["dbias"], errors["dA"], errors["dB"]
         n = dy.centre.shape[0]
@@ -299,9 +296,9 @@ class Propagation:
         d_error[rows] = self._chain("D", rows, (dy.centre, problem.expert_weight(e).T, dy.radius), low)
 
     def _sum_over_fan_out(self, d: Estimate) -> Tensor:
-        """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where there is something to add up and round.
+        """Radius of dX before its rounding: Σ_slots r_D, and k·u·Σ|D| where sums round.
 
-        Rows in 16 bits are multiples of their finest spacing. Where Σ|D| is below 2^24 of it, fp32 holds every sum.
+        Rows in 16 bits are multiples of their finest spacing; where Σ|D| is below 2^24 of it, fp32 sums are exact.
         """
         problem, dtype = self.problem, self.points.dtype
         if problem.grouped_in or problem.k == 1:
@@ -318,13 +315,12 @@ class Propagation:
         return radius + rounding
 
     def _by_position(self, rows: Tensor) -> Tensor:
-        """From expert order to position order."""
         scattered = torch.empty_like(rows)
         scattered[self.problem.row_positions()] = rows
         return scattered
 
     def _stored(self, parameter: Tensor) -> torch.dtype | None:
-        """The dtype that a parameter's gradient is rounded to; None where that is fp32 or where nothing is rounded."""
+        """The dtype that a parameter's gradient is rounded to; None for fp32 or no rounding."""
         narrow = parameter.dtype in (torch.bfloat16, torch.float16)
         return parameter.dtype if narrow and self.points.dtype is not None else None
 

@@ -12,11 +12,11 @@ from mxref.rounding import round_to
 
 @dataclass(frozen=True)
 class Interval:
-    """What is accepted for one output: low ≤ got ≤ high, elementwise; all fp64 in the caller's layout.
+    """What is accepted for one output, elementwise: low ≤ got ≤ high; fp64 in the caller's layout.
 
-    exact: the reference before the output's own rounding. Where it is NaN or infinite the class decides, not the ends.
-    radius: how far an honest implementation can be from `exact` before that rounding; None where equality is asked for.
-    undecided: bool, elements for which every result is honest, see `may_overflow`; None for no such element.
+    exact: the reference before the output's own rounding; where it is NaN or infinite the class decides.
+    radius: the largest honest distance from `exact` before that rounding; None for equality.
+    undecided: bool, elements for which every result is honest, see `may_overflow`; None for none.
     """
 
     low: Tensor
@@ -41,7 +41,7 @@ def rho(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor:
 def may_overflow(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """Where R(q + δ), |δ| ≤ e, is finite for some δ and infinite for others, of a finite q; None for nowhere.
 
-    Where R is the identity, fp32's range counts. What follows from such a value can be finite, infinite or NaN.
+    Where R is the identity, fp32's range counts.
     """
     dtype, magnitude = dtype or torch.float32, q.abs()
     near = torch.isfinite(q) & (magnitude + e > torch.finfo(dtype).max)
@@ -54,14 +54,14 @@ def may_overflow(q: Tensor, e: Tensor, dtype: torch.dtype | None) -> Tensor | No
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity known up to a radius: centre and radius, fp64, one shape."""
+    """Centre and radius, fp64, of one shape."""
 
     centre: Tensor
     radius: Tensor
 
     @classmethod
     def zeros_like(cls, x: Tensor) -> Estimate:
-        """Nothing yet, to be filled by `set`."""
+        """Zeros, to be filled by `set`."""
         return cls(torch.zeros_like(x), torch.zeros_like(x))
 
     def set(self, index: slice, part: Estimate) -> None:
@@ -70,7 +70,7 @@ class Estimate:
 
     @property
     def reach(self) -> Tensor:
-        """The largest magnitude that it may have."""
+        """The largest possible magnitude."""
         return self.centre.abs() + self.radius
 
     def __getitem__(self, index: slice | Tensor) -> Estimate:

@@ -1,4 +1,4 @@
-"""How far a result is from the truth, in the result's own units. No thresholds here: see `bounds`."""
+"""A result's distance from the truth in its own units; thresholds are in `bounds`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def pow2_floor(x: Tensor) -> Tensor:
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Spacing of `dtype`'s numbers at |x|: 2^(⌊log2 |x|⌋ − p + 1), p significant bits, not below the subnormal spacing.
 
-    This is the distance from a representable x to the next one away from zero (`numpy.spacing`); between two
-    representable numbers it is their distance. Beyond the largest finite number it stays at that number's spacing.
+    As `numpy.spacing`: the distance from a representable x to the next one away from zero. Beyond the largest finite
+    number it stays at that number's spacing.
 
     Args:
         x: fp64, any shape.
@@ -38,15 +38,15 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ulp_error(got: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Signed error in units of `dtype`'s spacing at the exact value: (got − exact) / ulp(exact).
+    """Signed error in `dtype`'s spacing at the exact value: (got − exact) / ulp(exact).
 
-    A correctly rounded result lies within ±0.5. Equal infinities and a NaN for a NaN are no error; a NaN or an infinity
-    on one side alone is an infinite one.
+    Correct rounding is within ±0.5. Equal infinities and a NaN for a NaN are no error; a NaN or an infinity on one side
+    alone is an infinite one.
 
     Args:
         got: any floating dtype.
         exact: fp64, the same shape.
-        dtype: the format whose spacing counts, normally that of `got`.
+        dtype: normally that of `got`.
 
     Returns:
         fp64, the same shape.
@@ -59,14 +59,14 @@ def ulp_error(got: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rms(x: Tensor) -> float:
-    """Root of the mean square over all elements; 0 for no elements."""
+    """Root mean square; 0 for no elements."""
     return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
 
 
 def ratio_statistics(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of got / exact over the elements where that is finite; (1, 0) where there are none.
+    """Mean and standard deviation of got / exact where that is finite; (1, 0) where nowhere.
 
-    A spread alone says little: a uniform factor of two has none, nor has any number of dropped rows.
+    A spread alone says little: a uniform factor of two or dropped rows have none.
     """
     ratios = got.double() / exact
     ratios = ratios[torch.isfinite(ratios)]

@@ -1,4 +1,4 @@
-"""The bytes of tensors, whatever their strides: which they are, whether two share some or hold the same values."""
+"""Bytes of tensors of any strides: which, whether two share some or hold the same values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor
 def bytes_of(x: Tensor) -> Tensor:
     """The bytes of each element in C order: uint8 [*x.shape, bytes an element], of `x` itself where it is contiguous.
 
-    A tensor of one row, column or element counts as contiguous whatever its strides there, and torch sees bytes only
-    behind a stride of 1.
+    Dimensions of size one are contiguous with any stride, but torch views bytes only behind a stride of 1.
     """
     ordered = x.detach().contiguous()
     if not x.numel():
@@ -19,12 +18,12 @@ def bytes_of(x: Tensor) -> Tensor:
 
 
 def hold_the_same(x: Tensor, other: Tensor) -> bool:
-    """Whether the values are, where NaN is NaN."""
+    """Whether values are equal, NaN to NaN."""
     return torch.equal(x, other) or bool(((x == other) | (x.isnan() & other.isnan())).all())
 
 
 def share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether some element of one lies where some element of the other does, as far as they have memory."""
+    """Whether some elements of both, if they have memory, overlap."""
     if a.is_meta or b.is_meta:
         return False
     (first, last), (start, stop) = _extent(a), _extent(b)
@@ -35,7 +34,7 @@ def share_elements(a: Tensor, b: Tensor) -> bool:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and behind the last one."""
+    """Addresses of the first byte and behind the last."""
     size = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
     return x.data_ptr(), x.data_ptr() + size * x.element_size()
 

@@ -1,8 +1,8 @@
-"""What the statistical and behavioural guards decide by, each number with its derivation; intervals are in `bounds`.
+"""Thresholds of the statistical and behavioural guards, with derivations; intervals are in `bounds`.
 
-Drift is a mean relative error: an implementation's rounding errors average out over a stratum, a wrong factor does not.
-A fitted slope β with standard error SE fails if |β| > z·SE + b. SE and z come from the errors that honest arithmetic
-makes at random, b from those that it makes in one direction.
+Drift is a mean relative error: rounding errors average out over a stratum, a wrong factor does not. A fitted slope β
+with standard error SE fails if |β| > z·SE + b. SE and z come from honest arithmetic's random errors, b from its
+directed ones.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ The fp64 reference of 2^13 terms summed in another order, as a CPU does, moves b
 def critical_z(strata: int, alpha: float = ALPHA) -> float:
     """Two-sided quantile Φ⁻¹(1 − α/2G) for G slopes judged in one run (Bonferroni: whatever their dependence).
 
-    A rounding error is bounded, and a sum of bounded uniform errors has lighter tails than the normal law: α is kept.
+    Sums of bounded uniform errors have lighter tails than the normal law: α is kept.
     """
     return NormalDist().inv_cdf(1 - alpha / (2 * max(1, strata)))
 
@@ -64,11 +64,11 @@ FEW = 3
 
 
 def residual_variance(ulp: Tensor, radius: Tensor, rounding: Tensor | float = UNIFORM) -> Tensor:
-    """Largest honest variance of an output's residual: its rounding's plus its accumulation's; fp64, elementwise.
+    """Largest honest variance of an output's residual, of rounding and accumulation; fp64, elementwise.
 
     Args:
         ulp: h, spacing of the output's format at each element.
-        radius: how far the accumulator can be from the exact value; its standard deviation is at most that.
+        radius: of the accumulator, at least its standard deviation.
         rounding: variance of the rounding in units of h², one of UNIFORM, ON_A_GRID, ANY for each element.
     """
     return ulp.square() * rounding + radius.square()
@@ -77,9 +77,9 @@ def residual_variance(ulp: Tensor, radius: Tensor, rounding: Tensor | float = UN
 def copies(exact: Tensor) -> Tensor:
     """How many elements have each element's value up to its sign and a power of two; fp64, elementwise.
 
-    They come from the same operands, as of rows that occur several times or of an operand expanded from one column, and
-    have the same error in units of their own: n of them are one draw. With n times the variance each, they weigh as
-    one. Values count as equal up to 2^-40: fp64 sums of the same terms in another order.
+    They come from the same operands (repeated rows, an operand expanded from one column) and have the same relative
+    error: n of them are one draw and, with n times the variance each, weigh as one. Values are equal up to 2^-40: fp64
+    sums of the same terms in another order.
     """
     mantissa: Tensor = torch.frexp(exact).mantissa.abs()
     _, which, count = torch.unique((mantissa * 2.0**40).round(), return_inverse=True, return_counts=True)
@@ -88,21 +88,21 @@ def copies(exact: Tensor) -> Tensor:
 
 
 def rounding_pull(dtype: torch.dtype) -> float:
-    """Largest slope that rounding to `dtype` alone produces: 2^-2p / 3 for p significant bits; 0 for fp32.
+    """Largest slope of rounding to `dtype` alone: 2^-2p / 3 for p significant bits; 0 for fp32.
 
-    Where a density f falls, more values are rounded away from its peak than towards it: the mean error in a cell of
-    width h is −h²/12·f'/f, for a normal law +h²/12·y/σ² (Sheppard's correction). Weighted by 1/h², the slope is
-    E[y²/σ²] / (12·E[y²/h²]), and |y|/h ≥ 2^(p−1).
+    Where a density f falls, more values round away from its peak than towards it: the mean error in a cell of width h
+    is −h²/12·f'/f, for a normal law +h²/12·y/σ² (Sheppard's correction). Weighted by 1/h², the slope is E[y²/σ²] /
+    (12·E[y²/h²]), and |y|/h ≥ 2^(p−1).
     """
     return 2.0 ** (-2 * precision_bits(dtype)) / 3 if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def directed_loss(how: Accumulation, dtype: torch.dtype, terms: int, resident: bool = False) -> float:
-    """Largest slope that truncation produces in a sum of `terms` products; 0 for accumulators that round to nearest.
+    """Largest slope of truncation in a sum of `terms` products; 0 for accumulators that round to nearest.
 
-    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32), always towards zero. What grows evenly
-    over T steps has t/T of itself in the accumulator at step t, hence (T + 1)/2 such losses; what was there before the
-    first step (`resident`) has T of them. An undeclared sum of 16-bit operands may be any tensor core's: steps of 8.
+    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32), towards zero. What grows evenly over T
+    steps is t/T of itself at step t: (T + 1)/2 such losses; what was there before (`resident`) has T. An undeclared sum
+    of 16-bit operands may be any tensor core's: steps of 8.
     """
     if how.kind == "fp32_blocks" or (how.kind == "undeclared" and dtype not in (torch.bfloat16, torch.float16)):
         return 0.0

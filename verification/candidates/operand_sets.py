@@ -11,7 +11,7 @@ from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import without
 from mxref.weights import MXWeights, decode_mxfp4
 
-SETS = "abcdef"
+SETS = "abcdefg"
 """Those that occur in any order; the others are variants of a, told by what they differ in."""
 CHANGED = (
     "lora_A", "lora_B", "inputs", "gates", "expert_biases", "packed", "scales", "expert_weights",
@@ -19,32 +19,36 @@ CHANGED = (
 )  # fmt: skip
 """What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
 CHANGES = "in place", "in place, through .data", ".data is another tensor"
-"""How: as autograd counts it, behind its back in the same memory, or in other memory."""
+"""How: as autograd counts it, behind its back in the same memory, or in other memory, where a matrix is transposed."""
 _TURNED = ("inputs", "lora_A", "gates", "grad_out")
 """Operands whose signs b has otherwise than a."""
+
+
+class _Subclass(Tensor):
+    """Tensors as libraries mark theirs."""
 
 
 def operand_sets(sample: Sample) -> dict[str, Sample]:
     """The sets by name, for an integer fixture of at least four tokens, its rows of x by token.
 
     a: the sample. b: the same shapes with other signs, another scaling and, without gates, another order of rows.
-    c: the first tokens of a alone, whose rows of x lie where those of a do. d: a with other signs. e, f: a where its
-    operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have other
-    strides, but for packed bytes, which are contiguous.
+    c, g: the first and the last tokens of a alone, whose rows of x lie where those of a do. d: a with other signs.
+    e, f: a where its operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have
+    other strides, but for packed bytes, which are contiguous.
 
     Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters; neither
-    biases nor gates; x row by row, by position, and in expert order, which has the same shape.
+    biases nor gates; x row by row, by position, and in expert order, which has the same shape; all operands in one
+    storage, as a framework's flat buffer; numbers as negatives that torch has not resolved yet.
     """
     a = sample.mapped(lambda _, x: x.clone())
     b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))
     order = sample.problem.gates is None and not sample.problem.grouped_out
     b = b.changed(scaling=-2 * sample.problem.scaling, grouped_out=order)
-    first = torch.arange(sample.case.tokens // 2, device=sample.problem.device)
-    c = without(a, first)
-    c = c.changed(inputs=a.problem.inputs[: c.problem.inputs.shape[0]])
+    halves = torch.arange(sample.case.tokens, device=sample.problem.device).chunk(2)
+    c, g = (without(a, tokens).changed(inputs=x) for tokens, x in zip(halves, a.problem.inputs.chunk(2), strict=True))
     e = a.mapped(lambda _, x: lay_out(x, "offset"))
     f = a.mapped(lambda _, x: lay_out(x, "contiguous" if x.dtype == torch.uint8 else "transposed"))
-    return dict(zip(SETS, (a, b, c, d, e, f), strict=True)) | _variants(a)
+    return dict(zip(SETS, (a, b, c, d, e, f, g), strict=True)) | _variants(a)
 
 
 def _variants(a: Sample) -> dict[str, Sample]:
@@ -56,6 +60,9 @@ def _variants(a: Sample) -> dict[str, Sample]:
         "int32": a.changed(**{name: getattr(problem, name).int() for name in names}),
         "no adapters": a.changed(lora_A=None, lora_B=None),
         "row by row": a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1),
+        "one storage": _in_one_storage(a),
+        "a subclass": a.mapped(lambda _, x: x.clone().as_subclass(_Subclass)),
+        "unresolved negatives": a.mapped(lambda _, x: torch._neg_view(-x) if x.is_floating_point() else x),
         "in expert order": a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True),
     }
     if isinstance(weights, MXWeights):
@@ -64,6 +71,15 @@ def _variants(a: Sample) -> dict[str, Sample]:
         dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
     return found
+
+
+def _in_one_storage(sample: Sample) -> Sample:
+    """The sample's tensors one behind the other, each from a multiple of 16 bytes on."""
+    sizes: dict[str, int] = {}
+    sample.mapped(lambda name, x: (sizes.update({name: -(-x.nbytes // 16) * 16}), x)[1])
+    storage = sample.grad_out.new_empty(sum(sizes.values()), dtype=torch.uint8)
+    places = iter(torch.split(storage, list(sizes.values())))
+    return sample.mapped(lambda _, x: next(places)[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
 
 
 def changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ _CODES = len(E2M1_VALUES)
 _EXPERTS = 2  # among which the 16 blocks are dealt: K = N = 256 costs a kernel least
 _BYTES_AT_ONCE = 4  # bounds the size of one non-finite sample; only fp16 has more bytes
 _NAN_BYTE = 255
+_ROWS = 17  # of an expert beside what is not finite: more than a small tile has
 _LARGE = 2.0**126
 """Times the code 6 beyond fp32, and under bytes below 127 not."""
 
@@ -50,7 +51,10 @@ def element_cases_with_options(dtype: torch.dtype) -> list[Case]:
     """
     every = [replace(case, use_fused_dX=True, use_fused_gather=True) for case in element_cases(dtype)]
     cases = [replace(every[0], name=f"{every[0].name}, fused")]
-    cases += [replace(case, name=f"{case.name}, everything", rank=4, bias=True, gate_slots=1) for case in every]
+    for case in every:  # several rows an expert, as what decodes once for all of them has
+        tokens = _ROWS * _CODES if case.data == "nonfinite" else case.tokens
+        everything = replace(case, name=f"{case.name}, everything", rank=4, bias=True, gate_slots=1, tokens=tokens)
+        cases.append(everything)
     if dtype != torch.float16:
         large = replace(elements_to_128(dtype), scale_bytes=tuple(range(127)), special="large partners")
         cases.append(replace(large, name=f"bytes below 127 times 2^126, {_name(dtype)}"))
@@ -151,7 +155,7 @@ def _one_hot(case: Case) -> Sample:
 
 
 def _nonfinite(case: Case) -> Sample:
-    """Non-finite bytes on a diagonal of codes, or byte 255 alone with one code everywhere; a row of ones an expert."""
+    """Non-finite bytes on a diagonal of codes, or byte 255 alone with one code everywhere; rows of ones."""
     code = torch.arange(_CODES, dtype=torch.uint8)[:, None, None]
     if len(case.scale_bytes) == 1:
         codes = code.expand(-1, case.N, case.K)
@@ -161,9 +165,10 @@ def _nonfinite(case: Case) -> Sample:
         blocks = torch.full((len(case.scale_bytes),) * 2, E8M0_BIAS, dtype=torch.uint8)
         blocks.diagonal().copy_(torch.tensor(case.scale_bytes, dtype=torch.uint8))
         scales = blocks.repeat_interleave(MX_BLOCK_SIZE, 0).expand(_CODES, -1, -1).contiguous()
-    ones = torch.ones(_CODES, case.K, dtype=case.dtype)
+    ones = torch.ones(case.tokens, case.K, dtype=case.dtype)
     weights = MXWeights(pack_codes(codes), scales, case.K, case.N)
-    return _sample(case, weights, ones, ones.clone(), torch.arange(_CODES)[:, None])
+    experts = torch.arange(_CODES).repeat_interleave(case.tokens // _CODES)
+    return _sample(case, weights, ones, ones.clone(), experts[:, None])
 
 
 def _weights(bytes_: Tensor) -> MXWeights:

@@ -75,7 +75,7 @@ def rounded(case: Case) -> Case:
         name=f"{case.name}, rounded",
         data="rounded",
         experts=min(case.experts, _MOST_EXPERTS),
-        tokens=max(case.tokens, _FEWEST_TOKENS),
+        tokens=case.tokens if case.tokens == 1 else max(case.tokens, _FEWEST_TOKENS),
         routing="sentinels" if case.routing == "all_sentinels" else case.routing,
         scaling=scaling,
         special="",

@@ -142,9 +142,9 @@ def _not_finite(sample: Sample) -> Sample:
     if kind == "nan row, zero dOut":
         return sample.changed(_without_middle(sample), inputs=_not_finite_rows(problem.inputs, kind))
     if kind in ("nan row", "inf row"):
-        return sample.changed(inputs=_not_finite_rows(problem.inputs, kind))
+        return _beside_zeros(sample.changed(inputs=_not_finite_rows(problem.inputs, kind)))
     if kind in ("nan dOut", "inf dOut"):
-        return sample.changed(_not_finite_rows(sample.grad_out, kind))
+        return _beside_zeros(sample.changed(_not_finite_rows(sample.grad_out, kind)))
     if kind == "nan expert":
         weights = problem.expert_weights
         assert isinstance(weights, MXWeights)
@@ -152,6 +152,15 @@ def _not_finite(sample: Sample) -> Sample:
         scales[-1, -1, (problem.K - 1) // MX_BLOCK_SIZE] = 255
         return sample.changed(expert_weights=MXWeights(weights.packed, scales, weights.K, weights.N))
     return _nan_in_remote_rows(sample) if kind == "nan remote" else sample
+
+
+def _beside_zeros(sample: Sample) -> Sample:
+    """The sample with a block of zeros where the first column of x meets that of dOut: 0 · ∞ is NaN there."""
+    weights = sample.problem.expert_weights
+    assert isinstance(weights, MXWeights)
+    packed = weights.packed.clone()
+    packed[:, 0, : MX_BLOCK_SIZE // 2] = 0
+    return sample.changed(expert_weights=replace(weights, packed=packed))
 
 
 def _not_finite_rows(x: Tensor, kind: str) -> Tensor:

@@ -34,7 +34,7 @@ _LONG_K = Case("integer, K beyond 8192", 1, 8224, 32, 6, 2, 128, _BF16, data="in
 _LONG_N = Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 128, _FP16, data="integer", scaling=0.5, gate_slots=2,
                routing="sentinels")  # fmt: skip
 _BEYOND_STAND_INS = (
-    replace(_ROWS, routing="one_expert"),
+    replace(_ROWS, name="integer, more than 2^16 rows of one expert", routing="one_expert", dtype=_FP16),
     replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=3, routing="sentinels"),
     replace(_GATES, gate_exponent=20),
     _LONG_K,

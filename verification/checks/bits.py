@@ -18,7 +18,7 @@ from mxref.verification.checks.values import equal, inside_intervals
 
 
 def same_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """Every answer that is to be like another one has its bits: one finding a case and tensor, a failure if any."""
+    """Every answer that is to be like another has its bits: one finding a case and tensor."""
     findings: dict[tuple[str, str], Finding] = {}
     for answer in answers:
         case = name_of(answer, expected.sample)
@@ -36,7 +36,7 @@ def same_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]
 
 
 def same_values(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """The same with −0 equal to 0: answers beside the golden model's."""
+    """The same with −0 equal to 0, against the golden model's answers."""
     positive = [
         replace(answer, outputs={name: None if x is None else x + 0.0 for name, x in answer.outputs.items()})
         for answer in answers
@@ -45,7 +45,7 @@ def same_values(answers: Sequence[Answer], expected: Expectation) -> list[Findin
 
 
 def a_configuration(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """Every pinned configuration computes the sample right, and dispatch on its own gives the bits of one of them."""
+    """Every pinned configuration computes the sample right, and dispatch gives the bits of one of them."""
     if not answers:
         return []
     chosen, *pinned = answers
@@ -63,7 +63,6 @@ def a_configuration(answers: Sequence[Answer], expected: Expectation) -> list[Fi
 def _compare(
     case: str, expected: Outputs, got: Outputs, circumstance: str, sample: Sample | None = None
 ) -> list[Finding]:
-    """One finding a tensor: whether both runs gave the same bits."""
     findings = []
     for tensor, x in expected.items():
         again = got.get(tensor)
@@ -93,7 +92,7 @@ def _compare(
 
 
 def _common(different: Tensor, got: Tensor, expected: Tensor, axes: Sequence[Axis]) -> tuple[str, ...]:
-    """What the elements that differ have in common, if their axes are known and whole."""
+    """What differing elements have in common, if their axes are known and whole."""
     whole = len(axes) == different.ndim and all(
         group.numel() == size for axis, size in zip(axes, different.shape, strict=True) for _, group in axis.groups
     )

@@ -1,4 +1,4 @@
-"""What a check is: its name and reason, who is asked what, and how answers are compared."""
+"""A check: name and reason, who is asked what, and how answers are compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Asked(StrEnum):
 
 
 class OwnCase(Protocol):
-    """A case of another kind, which only this project's kernels are asked about; its sample is known to its check."""
+    """A case of another kind, for this project's kernels alone; its check knows its sample."""
 
     @property
     def name(self) -> str:
@@ -44,12 +44,10 @@ class Check:
     """One check.
 
     Attributes:
-        name: unique, in words.
-        why: what it sees that others do not, for a reader who meets it for the first time.
-        asked: who is asked.
-        cases: what is asked about.
-        ask: how a candidate is run for it; checks with the same `ask` and `cases` share the run.
-        compare: answers and an expectation (the sample, if the case is no Case) -> findings, without the check's name.
+        name: unique.
+        why: what it sees that others do not, for a new reader.
+        ask: how a candidate is run; checks with the same `ask` and `cases` share the run.
+        compare: answers and an expectation (of an OwnCase the sample) -> findings, without the check's name.
     """
 
     name: str
@@ -60,7 +58,7 @@ class Check:
     compare: Callable[[Sequence[Answer], Any], list[Finding]] = lambda answers, expected: []
 
     def is_for(self, own: bool, device: torch.device) -> bool:
-        """Whether a candidate is asked on a device; `own`: it is this project's kernels."""
+        """Whether a candidate is asked on a device; `own`: this project's kernels."""
         return {
             Asked.ANY: True,
             Asked.OWN: own,

@@ -1,8 +1,8 @@
-"""Drift: errors too small for any one element to show, seen by their mean over many.
+"""Drift: errors too small to show in one element, seen by their mean over many.
 
-Slopes of the residual ŷ − R(y) on the base term, on LoRA's and on their sum are fitted by expert and column tile. The
-base and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on the
-sum, and in slopes fitted apart, but stands out in its own.
+Slopes of the residual ŷ − R(y) on the base term, on LoRA's and on their sum are fitted by expert and column tile. Base
+and LoRA terms are fitted jointly: where both weigh alike, a factor on LoRA's alone disappears in a slope on the sum and
+in slopes fitted apart.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mxref.verification.checks.strata import bounded, groups
 
 _BASE, _LORA, _TOTAL = range(3)
 _TERM = ("the base term", "LoRA's term", "the whole")
-_SPREAD, _TOLERANCE = 0.5, 1e-2  # of criteria that are only reported: nothing is decided by them
+_SPREAD, _TOLERANCE = 0.5, 1e-2  # of criteria that are only reported
 
 
 def no_drift(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """No stratum's mean relative error is larger than honest arithmetic makes it, in Y, dX, dA and dB.
+    """No stratum's mean relative error in Y, dX, dA and dB exceeds that of honest arithmetic.
 
-    The sample must be ordinary data, no integer fixture: rounding errors must be there to average out. An output that
-    cannot be compared at all is `inside_intervals`' finding.
+    The sample must be no integer fixture: rounding errors must average out. An output that cannot be compared is left
+    to `inside_intervals`.
     """
 
     def judge(case: str, tensor: str, got: Tensor, interval: Interval) -> Finding | None:
@@ -47,9 +47,9 @@ def no_drift(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Slopes on the base term, on LoRA's and on their sum: β, its standard error, and the b that arithmetic explains.
+    """Slopes on the base term, on LoRA's and on their sum: β, standard error, and the b that arithmetic explains.
 
-    All fp64 [G, T+1, 3] on the CPU; NaN where a slope was not fitted.
+    fp64 [G, T+1, 3] on the CPU; NaN where not fitted.
     """
 
     groups: list[str]
@@ -60,11 +60,11 @@ class _Fit:
     skipped: int  # strata without a joint fit
 
     def excess(self) -> Tensor:
-        """(|β| − b) / SE, to be held against z; −inf where nothing was fitted."""
+        """(|β| − b) / SE; −inf where nothing was fitted."""
         return ((self.slope.abs() - self.loss) / self.error).nan_to_num(nan=-math.inf, posinf=math.inf)
 
     def resolution(self, critical: float, term: int) -> float | None:
-        """A uniform slope that stays visible in the whole tensor whatever the noise: twice z·SE + b."""
+        """A uniform slope visible in the whole tensor in any noise: twice z·SE + b."""
         smallest = 2 * (critical * self.error[-1, -1, term] + self.loss[-1, -1, term])
         return float(smallest) if torch.isfinite(smallest) else None
 
@@ -76,7 +76,7 @@ class _Fit:
         return DriftMap(case, tensor, self.groups, self.columns, strongest, critical, log2_ratio)
 
     def describe(self, where: tuple[int, int, int]) -> str:
-        """One slope in words, named after the bug that it looks like."""
+        """One slope in words, named after a likely bug."""
         group, tile, term = where
         factor, spread = 1 + float(self.slope[where]), float(self.error[where])
         place = f"{self.groups[group]}, {self.columns[tile]}"
@@ -121,7 +121,7 @@ def _finding(case: str, tensor: str, got: Tensor, interval: Interval, fit: _Fit,
 
 
 def _reported(got: Tensor, exact: Tensor) -> dict[str, float | str]:
-    """Two criteria in wide use, for comparison; the spread passes a factor of two and any number of lost rows."""
+    """Two criteria in wide use, for comparison; the spread passes a factor of two and lost rows."""
     mean, spread = ratio_statistics(got, exact)
     within = (got.double() - exact).abs() <= _TOLERANCE * (1 + exact.abs())
     return {
@@ -133,7 +133,7 @@ def _reported(got: Tensor, exact: Tensor) -> dict[str, float | str]:
 
 
 def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
-    """Every stratum's slopes; None for a problem without a routed row."""
+    """Every stratum's slopes; None without a routed row."""
     labels, fits, losses, skipped = [], [], [], 0
     for group in groups(tensor, got, expected):
         labels.append(group.label)
@@ -151,7 +151,7 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
 
 
 def _losses(problem: Problem, tensor: str, rows: int, how: Accumulation) -> tuple[float, float, float]:
-    """b of each slope. LoRA's term has lost along Z or V too, and, if it comes first, all through the base product."""
+    """b of each slope. LoRA's term also loses along Z or V and, if first, all through the base product."""
 
     def lost(terms: int, resident: bool = False) -> float:
         return directed_loss(how, problem.dtype, terms, resident)

@@ -1,4 +1,4 @@
-"""One output held against what is accepted for it, element by element: what the checks of values share."""
+"""An output against what is accepted, element by element: shared by the checks of values."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _HERE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Elementwise result of holding an output against its interval; fp64 but `inside`."""
+    """An output against its interval, elementwise; fp64 but `inside`."""
 
     got: Tensor
     interval: Interval
     inside: Tensor
-    allowed: Tensor  # accepted distance on the side where `got` lies
+    allowed: Tensor  # accepted distance on the side of `got`
     ulps: Tensor
 
     def finding(
         self, case: str, tensor: str, status: Status, reason: str, axes: Sequence[Axis] | None = None
     ) -> Finding:
-        """Largest and RMS error, share of the bound, the first element outside, and what all of those have in common.
+        """Largest and RMS error, share of the bound, the first element outside, and what all those have in common.
 
-        `axes`: of the tensor, see `axes_of`; None where they are not known.
+        `axes`: see `axes_of`; None where unknown.
         """
         exact, elements = self.interval.exact, self.got.numel()
         violations = elements - int(self.inside.sum())
@@ -65,7 +65,7 @@ class Comparison:
         )  # fmt: skip
 
     def sample(self, case: str, tensor: str) -> ErrorSample:
-        """At most 20,000 elements, evenly spaced over the flattened tensor, finite ones only."""
+        """At most 20,000 finite elements, evenly spaced over the flattened tensor."""
         exact = self.interval.exact
         stride = max(1, -(-exact.numel() // _PLOT_POINTS))
 
@@ -90,7 +90,7 @@ class Comparison:
 
 
 def compare(got: Tensor, interval: Interval) -> Comparison:
-    """Hold an output against its interval; where the reference is NaN or infinite the class decides."""
+    """An output against its interval; where the reference is NaN or infinite the class decides."""
     value, exact = got.double(), interval.exact
     interval = stored(interval, got.dtype)
     low, high = interval.low, interval.high
@@ -102,7 +102,7 @@ def compare(got: Tensor, interval: Interval) -> Comparison:
 
 
 def stored(interval: Interval, dtype: torch.dtype) -> Interval:
-    """The interval of a result in a dtype that may be narrower than declared: one more rounding, monotonic."""
+    """The interval of a result in a dtype narrower than declared: one more, monotonic rounding."""
     if dtype not in (torch.bfloat16, torch.float16):
         return interval
     return replace(interval, low=round_to(interval.low, dtype), high=round_to(interval.high, dtype))
@@ -111,9 +111,9 @@ def stored(interval: Interval, dtype: torch.dtype) -> Interval:
 def comparable(
     answer: Answer, expected: Expectation, tensor: str, case: str, interval: Interval | None = None
 ) -> tuple[Tensor, Interval | None] | Finding:
-    """An output and its interval, both reduced to the rows that count; or a finding if it cannot be compared at all.
+    """An output and its interval, reduced to the rows that count; or a finding if it cannot be compared.
 
-    Elements that are undecided are the reference's in the output that is returned.
+    Undecided elements become the reference's.
     """
     shape, dtypes = _form(expected, tensor)
     elements = int(np.prod(shape))
@@ -140,7 +140,7 @@ def comparable(
 
 
 def axes_of(sample: Sample, tensor: str) -> list[Axis]:
-    """The axes of a result: what a row or a column of it is, and which expert's."""
+    """A result's axes: what its rows and columns are, and which expert's."""
     problem, slots = sample.problem, sample.case.gate_slots
     E, r, device = problem.E, problem.rank, problem.device
     order = problem.sorted_expert_idxs.long()
@@ -165,7 +165,7 @@ def axes_of(sample: Sample, tensor: str) -> list[Axis]:
 def each_answer(
     answers: Sequence[Answer], sample: Sample, judge: Callable[[Answer, str], Iterable[Finding]]
 ) -> list[Finding]:
-    """What `judge` finds in each answer, given what its case is called; of one that is an error, that error."""
+    """What `judge` finds in each answer, given its case's name; of an error, the error."""
     findings: list[Finding] = []
     for answer in answers:
         case = name_of(answer, sample)
@@ -176,7 +176,7 @@ def each_answer(
 def each_tensor(
     answers: Sequence[Answer], expected: Expectation, judge: Callable[[str, str, Tensor, Interval], Finding | None]
 ) -> list[Finding]:
-    """What `judge` finds, by case and tensor, in each Y, dX, dA, dB that can be compared with its interval at all."""
+    """What `judge` finds, given case and tensor, in each comparable Y, dX, dA, dB."""
     findings = []
     for answer in answers:
         case = name_of(answer, expected.sample)
@@ -189,12 +189,12 @@ def each_tensor(
 
 
 def name_of(answer: Answer, sample: Sample) -> str:
-    """What the findings about an answer call their case."""
+    """An answer's case as findings name it."""
     return f"{sample.case.name}, {answer.label}" if answer.label else sample.case.name
 
 
 def raised(answer: Answer, case: str) -> Finding:
-    """What a candidate raised, as a finding; `NotCovered` means that it declines the case."""
+    """What a candidate raised, as a finding; `NotCovered` declines the case."""
     error = answer.error
     assert error is not None
     if isinstance(error, NotCovered):
@@ -209,7 +209,7 @@ def raised(answer: Answer, case: str) -> Finding:
 
 
 def _trace(error: BaseException) -> str:
-    """The candidate's own traceback: without our frames above it."""
+    """The candidate's traceback, without our frames."""
     told = TracebackException.from_exception(error)
     own = [
         number for number, frame in enumerate(told.stack) if not Path(frame.filename).resolve().is_relative_to(_HERE)
@@ -226,7 +226,7 @@ def unexpected(outputs: Outputs, case: str, expected: Mapping[str, object]) -> l
 
 
 def _form(expected: Expectation, tensor: str) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
-    """Expected shape, and accepted dtypes, the regular one first; on a CPU wider results are accepted too."""
+    """Expected shape, and accepted dtypes, the regular one first; on a CPU also wider ones."""
     sample, problem = expected.sample, expected.sample.problem
     operand: Tensor = problem.inputs if tensor == "Y" else getattr(problem, OPERAND_OF[tensor])
     shape = tuple(sample.grad_out.shape if tensor == "Y" else operand.shape)

@@ -1,4 +1,4 @@
-"""What the golden model says about one sample under one declaration: the costly half of a judgement, computed once."""
+"""The golden model's results for one sample under one declaration, computed once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def slopes_of(case: Case) -> int:
-    """The most slopes that the check for drift can fit to a case: what a run sums up before it judges its first one."""
+    """The most slopes that the check for drift can fit to a case."""
     columns = {"Y": case.N, "dX": case.K} | ({"dA": case.K, "dB": case.N} if case.rank else {})
     per_stratum = {"Y": 3, "dX": 3, "dA": 1, "dB": 1} if case.rank else {"Y": 1, "dX": 1}
     return sum((case.experts + 1) * (-(-columns[t] // TILE) + 1) * per_stratum[t] for t in columns)
@@ -31,12 +31,10 @@ class Expectation:
     """What an honest answer to `sample` can be.
 
     Attributes:
-        sample: what was asked.
-        points: declared rounding points.
-        how: declared accumulation.
-        slopes: that the whole run fits, `slopes_of` summed over its cases; None: only this case is judged.
-        alpha: probability that honest arithmetic shows drift anywhere in that run.
-        asked_on: the candidate's device; None for the sample's, where the reference is computed.
+        points, how: declared rounding points and accumulation.
+        slopes: of the whole run, `slopes_of` summed over its cases; None: of this case alone.
+        alpha: probability that honest arithmetic shows drift in that run.
+        asked_on: the candidate's device; None for the sample's, which is the reference's.
     """
 
     sample: Sample
@@ -68,12 +66,12 @@ class Expectation:
 
     @cached_property
     def accepted(self) -> dict[str, Interval]:
-        """The accepted interval of every tensor that is asked for."""
+        """Accepted intervals of all tensors asked for."""
         return self._asked_for(self._bounds[1])
 
     @property
     def propagation(self) -> Propagation:
-        """How errors travel through the call, to its end."""
+        """Errors propagated through the whole call."""
         return self._bounds[0]
 
     @cached_property
@@ -87,7 +85,7 @@ class Expectation:
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
-        """The results under the declared rounding points: fp64, for every tensor that is asked for."""
+        """The results under the declared rounding points: fp64, of all tensors asked for."""
         fwd, bwd = self.fwd, self.bwd
         named = {
             "Y": fwd.out, "dX": bwd.dx, "dA": bwd.dA, "dB": bwd.dB, "dbias": bwd.dbias, "dgates": bwd.dgates

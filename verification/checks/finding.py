@@ -1,4 +1,4 @@
-"""What a check says: a status, the numbers behind it, and the first element that contradicts the contract."""
+"""A check's finding: status, numbers, and the first element that contradicts the contract."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Status(StrEnum):
     PASS = "pass"
     FAIL = "fail"
     WEAK = "weak pass"  # inside an order-free bound only: the accumulation was not declared
-    WORSE = "worse than baseline"  # right, but less accurate than what was accepted for this architecture
+    WORSE = "worse than baseline"  # right, but less accurate than accepted for this architecture
     NOT_COVERED = "not covered"  # the candidate declined the case (mxref.NotCovered)
 
 
 @dataclass(frozen=True)
 class Counterexample:
-    """The first element outside its interval. `low` and `high` are the accepted ends, both inclusive."""
+    """The first element outside its interval [`low`, `high`]."""
 
     coordinate: tuple[int, ...]
     got: float
@@ -43,7 +43,7 @@ class Counterexample:
 
 @dataclass
 class ErrorSample:
-    """Errors of one tensor, thinned to what a plot needs. All arrays are 1-D, fp64 and of one length.
+    """Errors of one tensor, thinned for plots. All arrays are 1-D, fp64 and of one length.
 
     magnitude: |reference|.  error: got - reference (signed).  bound: the accepted distance on that side of the
     reference.  ulp_error: error in ulp of the tensor's dtype at the reference (signed).
@@ -59,13 +59,12 @@ class ErrorSample:
 
 @dataclass
 class DriftMap:
-    """How significant the fitted drift of one tensor is, stratum by stratum.
+    """Significance of one tensor's drift by stratum.
 
-    case, tensor: what was judged.
-    rows, columns: labels of the strata along both axes; the last of each is all of them together.
-    z: fp64 [rows, columns], the slope of largest |z| in units of its standard error, signed; NaN without a fit.
-    critical: |z| beyond this fails (but for the small loss that truncation is allowed besides).
-    log2_ratio: elements by ⌊log2 |got / reference|⌉, where rounding cannot blur it; honest arithmetic has only 0.
+    rows, columns: labels of the strata; the last of each is all together.
+    z: fp64 [rows, columns], the slope of largest |z| in standard errors, signed; NaN without a fit.
+    critical: |z| beyond this fails (but for truncation's allowed loss).
+    log2_ratio: elements by ⌊log2 |got / reference|⌉, where rounding cannot change it; honest arithmetic has only 0.
     """
 
     case: str
@@ -81,12 +80,11 @@ class DriftMap:
 class Finding:
     """One check's verdict on one tensor of one case.
 
-    Errors in ulp are signed distances to the fp64 reference in units of the tensor's own dtype; `bound_share` is the
-    largest fraction of its own accepted interval that an element used (at most 1 on a pass). All three are None
-    where no element could be compared. `details` holds further finite numbers and words by name, for the report, and
-    `picture` what a plot needs. `id` names the item for `mxref gate --rerun`, `problem` says what a failed one
-    was asked about, `trace` is the candidate's own traceback, `patterns` what its wrong elements have in common,
-    `weights` the packed weights behind the counterexample, in words, where they are few.
+    Errors in ulp are signed distances to the fp64 reference in the tensor's dtype; `bound_share` is the largest
+    fraction of its accepted interval that an element used (at most 1 on a pass). All three are None where no element
+    could be compared. `details` holds further finite numbers and words by name, `picture` what a plot needs. `id` names
+    the item for `mxref gate --rerun`, `problem` is a failed one's, `trace` the candidate's traceback, `patterns` what
+    wrong elements have in common, `weights` the packed weights behind the counterexample, in words, where they are few.
     """
 
     check: str
@@ -110,7 +108,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing contradicts the contract; a case that was declined contradicts nothing."""
+        """Whether nothing contradicts the contract, as in a declined case."""
         return self.status is not Status.FAIL
 
     def __str__(self) -> str:

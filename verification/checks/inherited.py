@@ -1,10 +1,9 @@
-"""What a slope's error is made of: elements' own errors, and those that they inherit.
+"""A slope's error: elements' own errors, and those that they inherit.
 
-Z, V and dY are rounded before the last product, and each reaches many elements of it. An error of one of them is one
-draw. It moves a slope Σ a·residual by what it adds up to along its row, which the last product says exactly:
-(a @ factorᵀ) · error. Where rows of Y or D are rounded to 16 bits before they are summed up, such an error moves a few
-elements by a whole spacing and no other one at all: then a row is taken for one draw. A value that occurs n times, of
-operands expanded from one column, has one error n times over: n are one draw, see `copies`. So are n equal rows.
+Z, V and dY are rounded before the last product, and each reaches many elements of it: its error is one draw, which
+moves a slope Σ a·residual by (a @ factorᵀ) · error. Where rows of Y or D are rounded to 16 bits before they are summed,
+such an error moves a few elements by a whole spacing and no others: then a row is one draw. n equal values of operands
+expanded from one column are one draw, see `copies`, and so are n equal rows.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mxref.verification.checks.expectation import Expectation
 
 @dataclass(frozen=True)
 class OwnDraws:
-    """Errors of a group's elements, one draw each; deviation: at most their standard deviations, [R, C]."""
+    """Errors of a group's elements, one draw each; deviation: upper bound of the standard deviations, [R, C]."""
 
     deviation: Tensor
 
@@ -33,7 +32,7 @@ class OwnDraws:
         """What they add to the variances of n slopes Σ a·residual by column tile, then of all columns: [n, T+1].
 
         Args:
-            of_tiles, of_all: the a of the group's elements [n, R, C], for slopes of a tile each and for that of all.
+            of_tiles, of_all: a of the group's elements [n, R, C], for slopes of tiles and of all.
         """
         tiles, together = (tiled((a * self.deviation).square()) for a in (of_tiles, of_all))
         return torch.cat((tiles[..., :-1], together[..., -1:]), -1).sum(1)
@@ -44,8 +43,8 @@ class Draws:
     """Draws that reach whole rows of a group's elements.
 
     Attributes:
-        rows: the group's rows [m] that they are in.
-        factor: what each draw is multiplied with on its way, [n, C].
+        rows: their rows in the group, [m].
+        factor: what each draw is multiplied with, [n, C].
         deviation: at most their standard deviations, [m, n].
     """
 
@@ -88,13 +87,13 @@ def tiled(columns: Tensor) -> Tensor:
 
 
 def _by_tile(x: Tensor) -> Tensor:
-    """[..., C] with zeros behind, as [..., T, TILE]."""
+    """[..., C], zero-padded, as [..., T, TILE]."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % TILE)).view(*x.shape[:-1], -(-x.shape[-1] // TILE), TILE)
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the errors come from that elements of an output inherit."""
+    """Sources of the errors that elements of an output inherit."""
 
     tensor: str
     expected: Expectation
@@ -103,8 +102,8 @@ class Sources:
         """The draws in one expert's part of Y, dX, dA or dBᵀ.
 
         Args:
-            e, start, end: the expert, and where its routed rows begin and end in expert order.
-            rows: where in the group its routed rows, or ranks, are.
+            e, start, end: the expert, and its range of routed rows in expert order.
+            rows: its routed rows, or ranks, in the group.
         """
         expected, own = self.expected, slice(start, end)
         problem, bounds = expected.sample.problem, expected.propagation
@@ -127,7 +126,7 @@ class Sources:
 
     @cached_property
     def _of_rows(self) -> Tensor | None:
-        """Of rows of Y, times their gates, or of D; n equal rows round to the same numbers, n times."""
+        """Of rows of Y, times their gates, or of D; n equal rows round alike."""
         bounds = self.expected.propagation
         if self._gates is not None and self.tensor == "Y":
             return _finite(self._gates.abs() * bounds.y.radius * _alike(self.expected.fwd.y.exact))
@@ -152,30 +151,30 @@ class Sources:
 
 
 def _deviation(x: Estimate | None, value: Rounded | None) -> Tensor | None:
-    """At most the standard deviation, where n equal elements count as one draw: equal before they were rounded."""
+    """Upper bound of the standard deviation; n elements equal before rounding count as one draw."""
     return None if x is None or value is None else _finite(x.radius * copies(value.exact).sqrt())
 
 
 def _alike(rows: Tensor) -> Tensor:
-    """√n of each row that occurs n times: [R, 1]. One weighted sum tells rows apart."""
+    """√n of each row that occurs n times: [R, 1]; rows are told apart by one weighted sum."""
     weights = torch.linspace(1, 2, rows.shape[1], dtype=torch.float64, device=rows.device)
     return copies(_finite(rows) @ weights).sqrt()[:, None]
 
 
 def sums_rounded_rows(tensor: str, problem: Problem, points: RoundingPoints) -> bool:
-    """Whether an output adds up rows that are rounded to 16 bits: Y's over gates, or D's over an input row's slots."""
+    """Whether an output sums rows rounded to 16 bits: Y's over gates, or D's over an input row's slots."""
     if tensor == "dX":
         return points.dtype is not None and problem.k > 1 and not problem.grouped_in
     return tensor == "Y" and points.dtype is not None and problem.gates is not None and not points.gates_before_output
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Without what is NaN or infinite: no element that it reaches is judged."""
+    """Without NaN and infinities, whose reach is not judged."""
     return torch.where(torch.isfinite(x), x, 0.0)
 
 
 def shared_by_ranks(expected: Expectation) -> Tensor | float:
-    """What dB inherits from dY, one draw for the r elements of a row, so √r times in each of them: [N, E·r]."""
+    """What dB inherits from dY, one draw for the r elements of a row, so √r times in each: [N, E·r]."""
     problem, bounds = expected.sample.problem, expected.propagation
     if bounds.dy is None or bounds.z is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""Memory: what a run must leave as it was, and where it may not read."""
+"""Memory: what a run may not write or read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mxref.verification.checks.values import decoded_bits, equal
 
 
 def unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """Every watched operand, and what lies around it, holds what it held before.
+    """Every watched operand, and its surroundings, are unchanged.
 
-    A run that ended in an error says nothing in a candidate's favour, but what it overwrote counts.
+    What a run that ended in an error overwrote counts too.
     """
     findings = []
     for answer in answers:
@@ -30,7 +30,7 @@ def unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]
 
 
 def right_and_unwritten(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """Every answer equals the contract's result (a decoder's the decoded weights), and nothing else was written."""
+    """Every answer equals the contract's result (a decoder's: decoded weights), and nothing else was written."""
     decoded = [answer for answer in answers if "W" in answer.outputs]
     others = [answer for answer in answers if "W" not in answer.outputs]
     return [*equal(others, expected), *decoded_bits(decoded, expected), *unwritten(answers, expected)]

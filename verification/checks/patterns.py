@@ -1,4 +1,4 @@
-"""What the wrong elements of a result have in common: said before any coordinate, since it often names the cause."""
+"""What wrong elements have in common, which often names the cause."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Axis:
     """One dimension of a result.
 
     Attributes:
-        name: of one index along it: "row", "column".
-        groups: what its indices belong to by name, int64 [size] each: the expert of a row; negative for none.
-        block: size of the blocks of K that it falls into; 0 for none.
+        name: of an index: "row", "column".
+        groups: what its indices belong to, by name, such as a row's expert: int64 [size]; negative for none.
+        block: size of its blocks of K; 0 for none.
     """
 
     name: str
@@ -29,12 +29,12 @@ class Axis:
 
 
 def patterns(wrong: Tensor, got: Tensor, exact: Tensor, axes: Sequence[Axis]) -> list[str]:
-    """What the wrong elements have in common, the most telling first; nothing where they have nothing in common.
+    """What the wrong elements have in common, the most telling first.
 
-    Zeros that are right say nothing: a wrong factor or sign leaves them as they are.
+    Right zeros say nothing: a wrong factor or sign keeps them.
 
     Args:
-        wrong: bool, of the result's shape, at least one element set.
+        wrong: bool, of the result's shape, not all False.
         got, exact: fp64, of the same shape.
         axes: one a dimension.
     """
@@ -48,7 +48,6 @@ def patterns(wrong: Tensor, got: Tensor, exact: Tensor, axes: Sequence[Axis]) ->
 
 
 def _along(wrong: Tensor, silent: Tensor, dimension: int, axis: Axis) -> list[str]:
-    """What the wrong elements have in common along one dimension."""
     other = [d for d in range(wrong.ndim) if d != dimension]
     hit = wrong.any(tuple(other)) if other else wrong
     free = silent.all(tuple(other)) if other else silent
@@ -79,7 +78,7 @@ def _along(wrong: Tensor, silent: Tensor, dimension: int, axis: Axis) -> list[st
 
 
 def _grouped(hit: Tensor, possible: Tensor, group: Tensor, name: str, member: str) -> str:
-    """Which groups all hits lie in, where those are fewer than all groups that there are."""
+    """The groups of all hits, where fewer than all groups."""
     present = sorted({g for g in group.tolist() if g >= 0})
     wrong = sorted(set(group[hit].tolist()))
     if len(present) < 2 or not wrong or wrong[0] < 0 or len(wrong) >= len(present) or len(wrong) > _FEW:
@@ -91,7 +90,7 @@ def _grouped(hit: Tensor, possible: Tensor, group: Tensor, name: str, member: st
 
 
 def _ratios(wrong: Tensor, got: Tensor, exact: Tensor) -> list[str]:
-    """The one ratio, a power of two, a sign or zero, that every wrong element has to the exact value."""
+    """The one ratio of all wrong elements to exact values: a power of two, a sign or zero."""
     value, right = got[wrong], exact[wrong]
     if bool(torch.isnan(value).all()) and not bool(torch.isnan(right).any()):
         return ["all of them NaN"]
@@ -111,6 +110,6 @@ def _ratios(wrong: Tensor, got: Tensor, exact: Tensor) -> list[str]:
 
 
 def _step(indices: Sequence[int]) -> int:
-    """The distance between neighbours if it is the same for all; 0 otherwise."""
+    """The distance of neighbours if constant; else 0."""
     steps = {b - a for a, b in pairwise(indices)}
     return steps.pop() if len(steps) == 1 else 0

@@ -1,4 +1,4 @@
-"""Signs and exponents of an output against the reference: coarse, exact, and quick to name what went wrong."""
+"""Signs and exponents of an output against the reference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _HALF_OCTAVE = 2.0**0.5  # beyond it a ratio rounds to another power of two
 
 
 def right_signs(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """Every sign where the accepted interval excludes zero; a zero has none of the two."""
+    """Every sign where the accepted interval excludes zero; a zero has neither."""
     return each_tensor(answers, expected, _signs)
 
 
 def right_exponents(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """⌊log2 |got / exact|⌉ = 0 wherever the accepted interval keeps it there; names what it is instead."""
+    """⌊log2 |got / exact|⌉ = 0 wherever the accepted interval keeps it there."""
     return each_tensor(answers, expected, _exponents)
 
 
@@ -92,7 +92,6 @@ def _is_power(got: Tensor, octave: Tensor, interval: Interval) -> Tensor:
 
 
 def _extent(where: Tensor) -> str:
-    """How many elements, in how many columns."""
     columns = int(where.flatten(0, -2).any(0).sum())
     return f"{columns} of {where.shape[-1]} columns ({int(where.sum())} of {where.numel()} elements)"
 

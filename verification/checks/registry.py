@@ -1,8 +1,8 @@
-"""Every check, in the order in which the gate asks: what it is called, why it exists, who is asked.
+"""Every check, in the gate's order: name, reason, who is asked.
 
 The gate, its report, the planted bugs, the scoreboard and the README's table are made from this list. A new check is a
-function of `checks` that compares answers with an expectation, and a line here; or in `own.registry`, if this project's
-kernels alone are asked: the wheel leaves those out.
+function of `checks` and a line here; or in `own.registry`, if this project's kernels alone are asked: the wheel leaves
+those out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def why() -> dict[str, str]:
 
 
 def _fitted(cases: Cases) -> Cases:
-    """Cases that hold a candidate against itself, each as near to what it covers as can be."""
+    """Cases that hold a candidate against itself, each as near as possible to what it covers."""
     return lambda scope: [scope.subset.fitted(case) if isinstance(case, Case) else case for case in cases(scope)]
 
 

@@ -1,4 +1,4 @@
-"""Strata of an output, by expert and column tile: the terms that slopes are fitted to, the residual and its errors."""
+"""Strata of an output, by expert and column tile: terms of the slopes, residual and its errors."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _SMALL = 2**14
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are judged together, an expert's or all; terms and residual times an element's weight, [R, C].
+    """Rows judged together, an expert's or all; terms and residual times an element's weight, [R, C].
 
     Attributes:
         label: in words.
         base, lora: the terms.
         residual: what the output is off by.
-        weight: 1/σ, where the residual about a slope's line has the standard deviation σ.
-        errors: what honest residuals are made of.
+        weight: 1/σ, σ the residual's standard deviation about a slope's line.
+        errors: of honest residuals.
         rows: routed rows: terms in a sum over them.
     """
 
@@ -60,7 +60,7 @@ class Group:
     rows: int
 
     def slopes(self) -> Tensor:
-        """Slopes by column tile, then of all columns, with their variances: fp64 [2, T+1, 3], NaN where nothing fits.
+        """Slopes by column tile, then of all columns, with variances: fp64 [2, T+1, 3], NaN where nothing fits.
 
         Weighted least squares: a slope is Σ a·residual, a = α·base + β·LoRA.
         """
@@ -89,7 +89,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _Residual:
-    """What an output is off by, times `weight`; `weight` and `deviation` as in `Group`; all in the output's layout."""
+    """What an output is off by, times `weight`, and its deviation, in the output's layout."""
 
     value: Tensor
     weight: Tensor
@@ -100,7 +100,7 @@ class _Residual:
 
 
 def groups(tensor: str, got: Tensor, expected: Expectation) -> Iterator[Group]:
-    """Each expert's part of an output, then the whole; none for a problem without a routed row."""
+    """Each expert's part of an output, then the whole; none without a routed row."""
     residual = _residual(tensor, got, expected)
     return (_parameter_groups if tensor in ("dA", "dB") else _row_groups)(tensor, expected, residual)
 
@@ -126,15 +126,14 @@ def _residual(tensor: str, got: Tensor, expected: Expectation) -> _Residual:
 def bounded(interval: Interval, dtype: torch.dtype) -> Tensor:
     """Where every accepted value of a result stored in `dtype` is finite.
 
-    What may round to infinity has no error to be measured: to leave out those alone that did would pull the mean of the
-    rest down.
+    What may round to infinity has no measurable error; leaving out only what did would pull the mean down.
     """
     ends = stored(interval, dtype)
     return torch.isfinite(interval.exact) & torch.isfinite(ends.low) & torch.isfinite(ends.high)
 
 
 def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor | float:
-    """Variance of the output's rounding: dX over slots sums rounded values, dA and dB may sum next to nothing."""
+    """Variance of the output's rounding: dX over slots sums rounded values, dA and dB may sum few terms."""
     if tensor not in ("dA", "dB"):
         return ON_A_GRID if tensor == "dX" and sums_rounded_rows(tensor, problem, points) else UNIFORM
     rows = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1))
@@ -145,7 +144,7 @@ def _rounding(problem: Problem, tensor: str, points: RoundingPoints) -> Tensor |
 def _unrounded(tensor: str, expected: Expectation) -> Tensor:
     """An output's exact values without the rounding of the rows that are summed up in it.
 
-    Rounded to 16 bits, values become equal by chance, whose errors have nothing in common; these tell copies apart.
+    Rounded to 16 bits, values become equal by chance, their errors unrelated; these tell copies apart.
     """
     if tensor == "dX":
         return _summed(tensor, expected, expected.bwd.d.exact)
@@ -155,10 +154,10 @@ def _unrounded(tensor: str, expected: Expectation) -> Tensor:
 
 
 def _rows_rounding(tensor: str, expected: Expectation) -> Tensor | float:
-    """Variance of the rounding of the rows that an output adds up; 0 where there is none.
+    """Variance of the rounding of the rows that an output sums; 0 without.
 
-    Everyone's rows round alike, so that it is no error of the output's. But what is wrong with a row shows only as far
-    as it rounds otherwise, by a whole spacing or not at all: a sum in which rows cancel says no more than others.
+    Everyone's rows round alike: it is no error of the output's. But a wrong row shows only as it rounds otherwise, by a
+    whole spacing or not at all: a sum in which rows cancel says no more than others.
     """
     problem = expected.sample.problem
     if not sums_rounded_rows(tensor, problem, expected.points):
@@ -168,7 +167,7 @@ def _rows_rounding(tensor: str, expected: Expectation) -> Tensor | float:
 
 
 def _summed(tensor: str, expected: Expectation, rows: Tensor) -> Tensor:
-    """Rows of Y or D [P, C], in expert order, added up to rows of the output."""
+    """Rows of Y or D [P, C], in expert order, summed to rows of the output."""
     total = torch.zeros_like(expected.accepted[tensor].exact)
     return total.index_add_(0, _targets(tensor, expected.sample.problem), rows)
 
@@ -191,7 +190,7 @@ def _parameter_groups(tensor: str, expected: Expectation, residual: _Residual) -
 
 
 def _row_groups(tensor: str, expected: Expectation, residual: _Residual) -> Iterator[Group]:
-    """Y and dX by expert: its own share of each row that it has a part in, then all shares together."""
+    """Y and dX by expert: its share of each row, then all shares together."""
     problem = expected.sample.problem
     base, lora = _terms(tensor, expected)
     sources, target, segments = Sources(tensor, expected), _targets(tensor, problem), problem.segments()
@@ -228,7 +227,7 @@ def _terms(tensor: str, expected: Expectation) -> tuple[Tensor, Tensor | None]:
 
 
 def _targets(tensor: str, problem: Problem) -> Tensor:
-    """Row of Y or dX that each routed row, in expert order, has a part in: int64 [P]."""
+    """Row of Y or dX of each routed row, in expert order: int64 [P]."""
     positions = problem.row_positions()
     if tensor == "dX":
         return problem.row_sources()

@@ -1,4 +1,4 @@
-"""Values: equality where every sum is exact, and the derived interval where it is not."""
+"""Values: equality where sums are exact, else the derived interval."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ def equal(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
 
 
 def inside_intervals(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """Every element lies inside the interval that the declared rounding points and accumulation leave it.
+    """Every element lies inside the interval of the declared rounding points and accumulation.
 
-    Where the reference is NaN or infinite the result must be of the same class. A pass under an undeclared accumulation
-    is a weak one.
+    Where the reference is NaN or infinite the result must be of the same class. Undeclared accumulations pass weakly.
     """
     if expected.how.declared:
         status, reason = Status.PASS, "inside the bound of the declared accumulation"
@@ -62,7 +61,7 @@ def inside_intervals(answers: Sequence[Answer], expected: Expectation) -> list[F
 
 
 def decoded_bits(answers: Sequence[Answer], expected: Expectation) -> list[Finding]:
-    """A decoded weight stack is the reference's bit for bit: equal values, equal signs of zero, NaN for NaN."""
+    """A decoded weight stack is the reference's bit for bit, NaN for NaN."""
     weights = expected.sample.problem.expert_weights
     assert isinstance(weights, MXWeights)
     decoded = decode_mxfp4(weights, expected.sample.case.dtype)

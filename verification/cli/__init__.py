@@ -39,7 +39,7 @@ OF_A_CLONE = frozenset(COMMANDS) - {"gate", "new-kernel", "warm", "inspect"}
 
 
 class UsageError(Exception):
-    """Wrong use of the command line; the message is one line for the person who typed it. Ends with exit code 2."""
+    """Wrong use of the command line, exit code 2; the message is one line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mxref: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the output's reader has gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -79,7 +79,7 @@ def module_of(command: str) -> ModuleType:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Only the subcommand's own module is imported, after it is known whether kernels will be interpreted."""
+    """Imports only the subcommand's module, once it is known whether kernels are interpreted."""
     parser = _Parser(prog="mxref", description="MXFP4 ScatterMoE-LoRA: judge an implementation by the golden model.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, about in COMMANDS.items():
@@ -101,8 +101,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _choose_interpreter(argv: list[str]) -> None:
     """Triton decides when kernels are imported: interpret them where the device is a CPU, compile them elsewhere."""
-    # Looking for a GPU must not spoil it for forked processes. Threads that spin for long while they wait take minutes
-    # for seconds of work where other processes want the same cores; those that never do are slower where none does.
+    # Looking for a GPU must not spoil it for forked processes. Threads that spin long while they wait take minutes for
+    # seconds of work where other processes want the cores; those that never spin are slower on idle ones.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     from torch import cuda

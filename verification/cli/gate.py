@@ -174,7 +174,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _part(option: str) -> ModuleType:
-    """The module of an option that the wheel leaves out.
+    """An option's module, which the wheel leaves out.
 
     Raises:
         LeftOutError: this is no clone.
@@ -183,7 +183,6 @@ def _part(option: str) -> ModuleType:
 
 
 def _report(result: GateResult, arguments: argparse.Namespace, device: torch.device) -> int:
-    """Print and write what was found; the exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     accepted = None if result.interrupted else _baseline(result, arguments, device)
     print_result(result, console, verbose=arguments.verbose)
@@ -203,7 +202,7 @@ def _report(result: GateResult, arguments: argparse.Namespace, device: torch.dev
 
 
 def _prepare(folder: Path) -> None:
-    """A folder that can be written to, without the report of an earlier run."""
+    """A writable folder without an earlier report."""
     for name in ("gate.json", "gate.html"):
         (options.writable_folder(folder) / name).unlink(missing_ok=True)
 
@@ -217,7 +216,7 @@ def _own(arguments: argparse.Namespace) -> bool:
 
 
 def _baseline(result: GateResult, arguments: argparse.Namespace, device: torch.device) -> Path | None:
-    """Hold the shipped kernels' errors against the accepted ones, or accept them if all is well; the written file."""
+    """Hold the shipped kernels' errors against the accepted ones, or accept them; the written file."""
     if not (_own(arguments) and IS_CLONE):
         return None
     written: Path | None = _part("accept_baseline").baseline(result, arguments, device)
@@ -225,7 +224,6 @@ def _baseline(result: GateResult, arguments: argparse.Namespace, device: torch.d
 
 
 def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
-    """What is asked for, as data."""
     a = arguments
     if a.weights is None and (a.layers is not None or a.experts is not None):
         raise UsageError("--layers and --experts choose from a checkpoint: give --weights too")
@@ -247,7 +245,6 @@ def _order(arguments: argparse.Namespace, device: torch.device) -> Order:
 
 
 def _suite(order: Order) -> str:
-    """What to call it."""
     if order.projections is None:
         part = "" if IS_CLONE or not is_own(order.kernel) else "without the checks that only a clone has"
         return ", ".join(filter(None, [order.suite if order.shape is None else "", part, order.narrowed]))

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def histogram(found: BlockStatistics) -> Text:
-    """The scale bytes in use as bars from the smallest to the largest, height by the square root of the count."""
+    """The range of scale bytes in use as bars, height by the square root of the count."""
     low, high = found.byte_range
     step = -(-(high - low + 1) // _WIDTH)
     bins = [sum(found.scale_bytes[byte : byte + step]) for byte in range(low, high + 1, step)]
@@ -82,7 +82,7 @@ def histogram(found: BlockStatistics) -> Text:
 
 
 def _share(part: int, whole: int) -> str:
-    """A share in percent; 0 and 100 only where it is exactly that."""
+    """Per cent; 0 and 100 only if exact."""
     if part in (0, whole):
         return "0 %" if not part else "100 %"
     return f"{min(max(100 * part / whole, 0.01), 99.99):.2f} %"

@@ -1,4 +1,4 @@
-"""What several subcommands share: options, the terminal, and the folders that a person names."""
+"""Shared by subcommands: options, terminal, folders."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
 
 
 def processes_on(device: torch.device, wanted: int | None, alone: int = 1) -> int:
-    """How many processes share the cases: those wanted; on a GPU at most 16, as it and the cores allow; else `alone`.
+    """How many processes share the cases: as wanted; on a GPU at most 16, as it and the cores allow; else `alone`.
 
-    One may need 6 GB for its context and the largest case; two cores are left to what compiles beside them.
+    One may need 6 GB for its context and the largest case; two cores are left to compile.
 
     Raises:
         UsageError: more than 64 are wanted.
@@ -65,7 +65,7 @@ def add_out(parser: argparse._ActionsContainer, files: str, default: str | None 
 
 
 def add_record(parser: argparse._ActionsContainer, what: str = "the result") -> None:
-    """`--record`: the folder of evidence, None where nothing is to be kept."""
+    """`--record`: the folder of evidence, None to keep nothing."""
     parser.add_argument(
         "--record", metavar="DIR", type=Path, nargs="?", const=EVIDENCE, help=f"keep {what} as evidence"
     )
@@ -91,7 +91,7 @@ def choose_device(wanted: str | None, require_gpu: bool = False) -> torch.device
 
 
 def terminal(width: int = 140) -> Console:
-    """Where results go; `width` where stdout is a file or a pipe."""
+    """The console of results; `width` for files and pipes."""
     return Console(width=None if sys.stdout.isatty() else width)
 
 
@@ -101,7 +101,7 @@ def note(console: Console, what: str, path: Path) -> None:
 
 
 def writable_folder(folder: Path, option: str = "--out") -> Path:
-    """The folder that an option names, made if need be.
+    """An option's folder, made if need be.
 
     Raises:
         UsageError: it cannot be made or written to.

@@ -1,4 +1,4 @@
-"""Where a long command is: a bar on a terminal, a line now and then where stderr is a file or a pipe."""
+"""Progress of a long command: a bar on a terminal, occasional lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EVERY = 15.0
 
 
 class Meter:
-    """Shows on stderr how many of `total` steps are done, and what is being done; use it in a `with` statement."""
+    """Shows on stderr how many of `total` steps are done, and what is being done; a context manager."""
 
     def __init__(self, total: int | None = None) -> None:
         self._total, self._done, self._said = total, 0, time.monotonic()
@@ -34,7 +34,7 @@ class Meter:
         self._bar.stop()
 
     def show(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Say what is being done; `done` and `total` where they have changed."""
+        """Say what is being done; `done` and `total` where changed."""
         self._done, self._total = (self._done if done is None else done), (self._total if total is None else total)
         self._bar.update(self._task, completed=self._done, total=self._total, description=text)
         if self._bar.disable and time.monotonic() - self._said > _EVERY:
@@ -43,5 +43,5 @@ class Meter:
             self._said = time.monotonic()
 
     def advance(self, text: str, steps: int = 1) -> None:
-        """So many more steps are done."""
+        """`steps` more are done."""
         self.show(text, self._done + steps)

@@ -1,7 +1,7 @@
 """The gate as a pytest plugin: `pytest --mxref-kernel my.module:layer` adds one test a check and case.
 
-The candidate is judged once, in a process of its own, for all tests that were selected. With pytest-xdist every worker
-would judge it again: leave out -n.
+The candidate is judged once, in a process of its own, for all selected tests; with pytest-xdist by every worker: leave
+out -n.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Add the judgements to what was collected."""
+    """Add the judgements."""
     if config.getoption("--mxref-kernel"):
         items.extend(Judgements.from_parent(session, name="mxref").collect())
 
 
 class Judgements(pytest.Collector):
-    """What the candidate is asked, and, once the first test wants it, what came of it."""
+    """What the candidate is asked and, from the first test on, the result."""
 
     _result: GateResult | None = None
 
@@ -59,7 +59,7 @@ class Judgements(pytest.Collector):
                 yield Judgement.from_parent(self, name=f"{check}[{entry.case}]", entry=entry, check=check)
 
     def result(self) -> GateResult:
-        """The one run for all tests that were selected."""
+        """The one run for all selected tests."""
         from mxref.verification.gate.isolated import judge_apart
 
         if self._result is None:
@@ -88,7 +88,7 @@ class Judgement(pytest.Item):
         self.entry, self.check = entry, check
 
     def runtest(self) -> None:
-        """Fail with the findings that contradict the contract, or with what was declined."""
+        """Fail with findings that contradict the contract, or with what was declined."""
         assert isinstance(self.parent, Judgements)
         result = self.parent.result()
         mine = [finding for finding in result.findings if finding.id == self.entry.id]

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             for unit, compiled in compile_units(units, arguments.jobs):
                 new += compiled
                 meter.advance(f"{unit.kernel}, {unit.label}")
-        except BrokenProcessPool:  # as LLVM ends a process that asks for what it does not know
+        except BrokenProcessPool:  # LLVM ends a process that asks for what it does not know
             what = f"a process that compiled for {architecture} has died"
             raise UsageError(f"{what}: the compiler knows no such GPU, or memory ran out (--jobs)") from None
     console = terminal()
@@ -111,21 +111,20 @@ def _experts(model: str, rank: int, sharded: bool) -> list[Experts]:
 
 
 def _this_gpu() -> str:
-    """Asked of Triton's own driver, whose first use also compiles what starts kernels."""
+    """By Triton's driver, whose first use also compiles its launcher."""
     if not torch.cuda.is_available():
         raise UsageError("torch sees no CUDA GPU on this machine; name one, such as --architecture sm_90")
     return _architecture(f"sm_{triton.runtime.driver.active.get_current_target().arch}")
 
 
 def _architecture(text: str) -> str:
-    """An argparse type: what the kernels run on."""
     if not re.fullmatch(r"sm_([89]\d|1\d\d)", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no GPU of compute capability 8.0 or later, such as sm_90")
     return text
 
 
 def _tokens(text: str) -> int:
-    """An argparse type: tokens of a batch such as 4x1024."""
+    """An argparse type: a batch such as 4x1024."""
     try:
         return Batch.read(text).size
     except ValueError as error:

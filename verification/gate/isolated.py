@@ -1,9 +1,9 @@
-"""Judges a candidate in processes of its own: whatever becomes of them, a verdict comes of it.
+"""Judges a candidate in processes of its own; there is a verdict whatever becomes of them.
 
-A process (see `process`) makes the candidate and the items from an order, and sends the findings of one item after the
-other. It is ended when it takes too much processor time for one item, or is silent for too long. If it is lost, the
-item it was lost in has failed, and another process goes on behind that item. What could not be judged, for want of the
-GPU memory that the others had or because a process was lost before it asked, is asked again when they are done.
+A process (see `process`) makes the candidate and the items from an order, and sends findings item by item. It is ended
+when an item takes too much processor time, or it is silent for too long. If it is lost, the current item has failed,
+and another process goes on behind it. What could not be judged, because other processes had the GPU's memory or one was
+lost before it asked, is asked again when they are done.
 """
 
 from __future__ import annotations
@@ -65,25 +65,23 @@ def judge_apart(
     """Judge what is ordered.
 
     Args:
-        order: what to judge, by what.
-        suite: what to call it in the report.
+        suite: its name in the report.
         strict: see `GateResult.exit_code`.
-        timeout: processor time that one item may take, in seconds.
-        fail_fast: stop behind the first item that fails.
-        processes: that share the items.
-        on_item: called before each item with how many are done and the number of all.
+        timeout: processor time of one item, in seconds.
+        fail_fast: stop after the first item that fails.
+        on_item: called before each item with the numbers of items done and of all.
 
-    Interrupted, it ends with what is known by then.
+    Interrupted, it returns what is known.
 
     Raises:
-        Refused: the order cannot be carried out: no such candidate, or nothing to ask.
-        KeyboardInterrupt: before anything was judged.
+        Refused: no such candidate, or nothing to ask.
+        KeyboardInterrupt: nothing was judged yet.
     """
     start, run = time.monotonic(), _Run(order, suite, strict)
     limits = Limits(timeout, _PATIENCE * timeout)
 
     def ask(parts: Sequence[_Part]) -> bool:
-        """Ask for every part's items; whether that came to its end."""
+        """Ask for every part's items; whether it ended by itself."""
         pool.waiting.extend(part.job(limits) for part in parts)
         for job, message in pool:
             if isinstance(message, Ended):
@@ -113,24 +111,24 @@ def judge_apart(
 
 
 def _pool(order: Order, size: int = 1) -> Pool[_Part]:
-    """Processes that begin with this module's imports and autograd's; on a GPU, which forks cannot share, none."""
+    """Processes with this module's and autograd's imports; none on a GPU, which forks cannot share."""
     method: Method = "forkserver" if order.device.type == "cpu" else "spawn"
     return Pool(size, method, [work.__module__, "torch.fx.experimental.symbolic_shapes"])
 
 
 def _compiling(order: Order, numbers: Numbers) -> AbstractContextManager[None]:
-    """On a GPU, in a clone, the shipped kernels are compiled meanwhile, and items wait for theirs."""
+    """On a GPU, in a clone, shipped kernels are compiled meanwhile; items wait for theirs."""
     if order.device.type == "cpu" or not is_own(order.kernel) or not IS_CLONE:
         return nullcontext()
-    ahead = of_a_clone("gate.own.ahead", "compiling ahead")  # with the kernels, which nobody else needs here
+    ahead = of_a_clone("gate.own.ahead", "compiling ahead")  # imports the kernels
     return cast(AbstractContextManager[None], ahead.compiling_ahead(order, numbers))
 
 
 def list_items(order: Order) -> list[ItemInfo]:
-    """What the candidate would be asked.
+    """What the candidate is asked.
 
     Raises:
-        Refused: the order cannot be carried out, or the candidate ends the process that loads it.
+        Refused: as `judge_apart`, or the candidate ends the process that loads it.
     """
     with TemporaryDirectory() as folder, _pool(order) as pool:
         part = _Part(order, Numbers(range(sys.maxsize)), 1, Path(folder) / "0")
@@ -145,17 +143,15 @@ def list_items(order: Order) -> list[ItemInfo]:
 
 @dataclass(eq=False)
 class _Part:
-    """One of the processes that share the items, and those that take its place.
+    """One of the processes that share the items, and its replacements.
 
     Attributes:
-        order: what the items are made from.
-        numbers: the items' numbers, shared with the others.
-        sharing: processes that run at once.
-        crash: the file for a crash's traceback.
-        at: the item that was asked last; None before the first.
-        compared: whether the candidate has answered for that item.
-        done: whether nothing is left.
-        lost_for: why the process says that it cannot go on.
+        numbers: of items, shared with the others.
+        sharing: number of processes.
+        crash: file of a crash's traceback, by faulthandler.
+        at: the last item asked; None before the first.
+        compared: whether the candidate has answered it.
+        lost_for: why the process cannot go on.
     """
 
     order: Order
@@ -168,23 +164,19 @@ class _Part:
     lost_for: str = ""
 
     def job(self, limits: Limits) -> Job[_Part]:
-        """A process for what is left."""
         self.at, self.compared, self.lost_for = None, False, ""
         return Job(self, work, (self.order, self.numbers, self.sharing, self.crash), limits)
 
     def trace(self) -> str:
-        """What the faulthandler wrote."""
         return self.crash.read_text(encoding="utf-8", errors="replace").strip() if self.crash.is_file() else ""
 
 
 class _Run:
-    """What is known so far of one run, message by message.
+    """What is known so far of one run.
 
     Attributes:
-        result: what will be returned.
-        entries: what is asked.
-        found: findings by the item's number, before all items those of the loading.
-        losses: processes that were lost.
+        found: findings by the item's number; those of the loading come first.
+        losses: processes lost.
     """
 
     def __init__(self, order: Order, suite: str, strict: bool) -> None:
@@ -197,7 +189,6 @@ class _Run:
         self.losses = 0
 
     def hear(self, part: _Part, message: Any) -> None:
-        """Take a message in."""
         result = self.result
         match message:
             case Refused():
@@ -217,7 +208,7 @@ class _Run:
                 part.lost_for = message.reason
 
     def lost(self, part: _Part, ended: Ended) -> bool:
-        """Note how a process ended; whether there is more to ask."""
+        """Note how a process ended; whether to ask on."""
         if part.done:
             return False
         self.losses += 1
@@ -237,11 +228,11 @@ class _Run:
 
     @property
     def left(self) -> list[int]:
-        """The items that were not judged."""
+        """Items not judged."""
         return [number for number in range(len(self.entries)) if number not in self.found]
 
     def close(self) -> None:
-        """What is known at the end: how much was not asked, and that the state of torch was kept."""
+        """At the end: how much was not asked, and that torch's state was kept."""
         result = self.result
         result.findings = [finding for number in sorted(self.found) for finding in self.found[number]]
         if left := len(self.left):

@@ -1,4 +1,4 @@
-"""An order to the gate as plain data: another process makes the same candidate and the same items from it."""
+"""An order to the gate as plain data, from which any process makes the same candidate and items."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Order:
         device_type: "cpu" or "cuda".
         suite: "quick" or "full".
         seed: of every draw.
-        points, accumulation, covers: declared in place of the candidate's own; None leaves what it has.
-        projections: a checkpoint in place of the suite.
-        shape: (E, K, N, M, k, r) of the one problem to judge in place of the suite.
-        dtype: its activation dtype.
-        patterns: only cases, or checks, that match one of these; all when empty.
-        rerun: only the items of these identifiers; all when empty.
-        lenient: the declared accumulation was not declared by its author: the order-free bound is a second chance.
+        points, accumulation, covers: declared in place of the candidate's own, where not None.
+        projections: of a checkpoint, in place of the suite.
+        shape: (E, K, N, M, k, r) of one problem in place of the suite.
+        dtype: of its activations.
+        patterns: of cases or checks; all when empty.
+        rerun: identifiers of items; all when empty.
+        lenient: `accumulation` is not the author's: the order-free bound is a second chance.
     """
 
     kernel: str
@@ -49,12 +49,12 @@ class Order:
 
     @property
     def device(self) -> torch.device:
-        """Where to judge."""
+        """To judge on."""
         return torch.device(self.device_type)
 
     @property
     def narrowed(self) -> str:
-        """What it leaves of the suite, in words; empty for all of it."""
+        """What it leaves of the suite, in words; empty for all."""
         parts = []
         if self.projections is not None:
             parts.append(f"weights of {self.projections.path}")
@@ -68,7 +68,7 @@ class Order:
 
     @property
     def command(self) -> str:
-        """The command line that asks the same, up to what narrows it."""
+        """The command line that asks the same, but for what narrows it."""
         words = ["mxref", "gate", "--kernel", self.kernel, "--device", self.device_type, "--seed", str(self.seed)]
         words += ["--full"] if self.suite == "full" else []
         points = None if self.points is None else ",".join(self.points) or "contract"
@@ -85,7 +85,7 @@ class Order:
         """The candidate, with its declarations.
 
         Raises:
-            ValueError: it cannot be found or imported, or its declaration is not understood.
+            ValueError: it cannot be found or imported, or its declaration is wrong.
         """
         try:
             candidate = implementation(self.kernel).make(self.device)
@@ -94,10 +94,10 @@ class Order:
         return declare(candidate, self.points, self.accumulation, self.covers)
 
     def items(self, candidate: Candidate, interpreted: bool) -> list[Item]:
-        """What the candidate is asked; `interpreted`: its kernels run in Triton's interpreter.
+        """What the candidate is asked; `interpreted`: in Triton's interpreter.
 
         Raises:
-            ValueError: nothing is left to ask, or `rerun` names an item that is not among those.
+            ValueError: nothing is left to ask, or `rerun` names no such item.
         """
         scope = Scope(self.suite, self.device_type, self.seed, interpreted, candidate.covers)
         if self.projections is not None:

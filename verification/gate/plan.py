@@ -1,4 +1,4 @@
-"""What the gate asks a candidate: checks and cases, one item a case and way of asking."""
+"""What the gate asks: one item a case and way of asking."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ class Item:
     """One case for the checks that share its runs.
 
     Attributes:
-        checks: at least one; all have the same `ask`.
-        case: what is asked.
+        checks: with the same `ask`.
         draw: makes the sample.
-        seed: that it is made with.
+        seed: of the sample.
     """
 
     checks: tuple[Check, ...]
@@ -59,16 +58,16 @@ class Item:
         return self.case.name
 
     def fits(self, patterns: Sequence[str]) -> bool:
-        """Whether the case's name, or that of one of its checks, fits one of the patterns: see `matches`."""
+        """Whether the case's name, or a check's, `matches`."""
         return any(matches(name, patterns) for name in (self.name, *(check.name for check in self.checks)))
 
     @cached_property
     def id(self) -> str:
-        """Eight digits for what is asked, of what, with which seed: the same in every run that asks it."""
+        """Eight digits of what is asked with which seed, the same in every run."""
         return sha256(f"{self.checks[0].name} {self.case} {self.seed}".encode()).hexdigest()[:8]
 
     def named(self, finding: Finding) -> Finding:
-        """A finding of this item with its identifier and, if it failed, its problem."""
+        """The finding with the item's identifier and, if it failed, its problem."""
         if finding.ok:
             return replace(finding, id=self.id)
         sample = self.sample
@@ -84,13 +83,13 @@ class Item:
 
     @property
     def slopes(self) -> int:
-        """The most slopes that are fitted to it for drift."""
+        """The most slopes fitted for drift."""
         fitted = any(check.name == DRIFT.name for check in self.checks)
         return slopes_of(self.case) if fitted and isinstance(self.case, Case) else 0
 
 
 def plan(scope: Scope, own: bool, checks: Sequence[Check] = CHECKS) -> list[Item]:
-    """All that a candidate is asked within a scope, in the checks' order; `own`: it is this project's kernels."""
+    """All that a candidate is asked within a scope, in the checks' order; `own`: this project's kernels."""
     device = torch.device(scope.device_type)
     asked = [check for check in checks if check.is_for(own, device) and _within(scope.subset, check)]
     items = []
@@ -115,18 +114,18 @@ def _within(subset: Subset, check: Check) -> bool:
 def plan_cases(
     cases: Iterable[Case], device: torch.device, seed: int, values: Sequence[Check] = (INTERVAL,)
 ) -> list[Item]:
-    """Given cases: those whose sums are exact by equality, all others by the checks of `values`."""
+    """Given cases: exact sums by equality, others by the checks of `values`."""
     checks = {True: (INTEGER,), False: tuple(values)}
     return [Item(checks[case.exact], case, drawing(case, device, seed), seed) for case in cases]
 
 
 def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, scope: Scope) -> list[Item]:
-    """One problem of the user's own by every check of any candidate that fits it: exact, and with ordinary numbers.
+    """One problem of the user's by every general check that fits it: exact, and with ordinary numbers.
 
     Args:
-        sizes: E, K, N, M, k and r; r 0 for no LoRA.
+        sizes: E, K, N, M, k, r; r 0 for no LoRA.
         dtype: activation dtype.
-        scope: where, with which seed; what lies outside its subset is left out.
+        scope: what lies outside its subset is left out.
     """
     E, K, N, M, k, r = sizes
     plain = Case("plain", E, K, N, M, k, r, dtype, data="balanced")
@@ -143,10 +142,7 @@ def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype,
 
 
 def plan_checkpoint(projections: Projections, scope: Scope) -> list[Item]:
-    """The decode in full, then a checkpoint's own expert weights under random activations and adapters, by intervals.
-
-    `scope`: where to judge, and the seed of everything that is not the checkpoint's.
-    """
+    """The decode in full, then a checkpoint's expert weights under random activations and adapters, by intervals."""
     checkpoint = open_checkpoint(projections.path)
     items = plan(replace(scope, suite="quick"), own=False, checks=[DECODE])
     for tensor in projections.tensors:
@@ -166,7 +162,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def slopes_in(items: Sequence[Item]) -> int:
-    """Slopes of a whole run: its one probability of a false alarm is shared among them."""
+    """Slopes of a whole run, which share its probability of a false alarm."""
     return sum(item.slopes for item in items)
 
 

@@ -1,4 +1,4 @@
-"""A case in words: what a person needs to know of the problem behind a failure."""
+"""A case in words: the problem behind a failure."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _OPTIONS = {
 
 
 def problem_of(case: Case, seed: int) -> dict[str, str | int | float]:
-    """Sizes, dtype, scaling and seed, and whatever else differs from an ordinary call."""
+    """Sizes, dtype, scaling, seed, and what differs from an ordinary call."""
     told: dict[str, str | int | float] = {
         "E": case.experts, "K": case.K, "N": case.N, "M": case.tokens, "k": case.top_k, "r": case.rank,
         "dtype": _plain(case.dtype), "scaling": case.scaling, "seed": seed,
@@ -82,7 +82,7 @@ def problem_of(case: Case, seed: int) -> dict[str, str | int | float]:
 
 
 def problem_text(problem: Mapping[str, str | int | float]) -> str:
-    """The same in one line, without the names of classes."""
+    """The same in one line, without class names."""
     sizes = " ".join(f"{name}={problem[name]}" for name in ("E", "K", "N", "M", "k", "r") if name in problem)
     others = [
         _said(name, value) for name, value in problem.items() if name not in ("E", "K", "N", "M", "k", "r", "classes")
@@ -91,7 +91,7 @@ def problem_text(problem: Mapping[str, str | int | float]) -> str:
 
 
 def weights_of(sample: Sample, finding: Finding) -> tuple[str, ...]:
-    """The packed weights behind a finding's counterexample, in words, where they are few."""
+    """The packed weights behind a counterexample, in words, where they are few."""
     example = finding.counterexample
     if example is None or not (sample.case.exact or finding.tensor == "W"):
         return ()

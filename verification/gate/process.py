@@ -1,4 +1,4 @@
-"""What the candidate's own process does: make the candidate and the items from an order, ask, say what was found."""
+"""The candidate's own process: make the candidate and the items from an order, ask, send findings."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from mxref.verification.gate.run import judge
 
 
 class Numbers:
-    """Items' numbers: each process that shares this object takes the next when it is done, so that all end together.
+    """Items' numbers, of which each process that shares this object takes the next.
 
     Args:
-        numbers: which, ascending; they may go on behind the last item.
+        numbers: ascending; they may go on behind the last item.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
@@ -42,11 +42,11 @@ class Numbers:
         self._ready = context.Value("q", sys.maxsize)
 
     def ready(self, items: int = sys.maxsize) -> None:
-        """From now on so many items, from the first, may be asked; before the first call all."""
+        """From now on the first `items` may be asked; before the first call all."""
         self._ready.value = items
 
     def taken(self, waiting: Callable[[], None]) -> Iterator[int]:
-        """Take one number after the other, each when its item is ready; `waiting` is called again and again before."""
+        """Take numbers one by one as their items are ready; `waiting` is called repeatedly meanwhile."""
         while True:
             with self._given.get_lock():
                 at = self._given.value
@@ -60,12 +60,12 @@ class Numbers:
 
 
 class Refused(ValueError):  # noqa: N818
-    """The order cannot be carried out as it was given; the message says why."""
+    """The order cannot be carried out."""
 
 
 @dataclass(frozen=True)
 class ItemInfo:
-    """One item as the asking process knows it: its identifier, its checks' names and its case's."""
+    """One item: identifier, names of checks and case."""
 
     id: str
     checks: tuple[str, ...]
@@ -74,7 +74,7 @@ class ItemInfo:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the process found before it asked anything; `candidate` without its callables, which stay there."""
+    """What the process found before it asked; `candidate` without its callables."""
 
     candidate: Candidate
     how: Accumulation
@@ -84,7 +84,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Asking:
-    """The candidate is being asked for an item; or, `compared`, has answered, and the reference is computed."""
+    """The candidate is asked; or, `compared`, has answered, and the reference is computed."""
 
     number: int
     compared: bool = False
@@ -100,7 +100,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Short:
-    """An item could not be judged for want of GPU memory, of which other processes have some."""
+    """An item could not be judged for want of GPU memory that other processes have."""
 
     number: int
 
@@ -130,16 +130,16 @@ class Lost:
 
 
 def elsewhere(**operands: Any) -> Any:
-    """Stands in for a candidate's callables where they are not."""
+    """Stands in for a candidate's callables in other processes."""
     raise RuntimeError("the candidate's callables stay in its own process")
 
 
 def work(send: Callable[[Any], None], order: Order, numbers: Numbers, sharing: int, crash: Path) -> None:
-    """The items of these numbers, a message before and after each; a crash's traceback goes to a file.
+    """The items of these numbers, a message before and after each; a crash's traceback goes to `crash`.
 
     `sharing` processes run at once.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted, and ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process ends this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(max(torch.get_num_threads() // sharing, 1))  # processes share the machine
     with crash.open("w") as file:
@@ -148,7 +148,7 @@ def work(send: Callable[[Any], None], order: Order, numbers: Numbers, sharing: i
         try:
             candidate = order.candidate()
             interpreted = runs_interpreted(candidate, order.device)
-            if interpreted and candidate.operators is not None and IS_CLONE:  # a foreign one may compile elsewhere
+            if interpreted and candidate.operators is not None and IS_CLONE:  # a foreign one may compile
                 of_a_clone("candidates.own.interpret_only", "").interpret_only()
             items = order.items(candidate, interpreted)
         except ValueError as error:
@@ -164,14 +164,14 @@ def work(send: Callable[[Any], None], order: Order, numbers: Numbers, sharing: i
         for number in takewhile(lambda number: number < len(items), numbers.taken(lambda: send(Waiting()))):
             if not _judge(send, number, items[number], ask, sharing > 1):
                 return
-            items[number] = replace(items[number])  # without its sample, which nobody needs any more
+            items[number] = replace(items[number])  # frees its sample
         send(Done())
 
 
 def _judge(
     send: Callable[[Any], None], number: int, item: Item, ask: Callable[..., list[Finding]], shared: bool
 ) -> bool:
-    """One item, and whether another can follow; our own faults are told apart from what the candidate does."""
+    """One item, and whether another can follow; our faults are told from the candidate's."""
     send(Asking(number))
     try:
         findings = ask(item, answered=lambda: send(Asking(number, compared=True)))
@@ -196,7 +196,7 @@ def _judge(
 
 
 def _place(error: BaseException) -> str:
-    """File and line where an error of ours was raised."""
+    """File and line of an error of ours."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -1,4 +1,4 @@
-"""A checkpoint's expert weights to judge on, as a person chooses them: layers, and experts of each projection."""
+"""A checkpoint's expert weights to judge on: chosen layers and experts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from mxref.checkpoints import ExpertTensor, list_expert_tensors
 
 @dataclass(frozen=True)
 class Projections:
-    """What to take from a checkpoint.
+    """A choice of a checkpoint's weights.
 
     Attributes:
-        path: file or folder.
-        tensors: to take from it.
-        experts: how many of each, from the first; None for all.
-        options: of the command line that chose them.
-        about: the choice in words.
+        experts: how many of each tensor, from the first; None for all.
+        options: of the command line, for this choice.
+        about: in words.
     """
 
     path: Path
@@ -33,7 +31,7 @@ class Projections:
         """The projections of layers such as "0,3-5", or "all", None for the first; experts "all", None for four.
 
         Raises:
-            OSError, ValueError: the checkpoint cannot be read or has no such layer, or the choice is not understood.
+            OSError, ValueError: the checkpoint cannot be read or has no such layer, or the choice is malformed.
         """
         try:
             tensors = list_expert_tensors(path)
@@ -54,7 +52,7 @@ class Projections:
 
 
 def _layer(name: str) -> int:
-    """The first number in a tensor's name; 0 where there is none."""
+    """The first number in a tensor's name, or 0."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(number.group(1)) if number else 0
 

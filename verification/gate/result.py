@@ -1,4 +1,4 @@
-"""Everything that one run of the gate found out, and its verdict."""
+"""A gate run's findings and verdict."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class GateResult:
     """One run.
 
     Attributes:
-        candidate: what was judged, with its declarations.
-        accumulation: what bounds were derived for: the declared one, or the device's default.
-        device: where it ran, in words.
-        suite: which cases, in words.
+        candidate: with its declarations.
+        accumulation: of the bounds: declared, or the device's default.
+        device: in words.
+        suite: in words.
         seed: of every draw.
-        strict: whether anything short of a plain pass fails the run.
-        findings: one per check, case and tensor.
+        strict: anything short of a plain pass fails the run.
+        findings: one a check, case and tensor.
         started: UTC, ISO 8601.
-        seconds: wall-clock duration.
-        versions: of the programs that took part.
-        narrowed: what the caller left of the suite, in words; empty for all of it.
-        command: that asks again, up to the identifier of an item; empty where there is none.
-        left_out: what could not be asked, and why, in a sentence.
-        interrupted: a person stopped it.
-        faults: that are not the candidate's, one line each.
-        declares: what the candidate declares, by name and in words; where empty, its rounding points and accumulation.
-        why: name -> why, of every check that may have been asked.
+        seconds: wall-clock.
+        versions: of programs.
+        narrowed: what the caller left of the suite, in words; empty for all.
+        command: that asks again, but for an item's identifier; empty for none.
+        left_out: what could not be asked, and why.
+        interrupted: by a person.
+        faults: not the candidate's, a line each.
+        declares: the candidate's declarations, in words by name; where empty, rounding points and accumulation.
+        why: of every check, by name.
     """
 
     candidate: Candidate
@@ -80,18 +80,18 @@ class GateResult:
 
     @property
     def _asked(self) -> list[Finding]:
-        """Findings of cases: neither a baseline, which may be missing, nor the state of torch is asked for."""
+        """Findings of cases: not of a baseline, which may be missing, or of torch's state."""
         return [finding for finding in self.findings if finding.check not in (BASELINE.name, STATE.name)]
 
     @property
     def covered(self) -> float:
-        """Share of the questions, a check and a case each, that the candidate did not decline."""
+        """Share of the questions, one a check and case, that the candidate did not decline."""
         asked = {(f.check, f.case) for f in self._asked}
         return 1 - len({(f.check, f.case) for f in self.declined}) / len(asked) if asked else 0.0
 
     @property
     def verdict(self) -> Status:
-        """The worst of the findings; NOT_COVERED when something was declined, or nothing was judged."""
+        """The worst finding; NOT_COVERED when something was declined, or nothing was judged."""
         counts = self.counts()
         if counts[Status.FAIL]:
             return Status.FAIL
@@ -112,19 +112,19 @@ class GateResult:
 
     @property
     def qualification(self) -> str:
-        """What a pass is about where it is not about everything: declared by the candidate, or chosen by the caller."""
+        """What a pass is limited to, by declaration or by the caller."""
         return "; ".join(filter(None, (str(self.candidate.covers), self.narrowed)))
 
     @property
     def title(self) -> str:
-        """The verdict, and of a pass what it is about."""
+        """The verdict, and what a pass is limited to."""
         return f"{self.word} ({self.qualification} only)" if self.qualification and not self.exit_code else self.word
 
     @property
     def exit_code(self) -> int:
-        """0 for a pass; 1 for what the candidate is to blame for; 2 for faults that it is not to blame for, or no end.
+        """0 for a pass; 1 if the candidate is to blame; 2 for other faults, or no end.
 
-        A weak pass and a worse one pass too, unless `strict`.
+        Weak and worse passes count as passes, unless `strict`.
         """
         if (self.faults or self.interrupted) and self.verdict is not Status.FAIL:
             return 2
@@ -136,7 +136,7 @@ class GateResult:
 
 
 def describe_device(device: torch.device, interpreted: bool = False) -> str:
-    """The device in words, with what makes its arithmetic differ; `interpreted`: kernels run in the interpreter."""
+    """The device in words, with what makes its arithmetic differ; `interpreted`: in Triton's interpreter."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, CUDA {torch.version.cuda}"

@@ -1,4 +1,4 @@
-"""Runs a plan and adds the findings up to one verdict."""
+"""Runs a plan to a verdict."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def run_gate(
     Args:
         candidate: what to judge.
         items: from `plan`.
-        device: the device that they were made for.
-        suite: what to call them in the report.
-        seed: that they were made with.
+        device: of the items.
+        suite: their name in the report.
+        seed: of the items.
         strict: see `GateResult.exit_code`.
     """
     how = candidate.accumulation or default_accumulation(device)
@@ -63,7 +63,7 @@ def judge(
     code: OwnCode | None = None,
     shared_memory: bool = False,
 ) -> list[Finding]:
-    """What the checks of one item find: the candidate is run once for all of them.
+    """What the checks of one item find, from one run of the candidate.
 
     A candidate that declares no accumulation gets a second chance against the order-free bound.
 
@@ -71,16 +71,15 @@ def judge(
         item: of a plan.
         candidate: what to judge.
         how: the accumulation that bounds are derived for.
-        slopes: that are fitted in the whole run; None for this item's alone.
-        answered: called when the candidate has done its part. The reference is computed only then, so that no memory
-            the candidate gets has held it.
-        code: the code that judges, as it was before the candidate was loaded; None for as it is now, with whatever the
-            caller has replaced in it.
-        shared_memory: other processes use the same GPU.
+        slopes: fitted in the whole run; None for this item's alone.
+        answered: called when the candidate has answered. The reference is computed afterwards, so that no memory the
+            candidate gets has held it.
+        code: the judging code as before the candidate was loaded; None for as it is now.
+        shared_memory: of the GPU, with other processes.
 
     Raises:
-        torch.OutOfMemoryError: it had too little memory for the reference or, with `shared_memory`, for the candidate,
-            whose failure that is otherwise.
+        torch.OutOfMemoryError: for the reference or, with `shared_memory`, for the candidate, which otherwise fails by
+            it.
     """
     sample, checks, before, code = item.sample, item.checks, GlobalState.now(), code or OwnCode.now()
     question = _question(item)
@@ -109,7 +108,7 @@ def judge(
 
 
 def _question(item: Item) -> tuple[object, ...]:
-    """What an item asks, to be compared with what it has become."""
+    """What an item asks, to detect changes."""
     sample = item.sample
     return item.id, sample.checksum() if isinstance(sample, Sample) else None
 
@@ -117,14 +116,14 @@ def _question(item: Item) -> tuple[object, ...]:
 def _expectation(
     sample: object, candidate: Candidate, how: Accumulation, slopes: int | None, asked_on: torch.device | None = None
 ) -> Expectation | object:
-    """What the sample's answers are held against; other samples bring what they need."""
+    """What the sample's answers are held against; own cases' samples themselves."""
     if not isinstance(sample, Sample):
         return sample
     return Expectation(sample, candidate.points(sample.problem.dtype), how, slopes, asked_on=asked_on)
 
 
 def _is_for_cpu(sample: Sample, answers: Sequence[Answer]) -> bool:
-    """Whether a GPU's results are compared on the CPU: of small cases, if each is where it should be."""
+    """Whether a GPU's results are compared on the CPU: those of small cases on the right device."""
     case, here = sample.case, sample.problem.device
     if here.type == "cpu" or _work(case) > _SMALL:
         return False
@@ -133,10 +132,7 @@ def _is_for_cpu(sample: Sample, answers: Sequence[Answer]) -> bool:
 
 
 def _work(case: Case) -> int:
-    """Multiplications of every row, and of every expert's weights as if it had one more, by its base and LoRA's two.
-
-    What is done with each element of the rows takes about as long as 16 of them.
-    """
+    """Multiplications by base and LoRA weights of each row and one more an expert; elements of rows count 16."""
     ends = case.K + case.N
     return (case.rows + case.experts) * (case.K * case.N + case.rank * ends) + 16 * case.rows * ends
 
@@ -151,7 +147,7 @@ def _compare(checks: Sequence[Check], answers: Sequence[Answer], expected: objec
 
 
 def _weaker(findings: Sequence[Finding], again: Sequence[Finding]) -> list[Finding]:
-    """What failed, but holds against the order-free bound, becomes a weak pass."""
+    """Failures that hold against the order-free bound become weak passes."""
     second = {(finding.check, finding.tensor): finding for finding in again if finding.ok}
     return [
         replace(second[f.check, f.tensor], status=Status.WEAK, reason=_SECOND_CHANCE)

@@ -1,1 +1,1 @@
-"""What a gate run shows: one HTML page with its plots, the same as JSON, and a terminal's tables."""
+"""A gate run's results: an HTML page with plots, JSON, and a terminal's tables."""

@@ -1,7 +1,7 @@
-"""What every picture of the gate's page is drawn on: small quiet panels, as inline SVG in the page's own colours.
+"""Panels for the pictures of the gate's page, as inline SVG in the page's colours.
 
-Matplotlib draws with placeholder colours; `svg` turns each into a CSS variable, so that one picture serves the light
-theme and the dark one. Matplotlib itself is imported late: whoever only reads numbers does not pay for it.
+Matplotlib draws with placeholder colours, which become CSS variables for the light and dark themes. It is imported
+late, since numbers do without it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CSS_NAME = {INK: "--ink", MUTED: "--muted", GRID: "--line", SERIES: "--series",
 
 
 def in_order(tensors: Iterable[str]) -> list[str]:
-    """Names of tensors, each once: the order of the computation, then anything else by name."""
+    """Names of tensors, each once, by `tensor_order`."""
     names = set(tensors)
     return [name for name in TENSORS if name in names] + sorted(names - set(TENSORS))
 
@@ -42,7 +42,7 @@ def squares(
     opacity: float = 1.0,
     outline: bool = False,
 ) -> None:
-    """Fill or outline rectangles of one size, given a corner of each, [n, 2]: one path, as n would weigh megabytes."""
+    """Fill or outline rectangles of one size at corners [n, 2]: one path, as n would weigh megabytes."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -58,15 +58,14 @@ def squares(
 
 
 def picture(label: str, draw: Callable[[Axes, T], None], contents: Sequence[T]) -> str:
-    """A small figure for each of the contents, which the page lays side by side, as many as there is room.
+    """A small figure for each of the contents.
 
     Args:
-        label: what it shows, for those who do not see it; unique on a page.
-        draw: fills a quiet pair of axes with one of the contents.
-        contents: one a figure.
+        label: alternative text; unique on a page.
+        draw: fills axes with one of the contents.
 
     Returns:
-        An SVG element a figure, as text: its colours are CSS variables, its font the page's, its ids unique on a page.
+        An SVG element a figure, as text, in the page's colours and font, ids unique on a page.
     """
     return "".join(_panel(f"{label} {number}", label, draw, each) for number, each in enumerate(contents))
 
@@ -77,7 +76,7 @@ def _panel(salt: str, label: str, draw: Callable[[Axes, T], None], content: T) -
     width, height = 4.0, 2.9
     figure = Figure(figsize=(width, height))
     axes = figure.subplots()
-    # Margins in inches, by hand: matplotlib's own layout would cost more time than the drawing.
+    # Margins in inches, by hand: matplotlib's layout costs more time than the drawing.
     figure.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height)
     axes.set_facecolor("none")
     axes.tick_params(colors=MUTED, labelsize=8, which="both", length=0)
@@ -91,7 +90,7 @@ def _panel(salt: str, label: str, draw: Callable[[Axes, T], None], content: T) -
 
 
 def title(axes: Axes, tensor: str, note: str) -> None:
-    """Tensor name in bold at the left, one remark at the right."""
+    """Tensor name in bold at the left, a remark at the right."""
     axes.set_title(tensor, loc="left", color=INK, fontsize=11, fontweight="bold")
     axes.set_title(note, loc="right", color=MUTED, fontsize=8)
 
@@ -107,10 +106,10 @@ def _svg(figure: Figure, label: str, salt: str) -> str:
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     for placeholder, name in _CSS_NAME.items():
         text = text.replace(placeholder, f"var({name})")
-    # Two pictures on one page would otherwise share ids such as "axes_1".
+    # Two pictures would otherwise share ids such as "axes_1".
     prefix = f"p{zlib.crc32(salt.encode()):x}"
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    # HTML knows SVG's namespaces, and the page decides about the size: of the opening tag only the viewBox stays.
+    # HTML knows SVG's namespaces, and the page sets the size: only the viewBox stays.
     opening = re.search(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', text, flags=re.DOTALL)
     assert opening is not None
     width = 96 * float(figure.get_size_inches()[0])

@@ -1,4 +1,4 @@
-"""Failures by cause: what looks like one bug stands together, led by the finding that names it best."""
+"""Failures by likely cause, led by the finding that names it best."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Cause:
     """Failures that look alike.
 
     Attributes:
-        naming: the one that says most, on the smallest problem.
-        others: all further ones.
+        naming: the most telling one, on the smallest problem.
+        others: all others.
     """
 
     naming: Finding
@@ -33,12 +33,12 @@ class Cause:
 
     @property
     def cases(self) -> list[str]:
-        """Cases of the others, each once."""
+        """The others' cases, each once."""
         return [case for case in dict.fromkeys(finding.case for finding in self.others) if case != self.naming.case]
 
     @property
     def common(self) -> dict[str, str | int | float]:
-        """What the problems of several failed items have in common beside the seed; empty for a single item."""
+        """What several failed items' problems have in common but the seed; empty for a single item."""
         problems = {finding.id: finding.problem for finding in (self.naming, *self.others) if finding.problem}
         if len(problems) < _SEVERAL:
             return {}
@@ -50,10 +50,9 @@ class Cause:
 
 
 def causes(findings: Sequence[Finding], checks: Iterable[str] | None = None) -> list[Cause]:
-    """The failures among the findings, grouped: those of one item stand together, and items whose failures that name
-    best say the same but for numbers.
+    """The failures grouped: those of one item, and of items whose most telling failures differ only in numbers.
 
-    `checks`: names of the checks that were asked, in their order; by default those of a layer.
+    `checks`: names of the checks asked, in order; by default a layer's.
     """
     names = [name for name in (why() if checks is None else checks) if name not in (*_LAST, *_OUTSIDE)]
     rank = partial(_rank, {name: place for place, name in enumerate((*names, *_LAST))})
@@ -72,7 +71,7 @@ def causes(findings: Sequence[Finding], checks: Iterable[str] | None = None) -> 
 
 
 def _said(finding: Finding) -> str:
-    """What a failure says of its cause, without numbers: its power of two, or else where it is, or else why."""
+    """A failure's cause without numbers: its power of two, else where it is, else why."""
     ratio = re.search(r"2\^[-−]?\d+", " ".join((*finding.patterns, finding.reason)))
     if ratio is not None:
         return f"{finding.tensor}: {ratio[0].replace('-', '−')}"
@@ -84,7 +83,7 @@ def _without_numbers(text: str) -> str:
 
 
 def _rank(places: Mapping[str, int], finding: Finding) -> tuple[bool, bool, bool, int, tuple[int, str], int, int]:
-    """Sort key: what ended a run, then exact checks, then what says where; the first tensor, the smallest problem."""
+    """Sort key: ended runs, exact checks, patterns; first tensor, smallest problem."""
     place = places.get(finding.check, -1)
     somewhere = any(pattern != "every element" and "2^" not in pattern for pattern in finding.patterns)
     first, ordinary = tensor_order(finding.tensor), finding.check in _LAST

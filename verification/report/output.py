@@ -1,4 +1,4 @@
-"""What every command's output is made of: tables in a terminal, numbers and names in words, and files of JSON."""
+"""Parts of commands' output: terminal tables, numbers and names in words, JSON files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOOTNOTE = "* Many ULP, and inside the derived bound: large terms cancel to almo
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
-    """A quiet table for a terminal; ">" before a column's name puts its cells, numbers, at the right."""
+    """A terminal table; ">" before a column's name aligns its numbers right."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
@@ -37,7 +37,7 @@ def write_json(path: Path, data: Any) -> Path:
 
 
 def many_ulp(finding: Finding) -> str:
-    """The sign of the footnote where a result that is right is many ULP from the exact value."""
+    """The footnote's sign where a right result is many ULP from the exact value."""
     return "*" if finding.ok and (finding.max_ulp or 0.0) > _MANY else ""
 
 
@@ -51,7 +51,7 @@ def ulp_text(value: float | None) -> str:
 
 
 def detail_text(value: float | str | None) -> str:
-    """A detail, short: words as they are, numbers to four digits."""
+    """A detail, numbers to four digits."""
     return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
 
@@ -61,7 +61,7 @@ def tensor_order(tensor: str) -> tuple[int, str]:
 
 
 def share_text(value: float | None) -> str:
-    """A share of a bound: per cent inside, a multiple outside, "exact" for no error at all."""
+    """A share of a bound: per cent inside, a multiple outside, "exact" for no error."""
     if value is None:
         return ""
     if value == 0:

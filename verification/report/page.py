@@ -1,4 +1,4 @@
-"""A gate's result as JSON and as one self-contained HTML page; `terminal` prints it."""
+"""A gate's result as JSON and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BADGE = {
 
 
 def headline(result: GateResult) -> str:
-    """The verdict in one sentence, and what was not asked in another."""
+    """The verdict, and what was not asked, a sentence each."""
     return " ".join(filter(None, [_verdict(result), result.left_out]))
 
 
@@ -81,7 +81,7 @@ def _verdict(result: GateResult) -> str:
 
 
 def as_json(result: GateResult) -> dict[str, Any]:
-    """The whole result as plain data; numbers that JSON lacks become "nan", "inf" and "-inf"."""
+    """The result as plain data; numbers that JSON lacks become "nan", "inf" and "-inf"."""
     counts = result.counts()
     return {
         "schema": SCHEMA,
@@ -116,7 +116,7 @@ def as_json(result: GateResult) -> dict[str, Any]:
 
 
 def as_html(result: GateResult) -> str:
-    """One page that needs nothing but itself: styles, pictures and numbers inline, readable in light and dark."""
+    """A self-contained page, readable in light and dark."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mxref.verification.report"),
         autoescape=True,
@@ -173,7 +173,7 @@ def failures(result: GateResult) -> list[Finding]:
     failed = [finding for finding in result.findings if finding.status is Status.FAIL]
 
     def distance(finding: Finding) -> float:
-        """How far outside; infinitely where nothing came that could be measured, just outside for a wrong sign."""
+        """How far outside; infinite where nothing could be measured, just outside for a wrong sign."""
         unusable = finding.violations == finding.elements
         return finding.bound_share or (math.inf if unusable else 1.0)
 
@@ -181,7 +181,7 @@ def failures(result: GateResult) -> list[Finding]:
 
 
 def facts(result: GateResult) -> list[tuple[str, str]]:
-    """What was judged, where, by what: for the banner's table."""
+    """What was judged, where, by what."""
     candidate = result.candidate
     points = ", ".join(candidate.declared_points) or "the contract's own"
     accumulation = str(result.accumulation)
@@ -201,7 +201,6 @@ def facts(result: GateResult) -> list[tuple[str, str]]:
 
 
 def _cause_json(cause: Cause, command: str) -> dict[str, Any]:
-    """A cause as plain data: the finding that names it, how many look alike and where, and how to ask again."""
     again = f"{command} --rerun {cause.naming.id}" if command and cause.naming.id else ""
     told = {"naming": cause.naming.as_json(), "common": cause.common, "again": again}
     return told | {"others": len(cause.others), "cases": cause.cases}
@@ -220,7 +219,7 @@ def _matrices(findings: Iterable[Finding]) -> list[dict[str, Any]]:
 
 
 def _worst(findings: Iterable[Finding]) -> list[Finding]:
-    """The judgements that used most of their bound, whatever came of them; failures first, and few of any one check."""
+    """The judgements that used most of their bound; failures first, few of any check."""
     measured = [f for f in findings if f.bound_share is not None and f.status is not Status.NOT_COVERED]
     measured.sort(key=lambda f: (f.status is not Status.FAIL, -(f.bound_share or 0.0)))
     taken: Counter[str] = Counter()
@@ -233,7 +232,7 @@ def _worst(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _numbers(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """For each check a table of its findings' details: what was judged with, and what is only reported."""
+    """For each check a table of its findings' details."""
     by_check: dict[str, list[Finding]] = {}
     for finding in findings:
         if finding.details:

@@ -1,8 +1,7 @@
-"""Pictures of single elements: signed errors, errors against their bounds, and how much of its bound each one used.
+"""Pictures of single elements: signed errors, errors against bounds, and shares of bounds.
 
-Clouds of points are drawn as counted cells: twenty thousand circles would say less and weigh megabytes. Each picture is
-made of what the check of intervals kept of each case and tensor. It comes as SVG elements in text, a panel a tensor,
-and empty where there is nothing to draw.
+Clouds of points are drawn as counted cells, since twenty thousand circles weigh megabytes. Each picture is SVG elements
+in text, a panel a tensor, and empty where there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _MAX_CURVES = 12
 
 
 def ulp_histogram(samples: Sequence[ErrorSample]) -> str:
-    """Share of elements by signed error, in units in the last place of the judged format."""
+    """Share of elements by signed error in ULP of the judged format."""
     return picture("Signed error in units in the last place, by tensor", _histogram, _by_tensor(samples))
 
 
@@ -45,7 +44,7 @@ def _histogram(axes: Axes, samples: Sequence[ErrorSample]) -> None:
     positions = np.arange(-reach, reach + 1)
     share = np.array([(bins == p).sum() for p in positions]) * 100.0 / max(1, errors.size)
     axes.bar(positions, share, width=0.86, color=SERIES, linewidth=0)
-    axes.set_ylim(min(1e-2, 50.0 / max(1, errors.size)), 200)  # before the scale: log of an all-zero range warns
+    axes.set_ylim(min(1e-2, 50.0 / max(1, errors.size)), 200)  # before the scale: an all-zero range warns
     axes.set_yscale("log")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
@@ -62,8 +61,8 @@ def _histogram(axes: Axes, samples: Sequence[ErrorSample]) -> None:
 def error_against_bound(samples: Sequence[ErrorSample]) -> str:
     """Error against the derived bound, both relative to the exact value, on logarithmic axes.
 
-    Points on or below the diagonal are inside the bound; those above are drawn one by one in the failure colour.
-    Relative numbers bring cases whose scales lie a hundred binades apart into one picture.
+    Points above the diagonal are outside the bound, drawn one by one in the failure colour. Relative numbers fit cases
+    a hundred binades apart into one picture.
     """
     return picture("Relative error against the derived bound, by tensor", _cloud, _by_tensor(samples))
 
@@ -86,7 +85,7 @@ def _cloud(axes: Axes, samples: Sequence[ErrorSample]) -> None:
         axes.set_yticks([])
         return
     x_low, x_high = _padded(x)
-    # A handful of tiny errors would stretch the axis for nothing: keep five decades below the smallest bound.
+    # A few tiny errors would stretch the axis: keep five decades below the smallest bound.
     y_high = max(float(y.max()), x_high)
     y_low = max(float(y.min()), x_low - 5.0) - 0.3
     outside = y > x
@@ -103,10 +102,7 @@ def _cloud(axes: Axes, samples: Sequence[ErrorSample]) -> None:
 
 
 def share_of_bound(samples: Sequence[ErrorSample]) -> str:
-    """Distribution of error over bound: the share of elements that used at most so much of theirs.
-
-    The strong curve holds all cases together; a thin one in the failure colour is one case that has an element outside.
-    """
+    """Distribution of error over bound: all cases, and in the failure colour each with an element outside."""
     return picture("Distribution of error over bound, by tensor", _curves, _by_tensor(samples))
 
 
@@ -136,7 +132,7 @@ def _curves(axes: Axes, samples: Sequence[ErrorSample]) -> None:
 
 
 def _shares(sample: ErrorSample) -> NDArray[np.float64]:
-    """|error| / bound of each element; no error is 0 whatever the bound, and any error beyond a bound of 0 is inf."""
+    """|error| / bound of each element; 0 for no error, inf for one beyond a bound of 0."""
     error, bound = np.abs(np.asarray(sample.error)), np.asarray(sample.bound)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         share = np.where(error == 0, 0.0, error / bound)
@@ -144,7 +140,7 @@ def _shares(sample: ErrorSample) -> NDArray[np.float64]:
 
 
 def _share_label(exponent: float) -> str:
-    """Text of a share 10^exponent: per cent up to the bound, a multiple of it far outside."""
+    """Text of a share 10^exponent: per cent, or a multiple far outside."""
     return f"{10.0 ** (exponent + 2):g} %" if exponent < 2 else f"{10.0**exponent:g} ×"
 
 
@@ -155,7 +151,6 @@ def _distribution(share: NDArray[np.float64], at: NDArray[np.float64]) -> NDArra
 
 
 def _by_tensor(samples: Sequence[ErrorSample]) -> list[list[ErrorSample]]:
-    """Samples of one tensor together, in the order of the computation; empty ones dropped."""
     groups: dict[str, list[ErrorSample]] = {}
     for sample in samples:
         if len(sample.error):
@@ -171,7 +166,7 @@ def _ulp_bin(errors: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _ulp_label(position: int) -> str:
-    """Text of a bin: 0, +1, −2, +4, ... the smallest error in the bin."""
+    """Text of a bin, its smallest error: 0, +1, −2, +4, ..."""
     if position == 0:
         return "0"
     size = 2 ** (abs(position) - 1)
@@ -186,7 +181,7 @@ def _cells(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
 ) -> None:
-    """Draw a cloud as cells whose opacity grows with the logarithm of their count."""
+    """Draw a cloud as cells, opacity by the logarithm of their count."""
     counts, x_edges, y_edges = np.histogram2d(x, y, bins=_CELLS, range=(x_range, y_range))
     if counts.max(initial=0) == 0:
         return
@@ -198,7 +193,6 @@ def _cells(
 
 
 def _padded(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The range of `values` with a margin, never empty."""
     low, high = float(values.min()), float(values.max())
     margin = max(0.25, 0.04 * (high - low))
     return low - margin, high + margin

@@ -1,7 +1,4 @@
-"""Pictures of whole strata: how significant each one's drift is, and which powers of two the results are off by.
-
-They are made of what the check for drift kept of each case and tensor, and come as in `plots`.
-"""
+"""Pictures of strata: significance of drift, and powers of two that results are off by; in the form of `plots`."""
 
 from __future__ import annotations
 
@@ -38,9 +35,9 @@ _FARTHEST = 9
 
 
 def drift_maps(maps: Sequence[DriftMap], failed: Collection[tuple[str, str]] = ()) -> str:
-    """z by expert and column tile, one panel a map, the worst of each tensor first; only failing ones if there are any.
+    """z by expert and column tile, one panel a map, each tensor's worst first; only failing ones if any.
 
-    `failed`: (case, tensor) of those whose drift finding is a failure.
+    `failed`: (case, tensor) of failed drift findings.
     """
     fitted = [drift for drift in maps if np.isfinite(drift.z).any()]
     bad = [drift for drift in fitted if (drift.case, drift.tensor) in failed]
@@ -51,7 +48,7 @@ def drift_maps(maps: Sequence[DriftMap], failed: Collection[tuple[str, str]] = (
 
 
 def log2_ratios(maps: Sequence[DriftMap]) -> str:
-    """How many results are off by which power of two, one panel a tensor; all beside 0 is in the failure colour."""
+    """How many results are off by which power of two, one panel a tensor; all but 0 in the failure colour."""
     counts: dict[str, Counter[int]] = {}
     for drift in maps:
         if drift.log2_ratio:
@@ -84,7 +81,7 @@ def _octaves(axes: Axes, tensor: tuple[str, Counter[int]]) -> None:
 
 
 def _heat(axes: Axes, drift: DriftMap) -> None:
-    """One map: blue below zero, amber above, stronger with |z|, a frame where it is beyond the limit."""
+    """One map: blue below zero, amber above, stronger with |z|, framed beyond the limit."""
     z = np.asarray(drift.z, dtype=np.float64)
     rows, columns = z.shape
     relative = np.nan_to_num(z / (drift.critical * _SATURATED), nan=0.0)
@@ -118,24 +115,22 @@ def _corners(where: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 
 def _places(count: int) -> list[int]:
-    """Which of `count` strata along an axis get a label; the last, all of them together, always does."""
+    """Which of `count` strata along an axis get a label; the last always does."""
     step = -(-count // _LABELS)
     return [*range(0, max(1, count - max(1, step // 2)), step), count - 1] if count > 1 else [0]
 
 
 def _stratum(label: str) -> str:
-    """Short for the axis: 3 of `expert 3`, 64 of `columns 64–127`, all of `all experts`."""
+    """3 of `expert 3`, 64 of `columns 64–127`, all of `all experts`."""
     word, _, rest = label.partition(" ")
     return "all" if word == "all" else rest.partition("–")[0]
 
 
 def _largest(drift: DriftMap) -> float:
-    """The largest |z| of a map with at least one."""
     return float(np.nanmax(np.abs(drift.z)))
 
 
 def _short(z: float) -> str:
-    """A z in a stratum's room."""
     if round(z, 1) == 0:
         return "0"
     text = f"{z:.1f}" if abs(z) < 100 else f"{z:.0f}" if abs(z) < 1e4 else f"{z:.0e}"
@@ -143,6 +138,6 @@ def _short(z: float) -> str:
 
 
 def _octave_label(octave: int) -> str:
-    """Text of a power of two; the outermost ones stand for all beyond."""
+    """Text of a power of two; the outermost include all beyond."""
     text = f"+{octave}" if octave > 0 else str(octave).replace("-", "−")
     return text if abs(octave) < _FARTHEST else ("≥ " if octave > 0 else "≤ ") + text

@@ -59,7 +59,7 @@ def print_result(result: GateResult, console: Console, verbose: bool = False) ->
 
 
 def _by_check_and_tensor(findings: Iterable[Finding]) -> RenderableType:
-    """One row a check and tensor: how many cases, how many elements, the worst of each number."""
+    """One row a check and tensor: numbers of cases and elements, the worst of each number."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.check, finding.tensor), []).append(finding)
@@ -90,7 +90,6 @@ def _by_check_and_tensor(findings: Iterable[Finding]) -> RenderableType:
 
 
 def _every_finding(findings: Iterable[Finding]) -> RenderableType:
-    """One row a finding, failures first."""
     table = new_table("verdict", "check", "case", "tensor", ">elements", ">max ULP", "bound used")
     for finding in sorted(findings, key=lambda finding: list(_STYLE).index(finding.status)):
         sign, colour = _STYLE[finding.status]
@@ -107,7 +106,7 @@ def _every_finding(findings: Iterable[Finding]) -> RenderableType:
 
 
 def _failure(cause: Cause, command: str, verbose: bool) -> RenderableType:
-    """What a person needs to understand one cause and to ask again; `verbose`: the candidate's traceback too."""
+    """One cause, and how to ask again; `verbose`: with the candidate's traceback."""
     finding, rows = cause.naming, Table.grid(padding=(0, 2))
 
     def row(name: str, value: str, style: str = "") -> None:

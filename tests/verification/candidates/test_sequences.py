@@ -10,8 +10,8 @@ import torch
 from judging import BY_NAME
 from torch import Tensor
 
+from mxref.verification.candidates.call_machine import CallMachine, DifferentError
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.sequences import _Calls, _DifferentError
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
@@ -35,7 +35,7 @@ def test_what_is_asked_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(torch.cuda, name, instead)
     seen: list[Any] = []
-    calls = _Calls(golden(), sample("cpu"), seen)
+    calls = CallMachine(golden(), sample("cpu"), seen)
     calls.on_streams("a", "d")
     assert seen
     assert calls.script == ["layer(a) and layer(d) and their gradients, each on a stream of its own"]
@@ -50,6 +50,6 @@ def test_an_operand_that_is_read_on_the_default_stream_is_seen() -> None:
             inputs = inputs * 1.0  # before it is filled
         return honest.call(inputs=inputs, **others)
 
-    _Calls(honest, asked, []).on_streams("a", "d")
-    with pytest.raises(_DifferentError):
-        _Calls(Candidate("early", early), asked, []).on_streams("a", "d")
+    CallMachine(honest, asked, []).on_streams("a", "d")
+    with pytest.raises(DifferentError):
+        CallMachine(Candidate("early", early), asked, []).on_streams("a", "d")

@@ -143,3 +143,18 @@ def test_shuffled_positions_have_their_ends_in_place() -> None:
     assert torch.equal(positions[ends], plain[ends]), "of every sixteen"
     assert torch.equal(positions.sort().values, plain.sort().values)
     assert not torch.equal(positions, plain)
+
+
+@pytest.mark.parametrize("special", ["inf row", "inf dOut"])
+def test_infinity_meets_a_block_of_zeros(special: str) -> None:
+    """Whoever leaves such blocks out has a finite number where 0 · ∞ is NaN."""
+    sample = draw(Case("zeros", 2, 64, 32, 9, 1, 0, data="integer", special=special))
+    out = forward(sample.problem, RoundingPoints.exact())
+    found = (
+        out.out.value
+        if special == "inf row"
+        else backward(sample.problem, out, sample.grad_out, RoundingPoints.exact()).dx.value
+    )
+    row = found[len(found) // 2]
+    assert row[0].isnan()
+    assert row[1:].isfinite().any() or row[1:].isinf().any()

@@ -78,6 +78,13 @@ def test_memory_read_without_strides() -> None:
         ("blocks counted in a byte", "interval"),
         ("positions of other ranks' rows zeroed", "integer"),
         ("autocast followed in backward", "interval"),
+        ("dOut noted by a hook", "sequences"),
+        ("dX in a node of its own", "sequences"),
+        ("no product in a recomputation", "sequences"),
+        ("x known by its storage", "sequences"),
+        ("negatives taken for what memory holds", "sequences"),
+        ("blocks of zeros skipped", "interval"),
+        ("Z unrounded for one token", "integer"),
     ],
 )
 def test_a_bug_is_rejected(name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:

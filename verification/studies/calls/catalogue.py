@@ -6,6 +6,7 @@ from mxref.verification.studies.calls import (
     boundaries,
     callers,
     gradients,
+    graphs,
     kept,
     layouts,
     memory,
@@ -19,9 +20,9 @@ __all__ = ["BUGS"]
 
 BUGS: tuple[Bug, ...] = tuple(
     found
-    for module in (layouts, callers, kept, gradients, memory, values, sizes, boundaries, seldom)
+    for module in (layouts, callers, kept, gradients, memory, values, sizes, boundaries, seldom, graphs)
     for found in vars(module).values()
     if isinstance(found, Bug)
 )
 """In the order of their modules: memory layout, callers, what is kept, gradients, state, numbers, sizes, boundaries,
-what is seldom asked."""
+what is seldom asked, what else is in a graph."""

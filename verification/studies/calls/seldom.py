@@ -13,24 +13,27 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
 from mxref.verification.studies.calls.memory import cached
-from mxref.verification.studies.calls.values import flushed, reading
+from mxref.verification.studies.calls.values import each, flushed, reading
 from mxref.weights import MXWeights
 
-__all__: list[str] = []
+__all__ = ["turned", "where", "without_adapters"]
 
 _Change = Callable[[Problem], Mapping[str, Any]]
 
 
-def _where(holds: Callable[[Problem], bool], change: _Change) -> Callable[[], Layer]:
+def where(holds: Callable[[Problem], bool], change: _Change) -> Callable[[], Layer]:
     """Some operands are read otherwise in both passes, where something holds."""
     return reading(lambda p: change(p) if holds(p) else {})
 
 
-def _without_adapters(p: Problem) -> Mapping[str, Any]:
+def without_adapters(p: Problem) -> Mapping[str, Any]:
+    """A change to no adapters."""
     return {"lora_A": None, "lora_B": None}
 
 
-def _turned(name: str) -> _Change:
+def turned(name: str) -> _Change:
+    """A change of an operand's signs, where it is there."""
+
     def change(p: Problem) -> Mapping[str, Any]:
         x = getattr(p, name)
         return {} if x is None else {name: -x.detach()}
@@ -38,37 +41,35 @@ def _turned(name: str) -> _Change:
     return change
 
 
-def _flushing(name: str) -> Callable[[], Layer]:
-    return reading(lambda p: {} if getattr(p, name) is None else {name: flushed(getattr(p, name).detach())})
-
-
 _FLUSHED = "casts an operand in a kernel that flushes to zero"
 
 rank_32 = bug("a rank that fills a tile", "masks the rank as if its last tile were never full", rank="thirty two")(
-    _where(lambda p: p.rank == 32, _turned("lora_B"))
+    where(lambda p: p.rank == 32, turned("lora_B"))
 )
 pairs_of_columns = bug("columns by fours", "stores four columns at once and the rest in none", N="twice an odd number")(
-    _where(lambda p: p.N % 4 == 2, _turned("inputs"))
+    where(lambda p: p.N % 4 == 2, turned("inputs"))
 )
 warp_of_experts = bug("experts by warps", "counts a whole warp of experts as none", experts="a warp")(
-    _where(lambda p: p.E % 32 == 0, _turned("inputs"))
+    where(lambda p: p.E % 32 == 0, turned("inputs"))
 )
 six_slots = bug("slots for which nothing was compiled", "has kernels for 1 to 4 slots and for 8", slots="six")(
-    _where(lambda p: p.k == 6, _turned("inputs"))
+    where(lambda p: p.k == 6, turned("inputs"))
 )
 eight_gates = bug("gates by eights", "adds eight of a token's rows at once and loses the last", slots="eight",
                   gates="positive")(
-    _where(lambda p: p.gates is not None and p.gates.shape[1] == 8,
+    where(lambda p: p.gates is not None and p.gates.shape[1] == 8,
            lambda p: {"gates": p.gates.detach() * (torch.arange(8) < 7)})  # type: ignore[union-attr]
 )  # fmt: skip
 as_many_columns = bug("experts told from columns by size", "takes the dimension that is E long for the experts",
                       experts="a warp", N="32")(
-    _where(lambda p: p.N == p.E > 1, _turned("inputs"))
+    where(lambda p: p.N == p.E > 1, turned("inputs"))
 )  # fmt: skip
-tiny_biases = bug("subnormal biases flushed", _FLUSHED, values="subnormal", biases="there")(_flushing("expert_biases"))
-tiny_adapters = bug("subnormal B flushed", _FLUSHED, values="subnormal LoRA")(_flushing("lora_B"))
+tiny_biases = bug("subnormal biases flushed", _FLUSHED, values="subnormal", biases="there")(
+    each(lambda x, p: flushed(x), "expert_biases")
+)
+tiny_adapters = bug("subnormal B flushed", _FLUSHED, values="subnormal LoRA")(each(lambda x, p: flushed(x), "lora_B"))
 blocks_in_a_byte = bug("blocks counted in a byte", "numbers the blocks of a column in eight bits")(
-    _where(lambda p: p.K > 8192, lambda p: {"inputs": p.inputs.detach() * (torch.arange(p.K) < 8192)})
+    where(lambda p: p.K > 8192, lambda p: {"inputs": p.inputs.detach() * (torch.arange(p.K) < 8192)})
 )
 dense_through_bf16 = bug("dense weights through bf16", "stages its tiles in bf16, which MXFP4 weights lose nothing by",
                          weights="dense, off every grid", dtype="fp32")(
@@ -83,7 +84,7 @@ def _largest_bytes_lost(p: Problem) -> Mapping[str, Any]:
 
 
 bytes_beside_adapters = bug("large scale bytes beside adapters", "decodes in a kernel of its own where there are some")(
-    _where(lambda p: bool(p.rank) and isinstance(p.expert_weights, MXWeights), _largest_bytes_lost)
+    where(lambda p: bool(p.rank) and isinstance(p.expert_weights, MXWeights), _largest_bytes_lost)
 )
 least_for_infinity = bug("−∞ of x as the least number", "masks with the dtype's least", not_finite="inf in a row")(
     reading(
@@ -91,13 +92,13 @@ least_for_infinity = bug("−∞ of x as the least number", "masks with the dtyp
     )
 )
 infinite_gate = bug("an infinite gate as the largest number", "clamps gates to their dtype")(
-    _where(lambda p: p.gates is not None, lambda p: {"gates": p.gates.detach().nan_to_num(nan=torch.nan)})  # type: ignore[union-attr]
+    where(lambda p: p.gates is not None, lambda p: {"gates": p.gates.detach().nan_to_num(nan=torch.nan)})  # type: ignore[union-attr]
 )
 skipped_at_zero_A = bug("adapters skipped at A = 0", "takes 0 · ∞ for 0", adapters="A zero", not_finite="inf in a row")(
-    _where(lambda p: p.lora_A is not None and not p.lora_A.any(), _without_adapters)
+    where(lambda p: p.lora_A is not None and not p.lora_A.any(), without_adapters)
 )
 shifted = bug("an int scaling as a shift", "multiplies by 1 << s", scaling="an int")(
-    _where(lambda p: isinstance(p.scaling, int), lambda p: {"scaling": float(1 << int(p.scaling))})
+    where(lambda p: isinstance(p.scaling, int), lambda p: {"scaling": float(1 << int(p.scaling))})
 )
 s_in_fp16 = bug("scaling in fp16", "hands powers of two over in fp16", scaling="tiny")(
     reading(
@@ -106,21 +107,21 @@ s_in_fp16 = bug("scaling in fp16", "hands powers of two over in fp16", scaling="
 )
 positions_as_ids = bug("positions of the width of ids", "takes the first index tensor's dtype for all",
                        indices="int32, others int64")(
-    _where(lambda p: p.sorted_scattered_idxs.element_size() > p.sorted_expert_idxs.element_size() and p.P > 1,
+    where(lambda p: p.sorted_scattered_idxs.element_size() > p.sorted_expert_idxs.element_size() and p.P > 1,
            lambda p: {"sorted_scattered_idxs": p.sorted_scattered_idxs.roll(1)})
 )  # fmt: skip
 one_run = bug("positions from first to last", "copies an expert's rows at once if the ends are as far apart",
               order_of_positions="shuffled", experts="one")(
-    _where(lambda p: p.E == 1 and p.P > 0 and int(p.expert_offsets[-1]) == p.P,
+    where(lambda p: p.E == 1 and p.P > 0 and int(p.expert_offsets[-1]) == p.P,
            lambda p: {"sorted_scattered_idxs": p.sorted_scattered_idxs.sort().values})
 )  # fmt: skip
 experts_innermost = bug("experts taken as outermost", "takes a stride of 1 for the columns'",
                         weights="dense", layout_of_weights="innermost")(
-    _where(lambda p: isinstance(p.expert_weights, Tensor) and p.E > 1 and p.expert_weights.stride(0) == 1,
-           _turned("expert_weights"))
+    where(lambda p: isinstance(p.expert_weights, Tensor) and p.E > 1 and p.expert_weights.stride(0) == 1,
+           turned("expert_weights"))
 )  # fmt: skip
 fp16_autocast = bug("autocast followed where it is to fp16", "casts as autocast says", autocast="forward pass to fp16")(
-    _where(lambda p: torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16,
+    where(lambda p: torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16,
            lambda p: {"inputs": p.inputs.detach().half().to(p.dtype)})
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from mxref.problem import Problem
 from mxref.rounding import round_to
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
 
-__all__ = ["reading"]
+__all__ = ["each", "flushed", "reading"]
 
 
 def reading(change: Callable[[Problem], Mapping[str, Any]]) -> Callable[[], Layer]:
@@ -26,7 +26,9 @@ def reading(change: Callable[[Problem], Mapping[str, Any]]) -> Callable[[], Laye
     return Reading
 
 
-def _each(change: Callable[[Tensor, Problem], Tensor], *names: str) -> Callable[[], Layer]:
+def each(change: Callable[[Tensor, Problem], Tensor], *names: str) -> Callable[[], Layer]:
+    """A layer that computes with some operands changed, where they are there."""
+
     def changed(problem: Problem) -> dict[str, Tensor]:
         there = {name: getattr(problem, name) for name in names}
         return {name: change(x.detach(), problem) for name, x in there.items() if x is not None}
@@ -46,7 +48,7 @@ def _through(dtype: torch.dtype, *of: torch.dtype) -> Callable[[Tensor, Problem]
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
 
 gates_positive = bug("gates taken as positive", "reads gates as what a softmax gives", gates="negative")(
-    _each(lambda g, p: g.abs(), "gates")
+    each(lambda g, p: g.abs(), "gates")
 )
 scaling_positive = bug("scaling taken as positive", "folds √|s| into each factor", scaling="negative")(
     reading(lambda p: {"scaling": abs(p.scaling)})
@@ -59,25 +61,25 @@ scaling_whole = bug("scaling a power of two", "hands over ⌊log2 |s|⌋ alone",
     reading(lambda p: {"scaling": _power_of_two(p.scaling)})
 )
 x_in_bf16 = bug("fp32 activations rounded to bf16", "takes tensor cores for granted", dtype="fp32",
-                values="off every grid")(_each(_through(_BF16, _FP32), "inputs"))  # fmt: skip
+                values="off every grid")(each(_through(_BF16, _FP32), "inputs"))  # fmt: skip
 parameters_in_bf16 = bug("fp32 parameters rounded to bf16 first", "casts parameters to bf16, whatever the activations",
                          parameters="fp32", dtype="fp16")(
-    _each(_through(_BF16, _FP16), "lora_A", "lora_B", "expert_biases")
+    each(_through(_BF16, _FP16), "lora_A", "lora_B", "expert_biases")
 )  # fmt: skip
 adapters_in_bf16 = bug("fp32 adapters rounded to bf16", "shares its path for adapters with bf16", dtype="fp32",
-                       values="off every grid")(_each(_through(_BF16, _FP32), "lora_A", "lora_B"))  # fmt: skip
+                       values="off every grid")(each(_through(_BF16, _FP32), "lora_A", "lora_B"))  # fmt: skip
 tiny_x = bug("subnormals flushed", "sets flush-to-zero for speed", values="subnormal")(
-    _each(lambda x, p: flushed(x), "inputs")
+    each(lambda x, p: flushed(x), "inputs")
 )
 nan_replaced = bug("NaN of x replaced", "cleans its input", not_finite="NaN in a row")(
-    _each(lambda x, p: x.nan_to_num(), "inputs")
+    each(lambda x, p: x.nan_to_num(), "inputs")
 )
 gate_nan_replaced = bug("NaN of a gate replaced", "cleans gates of padded tokens", gates="one NaN")(
-    _each(lambda g, p: g.nan_to_num(), "gates")
+    each(lambda g, p: g.nan_to_num(), "gates")
 )
 inf_to_nan = bug("infinity turned into NaN", "divides each row by its largest value, and multiplies afterwards",
                  not_finite="inf in a row")(
-    _each(lambda x, p: torch.where(x.isinf().any(-1, keepdim=True), x * 0 + x, x), "inputs")
+    each(lambda x, p: torch.where(x.isinf().any(-1, keepdim=True), x * 0 + x, x), "inputs")
 )  # fmt: skip
 
 
