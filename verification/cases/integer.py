@@ -2,8 +2,8 @@
 
 x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns, but one row of x has none; A has at
 most two nonzeros ±1 a column and B at most two a row; all 16 codes are dense in W; biases are −4..4, or smaller where a
-token has many gates, which are 1 or 2; s is a power of two. All sums are then small multiples of 1/4. A gauge (see
-`gauge`) spreads the scale bytes over 2^±120 without touching any of this.
+token has many gates, of which the first are 1 or 2; s is a power of two. All sums are then small multiples of 1/4. A
+gauge (see `gauge`) spreads the scale bytes over 2^±120 without touching any of this.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ few have. Each is tried a few times."""
 _ATTEMPTS = 4
 _HOPELESS = 2  # values that are not exact, beyond which a draw of as many nonzeros will hardly be
 _GATED = 32  # biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it
+_MANY_GATES = 8  # of one token; sums of more are exact where the others are 1
 _FAR = 16
 _ROWS_LEFT = 8  # rows with nonzeros, at least, where some have none
 
@@ -97,6 +98,7 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple
         bias = (torch.randint(-most, most + 1, (E, N), generator=draw) * gauge.t).to(own["expert_biases"])
     if case.gate_slots:
         gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
+        gates[:, _MANY_GATES:] = 1
     x = dealt(case.input_rows, K, nonzeros, every, draw) / gauge.u
     problem = problem_of_integers(case, draw, x, MXWeights(packed, scales, K, N), lora_A, lora_B, bias, gates)
     return repeated(case, problem, (dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype))

@@ -51,6 +51,12 @@ def test_sums_over_many_gates_can_be_exact(dtype: torch.dtype) -> None:
     assert int(draw(case).problem.expert_biases.abs().count_nonzero()) > 3000
 
 
+def test_sums_over_many_slots_of_thousands_of_columns_can_be_exact() -> None:
+    """A row of x goes into an output 17 times, through other weights and an adapter each time."""
+    case = Case("triples 2058 02b4", 4, 64, 5760, 37, 17, 8, data="integer", scaling=-2.0, gate_slots=17)
+    assert draw(case).problem.inputs.any()
+
+
 def test_integer_data_that_cannot_be_exact_is_refused() -> None:
     with pytest.raises(ValueError, match="no draw is exact"):
         draw(Case("a third", 1, 32, 32, 8, 1, 4, data="integer", scaling=1 / 3))
