@@ -130,7 +130,7 @@ class Candidate:
         def forward() -> Any:
             with call.surroundings(problem.device.type):
                 if call.saved == "checkpoint":
-                    return checkpoint(partial(self.call, **arguments), use_reentrant=False)
+                    return _checkpoint(partial(self.call, **arguments))
                 if call.saved == "reentrant checkpoint":
                     return _checkpoint_reentrantly(self.call, arguments)
                 return self.call(**arguments)
@@ -284,6 +284,26 @@ def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     packed = {"packed": weights.packed, "scales": weights.scales} if isinstance(weights, MXWeights) else {}
     tensors = {n: x for n, x in {**arguments, **packed}.items() if isinstance(x, Tensor) and n != "expert_weights"}
     return {name: x for name, x in tensors.items() if not x.is_inference()}
+
+
+def _checkpoint(layer: Callable[[], Any]) -> Any:
+    """A region whose first run raises nothing, but what it would have raised is: torch before 2.13 leaves its hooks."""
+    again, errors = False, list[BaseException]()
+
+    def region() -> Any:
+        nonlocal again
+        if again:
+            return layer()
+        again = True
+        try:
+            return layer()
+        except BaseException as error:
+            errors.append(error)
+
+    y = checkpoint(region, use_reentrant=False)
+    if errors:
+        raise errors.pop()
+    return y
 
 
 def _checkpoint_reentrantly(layer: Callable[..., Any], arguments: dict[str, Any]) -> Any:

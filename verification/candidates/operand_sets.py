@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
 
     Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters; neither
     biases nor gates; x row by row, by position, and in expert order, which has the same shape; all operands in one
-    storage, as a framework's flat buffer; numbers as negatives that torch has not resolved yet.
+    storage, as a framework's flat buffer; tensors of a subclass; signs that torch has put off.
     """
     a = sample.mapped(lambda _, x: x.clone())
     b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))
@@ -47,7 +49,7 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
     halves = torch.arange(sample.case.tokens, device=sample.problem.device).chunk(2)
     c, g = (without(a, tokens).changed(inputs=x) for tokens, x in zip(halves, a.problem.inputs.chunk(2), strict=True))
     e = a.mapped(lambda _, x: lay_out(x, "offset"))
-    f = a.mapped(lambda _, x: lay_out(x, "contiguous" if x.dtype == torch.uint8 else "transposed"))
+    f = a.mapped(lambda _, x: _sliced(x))
     return dict(zip(SETS, (a, b, c, d, e, f, g), strict=True)) | _variants(a)
 
 
@@ -62,15 +64,27 @@ def _variants(a: Sample) -> dict[str, Sample]:
         "row by row": a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1),
         "one storage": _in_one_storage(a),
         "a subclass": a.mapped(lambda _, x: x.clone().as_subclass(_Subclass)),
-        "unresolved negatives": a.mapped(lambda _, x: torch._neg_view(-x) if x.is_floating_point() else x),
+        "signs put off": a.mapped(lambda _, x: _signs_put_off(x) if x.is_floating_point() else x),
         "in expert order": a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True),
     }
     if isinstance(weights, MXWeights):
-        found["decoded"] = a.changed(expert_weights=decode_mxfp4(weights, problem.dtype).mT)
+        decoded = decode_mxfp4(weights, problem.dtype).mT
+        found["decoded"] = a.changed(expert_weights=_sliced(decoded))
+        found["decoded, signs put off"] = a.changed(expert_weights=_signs_put_off(decoded, _sliced))
     if problem.gates is not None:
         dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
     return found
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """Every second column of a wider tensor; bytes as they are."""
+    return x.clone() if x.dtype == torch.uint8 else lay_out(x, "sliced")
+
+
+def _signs_put_off(x: Tensor, place: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+    """The same numbers as negatives of what lies in memory (`Tensor.is_neg`)."""
+    return torch._neg_view(place(-x))
 
 
 def _in_one_storage(sample: Sample) -> Sample:

@@ -108,9 +108,10 @@ _OF_ANY: tuple[Check, ...] = (
         "Calls in any order, of several forward passes, gradients of earlier ones, as many graphs alive as a large "
         "model has layers, calls without a graph, operands changed in place as an optimiser does or given other "
         "memory through `.data`, results that the caller overwrites, other shapes in the same memory, the same shapes "
-        "elsewhere or with other strides, the same tensors in calls that differ in something else, two calls at the "
-        "same time in two threads, and on a GPU on two streams: a result depends on its operands alone. A failure is "
-        "shrunk to the shortest sequence.",
+        "elsewhere, with other strides or all in one storage, tensors of a subclass or with their signs put off, the "
+        "same tensors in calls that differ in something else, hooks, steps within a backward pass, checkpointed "
+        "regions, two calls at the same time in two threads, and on a GPU on two streams: a result depends on its "
+        "operands alone. A failure is shrunk to the shortest sequence.",
         Asked.ANY, _fitted(small.sequence_cases), in_sequences, same_values,
     ),
     Check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from judging import ask, integers
 from torch import Tensor
 
 import mxref
+from mxref.verification.candidates import candidate
 from mxref.verification.candidates.answer import UnusableAnswerError
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.shipped import golden, torch_composite
@@ -125,6 +127,24 @@ def test_a_backward_pass_that_sets_a_gradient_itself_fails() -> None:
     (finding,) = ask("interval", Candidate("assigning", assigning), draw(SMALL))
     assert finding.status is Status.FAIL
     assert "sets lora_A.grad itself" in finding.reason
+
+
+@pytest.mark.parametrize("error", [mxref.NotCovered("checkpoints"), SystemExit(3)])
+def test_no_error_passes_a_checkpointed_region(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.13 leaves the hooks of such a region where they are: whoever declines would be blamed for them."""
+
+    def refuse(**operands: Any) -> Tensor:
+        raise error
+
+    def region(function: Callable[[], Any], **options: Any) -> Any:
+        try:
+            return function()
+        except BaseException:
+            pytest.fail("the region raises")
+
+    monkeypatch.setattr(candidate, "checkpoint", region)
+    with pytest.raises(type(error)):
+        Candidate("refuse", refuse).run(draw(SMALL).called(saved="checkpoint"))
 
 
 def test_the_candidate_works_on_copies() -> None:
