@@ -10,15 +10,14 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mxref.verification.candidates.answer import Answer, Outputs
-from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.candidate import Candidate, checkpointed
 from mxref.verification.candidates.graphs import GRAPHS, Ignored
-from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS, changed, operand_sets
+from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS, changed, operand_sets, strided
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.candidates.turns import in_turns
-from mxref.verification.cases.call import Mode, lay_out
+from mxref.verification.cases.call import Mode
 from mxref.verification.cases.case import Sample
 
 _CYCLES = 20_000_000
@@ -154,7 +153,7 @@ class CallMachine(RuleBasedStateMachine):
             leaves.update(found[0][1])
             return torch.cat([y for y, _ in found]).relu()
 
-        y, first = checkpoint(region, use_reentrant=False), self.samples[which[0]]
+        y, first = checkpointed(region), self.samples[which[0]]
         sample = first.changed(torch.cat([self.samples[each].grad_out for each in which]))
         return {"Y": y.detach(), **candidate.gradients(sample, y, leaves, copy=False)}
 
@@ -175,7 +174,7 @@ class CallMachine(RuleBasedStateMachine):
             return
         for old, new in values:
             if how == ".data is another tensor":
-                old.data = lay_out(new.detach(), "contiguous" if new.dtype == torch.uint8 else "transposed")
+                old.data = strided(new.detach(), "transposed")
             else:
                 (old.detach() if how == "in place" else old.data).copy_(new)
         self.script.append(f"change {which}.{operand} {how}")

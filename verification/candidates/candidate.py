@@ -130,7 +130,7 @@ class Candidate:
         def forward() -> Any:
             with call.surroundings(problem.device.type):
                 if call.saved == "checkpoint":
-                    return _checkpoint(partial(self.call, **arguments))
+                    return checkpointed(partial(self.call, **arguments))
                 if call.saved == "reentrant checkpoint":
                     return _checkpoint_reentrantly(self.call, arguments)
                 return self.call(**arguments)
@@ -286,17 +286,17 @@ def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if not x.is_inference()}
 
 
-def _checkpoint(layer: Callable[[], Any]) -> Any:
+def checkpointed(function: Callable[[], Any]) -> Any:
     """A region whose first run raises nothing, but what it would have raised is: torch before 2.13 leaves its hooks."""
     again, errors = False, list[BaseException]()
 
     def region() -> Any:
         nonlocal again
         if again:
-            return layer()
+            return function()
         again = True
         try:
-            return layer()
+            return function()
         except BaseException as error:
             errors.append(error)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from mxref.problem import Problem
-from mxref.verification.cases.call import lay_out
+from mxref.verification.cases.call import Layout, lay_out
 from mxref.verification.cases.case import Sample
 from mxref.verification.cases.tokens import without
 from mxref.weights import MXWeights, decode_mxfp4
@@ -49,7 +47,7 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
     halves = torch.arange(sample.case.tokens, device=sample.problem.device).chunk(2)
     c, g = (without(a, tokens).changed(inputs=x) for tokens, x in zip(halves, a.problem.inputs.chunk(2), strict=True))
     e = a.mapped(lambda _, x: lay_out(x, "offset"))
-    f = a.mapped(lambda _, x: _sliced(x))
+    f = a.mapped(lambda _, x: strided(x, "sliced"))
     return dict(zip(SETS, (a, b, c, d, e, f, g), strict=True)) | _variants(a)
 
 
@@ -64,35 +62,30 @@ def _variants(a: Sample) -> dict[str, Sample]:
         "row by row": a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1),
         "one storage": _in_one_storage(a),
         "a subclass": a.mapped(lambda _, x: x.clone().as_subclass(_Subclass)),
-        "signs put off": a.mapped(lambda _, x: _signs_put_off(x) if x.is_floating_point() else x),
+        "signs put off": a.mapped(lambda _, x: torch._neg_view(-x) if x.is_floating_point() else x),
         "in expert order": a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True),
     }
     if isinstance(weights, MXWeights):
         decoded = decode_mxfp4(weights, problem.dtype).mT
-        found["decoded"] = a.changed(expert_weights=_sliced(decoded))
-        found["decoded, signs put off"] = a.changed(expert_weights=_signs_put_off(decoded, _sliced))
+        found["decoded"] = a.changed(expert_weights=strided(decoded, "sliced"))
+        found["decoded, signs put off"] = a.changed(expert_weights=torch._neg_view(strided(-decoded, "sliced")))
     if problem.gates is not None:
         dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
     return found
 
 
-def _sliced(x: Tensor) -> Tensor:
-    """Every second column of a wider tensor; bytes as they are."""
-    return x.clone() if x.dtype == torch.uint8 else lay_out(x, "sliced")
-
-
-def _signs_put_off(x: Tensor, place: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
-    """The same numbers as negatives of what lies in memory (`Tensor.is_neg`)."""
-    return torch._neg_view(place(-x))
+def strided(x: Tensor, layout: Layout) -> Tensor:
+    """A copy that lies in memory as a layout says; bytes, which are packed, as they are."""
+    return lay_out(x, "contiguous" if x.dtype == torch.uint8 else layout)
 
 
 def _in_one_storage(sample: Sample) -> Sample:
     """The sample's tensors one behind the other, each from a multiple of 16 bytes on."""
-    sizes: dict[str, int] = {}
-    sample.mapped(lambda name, x: (sizes.update({name: -(-x.nbytes // 16) * 16}), x)[1])
-    storage = sample.grad_out.new_empty(sum(sizes.values()), dtype=torch.uint8)
-    places = iter(torch.split(storage, list(sizes.values())))
+    tensors: dict[str, Tensor] = {}
+    sample.mapped(tensors.setdefault)
+    sizes = [-(-x.nbytes // 16) * 16 for x in tensors.values()]
+    places = iter(torch.split(sample.grad_out.new_empty(sum(sizes), dtype=torch.uint8), sizes))
     return sample.mapped(lambda _, x: next(places)[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
 
 
