@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxref.verification.candidates.answer import Answer, Outputs
 from mxref.verification.candidates.candidate import Candidate, checkpointed
-from mxref.verification.candidates.graphs import GRAPHS, Ignored
+from mxref.verification.candidates.graphs import GRAPHS, MAY_BE_REFUSED, Ignored
 from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS, changed, operand_sets, strided
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.candidates.turns import in_turns
@@ -121,13 +121,18 @@ class CallMachine(RuleBasedStateMachine):
         self.kept.append((gradients, _copied(gradients)))
 
     def in_graph(self, which: str, how: str) -> None:
-        """A call in a graph that has more in it, one of GRAPHS, and its gradients."""
+        """A call in a graph that has more in it, one of GRAPHS, and its gradients, which torch may refuse of some."""
         self.script.append(f"layer({which}) and its gradients, where {how}")
         sample = self.samples[which]
         y, leaves = self.candidate.trace(sample, copy=False)
         self._hold({"Y": y.detach()}, self._golden(which))
-        with GRAPHS[how](y, leaves) as result:
-            gradients = self.candidate.gradients(sample, result, leaves, copy=False)
+        try:
+            with GRAPHS[how](y, leaves) as result:
+                gradients = self.candidate.gradients(sample, result, leaves, copy=False)
+        except RuntimeError:
+            if how not in MAY_BE_REFUSED:
+                raise
+            return
         self._hold(gradients, self._golden(which))
 
     def ignored(self, which: str) -> None:

@@ -1,4 +1,4 @@
-"""Sequences of calls on streams of a GPU: who leaves the caller's stream is seen."""
+"""Sequences of calls: who leaves the caller's stream is seen, and what torch itself refuses is no fault."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mxref.verification.candidates.call_machine import CallMachine, DifferentError
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.graphs import GRAPHS
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
@@ -53,3 +54,60 @@ def test_an_operand_that_is_read_on_the_default_stream_is_seen() -> None:
     CallMachine(honest, asked, []).on_streams("a", "d")
     with pytest.raises(DifferentError):
         CallMachine(Candidate("early", early), asked, []).on_streams("a", "d")
+
+
+class _ReadsY(torch.autograd.Function):
+    """Y through a custom function whose backward pass reads it: torch refuses gradients once Y was changed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        out = y.clone()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dOut: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return torch.where(out.isnan(), 0.0, dOut)
+
+
+class _GivesView(torch.autograd.Function):
+    """Y as a view that a custom function made: torch refuses the change itself."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone().view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dOut: Tensor) -> Tensor:
+        return dOut.clone()
+
+
+class _KeepsY(torch.autograd.Function):
+    """The same as the first, but Y is kept where torch does not see that it changes."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.out = y.clone()
+        ctx.first = ctx.out.detach().clone()
+        return ctx.out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dOut: Tensor) -> Tensor:
+        return torch.where(ctx.out == ctx.first, dOut, 0.0)
+
+
+def _through(function: Any) -> Candidate:
+    honest = torch_composite()
+    return Candidate(function.__name__, lambda **operands: function.apply(honest.call(**operands)))
+
+
+@pytest.mark.parametrize("function", [_ReadsY, _GivesView])
+def test_what_torch_refuses_of_a_changed_output_is_no_fault(function: Any) -> None:
+    for how in GRAPHS:
+        CallMachine(_through(function), sample("cpu"), []).in_graph("a", how)
+
+
+def test_a_changed_output_that_is_read_unseen_is_one() -> None:
+    with pytest.raises(DifferentError, match="added to Y"):
+        CallMachine(_through(_KeepsY), sample("cpu"), []).in_graph("a", "1 is added to Y in place")
