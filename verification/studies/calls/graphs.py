@@ -13,7 +13,7 @@ from mxref import scattermoe
 from mxref.formats import MX_BLOCK_SIZE
 from mxref.problem import Problem
 from mxref.verification.arithmetic.accumulation import declared_points
-from mxref.verification.studies.calls.layer import Gradients, Layer, bug, problem_of, tensors_of
+from mxref.verification.studies.calls.layer import Gradients, Layer, bug, save, saved
 from mxref.verification.studies.calls.seldom import turned, where, without_adapters
 from mxref.verification.studies.calls.values import each
 from mxref.weights import MXWeights, decode_mxfp4
@@ -53,10 +53,7 @@ class _DX(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: Layer, problem: Problem, x: Tensor) -> Tensor:
-        tensors = tensors_of(replace(problem, inputs=x))
-        ctx.layer, ctx.names = layer, list(tensors)
-        ctx.save_for_backward(*(each.detach() if name == "lora_A" else each for name, each in tensors.items()))
-        ctx.rest = {name: x for name, x in problem.arguments().items() if not isinstance(x, Tensor | MXWeights)}
+        save(ctx, layer, replace(problem, inputs=x, lora_A=None if problem.lora_A is None else problem.lora_A.detach()))
         P = problem.P if problem.gates is None else problem.gates.shape[0]
         N = problem.expert_weights.N if isinstance(problem.expert_weights, MXWeights) else problem.N
         return x.new_zeros(P, N)
@@ -64,8 +61,7 @@ class _DX(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dOut: Tensor) -> tuple[Tensor | None, ...]:
-        problem = problem_of(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.rest)
-        return None, None, Layer.backward(ctx.layer, problem, dOut, {})["dX"]
+        return None, None, Layer.backward(ctx.layer, saved(ctx), dOut, {})["dX"]
 
 
 @bug("no gradient for Y", "takes dOut for a tensor without asking torch to make one of None")
@@ -144,7 +140,7 @@ negatives = bug("negatives taken for what memory holds", "reads the memory of x,
 plain_adapters = bug("adapters that are plain tensors", "takes whatever is no tensor or parameter for no adapter")(
     where(
         lambda p: p.lora_A is not None and type(p.lora_A) not in (Tensor, torch.nn.Parameter),
-        lambda p: without_adapters(p),
+        without_adapters,
     )
 )
 

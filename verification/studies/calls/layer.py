@@ -15,7 +15,7 @@ from mxref.scattermoe import RoundingPoints
 from mxref.verification.candidates.answer import OPERAND_OF
 from mxref.weights import MXWeights
 
-__all__ = ["Bug", "Gradients", "Layer", "bug", "problem_of", "tensors_of"]
+__all__ = ["Bug", "Gradients", "Layer", "bug", "save", "saved"]
 
 Gradients = dict[str, Tensor | None]
 """By "dX", "dA", "dB", "dbias", "dgates"; None where the operand is absent."""
@@ -67,31 +67,41 @@ class _Pass(torch.autograd.Function):
     def forward(ctx: Any, layer: Layer, problem: Problem, *operands: Tensor | None) -> Tensor:
         named: dict[str, Any] = dict(zip(OPERAND_OF.values(), operands, strict=True))
         problem = replace(problem, **named)
-        tensors = tensors_of(problem)
-        ctx.layer, ctx.names = layer, [name for name in tensors if name not in layer.unsaved]
-        ctx.save_for_backward(*(tensors[name] for name in ctx.names))
-        ctx.unsaved = {name: tensors[name] for name in layer.unsaved if name in tensors}
-        ctx.rest = {name: x for name, x in problem.arguments().items() if not isinstance(x, Tensor | MXWeights)}
+        save(ctx, layer, problem)
         return layer.forward(layer.read(problem))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dOut: Tensor) -> tuple[Tensor | None, ...]:
-        problem = problem_of(ctx.unsaved | dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.rest)
+        problem = saved(ctx)
         needs = dict(zip(OPERAND_OF, ctx.needs_input_grad[2:], strict=True))
         found = ctx.layer.backward(ctx.layer.read(problem), dOut, needs)
         return None, None, *(found[name] if needs[name] else None for name in OPERAND_OF)
 
 
-def tensors_of(problem: Problem) -> dict[str, Tensor]:
+def save(ctx: Any, layer: Layer, problem: Problem) -> None:
+    """Save a problem for the backward pass, and who computes it."""
+    tensors = _tensors_of(problem)
+    ctx.layer, ctx.names = layer, [name for name in tensors if name not in layer.unsaved]
+    ctx.save_for_backward(*(tensors[name] for name in ctx.names))
+    ctx.unsaved = {name: tensors[name] for name in layer.unsaved if name in tensors}
+    ctx.rest = {name: x for name, x in problem.arguments().items() if not isinstance(x, Tensor | MXWeights)}
+
+
+def saved(ctx: Any) -> Problem:
+    """The inverse of `save`."""
+    return _problem_of(ctx.unsaved | dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.rest)
+
+
+def _tensors_of(problem: Problem) -> dict[str, Tensor]:
     """Every tensor of a problem by name, packed weights as two."""
     weights = problem.expert_weights
     packed = {"packed": weights.packed, "scales": weights.scales} if isinstance(weights, MXWeights) else {}
     return packed | {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
 
 
-def problem_of(tensors: dict[str, Tensor], rest: dict[str, Any]) -> Problem:
-    """The inverse of `tensors_of`."""
+def _problem_of(tensors: dict[str, Tensor], rest: dict[str, Any]) -> Problem:
+    """The inverse of `_tensors_of`."""
     operands: dict[str, Any] = rest | tensors
     if "packed" in tensors:
         packed, scales = operands.pop("packed"), operands.pop("scales")
