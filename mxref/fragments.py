@@ -6,52 +6,55 @@ one tile: 512 bytes of codes, 16 for each of a warp's 32 threads, and 32 bytes o
 
     n = 32·G + 16·b + 8·i + 2·τ + q        k = 32·c + 16·j + 8·h + 2·t + p
 
-    codes   [G, c, thread (b, τ, t), j, 16 codes (i, h, q, p)]        scales  [G, c, τ, b, i, q]
+    codes   [G, c, thread (b, τ, t), j, word q, 8 codes (i, h, p)]        scales  [G, c, τ, b, i, q]
 
 Forward a thread's two fragments i are rows (b, τ) of two instructions, with q, h and p as the instruction wants them.
 For dX the same 8 bytes (one j) are two fragments h of the transposed matrix: the two rows q of a column are neighbours
 along that product's contraction.
 
-The 64 bits of 16 codes lie where decoding needs the fewest instructions: in bf16 a code's sign is bit 15 and its
-magnitude bits 8 to 6 (value · 2^−126), so that a word that holds two codes there, in either half, rotated, is decoded
-by one rotation and one mask. Three such pairs fit into a word and leave 8 bits over; what is left of two words, put
-together, holds two more.
+The 32 bits of 8 codes lie where decoding needs the fewest instructions. In bf16 a code's sign is bit 15 and its
+magnitude bits 8 to 6 (value · 2^−126). A word holds three pairs p with a code in each half of it, 0, 3 and 6 bits below
+these places: one shift and one mask decode a pair. Four bits of each half are left, for the other word's fourth pair, p
+= 0 in the upper half. The word rotated by 6 to the left and masked, a product with 2^2 + 2^7 + 2^12 brings them to
+their places; no two of its terms meet. Every code lies within one half: for dX two words exchange halves before
+anything is decoded, and have both q of one p.
 
 Rows behind the last whole tile, N mod 32 of them, stay as they were.
 """
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE, pack_codes, unpack_codes
 
-__all__ = ["ROTATIONS", "SELECT", "TILE", "from_fragments", "to_fragments"]
+__all__ = ["REST", "SHIFTS", "SPREAD", "TILE", "from_fragments", "to_fragments"]
 
 TILE = 32
 """Rows, and columns, of a tile."""
 
-ROTATIONS = (0, 4, 26, 30, 2, 6, 28, 8)
-"""By how many bits each pair of codes (i, h, q) is rotated to the left in its word: the first three of i = 0 in word 0,
-of i = 1 in word 1, the fourth of either in what `SELECT` puts together."""
+SHIFTS = (0, 3, 6)
+"""By how many bits each pair of codes (i, h) but the last lies below bf16's places."""
 
-SELECT = 0x60306030
-"""Bits that word 0 contributes to the word of what is left over; word 1 contributes the others."""
+REST, SPREAD = 0x001B001B, 1 << 2 | 1 << 7 | 1 << 12
+"""The last pair's bits after a rotation by 6 to the left, and by what they are multiplied to come to bf16's places."""
 
 _IN_BF16 = (6, 7, 8, 15)
 """Where bf16 has a code's bits, the lowest first."""
 
+_LAST = (14, 10, 11, 13)
+"""Where half a word has those of the last pair."""
+
 
 def _places() -> list[int]:
-    """For each bit of two words, which of 16 codes' 64 bits lies there."""
+    """For each bit of two words, which of 16 codes' 64 bits lies there; the codes are (i, h, q, p)."""
     found = {}
-    for pair, rotation in enumerate(ROTATIONS):
-        for p in range(2):
-            for bit, place in enumerate(_IN_BF16):
-                at = (place + 16 * p + rotation) % 32
-                word = pair // 4 if pair % 4 < 3 else 1 - (SELECT >> at & 1)
-                found[32 * word + at] = 8 * pair + 4 * p + bit
+    for pair, q, p, bit in product(range(4), range(2), range(2), range(4)):
+        word, half, at = (q, p, _IN_BF16[bit] - SHIFTS[pair]) if pair < 3 else (1 - q, 1 - p, _LAST[bit])
+        found[32 * word + 16 * half + at] = 16 * pair + 8 * q + 4 * p + bit
     return [found[at] for at in range(64)]
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mxref.formats import MXFP4
-from mxref.fragments import ROTATIONS, SELECT
+from mxref.fragments import REST, SHIFTS, SPREAD
 
 __all__ = ["BLOCK", "e2m1", "e8m0", "load_mxfp4_tile", "narrow"]
 
@@ -26,8 +26,10 @@ SCALE_NAN = tl.constexpr(MXFP4.scale.nan)
 PLACEMENT = tl.constexpr(2.0**126)
 SCALE_MIN_BITS = tl.constexpr(0x00400000)  # 2^−127, an fp32 subnormal
 NAN_BITS = tl.constexpr(0x7FC00000)
-SELECT_BITS = tl.constexpr(SELECT)
-HALF_ROTATIONS = tl.constexpr(sum(rotation // 2 << 4 * pair for pair, rotation in enumerate(ROTATIONS)))
+BETWEEN_PAIRS = tl.constexpr(SHIFTS[1])
+LAST_SHIFT = tl.constexpr(SHIFTS[-1])
+LAST_BITS = tl.constexpr(REST)
+LAST_SPREAD = tl.constexpr(SPREAD)
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def load_fragments_tile(
 ):
     """`load_mxfp4_tile` of bytes in the layout FRAGMENTS, see `mxref.fragments`, where 32 divides N and the first n.
 
-    `packed` is aligned to four bytes. Each of eight pairs of codes is rotated to its place and masked.
+    `packed` is aligned to four bytes. Each of a word's four pairs of codes is moved to its place and masked.
     """
     GROUPS: tl.constexpr = ROWS // BLOCK
     BLOCKS: tl.constexpr = COLS // BLOCK
@@ -106,13 +108,10 @@ def load_fragments_tile(
 
     words = packed.to(tl.pointer_type(tl.uint32)) + tile * 128 + tl.arange(0, 128)[None, None, :]
     first, second = tl.split(tl.load(words, mask=inside, other=0).reshape(GROUPS, BLOCKS, 64, 2))
-    left = second ^ ((first ^ second) & SELECT_BITS)
-    i0 = tl.join(tl.join(_pair(first, 0), _pair(first, 1)), tl.join(_pair(first, 2), _pair(left, 3)))
-    i1 = tl.join(tl.join(_pair(second, 4), _pair(second, 5)), tl.join(_pair(second, 6), _pair(left, 7)))
-    pairs = tl.join(i0, i1)
+    pairs = tl.join(_pairs(first, second), _pairs(second, first))
     codes = tl.join(pairs << 16, pairs & 0xFFFF0000)  # an fp32's upper half is its bf16
-    codes = codes.reshape(GROUPS, BLOCKS, 2, 4, 4, 2, 2, 2, 2, 2)  # b, τ, t, j, q, h, i, p
-    codes = codes.permute(0, 2, 8, 3, 6, 1, 5, 7, 4, 9).reshape(ROWS, BLOCKS, BLOCK)
+    codes = codes.reshape(GROUPS, BLOCKS, 2, 4, 4, 2, 2, 2, 2, 2)  # b, τ, t, j, h, i, q, p
+    codes = codes.permute(0, 2, 7, 3, 8, 1, 5, 6, 4, 9).reshape(ROWS, BLOCKS, BLOCK)
 
     scale = tl.load(scales + tile * BLOCK + tl.arange(0, BLOCK)[None, None, :], mask=inside, other=0)
     scale = scale.reshape(GROUPS, BLOCKS, 4, 2, 2, 2).permute(0, 3, 4, 2, 5, 1).reshape(ROWS, BLOCKS)
@@ -123,9 +122,9 @@ def load_fragments_tile(
 
 
 @triton.jit
-def _pair(word, PAIR: tl.constexpr):
-    """Pair number (i, h, q) of two codes, each where bf16 has a sign and the lowest magnitude bits: value · 2^−126."""
-    rotation: tl.constexpr = (HALF_ROTATIONS >> 4 * PAIR & 15) * 2
-    if rotation != 0:
-        word = (word >> rotation) | (word << 32 - rotation)
-    return word & 0x81C081C0
+def _pairs(word, other):
+    """The pairs [h, i] of a row's codes, the last in the other row's word: each code where bf16 has a sign and the
+    lowest magnitude bits, 2^−126 of its value."""
+    last = ((other << LAST_SHIFT | other >> 32 - LAST_SHIFT) & LAST_BITS) * LAST_SPREAD
+    i0 = tl.join(word, word << BETWEEN_PAIRS)
+    return tl.join(i0, tl.join(word << LAST_SHIFT, last)) & 0x81C081C0

@@ -5,7 +5,7 @@ See `mxref.fragments` for the tiles, and for which bits are whose. A warp owns 3
     column = 32·warp + 16·(g // 4) + 8·f + 2·(g % 4) + h, of row 8·h + g of fragment f
 
 In Y a thread reads a tile's 16 bytes whole. In D, whose contraction runs over the tile's rows, it reads 8 bytes, one j,
-of each b; their pairs are neighbours along k and are regrouped by one `prmt` a register into neighbours along n.
+of each b; the halves of its two words, whose codes are neighbours along k, are exchanged for neighbours along n.
 
 Where every scale byte is at most 128, code bits placed at bf16's lowest exponent bits, value · 2^−126, take one exact
 product with 2^(b − 1). Otherwise two, with 2^126 and with 2^(b − 127).
@@ -19,6 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
+from mxref.fragments import REST, SHIFTS, SPREAD
 from mxref.kernels.device.hopper_decode import halves
 
 __all__ = ["column_of_row", "rows_to_columns", "unpack_tile"]
@@ -80,7 +81,9 @@ def _scale_program(transposed: bool, one_multiply: bool) -> str:
 
     2^(b − 1) for bytes up to 128 and one product; otherwise 2^(b − 127): a subnormal for 0, NaN for 255.
     """
-    selectors = (0x4140, 0x4342) if transposed else (0x4040, 0x4141, 0x4242, 0x4343)
+    selectors, factor = (0x4140, 0x4342) if transposed else (0x4040, 0x4141, 0x4242, 0x4343), 0x80
+    if one_multiply and not transposed:  # one copy of a byte, which a product doubles, on another pipe than a shift
+        selectors, factor = (0x4440, 0x4441, 0x4442, 0x4443), 0x00800080
     lines = ["{ .reg .b32 b, edge;"]
     for number, selector in enumerate(selectors):
         lines.append(f"prmt.b32 b, ${len(selectors)}, 0, {selector};")
@@ -90,28 +93,31 @@ def _scale_program(transposed: bool, one_multiply: bool) -> str:
             lines += ["add.u32 edge, b, 0x00010001;", "and.b32 edge, edge, 0x00FE00FE;"]
             lines += ["add.u32 edge, edge, 0x00FE00FE;", "shr.u32 edge, edge, 2;"]
             lines += ["not.b32 edge, edge;", "and.b32 edge, edge, 0x00400040;"]
-        lines.append(f"mad.lo.u32 ${number}, b, 0x80, edge;")
+        lines.append(f"mad.lo.u32 ${number}, b, {factor}, edge;")
     return "\n".join([*lines, "}"])
 
 
 def _code_program(transposed: bool, one_multiply: bool) -> str:
-    """PTX from words 0 and 1 of a j ($8, $9) and scales to eight registers of two bf16.
+    """PTX from words q of a j ($8, $9) and scales to eight registers of two bf16.
 
     Y: (i, h, q), both p in a register; the scales are $10 to $13. D: (i, h, p), both q; the scales are $10 and $11.
     """
-    lines = ["{ .reg .b32 u, t0, t1, t2, t3, t4, t5, t6, t7, p0, p1, p2, p3, p4, p5, p6, p7;"]
-    lines += ["lop3.b32 u, $8, $9, 0x60306030, 0xE4;", "mov.b32 t0, $8;", "shf.r.wrap.b32 t1, $8, $8, 4;"]
-    lines += ["shl.b32 t2, $8, 6;", "shl.b32 t3, u, 2;", "shf.r.wrap.b32 t4, $9, $9, 2;"]
-    lines += ["shf.r.wrap.b32 t5, $9, $9, 6;", "shl.b32 t6, $9, 4;", "shf.r.wrap.b32 t7, u, u, 8;"]
-    lines += [f"and.b32 t{r}, t{r}, 0x81C081C0;" for r in range(8)]
-    placed, scales, placement = "t", (10, 11, 10, 11, 12, 13, 12, 13), "$14"
+    lines = ["{ .reg .b32 w0, w1, t0, t1, t2, t3, t4, t5, t6, t7;"]
     if transposed:
-        placed, scales, placement = "p", (10, 10, 10, 10, 11, 11, 11, 11), "$12"
-        for r in range(0, 8, 2):
-            lines += [f"prmt.b32 p{r}, t{r}, t{r + 1}, 0x5410;", f"prmt.b32 p{r + 1}, t{r}, t{r + 1}, 0x7632;"]
+        lines += ["prmt.b32 w0, $8, $9, 0x5410;", "prmt.b32 w1, $8, $9, 0x7632;"]
+        scales, placement = (10, 10, 10, 10, 11, 11, 11, 11), "$12"
+    else:
+        lines += ["mov.b32 w0, $8;", "mov.b32 w1, $9;"]
+        scales, placement = (10, 11, 10, 11, 12, 13, 12, 13), "$14"
+    for n in range(2):
+        rotated, last = f"t{4 + n}", f"t{7 - n}"
+        lines += [f"mov.b32 t{n}, w{n};", f"shl.b32 t{2 + n}, w{n}, {SHIFTS[1]};"]
+        lines += [f"shf.r.wrap.b32 {rotated}, w{n}, w{n}, {32 - SHIFTS[2]};"]
+        lines += [f"and.b32 {last}, {rotated}, {REST};", f"mul.lo.u32 {last}, {last}, {SPREAD};"]
+    lines += [f"and.b32 t{r}, t{r}, 0x81C081C0;" for r in range(8)]
     if not one_multiply:
-        lines += [f"mul.rn.bf16x2 {placed}{r}, {placed}{r}, {placement};" for r in range(8)]
-    return "\n".join([*lines, *(f"mul.rn.bf16x2 ${r}, {placed}{r}, ${scale};" for r, scale in enumerate(scales)), "}"])
+        lines += [f"mul.rn.bf16x2 t{r}, t{r}, {placement};" for r in range(8)]
+    return "\n".join([*lines, *(f"mul.rn.bf16x2 ${r}, t{r}, ${scale};" for r, scale in enumerate(scales)), "}"])
 
 
 _SCALES_Y = gl.constexpr((_scale_program(False, False), _scale_program(False, True)))

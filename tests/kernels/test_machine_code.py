@@ -28,6 +28,11 @@ boxes = machine_code.disassemble(boxed.build().asm["cubin"])
 assert "UTMALDG" in boxes and not aot.compile_unit(boxed).violations
 assert machine_code.unseen_copies(boxes.replace("SYNCS.PHASECHK", "NOP"))
 assert machine_code.lasting_barriers(boxes.replace("SYNCS.CCTL.IV", "NOP")) == 3
+((shape, kinds),) = machine_code.inner_loops(sass)
+assert shape == "64x16x16" and kinds["HGMMA"] == 8 and kinds["waits"] >= 3
+start = next(i for i, line in enumerate(lines) if "HGMMA" in line)
+longer = "\\n".join(lines[: start + 1] + [lines[start].replace("HGMMA", "HMUL2")] + lines[start + 1 :])
+assert machine_code.inner_loops(longer) == [(shape, kinds + machine_code.Counter(HMUL2=1))]
 print("seen")
 """
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxref.fragments import ROTATIONS, SELECT, TILE, from_fragments, to_fragments
+from mxref.fragments import REST, SHIFTS, SPREAD, TILE, from_fragments, to_fragments
 from mxref.problem import Problem
 from mxref.routing import flatten_sort_count
 from mxref.weights import MXLayout, MXWeights, decode_mxfp4
@@ -69,10 +69,14 @@ def test_each_bit_of_a_code_lies_where_the_layout_says(bit: int) -> None:
         at = 8 * byte + packed.flatten()[byte].item().bit_length() - 1
         G, b, i, tau, q = n // 32, n // 16 % 2, n // 8 % 2, n // 2 % 4, n % 2
         c, j, h, t, p = k // 32, k // 16 % 2, k // 8 % 2, k // 2 % 4, k % 2
-        pair = 4 * i + 2 * h + q
-        place = (sign_and_magnitude[bit] + 16 * p + ROTATIONS[pair]) % 32
-        word = i if pair % 4 < 3 else 0 if SELECT >> place & 1 else 1
-        assert at == 32 * ((((G * (K // 32) + c) * 32 + 16 * b + 4 * tau + t) * 2 + j) * 2 + word) + place, (n, k)
+        word = ((((G * (K // 32) + c) * 32 + 16 * b + 4 * tau + t) * 2 + j) * 2 + (q if not i or not h else 1 - q)) * 32
+        place = sign_and_magnitude[bit] + 16 * p
+        if i and h:
+            rotated = 1 << (at - word + 6) % 32
+            assert rotated & REST
+            assert rotated * SPREAD & 0x81C081C0 == 1 << place, (n, k)
+        else:
+            assert at == word + place - SHIFTS[2 * i + h], (n, k)
 
 
 def test_rows_behind_the_last_whole_tile_stay() -> None:

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of what the dispatch can launch, in every tiling, for GPUs that this machine does not have.
 
     python -m mxref.verification.studies.compiled.ahead_of_time [--arch sm_90]
+    python -m mxref.verification.studies.compiled.ahead_of_time --loops fragments     what a warp issues in inner loops
 
 The layer's own host code runs forward and backward on `meta` tensors for each architecture, tiling and dtype, the
 launches are recorded instead of started, and each distinct one is compiled. Reported for each: registers a thread,
@@ -30,7 +31,14 @@ from mxref.kernels.device.dequant import dequantize_experts
 from mxref.kernels.device.launch import INTERPRETED, Launch, recording
 from mxref.kernels.layer.autograd import parallel_linear_lora
 from mxref.swiglu import GPT_OSS, SILU, SwiGLU
-from mxref.verification.studies.compiled.machine_code import Resources, disassemble, hazards, resources
+from mxref.verification.studies.compiled.machine_code import (
+    KINDS,
+    Resources,
+    disassemble,
+    hazards,
+    inner_loops,
+    resources,
+)
 from mxref.weights import MXLayout, MXWeights
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -64,16 +72,24 @@ class Compiled:
         return [*found, *self.hazards]
 
 
-def units(architecture: str) -> Iterator[Unit]:
-    """The distinct compilations of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each."""
-    return units_of(architecture, chain(_of_products(architecture), _of_activations(architecture)))
+_GPT_OSS = (2880, 5760)
+_OTHER_SIZES = ((2048, 1024), (1056, 1056))
+"""K and N: whole steps both ways, and an odd number of blocks, for which `hopper` is compiled differently."""
 
 
-def _of_products(architecture: str) -> Iterator[tuple[str, Launch]]:
+def units(architecture: str, sizes: tuple[int, int] = _GPT_OSS) -> Iterator[Unit]:
+    """The distinct compilations of one architecture: bf16 in all reachable tilings, fp16 and fp32 in one each.
+
+    `sizes`: K and N of most of them.
+    """
+    return units_of(architecture, chain(_of_products(architecture, sizes), _of_activations(architecture)))
+
+
+def _of_products(architecture: str, sizes: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
     """Labels and launches of the layer, forward and backward."""
-    for dtype, config, rank, steps, sizes in _settings(architecture):
+    for dtype, config, rank, steps, own in _settings(architecture, sizes):
         for step in steps:
-            for launch in _launches(architecture, dtype, config, rank, step, sizes):
+            for launch in _launches(architecture, dtype, config, rank, step, own):
                 yield f"{step} {_plain(dtype)} r{rank}", launch
 
 
@@ -93,12 +109,9 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_GPT_OSS = (2880, 5760)
-_OTHER_SIZES = ((2048, 1024), (1056, 1056))
-"""K and N: whole steps both ways, and an odd number of blocks, for which `hopper` is compiled differently."""
-
-
-def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...], tuple[int, int]]]:
+def _settings(
+    architecture: str, most: tuple[int, int]
+) -> Iterator[tuple[torch.dtype, Config, int, tuple[str, ...], tuple[int, int]]]:
     """dtype, tiling, rank, steps and sizes: what holds the most in every tiling, everything else in the largest.
 
     Weights in the layout FRAGMENTS by their own kernel, and by the portable one in its smallest tiling.
@@ -106,18 +119,18 @@ def _settings(architecture: str) -> Iterator[tuple[torch.dtype, Config, int, tup
     own, tilings = reachable_configs(architecture, layout=MXLayout.FRAGMENTS), reachable_configs(architecture)
     own = own if own[0].fragments else own[:1]
     for config in own:
-        yield torch.bfloat16, config, 16, ("fragments", "fragments ordered"), _GPT_OSS
+        yield torch.bfloat16, config, 16, ("fragments", "fragments ordered"), most
     for config in tilings:
-        yield torch.bfloat16, config, 16, ("fused",), _GPT_OSS
-    yield torch.bfloat16, tilings[-1], 16, ("unfused", "dense"), _GPT_OSS
+        yield torch.bfloat16, config, 16, ("fused",), most
+    yield torch.bfloat16, tilings[-1], 16, ("unfused", "dense"), most
     for sizes in _OTHER_SIZES:
         yield torch.bfloat16, own[-1], 16, ("fragments", "fragments ordered"), sizes
         yield torch.bfloat16, tilings[-1], 16, ("fused",), sizes
-    yield torch.bfloat16, own[-1], 128, ("fragments",), _GPT_OSS
-    yield torch.bfloat16, tilings[-1], 128, ("fused", "dense"), _GPT_OSS
-    yield torch.float16, reachable_configs(architecture, torch.float16)[-1], 16, ("fused",), _GPT_OSS
+    yield torch.bfloat16, own[-1], 128, ("fragments",), most
+    yield torch.bfloat16, tilings[-1], 128, ("fused", "dense"), most
+    yield torch.float16, reachable_configs(architecture, torch.float16)[-1], 16, ("fused",), most
     for rank in (16, 128):
-        yield torch.float32, reachable_configs(architecture, torch.float32)[0], rank, ("fused",), _GPT_OSS
+        yield torch.float32, reachable_configs(architecture, torch.float32)[0], rank, ("fused",), most
 
 
 def _launches(
@@ -174,9 +187,16 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="one architecture; may be repeated")
-    chosen = parser.parse_args().arch or ARCHITECTURES
+    parser.add_argument(
+        "--loops", metavar="TEXT", help="instructions of inner loops on sm_90, kernels whose name holds it"
+    )
+    arguments = parser.parse_args()
+    chosen = arguments.arch or ARCHITECTURES
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; unset it, interpreted kernels cannot be compiled")
+    if arguments.loops:
+        _print_loops(arguments.loops)
+        return 0
     work = [unit for architecture in chosen for unit in units(architecture)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(compile_unit, work))
@@ -195,6 +215,18 @@ def main() -> int:
     violations = sum(bool(result.violations) for result in results)
     console.print(f"{violations} violations")
     return 1 if violations else 0
+
+
+def _print_loops(kernels: str) -> None:
+    """A line for each loop with products, K 2048 and N 1024: the kernel's choices, and its instructions by kind."""
+    print("| kernel | instruction |", " | ".join([*KINDS, "else", "all"]), "|")
+    print("|---|---" + "|--:" * (len(KINDS) + 2) + "|")
+    for unit in units("sm_90", _OTHER_SIZES[0]):
+        if kernels in unit.kernel:
+            chosen = " ".join(f"{name}={value}" for name, value in unit.arguments if name.isupper())
+            for shape, counts in inner_loops(disassemble(unit.build().asm["cubin"])):
+                cells = [counts[kind] for kind in (*KINDS, "else")]
+                print(f"| {unit.label} {chosen} | {shape} |", " | ".join(map(str, [*cells, counts.total()])), "|")
 
 
 if __name__ == "__main__":

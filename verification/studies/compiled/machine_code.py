@@ -67,6 +67,31 @@ def accesses(sass: str) -> dict[str, Counter[int]]:
     return counts
 
 
+KINDS = {
+    "LOP3, shifts": ("LOP3", "SHF", "SGXT"),
+    "PRMT": ("PRMT",),
+    "IMAD": ("IMAD",),
+    "HMUL2": ("HMUL2",),
+    "LDS": ("LDS", "LDSM"),
+    "LDG, STS": ("LDG", "STS"),
+    "LDGSTS": ("LDGSTS",),
+    "HGMMA": ("HGMMA",),
+    "waits": ("WARPGROUP", "BAR", "LDGDEPBAR", "DEPBAR", "SYNCS", "WARPSYNC", "FENCE"),
+}
+"""Opcodes by what an inner loop needs them for."""
+
+
+def inner_loops(sass: str) -> list[tuple[str, Counter[str]]]:
+    """Of each innermost loop with wgmma, its shape, and the loop's instructions by KINDS; the rest is "else"."""
+    code, found = _instructions(sass), list[tuple[str, Counter[str]]]()
+    kind_of = {name: kind for kind, names in KINDS.items() for name in names}
+    for first, last in _innermost(code, _is_product):
+        opcodes = [opcode.split(".") for _, opcode, _ in code[first : last + 1]]
+        shape = next(modifiers[0] for name, *modifiers in opcodes if name == "HGMMA")
+        found.append((shape, Counter(kind_of.get(name, "else") for name, *_ in opcodes)))
+    return found
+
+
 def hazards(sass: str, waits_by_hand: bool) -> list[str]:
     """What makes results wrong, if only now and then, in words.
 
