@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -201,6 +202,19 @@ class CallMachine(RuleBasedStateMachine):
                         x.fill_(float("nan"))
         self.kept.clear()
 
+    def in_serving(self, which: str) -> None:
+        """Operands made under inference_mode, whose versions nobody counts, filled again between calls."""
+        with torch.inference_mode():
+            sample = self.samples[which].mapped(lambda _, x: x.clone()).called(mode="inference", needs=())
+            self.samples["served"] = sample
+            self.evaluate("served")
+            for operand in CHANGED:
+                for old, new in changed(sample.problem, operand, again=False):
+                    old.copy_(new)
+                self.script.append(f"change served.{operand} in place")
+                self.expected.pop("served", None)
+                self.evaluate("served")
+
     def at_once(self, both: tuple[str, str], mode: Mode = "grad") -> None:
         """Two calls and their gradients, each in a thread of its own; the second under a mode."""
         self.script.append(
@@ -265,10 +279,10 @@ class CallMachine(RuleBasedStateMachine):
 
 
 def _counted(script: Iterable[str]) -> Iterator[str]:
-    """Each line once, with how many times in a row."""
-    for line, alike in groupby(script):
-        times = len(list(alike))
-        yield f"{line}, {times} times" if times > 1 else line
+    """Each line once, with how many times in a row; outputs are numbered on."""
+    for _, alike in groupby(script, lambda line: re.sub(r"^y\d+ = ", "y = ", line)):
+        line, *others = alike
+        yield f"{line}, {len(others) + 1} times" if others else line
 
 
 def _copied(outputs: Outputs) -> Outputs:

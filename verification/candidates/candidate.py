@@ -30,6 +30,7 @@ from mxref.verification.arithmetic.accumulation import Accumulation, declared_po
 from mxref.verification.arithmetic.tensor_bytes import bytes_of, hold_the_same, share_elements
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
 from mxref.verification.candidates.backward import BACKWARDS
+from mxref.verification.candidates.global_state import modes_unchanged
 from mxref.verification.cases.call import Call, in_another_thread
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
@@ -128,7 +129,7 @@ class Candidate:
         arguments = self._accepted(replace(problem, **operands).arguments(), sample.case)
 
         def forward() -> Any:
-            with call.surroundings(problem.device.type):
+            with call.surroundings(problem.device.type), modes_unchanged("forward pass"):
                 if call.saved == "checkpoint":
                     return checkpointed(partial(self.call, **arguments))
                 if call.saved == "reentrant checkpoint":
@@ -136,11 +137,14 @@ class Candidate:
                 return self.call(**arguments)
 
         held = _held(arguments)
-        given = _versions(*held.values())
+        given, required = _versions(*held.values()), [x.requires_grad for x in held.values()]
         y = in_another_thread(forward) if call.threads == "another" else forward()
         for name, before, after in zip(held, given, _versions(*held.values()), strict=True):
             if before != after:
                 raise UnusableAnswerError(f"changes {name} in place; expected every operand unchanged")
+        for (name, x), before in zip(held.items(), required, strict=True):
+            if x.requires_grad != before:
+                raise UnusableAnswerError(f"sets {name}.requires_grad to {x.requires_grad}; expected it unchanged")
         self._check_output(y, sample)
         _check_apart({"Y": y}, operands)
         return y  # type: ignore[no-any-return]
@@ -166,10 +170,13 @@ class Candidate:
         given, arrived = _versions(incoming, *leaves.values()), incoming.clone()
 
         def backward() -> dict[str, Tensor | None]:
-            with call.around_backward(sample.problem.device.type):
+            with call.around_backward(sample.problem.device.type), modes_unchanged("backward pass"):
                 return BACKWARDS[call.backward](y, leaves, incoming, retain_graph)
 
         found = in_another_thread(backward) if call.threads == "another in backward" else backward()
+        for tensor, x in found.items():
+            if x is not None and x.requires_grad and call.backward != "create_graph":
+                raise UnusableAnswerError(f"{tensor} has a graph of its own, though no second derivative is asked for")
         named = {tensor: None if x is None else x.detach() for tensor, x in found.items()}
         _check_apart(named, {"dOut": incoming, "Y": y, **{OPERAND_OF[tensor]: leaf for tensor, leaf in leaves.items()}})
         same = incoming.is_meta or hold_the_same(incoming, arrived)

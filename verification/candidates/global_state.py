@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from mxref.verification.candidates.answer import UnusableAnswerError
+
 _SUBNORMAL = 1e-40
+_USUAL = "ieee"
+_SUMS = (
+    "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,8 @@ class GlobalState:
     autocast: tuple[bool, bool]
     autocast_dtypes: tuple[torch.dtype, torch.dtype]
     random_numbers: tuple[int, ...]
-    fp32_products: tuple[str, bool]
-    sums_in_16_bits: tuple[Any, Any]
+    fp32_products: tuple[str, ...]
+    sums_in_16_bits: tuple[Any, ...]
     flush_to_zero: bool
     active_modes: tuple[int, int]
     tracing: tuple[Any, Any]
@@ -50,8 +58,8 @@ class GlobalState:
             (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
             (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")),
             (*(hash(state.numpy().tobytes()) for state in generators), *_others_random_numbers()),
-            (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
-            (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction),
+            _precisions(),
+            tuple(getattr(matmul, name, None) for name in _SUMS),
             float(torch.tensor(_SUBNORMAL, dtype=torch.float32, device="cpu") * 1) == 0.0,
             (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
             (sys.gettrace(), sys.getprofile()),
@@ -84,9 +92,14 @@ class GlobalState:
         torch.set_autocast_enabled("cuda", self.autocast[1])
         for device_type, dtype in zip(("cpu", "cuda"), self.autocast_dtypes, strict=True):
             torch.set_autocast_dtype(device_type, dtype)
-        torch.set_float32_matmul_precision(self.fp32_products[0])
-        matmul, sums = torch.backends.cuda.matmul, self.sums_in_16_bits
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = sums
+        if _precisions() != self.fp32_products:
+            for each in _backends():
+                each.fp32_precision = "none"
+            # By the older interface too, which cannot be read where the two differ.
+            torch.set_float32_matmul_precision("highest" if self.fp32_products[0] == _USUAL else "high")
+        for name, value in zip(_SUMS, self.sums_in_16_bits, strict=True):
+            if value is not None:
+                setattr(torch.backends.cuda.matmul, name, value)
         torch.set_flush_denormal(self.flush_to_zero)
         while torch._C._len_torch_function_stack() > self.active_modes[0]:
             torch._C._pop_torch_function_stack()
@@ -104,8 +117,48 @@ class GlobalState:
             sys.setprofile(profiles)
 
 
+class _Modes(NamedTuple):
+    """What surrounds a call in force, the caller's own, which ends with it and so hides that it was changed."""
+
+    default_dtype: torch.dtype
+    deterministic_algorithms: tuple[bool, bool]
+    gradients_enabled: bool
+    inference_mode: bool
+    autocast: tuple[bool, bool]
+
+    @classmethod
+    def now(cls) -> _Modes:
+        return cls(
+            torch.get_default_dtype(),
+            _deterministic(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        )
+
+
+@contextmanager
+def modes_unchanged(what: str) -> Iterator[None]:
+    """Raises an UnusableAnswerError about `what` if the modes that it ran under are others behind it."""
+    before = _Modes.now()
+    yield
+    for name, was, found in zip(_Modes._fields, before, _Modes.now(), strict=True):
+        if was != found:
+            told = f"{name.replace('_', ' ')} {_plain(was)} → {_plain(found)}"
+            raise UnusableAnswerError(f"its {what} leaves other modes than it was called under: {told}")
+
+
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _precisions() -> tuple[str, ...]:
+    """Of fp32 products, by the interface that tells them apart; what was never set is the usual one."""
+    return tuple(each.fp32_precision.replace("none", _USUAL) for each in _backends())
+
+
+def _backends() -> tuple[Any, ...]:
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends
 
 
 def _plain(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,10 @@ SETS = "abcdefg"
 """Those that occur in any order; the others are variants of a, told by what they differ in."""
 CHANGED = (
     "lora_A", "lora_B", "inputs", "gates", "expert_biases", "packed", "scales", "expert_weights",
-    "sorted_scattered_idxs", "routing",
+    "sorted_scattered_idxs", "routing", "experts",
 )  # fmt: skip
-"""What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory."""
+"""What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory, and
+experts that change places."""
 CHANGES = "in place", "in place, through .data", ".data is another tensor"
 """How: as autograd counts it, behind its back in the same memory, or in other memory, where a matrix is transposed."""
 _TURNED = ("inputs", "lora_A", "gates", "grad_out")
@@ -36,9 +39,10 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
     e, f: a where its operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have
     other strides, but for packed bytes, which are contiguous.
 
-    Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters; neither
-    biases nor gates; x row by row, by position, and in expert order, which has the same shape; all operands in one
-    storage, as a framework's flat buffer; tensors of a subclass; signs that torch has put off.
+    Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters, or those of
+    another rank; another activation dtype; a gradient of x alone; neither biases nor gates; Y in the other order; other
+    flags; x row by row, by position, and in expert order, which has the same shape; sentinels' rows alone; all operands
+    in one storage, as a framework's flat buffer; tensors of a subclass; signs that torch has put off.
     """
     a = sample.mapped(lambda _, x: x.clone())
     b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))
@@ -64,7 +68,16 @@ def _variants(a: Sample) -> dict[str, Sample]:
         "a subclass": a.mapped(lambda _, x: x.clone().as_subclass(_Subclass)),
         "signs put off": a.mapped(lambda _, x: torch._neg_view(-x) if x.is_floating_point() else x),
         "in expert order": a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True),
+        "another dtype": _in_another_dtype(a),
+        "dX alone": a.called(needs=("dX",)).mapped(lambda _, x: x.detach() if x.is_floating_point() else x),
+        "no rows": a.changed(
+            sorted_expert_idxs=torch.full_like(problem.sorted_expert_idxs, problem.E),
+            expert_offsets=torch.zeros_like(problem.expert_offsets),
+        ),
     }
+    if problem.lora_A is not None and problem.lora_B is not None and problem.rank > 1:
+        A, B = problem.lora_A.unflatten(0, (problem.E, -1)), problem.lora_B.unflatten(1, (problem.E, -1))
+        found["another rank"] = a.changed(lora_A=A[:, :-1].flatten(0, 1), lora_B=B[..., :-1].flatten(1))
     if isinstance(weights, MXWeights):
         decoded = decode_mxfp4(weights, problem.dtype).mT
         found["decoded"] = a.changed(expert_weights=strided(decoded, "sliced"))
@@ -72,7 +85,18 @@ def _variants(a: Sample) -> dict[str, Sample]:
     if problem.gates is not None:
         dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
+    other = found.get("no gates", a)
+    found["other order of Y"] = other.changed(grouped_out=not other.problem.grouped_out)
+    found["other flags"] = replace(other, case=replace(other.case, use_fused_dX=True, use_fused_gather=True))
     return found
+
+
+def _in_another_dtype(a: Sample) -> Sample:
+    """In bf16, or in fp32 with x and dOut that 16 bits do not hold, though sums stay exact; the same packed weights."""
+    dtype = torch.bfloat16 if a.problem.dtype == torch.float32 else torch.float32
+    other = a.mapped(lambda _, x: x.detach().to(dtype) if x.is_floating_point() else x)
+    more = 1.0 if dtype == torch.bfloat16 else 1 + 2.0**-12
+    return other.changed(other.grad_out * more, inputs=other.problem.inputs * more)
 
 
 def strided(x: Tensor, layout: Layout) -> Tensor:
@@ -97,6 +121,9 @@ def changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, T
         experts = torch.where(live, E - 1 - problem.sorted_expert_idxs, problem.sorted_expert_idxs).sort().values
         counts = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1)).flip(0)
         return [(problem.sorted_expert_idxs, experts), (problem.expert_offsets, counts.cumsum(0))]
+    if operand == "experts":
+        stacks = (weights.packed, weights.scales) if isinstance(weights, MXWeights) else (weights,)
+        return [(stack, stack.flip(0)) for stack in stacks]
     if operand == "sorted_scattered_idxs":
         return [(problem.sorted_scattered_idxs, problem.sorted_scattered_idxs.flip(0))]
     if operand == "packed" and isinstance(weights, MXWeights):

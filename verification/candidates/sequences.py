@@ -51,7 +51,10 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         _as_in_pipelines(Machine(), many)
         _as_in_distillation(Machine())
         _as_in_loaders(Machine())
-        _as_in_variants(Machine())
+        for variant in _as_in_variants(Machine()):
+            _as_it_was_first(Machine(), variant)
+        _as_on_idle_ranks(Machine())
+        Machine().in_serving("a")
         _as_in_threads(Machine())
         _as_in_frameworks(Machine())
         if sample.problem.device.type == "cuda":
@@ -118,7 +121,7 @@ def _as_in_loaders(machine: CallMachine) -> None:
         machine.evaluate(which=which)
 
 
-def _as_in_variants(machine: CallMachine) -> None:
+def _as_in_variants(machine: CallMachine) -> list[str]:
     """The same tensors in calls that differ in what is no tensor, or in one that is left out; there and back."""
     variants = sorted(machine.samples.keys() - set(SETS[1:]))
     for which in (*variants, *reversed(variants)):
@@ -126,6 +129,23 @@ def _as_in_variants(machine: CallMachine) -> None:
     for _ in range(2 * len(variants)):
         machine.backward(index=0, retain=False)
     machine.look_again()
+    return variants
+
+
+def _as_it_was_first(machine: CallMachine, variant: str) -> None:
+    """A variant and then what it varies: the first call with a tensor decides nothing for later ones."""
+    for which in (variant, "a"):
+        machine.forward(which=which)
+        machine.backward(index=0, retain=False)
+
+
+def _as_on_idle_ranks(machine: CallMachine) -> None:
+    """Calls without a row of an expert, whose zeros are the caller's to write to, as all others."""
+    for _ in range(2):
+        machine.evaluate(which="no rows")
+        machine.forward(which="no rows")
+        machine.backward(index=0, retain=False)
+        machine.overwrite()
 
 
 def _as_in_threads(machine: CallMachine) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 T = TypeVar("T")
 Layout = Literal[
-    "contiguous", "transposed", "sliced", "padded", "offset", "apart", "innermost", "overlapping", "expanded",
-    "one column", "one number",
+    "contiguous", "transposed", "sliced", "padded", "offset", "apart", "innermost", "middle", "overlapping",
+    "expanded", "one column", "one number",
 ]  # fmt: skip
 REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one number")
 """Those that have elements, rows or columns in memory once."""
 Storage = Literal["its own", "shared"]
 Mode = Literal["grad", "no_grad", "inference"]
-Autocast = Literal["off", "forward pass", "forward pass to fp16", "backward pass", "both passes"]
+Autocast = Literal["off", "forward pass", "forward pass to fp16", "backward pass to fp16", "both passes"]
 Algorithms = Literal["any", "deterministic", "strictly deterministic"]
 Saved = Literal["kept", "copied", "checkpoint", "reentrant checkpoint"]
 Owner = Literal["leaf", "parameter", "computed"]
@@ -182,9 +182,9 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
     transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
     padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
     second row (of three dimensions: matrix) of a taller one, from its second on.  innermost: the first dimension has
-    stride 1, and the others follow in their order.  overlapping: windows of one long row,
-    each half a row behind the one before.  expanded: one row or matrix, repeated with stride 0; one column, and one
-    number, likewise. What is repeated must be equal.
+    stride 1, and the others follow in their order.  middle: the first two dimensions are exchanged in memory.
+    overlapping: windows of one long row, each half a row behind the one before.  expanded: one row or matrix, repeated
+    with stride 0; one column, and one number, likewise. What is repeated must be equal.
 
     Memory in between holds NaN, or 0 of integers. Whatever has no element stays as it is; so does whatever has one
     dimension, unless it is sliced, offset, or expanded and the same everywhere.
@@ -214,6 +214,8 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
             inside = memory(2 * x.shape[0], *x.shape[1:])[1::2]
         case "innermost":
             inside = memory(*x.shape[1:], x.shape[0]).movedim(-1, 0)
+        case "middle":
+            inside = memory(*x.transpose(0, 1).shape).transpose(0, 1)
         case "overlapping":
             row = long_row(x)
             return memory(len(row)).copy_(row).unfold(0, columns, window_step(columns))

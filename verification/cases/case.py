@@ -17,20 +17,22 @@ from mxref.weights import MXLayout, MXWeights
 
 Routing = Literal[
     "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "sentinels", "all_sentinels",
-    "far_sentinels", "about_tiles",
+    "far_sentinels", "about_tiles", "whole_tiles",
 ]  # fmt: skip
 PositionOrder = Literal["ascending", "descending", "shuffled"]
 Data = Literal[
     "plain", "balanced", "lora", "tiny lora", "bias", "positive", "cancelling", "wide", "boundary", "off_grid",
-    "subnormal", "tiny dOut", "large", "integer", "rounded", "elements", "one_hot_elements", "every_element",
-    "nonfinite",
+    "subnormal", "tiny dOut", "large", "integer", "rounded", "elements", "one_hot_elements", "elements_by_expert",
+    "every_element", "nonfinite",
 ]  # fmt: skip
 Special = Literal[
     "", "nan row", "nan row, zero dOut", "inf row", "nan dOut", "inf dOut", "nan expert", "nan remote",
     "large partners",
 ]  # fmt: skip
-GateValues = Literal["positive", "negative", "some zero", "one NaN"]
-AdapterValues = Literal["ordinary", "zero A", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows"]
+GateValues = Literal["positive", "negative", "some zero", "zero", "one NaN"]
+AdapterValues = Literal[
+    "ordinary", "zero A", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows", "s·Z overflows"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Case:
         routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
             at most ten experts active; the same expert in several slots of a token; a quarter of the rows sentinels, or
             all of them; sentinels with ids far above E; or each expert as many rows as a tile may have, one fewer and
-            one more (see `routing`).
+            one more (see `routing`); or each whole tiles, and sentinels behind them.
         position_order: within an expert; `shuffled` leaves the first and last of every sixteen where they are.
         data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
             `bias`, that term far above all others; `tiny lora`, lora_A of every second expert, lora_B of the others
@@ -59,18 +61,19 @@ class Case:
             and biases below the normal range; `tiny dOut`, dOut alone; `large`, activations so large that results in
             fp16 are infinite, and adapters so small that Z and V are not; `integer`, fixtures that are exact in any
             order of summation (see `integer`); `rounded`, the same with results that 16 bits round (see `rounded`);
-            `elements`, `one_hot_elements`, `every_element`, `nonfinite`: codes under chosen scale bytes (see
-            `elements`, which makes these cases).
+            `elements`, `one_hot_elements`, `elements_by_expert`, `every_element`, `nonfinite`: codes under chosen scale
+            bytes (see `elements`, which makes these cases).
         scaling: LoRA's s.
         bias: whether there are expert biases.
         nan_bias: one of those is NaN; in an integer fixture another one is infinite.
         gate_slots: g, or 0 for no gates.
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
-        gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `one NaN`
-            the middle one to NaN, and in an integer fixture the first to infinity.
+        gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `zero`
+            all, `one NaN` the middle one to NaN, and in an integer fixture the first to infinity.
         adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds a NaN,
             and in an integer fixture that of the first one an infinity;
-            Z, or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term.
+            Z, or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term; or Z does not
+            where it is one, and s times it would, though Y is small.
         special: what is not finite: one row of x or dOut (of infinities two rows, one of either sign), one row of x
             whose rows of dOut are zero, one expert's
             weights, or what only sentinels' slots read; "large partners" is for `elements`.
@@ -159,7 +162,7 @@ class Case:
     @property
     def exact(self) -> bool:
         """Whether every honest result is the same to the last bit, in any order of summation."""
-        return self.data in ("integer", "rounded", "elements", "one_hot_elements", "nonfinite")
+        return self.data in ("integer", "rounded", "elements", "one_hot_elements", "elements_by_expert", "nonfinite")
 
     def draw_seed(self, seed: int) -> int:
         """Seed of this case's own stream."""

@@ -148,7 +148,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("int32, offsets int64", call={"index": torch.int32, "offsets": torch.int64}),
             Class("int64, others int32", call={"positions": torch.int32, "offsets": torch.int32}),
             Class(
-                "int32, others int64", call={"index": torch.int32, "positions": torch.int64, "offsets": torch.int64}
+                "int32, positions int64", call={"index": torch.int32, "positions": torch.int64, "offsets": torch.int32}
             ),
         ),
     ),
@@ -220,7 +220,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
     ),
     _how("gradient mode", "mode", "grad", "no_grad", "inference"),
     _how("backward pass", "backward", "at once", "one by one", "create_graph", "accumulated"),
-    _how("autocast", "autocast", "off", "forward pass", "forward pass to fp16", "backward pass", "both passes"),
+    _how("autocast", "autocast", "off", "forward pass", "forward pass to fp16", "backward pass to fp16", "both passes"),
     _how("algorithms", "algorithms", "any", "deterministic", "strictly deterministic"),
     _how("saved tensors", "saved", "kept", "copied", "checkpoint", "reentrant checkpoint"),
     Dimension("default dtype", (Class("fp32"), Class("bf16", call={"default_dtype": torch.bfloat16}))),

@@ -35,7 +35,7 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
     if case.K % MX_BLOCK_SIZE:
         blocks = -(-case.K // MX_BLOCK_SIZE)
         return _cut(draw(replace(case, K=blocks * MX_BLOCK_SIZE), seed=seed), case).to(device)
-    if case.data in ("elements", "one_hot_elements", "every_element", "nonfinite"):
+    if case.data in ("elements", "one_hot_elements", "elements_by_expert", "every_element", "nonfinite"):
         sample = draw_elements(case)
     elif case.data == "integer":
         sample = draw_integer(case, seed)

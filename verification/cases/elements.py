@@ -55,6 +55,9 @@ def element_cases_with_options(dtype: torch.dtype) -> list[Case]:
         tokens = _ROWS * _CODES if case.data == "nonfinite" else case.tokens
         everything = replace(case, name=f"{case.name}, everything", rank=4, bias=True, gate_slots=1, tokens=tokens)
         cases.append(everything)
+    for case in (every[0], every[-2]):  # the last bytes with the one that is NaN
+        cases.append(replace(case, name=f"{case.name}, in expert order", grouped_in=True, grouped_out=True))
+    cases.append(_by_expert(dtype))
     if dtype != torch.float16:
         large = replace(elements_to_128(dtype), scale_bytes=tuple(range(127)), special="large partners")
         cases.append(replace(large, name=f"bytes below 127 times 2^126, {_name(dtype)}"))
@@ -66,6 +69,12 @@ def one_hot_elements(dtype: torch.dtype) -> Case:
     N, name = len(finite_bytes(dtype)), f"one-hot, {_name(dtype)}"
     case = Case(name, 1, MX_BLOCK_SIZE, N, N, 1, 0, dtype, data="one_hot_elements")
     return replace(case, use_fused_dX=True, use_fused_gather=True)
+
+
+def _by_expert(dtype: torch.dtype) -> Case:
+    """One row for each expert, who has one finite byte: what few rows choose reads every code under each."""
+    experts, name = len(finite_bytes(dtype)), f"a finite byte an expert, {_name(dtype)}"
+    return Case(name, experts, MX_BLOCK_SIZE, MX_BLOCK_SIZE, experts, 1, 0, dtype, data="elements_by_expert")
 
 
 def elements_to_128(dtype: torch.dtype) -> Case:
@@ -103,6 +112,8 @@ def draw_elements(case: Case) -> Sample:
         return _finite(case)
     if case.data == "one_hot_elements":
         return _one_hot(case)
+    if case.data == "elements_by_expert":
+        return _one_byte_an_expert(case)
     if case.data == "every_element":
         none = torch.zeros(0, case.K, dtype=case.dtype), torch.zeros(0, case.N, dtype=case.dtype)
         return _sample(case, all_elements(), *none, torch.zeros(0, 1, dtype=torch.int64))
@@ -154,6 +165,17 @@ def _one_hot(case: Case) -> Sample:
     return _sample(case, weights, x, torch.eye(case.N, dtype=case.dtype), torch.zeros(case.N, 1, dtype=torch.int64))
 
 
+def _one_byte_an_expert(case: Case) -> Sample:
+    """Each expert's row of x picks another column of W, which holds all codes, and its row of dOut another row."""
+    bytes_ = torch.tensor(finite_bytes(case.dtype), dtype=torch.uint8)
+    place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
+    codes = ((place + place[:, None]) % _CODES).expand(case.experts, -1, -1)
+    scales = bytes_[:, None, None].expand(-1, case.N, 1).contiguous()
+    picked = torch.eye(MX_BLOCK_SIZE, dtype=case.dtype).repeat(-(-case.experts // MX_BLOCK_SIZE), 1)[: case.experts]
+    weights = MXWeights(pack_codes(codes.contiguous()), scales, case.K, case.N)
+    return _sample(case, weights, picked, picked.clone(), torch.arange(case.experts)[:, None])
+
+
 def _nonfinite(case: Case) -> Sample:
     """Non-finite bytes on a diagonal of codes, or byte 255 alone with one code everywhere; rows of ones."""
     code = torch.arange(_CODES, dtype=torch.uint8)[:, None, None]
@@ -191,6 +213,8 @@ def _sample(case: Case, weights: MXWeights, x: Tensor, dY: Tensor, experts: Tens
         scaling=case.scaling,
         expert_biases=torch.zeros(E, N, dtype=x.dtype) if case.bias else None,
         gates=torch.ones(len(x) // case.gate_slots, case.gate_slots, dtype=x.dtype) if case.gate_slots else None,
+        grouped_in=case.grouped_in,
+        grouped_out=case.grouped_out,
     )
     return Sample(case, problem, dY)
 

@@ -35,9 +35,11 @@ _COLUMNS_DIFFER = "columns differ by more than the range of a sum"
 _SHARED = ("overlapping", "expanded")
 _ROWS_SHARE = "all rows are the same, or share elements"
 _OVERFLOWING = ("Z beyond fp16", "V beyond fp16")
+_TO_FP16 = ("forward pass to fp16", "backward pass to fp16")
+_PROMOTED = "where autocast is to fp16, torch's own operations that promote, cat and others, refuse bf16"
 _WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("backward pass", ("one by one", "create_graph", "accumulated")),
-    ("autocast", ("backward pass", "both passes")),
+    ("autocast", ("backward pass to fp16", "both passes")),
     ("saved tensors", ("copied", "checkpoint", "reentrant checkpoint")),
     ("threads", ("another in backward",)), ("output", ("overwritten", "dropped")),
     ("layout of dOut", ("transposed", "sliced", "padded", "offset", *REPEATED)),
@@ -110,5 +112,8 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("rows", ("more than 2^16",), "N", ("5760",), "3 GB a tensor in the golden model's fp64"),
     Exclusion("rows", ("more than 2^16",), "K", ("2880",), "2 GB a tensor in the golden model's fp64"),
     Exclusion("adapters", ("none",), "gradients", ("dA alone", "dB alone"), "there is no adapter"),
+    Exclusion("autocast", _TO_FP16, "dtype", ("bf16",), _PROMOTED),
+    Exclusion("autocast", _TO_FP16, "parameters",
+              ("bf16", "A of another", "B of another", "biases of another", "gates of another"), _PROMOTED),
 )  # fmt: skip
 """Pairs of classes that are no legal call, or no different one."""

@@ -2,7 +2,8 @@
 
 Z, Y, dY, V, D and all gradients are integers, or halves, with more bits than bf16 or fp16 has, often half way between
 two numbers. fp32 holds every partial sum, so that each rounding point of the contract decides bits: one that is left
-out, comes twice or rounds ties another way shows, in whatever circumstance that happens.
+out, comes twice or rounds ties another way shows, in whatever circumstance that happens. In fp32 nothing is rounded,
+and x or dOut has more bits than TF32.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ _SMALL = (_Largest(31, 31, 2, 2, 3), _Largest(15, 15, 2, 2, 3), _Largest(7, 7, 1
 _BF16 = (_Largest(255, 255, 7, 7, 15), _Largest(127, 255, 3, 3, 7), _Largest(63, 127, 3, 3, 7), *_SMALL)
 _FP16_FORWARD = (_Largest(255, 3, 7, 1, 3), _Largest(255, 1, 7, 1, 1), _Largest(255, 1, 3, 1, 1), *_SMALL)
 _FP16_BACKWARD = (_Largest(3, 255, 1, 7, 15), _Largest(1, 255, 1, 7, 15), _Largest(1, 255, 1, 3, 7), *_SMALL)
+_FP32_FORWARD = tuple(replace(each, x=4095) for each in _FP16_FORWARD[:3])
+_FP32_BACKWARD = tuple(replace(each, dOut=4095) for each in _FP16_BACKWARD[:3])
 """Each is tried, until fp32 holds every sum and the activation dtype every result. fp16 has room for many bits in one
-pass alone."""
+pass alone, and so has fp32 for more than TF32 holds."""
 
 _MOST_EXPERTS, _FEWEST_TOKENS = 8, 9
 _BIAS = 64
@@ -61,7 +64,7 @@ _FINITE = 60_000.0
 
 
 def rounded(case: Case) -> Case:
-    """A case in 16 bits with such numbers in place of its own, where nothing keeps a wrong result from being seen.
+    """A case with such numbers in place of its own, where nothing keeps a wrong result from being seen.
 
     There are rows, and experts have some; all gradients are asked for; numbers are finite; factors are powers of two,
     not zero; no operand is repeated. There are not more than `_MOST_EXPERTS`, most of which would be idle.
@@ -92,8 +95,13 @@ def rounded(case: Case) -> Case:
 def draw_rounded(case: Case, seed: int) -> Sample:
     """Draw, on the CPU, until fp32 holds every sum; the case's plain integers (`draw_integer`) where none does."""
     draw = torch.Generator().manual_seed(case.draw_seed(seed))
-    fp16 = _FP16_FORWARD if torch.randint(0, 2, (), generator=draw) else _FP16_BACKWARD
-    for largest in fp16 if case.dtype == torch.float16 else _BF16:
+    forward = bool(torch.randint(0, 2, (), generator=draw))
+    tried = {
+        torch.float32: _FP32_FORWARD if forward else _FP32_BACKWARD,
+        torch.bfloat16: _BF16,
+        torch.float16: _FP16_FORWARD if forward else _FP16_BACKWARD,
+    }
+    for largest in tried[case.dtype]:
         sample = _draw(case, draw, largest)
         if _sums_are_exact(sample) and _is_finite(sample):
             return _beside_the_grid(sample)

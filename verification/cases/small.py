@@ -27,12 +27,12 @@ def smallest(dtype: torch.dtype) -> Case:
 def subset_cases(scope: Scope) -> list[Case]:
     """For every subset of the gradients: integer fixtures with everything that has one, and without gates.
 
-    Where 16 bits are judged, also what they round. None for mutants.
+    Where 16 bits are judged, also what they round, once on dense weights. None for mutants.
     """
     plain = replace(smallest(usual_dtype(scope.device_type)), name="subsets, no gates", routing="sentinels")
     cases = [replace(plain, name="subsets", gate_slots=2), plain]
     if len(scope.dtypes) > 1:
-        cases.append(rounded(replace(cases[0], dtype=torch.bfloat16)))
+        cases += [rounded(replace(case, dtype=torch.bfloat16, dense=case is plain)) for case in (cases[0], plain)]
     return [] if scope.suite == "small" else cases
 
 

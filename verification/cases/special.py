@@ -73,6 +73,9 @@ def _overflowing(sample: Sample) -> Sample:
         return sample.changed(inputs=problem.inputs * 2.0**3, lora_A=problem.lora_A * 2.0**12)
     if kind == "V overflows" and problem.lora_B is not None:
         return sample.changed(sample.grad_out * 2.0**3, lora_B=problem.lora_B * 2.0**12)
+    if kind == "s·Z overflows" and problem.lora_A is not None and problem.lora_B is not None:
+        A, B = problem.lora_A * 2.0**12, problem.lora_B * 2.0**-8
+        return sample.changed(inputs=problem.inputs * 2.0**3, lora_A=A, lora_B=B)
     return sample
 
 
@@ -83,14 +86,15 @@ def _adapters(case: Case, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     if "zero B" in kind:
         changed["lora_B"] = torch.zeros_like(B)
     if "nan A" in kind:
-        changed["lora_A"] = _with_nan(_with_infinity(case, A, 1), A.numel() - A.shape[1])  # of the last row
+        row = A.shape[1]
+        changed["lora_A"] = _with_nan(_with_infinity(case, A, 1), (len(A) - case.rank) * row, (len(A) - 1) * row)
     if kind == "nan B":
-        changed["lora_B"] = _with_nan(_with_infinity(case, B, -1), B.shape[1] - 1)
+        changed["lora_B"] = _with_nan(_with_infinity(case, B, -1), B.shape[1] - case.rank, B.shape[1] - 1)
     return changed
 
 
-def _with_nan(x: Tensor, place: int) -> Tensor:
-    return x.flatten().index_fill(0, torch.tensor([place]), _nan(x.dtype)).view(x.shape) if x.numel() else x
+def _with_nan(x: Tensor, *places: int) -> Tensor:
+    return x.flatten().index_fill(0, torch.tensor(places), _nan(x.dtype)).view(x.shape) if x.numel() else x
 
 
 def _nan(dtype: torch.dtype) -> Tensor:
@@ -124,6 +128,8 @@ def _gates(case: Case, gates: Tensor) -> Tensor:
     place = torch.arange(gates.numel()).view(gates.shape)
     if case.gate_values == "negative":
         return torch.where(place % 2 == 0, -gates, gates)
+    if case.gate_values == "zero":
+        return torch.zeros_like(gates)
     if case.gate_values == "one NaN":
         return _with_nan(_with_infinity(case, gates, 1), gates.numel() // 2)
     # The middle one is among them: a row of x or dOut that is not finite meets a zero gate there.

@@ -24,18 +24,19 @@ from mxref.verification.cases.elements import element_cases, element_cases_with_
 from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
 from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope, Suite
+from mxref.verification.cases.sizes import exact_sizes, ordinary_sizes
 from mxref.verification.clone import of_a_clone
 from mxref.weights import MXLayout
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 22_000, 3, 2, _FP32, data="integer", scaling=0.5, bias=True)
+_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 35_000, 2, 2, _FP32, data="integer", scaling=0.5, bias=True)
 _GATES = Case("integer, bf16 gates beyond fp16", 4, 64, 96, 20, 2, 4, _BF16, data="integer", scaling=0.5, gate_slots=2)
 _LONG_K = Case("integer, K beyond 8192", 1, 8224, 32, 6, 2, 128, _BF16, data="integer", scaling=0.5)
 _LONG_N = Case("integer, N beyond 5760", 2, 32, 6113, 6, 2, 128, _FP16, data="integer", scaling=0.5, gate_slots=2,
                routing="sentinels")  # fmt: skip
 _BEYOND_STAND_INS = (
     replace(_ROWS, name="integer, more than 2^16 rows of one expert", routing="one_expert", dtype=_FP16),
-    replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=3, routing="sentinels"),
+    replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=2, routing="sentinels"),
     replace(_GATES, gate_exponent=20),
     _LONG_K,
     replace(_LONG_K, name="integer, K beyond 8192, dense", dense=True, grouped_in=True, rank=3),
@@ -107,7 +108,7 @@ def exact_cases(scope: Scope) -> list[Case]:
     large = () if scope.suite == "small" or scope.expense == "interpreted" else _BEYOND_STAND_INS
     beyond = [_BEYOND_FP16, ABOUT_TILES] if scope.suite != "small" and _FP16 in scope.dtypes else []
     mixed = _mixed(scope) if scope.suite != "small" else []
-    return [*fixtures, *large, *beyond, *mixed, *exact_domain(scope), *_rounded_domain(scope)]
+    return [*fixtures, *large, *beyond, *mixed, *exact_sizes(scope), *exact_domain(scope), *_rounded_domain(scope)]
 
 
 def exact_domain(scope: Scope) -> list[Case]:
@@ -116,9 +117,10 @@ def exact_domain(scope: Scope) -> list[Case]:
 
 
 def _mixed(scope: Scope) -> list[Case]:
-    """Parameters of different dtypes, each of which its gradient has; infinite ones; lora_A, or s, zero."""
+    """Parameters of different dtypes, each of which its gradient has; infinite ones, or x; lora_A, or s, zero."""
     base = Case("integer, A zero", 4, 64, 96, 20, 2, 4, data="integer", scaling=0.5, bias=True, gate_slots=2)
     cases = [replace(base, adapter_values="zero A"), replace(base, name="integer, s zero", scaling=0.0)]
+    cases.append(replace(base, name="integer, infinity in x, no LoRA", special="inf row", rank=0, gate_slots=0))
     for dtype in scope.dtypes:
         for values in ("nan A", "nan B"):
             far = replace(base, name=f"integer, {values}, infinities, {_TAGS[dtype]}", dtype=dtype, nan_bias=True)
@@ -152,7 +154,13 @@ def some(cases: Iterable[Case]) -> list[Case]:
 def ordinary_cases(scope: Scope) -> list[Case]:
     """Ordinary numbers: named cases, and those that cover the domain where no exact fixture exists."""
     drawn = drawn_cases(scope.suite, scope.device_type)
-    return [*drawn, *_rounded(scope), *_long(scope), *(case for case in _domain(scope) if not case.exact)]
+    return [
+        *drawn,
+        *_rounded(scope),
+        *_long(scope),
+        *ordinary_sizes(scope),
+        *(case for case in _domain(scope) if not case.exact),
+    ]
 
 
 def _long(scope: Scope) -> list[Case]:

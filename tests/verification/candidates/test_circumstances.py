@@ -40,7 +40,7 @@ def tapped(operand: str, change: Any) -> Candidate:
     [
         (Call(algorithms="deterministic"), torch.are_deterministic_algorithms_enabled),
         (Call(default_dtype=torch.bfloat16), lambda: torch.get_default_dtype() == torch.bfloat16),
-        (Call(autocast="backward pass"), lambda: torch.is_autocast_enabled("cpu")),
+        (Call(autocast="backward pass to fp16"), lambda: torch.is_autocast_enabled("cpu")),
         (Call(autocast="both passes"), lambda: torch.is_autocast_enabled("cpu")),
     ],
 )
@@ -57,7 +57,13 @@ def test_a_backward_pass_that_changes_dOut_is_told() -> None:
     assert "changes dOut or an operand in place" in finding.reason
 
 
-@pytest.mark.parametrize("autocast", ["forward pass", "backward pass", "both passes"])
+def test_a_gradient_with_a_graph_is_told() -> None:
+    sample = draw(replace(SMALL, data="integer", scaling=0.5))
+    (finding, *_) = ask("integer", tapped("lora_A", lambda grad: grad.clone().requires_grad_()), sample)
+    assert "dA has a graph of its own" in finding.reason
+
+
+@pytest.mark.parametrize("autocast", ["forward pass", "backward pass to fp16", "both passes"])
 def test_plain_pytorch_ignores_autocast_in_either_pass(autocast: Any) -> None:
     case = replace(SMALL, call=Call(autocast=autocast))
     findings = ask("interval", torch_composite(), draw(case))

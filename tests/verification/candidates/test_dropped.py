@@ -85,9 +85,52 @@ def _to_and_fro(**operands: Any) -> Tensor:
     return mxref.parallel_linear_lora(**operands)
 
 
+def _unfreezes(**operands: Any) -> Tensor:
+    y = mxref.parallel_linear_lora(**operands)
+    operands["lora_A"].requires_grad_()
+    return y
+
+
+def _any_algorithms() -> None:
+    torch.use_deterministic_algorithms(False)
+
+
+def _fp32_by_default() -> None:
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("where", "mode", "how"),
+    [
+        ("forward", _any_algorithms, Call(algorithms="deterministic")),
+        ("backward", _any_algorithms, Call(algorithms="deterministic")),
+        ("forward", _fp32_by_default, Call(default_dtype=torch.bfloat16)),
+        ("backward", _fp32_by_default, Call(default_dtype=torch.bfloat16)),
+        ("forward", lambda: torch.set_autocast_enabled("cpu", False), Call(autocast="both passes")),
+        ("forward", lambda: torch.set_grad_enabled(True), Call(mode="no_grad")),
+    ],
+)
+def test_modes_of_the_caller_that_are_left_otherwise_are_told(where: str, mode: Any, how: Call) -> None:
+    """They end with what the caller has around the call, so that nobody sees it afterwards."""
+
+    def call(**operands: Any) -> Tensor:
+        y = mxref.parallel_linear_lora(**operands)
+        if where == "forward":
+            mode()
+        else:
+            y.register_hook(lambda dOut: mode())  # type: ignore[no-untyped-call]
+        return y
+
+    before = GlobalState.now()
+    with pytest.raises(UnusableAnswerError, match=f"its {where} pass leaves other modes than it was called under"):
+        Candidate("", call).run(draw(replace(SMALL, call=how)))
+    assert GlobalState.now().changes(before) == {}
+
+
 @pytest.mark.parametrize(
     ("call", "told"),
     [
+        (_unfreezes, "sets lora_A.requires_grad to True"),
         (_in_inference, "returned an inference tensor outside inference_mode"),
         (_alike, "returned rows or columns that share memory"),
         (lambda **o: mxref.parallel_linear_lora(**o).requires_grad_(), "requires a gradient, though no operand does"),
@@ -119,3 +162,21 @@ def test_global_state_is_put_back() -> None:
     assert changed == {"hooks of saved tensors", "autocast dtypes", "anomaly mode", "sums in 16 bits"}
     before.restore()
     assert GlobalState.now().changes(before) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda: torch.set_float32_matmul_precision("high"), "fp32 products"),
+        (lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"), "fp32 products"),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), "fp32 products"),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True), "sums in 16 bits"),
+    ],
+)
+def test_precisions_are_seen_through_either_interface_and_put_back(change: Any, name: str) -> None:
+    before = GlobalState.now()
+    change()
+    assert set(GlobalState.now().changes(before)) == {name}
+    before.restore()
+    assert GlobalState.now().changes(before) == {}
+    assert torch.get_float32_matmul_precision() == "highest", "what is mixed cannot be read"

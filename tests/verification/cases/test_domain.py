@@ -147,7 +147,7 @@ def test_a_drawn_call_is_what_its_classes_say(dtypes: tuple[torch.dtype, ...]) -
         assert (problem.gates is None) == (classes["gates"] == "none")
         assert (problem.lora_A is None) == (classes["adapters"] == "none")
         dtypes = problem.sorted_expert_idxs.dtype, problem.sorted_scattered_idxs.dtype, problem.expert_offsets.dtype
-        int32s = {"int32": 3, "int32, offsets int64": 2, "int64, others int32": 2, "int32, others int64": 1}.get(
+        int32s = {"int32": 3, "int32, offsets int64": 2, "int64, others int32": 2, "int32, positions int64": 2}.get(
             classes["indices"], 0
         )
         assert dtypes.count(torch.int32) == int32s

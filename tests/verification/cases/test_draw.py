@@ -113,10 +113,12 @@ def test_infinities_stand_beside_nan_in_exact_fixtures(parameters: torch.dtype |
     case = Case("", 3, 64, 96, 9, 2, 4, torch.float16, parameters, bias=True, gate_slots=2, data="integer", scaling=0.5)
     case = replace(case, adapter_values="nan A", gate_values="one NaN", nan_bias=True)
     problem = draw(case).problem
-    for x, sign in ((problem.lora_A, 1), (problem.gates, 1), (problem.expert_biases, -1)):
+    for x, sign, nans in ((problem.lora_A, 1, 2), (problem.gates, 1, 1), (problem.expert_biases, -1, 1)):
         assert x is not None
         assert x.flatten()[0] == sign * (float("inf") if parameters is None else 2.0**17)
-        assert int(x.isnan().sum()) == 1
+        assert int(x.isnan().sum()) == nans
+    assert problem.lora_A is not None
+    assert problem.lora_A.isnan().any(1).nonzero().flatten().tolist() == [8, 11]  # the last expert's first and last row
     drawn = draw(replace(case, data="balanced")).problem
     assert drawn.lora_A is not None
     assert not drawn.lora_A.isinf().any()

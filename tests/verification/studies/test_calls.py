@@ -80,8 +80,14 @@ def test_memory_read_without_strides() -> None:
         ("autocast followed in backward", "interval"),
         ("dOut noted by a hook", "sequences"),
         ("dX in a node of its own", "sequences"),
-        ("blocks of zeros skipped", "interval"),
+        ("blocks of zeros skipped", "integer"),
         ("Z unrounded for one token", "integer"),
+        ("half a step of K", "integer"),
+        ("long sums in TF32", "integer"),
+        ("a frozen A unfrozen", "integer"),
+        ("a plan's rank", "sequences"),
+        ("zeros kept", "sequences"),
+        ("inference tensors that never change", "sequences"),
     ],
 )
 def test_a_bug_is_rejected(name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ gates_across = bug("dX of gates across tokens", "takes gates for those of a row'
               else {})
 )  # fmt: skip
 autocast_backward = bug("autocast followed in backward", "leaves a product of its backward pass to autocast",
-                        autocast="backward pass", dtype="fp32")(
+                        autocast="backward pass to fp16", dtype="fp32")(
     _backward(lambda p, dOut, needs, found: {"dX": _through_bf16(found["dX"])} if p.dtype == torch.float32
               and torch.is_autocast_enabled(dOut.device.type) else {})
 )  # fmt: skip

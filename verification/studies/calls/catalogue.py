@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mxref.verification.studies.calls import (
+    attached,
     boundaries,
     callers,
     gradients,
@@ -12,6 +13,7 @@ from mxref.verification.studies.calls import (
     memory,
     seldom,
     sizes,
+    tails,
     values,
 )
 from mxref.verification.studies.calls.layer import Bug
@@ -20,9 +22,22 @@ __all__ = ["BUGS"]
 
 BUGS: tuple[Bug, ...] = tuple(
     found
-    for module in (layouts, callers, kept, gradients, memory, values, sizes, boundaries, seldom, graphs)
+    for module in (
+        layouts,
+        callers,
+        kept,
+        gradients,
+        memory,
+        values,
+        sizes,
+        boundaries,
+        seldom,
+        graphs,
+        tails,
+        attached,
+    )
     for found in vars(module).values()
     if isinstance(found, Bug)
 )
 """In the order of their modules: memory layout, callers, what is kept, gradients, state, numbers, sizes, boundaries,
-what is seldom asked, what else is in a graph."""
+what is seldom asked, what else is in a graph, tails, what is attached or left behind."""

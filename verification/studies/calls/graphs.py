@@ -145,8 +145,7 @@ plain_adapters = bug("adapters that are plain tensors", "takes whatever is no te
 )
 
 
-@bug("blocks of zeros skipped", "takes 0 · ∞ for 0 in blocks without a nonzero", not_finite="inf in a row",
-     adapters="none", weights="packed")  # fmt: skip
+@bug("blocks of zeros skipped", "takes 0 · ∞ for 0 in blocks without a nonzero")
 class ZeroBlocks(Layer):
     """NaN is lost."""
 

@@ -106,7 +106,7 @@ s_in_fp16 = bug("scaling in fp16", "hands powers of two over in fp16", scaling="
     )
 )
 positions_as_ids = bug("positions of the width of ids", "takes the first index tensor's dtype for all",
-                       indices="int32, others int64")(
+                       indices="int32, positions int64")(
     where(lambda p: p.sorted_scattered_idxs.element_size() > p.sorted_expert_idxs.element_size() and p.P > 1,
            lambda p: {"sorted_scattered_idxs": p.sorted_scattered_idxs.roll(1)})
 )  # fmt: skip
@@ -159,8 +159,7 @@ class NotDeterministic(Layer):
         return problem
 
 
-@bug("weights known by a weak reference", "keeps no more of the weights than where they are", output="dropped",
-     gradients="dX alone", weights="packed")  # fmt: skip
+@bug("weights known by a weak reference", "keeps no more of the weights than where they are", output="dropped")
 class Weak(Layer):
     """The object is gone by the backward pass, as is what its address said."""
 
