@@ -92,11 +92,10 @@ def _variants(a: Sample) -> dict[str, Sample]:
 
 
 def _in_another_dtype(a: Sample) -> Sample:
-    """In bf16, or in fp32 with x and dOut that 16 bits do not hold, though sums stay exact; the same packed weights."""
+    """In bf16, or in fp32 with an x that 16 bits do not hold, though sums stay exact; packed weights are the same."""
     dtype = torch.bfloat16 if a.problem.dtype == torch.float32 else torch.float32
     other = a.mapped(lambda _, x: x.detach().to(dtype) if x.is_floating_point() else x)
-    more = 1.0 if dtype == torch.bfloat16 else 1 + 2.0**-12
-    return other.changed(other.grad_out * more, inputs=other.problem.inputs * more)
+    return other if dtype == torch.bfloat16 else other.changed(inputs=other.problem.inputs * (1 + 2.0**-12))
 
 
 def strided(x: Tensor, layout: Layout) -> Tensor:
