@@ -63,12 +63,14 @@ class CallMachine(RuleBasedStateMachine):
         self.candidate, self.seen, self.script = candidate, seen, list[str]()
         self.pending: list[_Pending] = []
         self.kept: list[tuple[Outputs, Outputs]] = []  # what was returned as it is, and a copy of it as it came
-        self.samples = operand_sets(sample)
+        sets, covers = operand_sets(sample), candidate.covers
+        self.samples = {name: each for name, each in sets.items() if name == "a" or covers.holds(each.case)}
         self.expected: dict[str, Outputs] = {}  # as long as the operands are what they are
 
     @rule(which=st.sampled_from(SETS))
     def forward(self, which: str) -> None:
         """Call, and hold the output against the golden model."""
+        which = self._covered(which)
         name = f"y{sum(line.startswith('y') for line in self.script)}"
         self.script.append(f"{name} = layer({which})")
         sample = self.samples[which]
@@ -80,11 +82,13 @@ class CallMachine(RuleBasedStateMachine):
     @rule(which=st.sampled_from(SETS), mode=st.sampled_from(("inference", "no_grad")))
     def evaluate(self, which: str, mode: str = "inference", rows: int | None = None) -> None:
         """Call without a graph and keep the output, or so many rows of it."""
+        which = self._covered(which)
         self.script.append(f"layer({which}){f'[:{rows}]' if rows else ''} under {mode}")
         self._keep(self.candidate.trace(self.samples[which].called(mode=mode), copy=False)[0], which, rows)
 
     def detach(self, which: str) -> None:
         """Call, and keep the output alone, whose graph ends."""
+        which = self._covered(which)
         self.script.append(f"layer({which}).detach()")
         self._keep(self.candidate.trace(self.samples[which], copy=False)[0].detach(), which)
 
@@ -94,6 +98,7 @@ class CallMachine(RuleBasedStateMachine):
 
     def refill(self, which: str) -> None:
         """The same tensor of incoming gradients holds others."""
+        which = self._covered(which)
         self.script.append(f"change dOut of {which} in place")
         self.samples[which].grad_out.neg_()
         self.expected.pop(which, None)
@@ -147,6 +152,7 @@ class CallMachine(RuleBasedStateMachine):
     def in_region(self, *which: str) -> None:
         """Calls on the same leaves in one checkpointed region that goes on with their outputs, and the gradients."""
         self.script.append(f"layer({') and layer('.join(which)}) in one checkpointed region, and its gradients")
+        which = tuple(map(self._covered, which))
         expected = self._region(golden(), which)
         self._hold(self._region(self.candidate, which), expected)
 
@@ -173,6 +179,7 @@ class CallMachine(RuleBasedStateMachine):
             operand: one of CHANGED; nothing happens where the sample has none.
             how: one of CHANGES; but for the first, which autograd counts, no pass may be pending.
         """
+        which = self._covered(which)
         problem = self.samples[which].problem
         again = sum(line.startswith(f"change {which}.{operand} ") for line in self.script) % 2 == 1
         values = changed(problem, operand, again)
@@ -217,6 +224,7 @@ class CallMachine(RuleBasedStateMachine):
 
     def at_once(self, both: tuple[str, str], mode: Mode = "grad") -> None:
         """Two calls and their gradients, each in a thread of its own; the second under a mode."""
+        both = (self._covered(both[0]), self._covered(both[1]))
         self.script.append(
             f"layer({both[0]}) and its gradients, and in another thread layer({both[1]}) under {mode} and its own"
         )
@@ -233,6 +241,7 @@ class CallMachine(RuleBasedStateMachine):
     def on_streams(self, *which: str) -> None:
         """Calls and their gradients, each on a stream of its own, where its operands are filled long after the call."""
         self.script.append(f"layer({') and layer('.join(which)}) and their gradients, each on a stream of its own")
+        which = tuple(map(self._covered, which))
         begun = []
         for each in which:
             sample, stream = self.samples[each], torch.cuda.Stream()
@@ -257,6 +266,10 @@ class CallMachine(RuleBasedStateMachine):
             self._hold({"Y": pending.y.detach()}, {"Y": pending.kept})
         for found, copy in self.kept:
             self._hold(found, copy)
+
+    def _covered(self, which: str) -> str:
+        """The set, or a, where the candidate does not cover what it asks."""
+        return which if which in self.samples else "a"
 
     def _run(self, sample: Sample) -> Outputs:
         y, leaves = self.candidate.trace(sample, copy=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ CHANGED = (
 experts that change places."""
 CHANGES = "in place", "in place, through .data", ".data is another tensor"
 """How: as autograd counts it, behind its back in the same memory, or in other memory, where a matrix is transposed."""
+_LAYOUTS = ("x", "A", "B", "biases", "gates", "ids", "rows", "ends", "dOut")
 _TURNED = ("inputs", "lora_A", "gates", "grad_out")
 """Operands whose signs b has otherwise than a."""
 
@@ -39,6 +41,8 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
     e, f: a where its operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have
     other strides, but for packed bytes, which are contiguous.
 
+    The case of each says what is asked, as far as the domain has words for it.
+
     Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters, or those of
     another rank; another activation dtype; a gradient of x alone; neither biases nor gates; Y in the other order; other
     flags; x row by row, by position, and in expert order, which has the same shape; sentinels' rows alone; all operands
@@ -47,11 +51,11 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
     a = sample.mapped(lambda _, x: x.clone())
     b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))
     order = sample.problem.gates is None and not sample.problem.grouped_out
-    b = b.changed(scaling=-2 * sample.problem.scaling, grouped_out=order)
+    b = _asked(b.changed(scaling=-2 * sample.problem.scaling, grouped_out=order), grouped_out=order)
     halves = torch.arange(sample.case.tokens, device=sample.problem.device).chunk(2)
     c, g = (without(a, tokens).changed(inputs=x) for tokens, x in zip(halves, a.problem.inputs.chunk(2), strict=True))
-    e = a.mapped(lambda _, x: lay_out(x, "offset"))
-    f = a.mapped(lambda _, x: strided(x, "sliced"))
+    e = a.mapped(lambda _, x: lay_out(x, "offset")).called(**dict.fromkeys(_LAYOUTS, "offset"), weights="offset")
+    f = a.mapped(lambda _, x: strided(x, "sliced")).called(**dict.fromkeys(_LAYOUTS, "sliced"))
     return dict(zip(SETS, (a, b, c, d, e, f, g), strict=True)) | _variants(a)
 
 
@@ -61,40 +65,56 @@ def _variants(a: Sample) -> dict[str, Sample]:
     names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
     found = {
         "other s": a.changed(scaling=-problem.scaling),
-        "int32": a.changed(**{name: getattr(problem, name).int() for name in names}),
-        "no adapters": a.changed(lora_A=None, lora_B=None),
-        "row by row": a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1),
-        "one storage": _in_one_storage(a),
+        "int32": a.changed(**{name: getattr(problem, name).int() for name in names}).called(index=torch.int32),
+        "no adapters": _asked(a.changed(lora_A=None, lora_B=None), rank=0),
+        "row by row": _asked(a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1), fan_out=1),
+        "one storage": _in_one_storage(a).called(storage="shared"),
         "a subclass": a.mapped(lambda _, x: x.clone().as_subclass(_Subclass)),
         "signs put off": a.mapped(lambda _, x: torch._neg_view(-x) if x.is_floating_point() else x),
-        "in expert order": a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True),
+        "in expert order": _asked(
+            a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True), grouped_in=True
+        ),
         "another dtype": _in_another_dtype(a),
-        "dX alone": a.called(needs=("dX",)).mapped(lambda _, x: x.detach() if x.is_floating_point() else x),
-        "no rows": a.changed(
-            sorted_expert_idxs=torch.full_like(problem.sorted_expert_idxs, problem.E),
-            expert_offsets=torch.zeros_like(problem.expert_offsets),
+        "no rows": _asked(
+            a.changed(
+                sorted_expert_idxs=torch.full_like(problem.sorted_expert_idxs, problem.E),
+                expert_offsets=torch.zeros_like(problem.expert_offsets),
+            ),
+            routing="all_sentinels",
         ),
     }
+    if a.case.call.needs is None:
+        alone = a.called(needs=("dX",))
+        found["dX alone"] = alone.mapped(lambda _, x: x.detach() if x.is_floating_point() else x)
     if problem.lora_A is not None and problem.lora_B is not None and problem.rank > 1:
         A, B = problem.lora_A.unflatten(0, (problem.E, -1)), problem.lora_B.unflatten(1, (problem.E, -1))
-        found["another rank"] = a.changed(lora_A=A[:, :-1].flatten(0, 1), lora_B=B[..., :-1].flatten(1))
+        other_rank = a.changed(lora_A=A[:, :-1].flatten(0, 1), lora_B=B[..., :-1].flatten(1))
+        found["another rank"] = _asked(other_rank, rank=problem.rank - 1)
     if isinstance(weights, MXWeights):
         decoded = decode_mxfp4(weights, problem.dtype).mT
-        found["decoded"] = a.changed(expert_weights=strided(decoded, "sliced"))
-        found["decoded, signs put off"] = a.changed(expert_weights=torch._neg_view(strided(-decoded, "sliced")))
+        dense = _asked(a, dense=True).called(weights="sliced")
+        found["decoded"] = dense.changed(expert_weights=strided(decoded, "sliced"))
+        found["decoded, signs put off"] = dense.changed(expert_weights=torch._neg_view(strided(-decoded, "sliced")))
     if problem.gates is not None:
         dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
-        found["no gates"] = a.changed(dOut, expert_biases=None, gates=None)
+        found["no gates"] = _asked(a.changed(dOut, expert_biases=None, gates=None), gate_slots=0, bias=False)
     other = found.get("no gates", a)
-    found["other order of Y"] = other.changed(grouped_out=not other.problem.grouped_out)
-    found["other flags"] = replace(other, case=replace(other.case, use_fused_dX=True, use_fused_gather=True))
+    order = not other.problem.grouped_out
+    found["other order of Y"] = _asked(other.changed(grouped_out=order), grouped_out=order)
+    found["other flags"] = _asked(other, use_fused_dX=True, use_fused_gather=True)
     return found
+
+
+def _asked(sample: Sample, **fields: Any) -> Sample:
+    """The sample with a case that says so."""
+    return replace(sample, case=replace(sample.case, **fields))
 
 
 def _in_another_dtype(a: Sample) -> Sample:
     """In bf16, or in fp32 with an x that 16 bits do not hold, though sums stay exact; packed weights are the same."""
     dtype = torch.bfloat16 if a.problem.dtype == torch.float32 else torch.float32
     other = a.mapped(lambda _, x: x.detach().to(dtype) if x.is_floating_point() else x)
+    other = _asked(other, dtype=dtype, parameter_dtype=None, adapter_dtype=None, own_dtypes=())
     return other if dtype == torch.bfloat16 else other.changed(inputs=other.problem.inputs * (1 + 2.0**-12))
 
 

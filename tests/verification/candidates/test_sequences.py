@@ -13,10 +13,12 @@ from torch import Tensor
 from mxref.verification.candidates.call_machine import CallMachine, DifferentError
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.graphs import GRAPHS
+from mxref.verification.candidates.operand_sets import operand_sets
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.scope import Scope
+from mxref.verification.cases.subset import parse_subset
 
 
 def sample(device: str) -> Sample:
@@ -111,3 +113,39 @@ def test_what_torch_refuses_of_a_changed_output_is_no_fault(function: Any) -> No
 def test_a_changed_output_that_is_read_unseen_is_one() -> None:
     with pytest.raises(DifferentError, match="added to Y"):
         CallMachine(_through(_KeepsY), sample("cpu"), []).in_graph("a", "1 is added to Y in place")
+
+
+@pytest.mark.parametrize(
+    ("covers", "left"),
+    [
+        ("dtype=fp32", {"another dtype"}),
+        ("adapters=ordinary", {"no adapters"}),
+        ("routing=sentinels", {"no rows"}),
+        ("weights=packed", {"decoded", "decoded, signs put off"}),
+        ("layout of x=contiguous", {"e", "f"}),
+        ("storage=its own", {"one storage"}),
+    ],
+)
+def test_sequences_ask_for_what_is_covered_alone(covers: str, left: set[str]) -> None:
+    """Sets that a candidate does not cover are left out, and a takes their place."""
+    asked, honest = sample("cpu"), torch_composite()
+    part = Candidate("", honest.call, covers=parse_subset(covers))
+    machine = CallMachine(part, asked, [])
+    assert operand_sets(asked).keys() - machine.samples.keys() == left
+    for which in left:
+        machine.forward(which)
+        assert machine.pending[-1].which == "a"
+
+
+def test_nobody_who_has_no_backward_pass_is_asked_for_dX_alone() -> None:
+    asked = sample("cpu")
+    assert "dX alone" in operand_sets(asked)
+    assert "dX alone" not in operand_sets(asked.called(needs=()))
+
+
+def test_many_outputs_in_a_row_are_told_once() -> None:
+    seen: list[Any] = []
+    machine = CallMachine(golden(), sample("cpu"), seen)
+    for _ in range(3):
+        machine.forward("d")
+    assert seen[0][1].circumstance == "after «y0 = layer(d), 3 times»"

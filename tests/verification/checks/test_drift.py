@@ -16,6 +16,7 @@ from mxref.rounding import round_to
 from mxref.scattermoe import expert_order_gates, expert_order_inputs
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS
 from mxref.verification.candidates.shipped import golden
+from mxref.verification.cases.call import Call, Layout
 from mxref.verification.cases.case import Case, Special
 from mxref.verification.cases.draw import draw
 from mxref.verification.checks.expectation import Expectation, slopes_of
@@ -40,6 +41,16 @@ def test_two_ten_thousandths_on_lora_alone_are_seen(dtype: torch.dtype) -> None:
         caught += not finding.ok
         assert finding.ok or "LoRA's term is scaled by 1.000" in finding.reason
     assert caught >= 11
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "one number"])
+def test_errors_of_one_row_that_is_there_again_and_again_are_no_drift(layout: Layout) -> None:
+    """They are one error, which no sum averages out: sums of equal terms may lose the same in each step."""
+    case = replace(BALANCED, dtype=FP32, call=Call(x=layout, dOut=layout))
+    expected = expect(draw(case))
+    outputs = honest_values(expected, FP32)
+    outputs["dB"] = outputs["dB"] * (1 - 1e-3)
+    assert broken(judge(expected, outputs)) == ({("drift", "dB")} if layout == "contiguous" else set())
 
 
 def test_a_thousandth_in_one_tile_of_one_expert_is_seen_and_placed() -> None:
