@@ -158,7 +158,8 @@ def _precisions() -> tuple[str, ...]:
 
 
 def _backends() -> tuple[Any, ...]:
-    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends
+    onednn: Any = torch.backends.mkldnn
+    return torch.backends.cuda.matmul, onednn.matmul, torch.backends
 
 
 def _plain(value: Any) -> str:

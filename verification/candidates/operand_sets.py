@@ -87,7 +87,7 @@ def _variants(a: Sample) -> dict[str, Sample]:
         alone = a.called(needs=("dX",))
         found["dX alone"] = alone.mapped(lambda _, x: x.detach() if x.is_floating_point() else x)
     if problem.lora_A is not None and problem.lora_B is not None and problem.rank > 1:
-        A, B = problem.lora_A.unflatten(0, (problem.E, -1)), problem.lora_B.unflatten(1, (problem.E, -1))
+        A, B = problem.lora_A.reshape(problem.E, problem.rank, -1), problem.lora_B.reshape(-1, problem.E, problem.rank)
         other_rank = a.changed(lora_A=A[:, :-1].flatten(0, 1), lora_B=B[..., :-1].flatten(1))
         found["another rank"] = _asked(other_rank, rank=problem.rank - 1)
     if isinstance(weights, MXWeights):

@@ -31,6 +31,7 @@ def _setting(mode: Callable[[], object]) -> Callable[[], Layer]:
 
 _LEFT = "sets what it needs and leaves it"
 _matmul = torch.backends.cuda.matmul
+_onednn: Any = torch.backends.mkldnn
 
 deterministic_off = bug("deterministic algorithms off", _LEFT, algorithms="deterministic")(
     _setting(lambda: torch.use_deterministic_algorithms(False))
@@ -44,7 +45,7 @@ fp32_by_default = bug("fp32 by default", _LEFT, default_dtype="bf16")(
 gradients_on = bug("gradients on", _LEFT, gradient_mode="no_grad")(_setting(lambda: torch.set_grad_enabled(True)))
 sums_in_fp16 = bug("sums in fp16", _LEFT)(_setting(lambda: setattr(_matmul, "allow_fp16_accumulation", True)))
 onednn_in_bf16 = bug("fp32 products of oneDNN in bf16", _LEFT)(
-    _setting(lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"))
+    _setting(lambda: setattr(_onednn.matmul, "fp32_precision", "bf16"))
 )
 
 
@@ -131,12 +132,9 @@ class SideBySide(Layer):
 
     def read(self, problem: Problem) -> Problem:
         W = problem.expert_weights
-        apart = isinstance(W, MXWeights) or min(W.shape) < 2 or W.is_contiguous()
-        return (
-            problem
-            if apart or not W.transpose(0, 1).is_contiguous()
-            else replace(problem, **_turned(problem, "inputs"))
-        )
+        if isinstance(W, MXWeights) or min(W.shape) < 2 or W.is_contiguous() or not W.transpose(0, 1).is_contiguous():
+            return problem
+        return replace(problem, **_turned(problem, "inputs"))
 
 
 @bug("inference tensors that never change", "keeps a copy of positions that no version counts")

@@ -158,7 +158,7 @@ class UnroundedV(Layer):
         alone = sum(needs.values()) == 1 and needs["dX"]
         if not alone or isinstance(problem.expert_weights, MXWeights) or problem.dtype != _BF16:
             return found
-        operands = {
+        operands: dict[str, Any] = {
             n: x.float() for n, x in problem.arguments().items() if isinstance(x, Tensor) and x.is_floating_point()
         }
         dX = super().backward(replace(problem, **operands), dOut.float(), needs)["dX"]
