@@ -100,7 +100,8 @@ def rounding_pull(dtype: torch.dtype) -> float:
 def directed_loss(how: Accumulation, dtype: torch.dtype, terms: int, resident: bool = False) -> float:
     """Largest slope of truncation in a sum of `terms` products; 0 for accumulators that round to nearest.
 
-    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32), towards zero. What grows evenly over T
+    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32; a whole one, twice this, where equal
+    terms lose the same in each), towards zero. What grows evenly over T
     steps is t/T of itself at step t: (T + 1)/2 such losses; what was there before (`resident`) has T. An undeclared sum
     of 16-bit operands may be any tensor core's: steps of 8.
     """

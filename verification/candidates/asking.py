@@ -45,8 +45,8 @@ def repeatedly(candidate: Candidate, sample: Sample) -> list[Answer]:
 def among_other_tokens(candidate: Candidate, sample: Sample) -> list[Answer]:
     """A token's rows of Y, dX and dgates when other tokens change their values, and when they leave the batch.
 
-    The second half needs the same configuration for both batches, so it is asked under each one that the candidate can
-    be pinned to. Without a pin dispatch may choose by size: rows are then asked for at equal shapes only.
+    The second half needs one configuration for both batches: each that the candidate can be pinned to. Without a pin
+    dispatch may choose by size, and rows are asked for at equal shapes only.
     """
     if candidate.configs is None:
         return _other_values(candidate, sample, "", "at equal shapes; no configuration can be pinned", 0)

@@ -49,11 +49,10 @@ class Candidate:
         call: a callable with the signature of `parallel_linear_lora`.
         declared_points: names from POINTS; empty for the contract's own rounding points.
         accumulation: how its fp32 sums run, or None when undeclared.
-        decode: its own MXFP4 decode, (MXWeights, dtype) -> [E, N, K], judged bit by bit; None when it has none.
-        configs: every configuration that its dispatch can reach for one activation dtype; the keyword `config` pins
-            `call` to one. None when it has none, or offers no pin.
-        operators: a module with this project's public operators, which is then held to this project's further promises
-            too: see `checks.registry`. None for all others.
+        decode: its own MXFP4 decode, judged bit by bit; None when it has none.
+        configs: every configuration that its dispatch can reach for an activation dtype; the keyword `config` pins one.
+        operators: a module with this project's public operators, which is held to its further promises too, see
+            `checks.registry`. None for all others.
         covers: the part of the domain that it declares to support; all of it when empty.
     """
 
@@ -90,10 +89,7 @@ class Candidate:
 
         Raises:
             NotCovered: the candidate declines this call.
-            UnusableAnswerError: it lacks a keyword that the call needs, returned something else than a dense tensor of
-                the right shape and dtype on the sample's device (interpreted, this project's kernels return fp32), or
-                a tensor without a graph where gradients are asked for, it sets an operand's `.grad` itself, changes an
-                operand, or gives results that share memory with operands or with each other.
+            UnusableAnswerError: no caller could go on with the answer, or the candidate changed what is not its own.
             Exception: whatever else the candidate raises.
         """
         operands, leaves = _operands(sample, copy=True)

@@ -19,7 +19,7 @@ from mxref.verification.cases.subset import Subset, parse_subset
 def load(spec: str) -> Candidate:
     """A candidate from `module:callable` or `path/to/file.py:callable`, with what the callable declares.
 
-    Modules in the current directory are found too, after the installed ones: a folder there must not replace a package.
+    Modules of the current directory come after the installed ones.
 
     Args:
         spec: where the callable is; dots after the colon walk attributes.

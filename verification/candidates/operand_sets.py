@@ -38,15 +38,9 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
 
     a: the sample. b: the same shapes with other signs, another scaling and, without gates, another order of rows.
     c, g: the first and the last tokens of a alone, whose rows of x lie where those of a do. d: a with other signs.
-    e, f: a where its operands begin elsewhere in a larger buffer, between multiples of 16 bytes, and where they have
-    other strides, but for packed bytes, which are contiguous.
-
-    The case of each says what is asked, as far as the domain has words for it.
-
-    Others are a itself but for one thing: s of the other sign; int32 indices; decoded weights; no adapters, or those of
-    another rank; another activation dtype; a gradient of x alone; neither biases nor gates; Y in the other order; other
-    flags; x row by row, by position, and in expert order, which has the same shape; sentinels' rows alone; all operands
-    in one storage, as a framework's flat buffer; tensors of a subclass; signs that torch has put off.
+    e, f: a whose operands begin between multiples of 16 bytes of a larger buffer, or have other strides, but for packed
+    bytes. Others are a itself but for what their name says. The case of each says what is asked, as far as the domain
+    has words for it.
     """
     a = sample.mapped(lambda _, x: x.clone())
     b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))

@@ -118,8 +118,7 @@ class Pool(Generic[T]):
 
     Args:
         size: processes at once.
-        method: how they are started: "fork" shares what this process has in memory, "spawn" shares nothing, and
-            "forkserver" only what `preload` leaves there.
+        method: "fork" shares this process's memory, "spawn" nothing, "forkserver" what `preload` leaves there.
         preload: modules that the server imports, once for all its children; one that already runs is taken as it is.
     """
 

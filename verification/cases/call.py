@@ -36,10 +36,9 @@ class Call:
     """One way to call.
 
     Attributes:
-        x, A, B, biases, gates, weights, ids, rows, ends, dOut: how an operand lies in memory, see `lay_out`; `A` and
-            `B` are lora_A and lora_B, `gates` expanded are one a token that its slots share, `weights` dense
-            ones or packed bytes and scales, `ids`, `rows` and `ends` sorted_expert_idxs, sorted_scattered_idxs and
-            expert_offsets, `dOut` the incoming gradient.
+        x, A, B, biases, gates, weights, ids, rows, ends, dOut: how an operand lies in memory, see `lay_out`; `gates`
+            expanded are one a token that its slots share, `weights` dense ones or packed bytes and scales, `ids`,
+            `rows` and `ends` sorted_expert_idxs, sorted_scattered_idxs and expert_offsets.
         storage: each operand has a storage of its own, or lies in one behind something else, whatever its layout.
         index: dtype of the routing tensors; `positions`, `offsets`: of sorted_scattered_idxs and of expert_offsets,
             where it is another one.

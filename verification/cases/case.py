@@ -37,7 +37,7 @@ AdapterValues = Literal[
 
 @dataclass(frozen=True)
 class Case:
-    """What to draw. Sizes as in `Problem`; every combination that its flags allow is meaningful.
+    """What to draw. Sizes as in `Problem`.
 
     Attributes:
         name: unique within a suite; it also seeds the draw.
@@ -45,24 +45,21 @@ class Case:
         tokens, top_k: the router's choice, [tokens, top_k]; P = tokens · top_k routed rows.
         rank: LoRA rank, 0 for no LoRA.
         dtype: activation dtype.
-        parameter_dtype: dtype of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
+        parameter_dtype: of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
         adapter_dtype: of lora_A and lora_B, where it is another one.
         own_dtypes: of lora_A, lora_B, biases and gates, in place of both, where they differ.
-        routing: uniform over experts; leaving a first, a middle and the last expert empty; everything to one expert;
-            at most ten experts active; the same expert in several slots of a token; a quarter of the rows sentinels, or
-            all of them; sentinels with ids far above E; or each expert as many rows as a tile may have, one fewer and
-            one more (see `routing`); or each whole tiles, and sentinels behind them.
+        routing: uniform over experts; a first, a middle and the last expert empty; one expert for all; at most ten;
+            an expert in several slots of a token; a quarter of the rows sentinels, or all; sentinels' ids far above E;
+            as many rows an expert as a tile may have, one fewer and one more; or whole tiles before sentinels.
         position_order: within an expert; `shuffled` leaves the first and last of every sixteen where they are.
-        data: `plain`, ordinary magnitudes, LoRA's term a tenth of the base's; `balanced`, both terms alike; `lora`,
-            `bias`, that term far above all others; `tiny lora`, lora_A of every second expert, lora_B of the others
-            below the normal range; `positive`, every number positive; `cancelling`, all sums over K and N nearly zero
-            (K a multiple of 64, N even); `wide`, scale bytes over 2^±60; `boundary`, scale bytes at both ends of the
-            range that decodes finitely; `off_grid`, fp32 numbers that no 16-bit format holds; `subnormal`, activations
-            and biases below the normal range; `tiny dOut`, dOut alone; `large`, activations so large that results in
-            fp16 are infinite, and adapters so small that Z and V are not; `integer`, fixtures that are exact in any
-            order of summation (see `integer`); `rounded`, the same with results that 16 bits round (see `rounded`);
-            `elements`, `one_hot_elements`, `elements_by_expert`, `every_element`, `nonfinite`: codes under chosen scale
-            bytes (see `elements`, which makes these cases).
+        data: `plain`, LoRA's term a tenth of the base's; `balanced`, both alike; `lora`, `bias`, that term far above
+            all others; `tiny lora`, lora_A of every second expert, lora_B of the others below the normal range;
+            `positive`, every number; `cancelling`, all sums over K and N nearly zero (K a multiple of 64, N even);
+            `wide`, scale bytes over 2^±60; `boundary`, at both ends of the range that decodes finitely; `off_grid`,
+            fp32 numbers that no 16-bit format holds; `subnormal`, activations and biases below the normal range; `tiny
+            dOut`, dOut alone; `large`, activations whose results in fp16 are infinite, though Z and V are not;
+            `integer`, exact in any order of summation, `rounded`, with results that 16 bits round, and codes under
+            chosen scale bytes: see the modules of these names, and `elements`.
         scaling: LoRA's s.
         bias: whether there are expert biases.
         nan_bias: one of those is NaN; in an integer fixture another one is infinite.
@@ -70,18 +67,17 @@ class Case:
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
         gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `zero`
             all, `one NaN` the middle one to NaN, and in an integer fixture the first to infinity.
-        adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds a NaN,
-            and in an integer fixture that of the first one an infinity;
-            Z, or V, of an integer fixture in fp16 rounds to infinity wherever it is more than one term; or Z does not
-            where it is one, and s times it would, though Y is small.
+        adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds NaN,
+            and in an integer fixture that of the first one an infinity; there in fp16 Z, or V, of more than one term
+            rounds to infinity, or s times Z of one term would, though Y is small.
         special: what is not finite: one row of x or dOut (of infinities two rows, one of either sign), one row of x
-            whose rows of dOut are zero, one expert's
-            weights, or what only sentinels' slots read; "large partners" is for `elements`.
+            whose rows of dOut are zero, one expert's weights, or what only sentinels' slots read; "large partners" is
+            for `elements`.
         grouped_in: inputs come in expert order, one row a routed row.
         fan_out: k, rows that each input row feeds; None for top_k (1 with `grouped_in`).
         grouped_out, use_fused_dX, use_fused_gather: passed to the call.
-        dense: the weights are decoded already, a view [E, K, N] of the activation dtype.
-        off_grid_weights: those are numbers that no MXFP4 weight is.
+        dense: decoded weights, a view [E, K, N] of the activation dtype.
+        off_grid_weights: such numbers as no MXFP4 weight is.
         layout: of packed weights, in memory; N a multiple of 32 for FRAGMENTS.
         quantised_from: what packed weights say that they were quantised from, which changes nothing.
         scale_bytes: of `nonfinite` data, and of `elements` where they are not every finite one.

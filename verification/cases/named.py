@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case
+from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.routing import ABOUT_TILES as ROWS_ABOUT_TILES
+from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.small import FULL_OF_COLUMNS
 
 FUSED = {"use_fused_dX": True, "use_fused_gather": True}
@@ -18,6 +21,13 @@ ABOUT_TILES = Case(
     "integer, experts of about a tile", len(ROWS_ABOUT_TILES), 32, 32, sum(ROWS_ABOUT_TILES), 1, 2, data="integer",
     scaling=0.5, bias=True, routing="about_tiles",
 )  # fmt: skip
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_SIZES = Case("integer", 4, 64, 96, 20, 2, 16, _BF16, data="integer", scaling=0.5, bias=True)
+_SIDE_BY_SIDE = replace(_SIZES, name="integer, experts side by side", dense=True, call=Call(weights="middle"))
+_EXPERTS = replace(_SIZES, K=32, N=32, tokens=250, top_k=8, grouped_in=True, grouped_out=True, rank=3)
+"""Sizes that leave over behind whole tiles what those of real models do: 2880 is 64 more than a multiple of 128, and an
+odd number of steps of 64; 5760 is an odd number of tiles of 128."""
 
 
 def ordinary(dtype: torch.dtype) -> list[Case]:
@@ -115,3 +125,30 @@ def crossings(prefix: str, base: Case) -> list[Case]:
 def like(case: Case, name: str, **changes: Any) -> Case:
     """The case with another name, and the changes."""
     return replace(case, name=name, **changes)
+
+
+def exact_sizes(scope: Scope) -> list[Case]:
+    """Integer fixtures, most with results that 16 bits round; none for interpreted kernels, whose tiles are others'."""
+    if scope.suite == "small" or scope.expense == "interpreted":
+        return []
+    return [
+        rounded(_sized("K 576, N 192, rank 24, many rows", experts=2, K=576, N=192, tokens=150, rank=24)),
+        rounded(_sized("K 704, N 320, rank 96", K=704, N=320, rank=96, dtype=_FP16, gate_slots=2)),
+        rounded(_sized("K 1024, N 1152, few rows", K=1024, N=1152, tokens=9, top_k=1, rank=24, gate_slots=1)),
+        rounded(_sized("dense, K 100, N 40", dense=True, K=100, N=40)),
+        rounded(_sized("K 1024, N 520, beyond TF32", K=1024, N=520, dtype=_FP32, gate_slots=2)),
+        rounded(_sized("K 576, N 1088, beyond TF32", K=576, N=1088, dtype=_FP32)),
+        rounded(_sized("full tiles before sentinels", experts=2, tokens=148, routing="whole_tiles")),
+        _sized("full tiles before sentinels, gates", experts=2, tokens=148, routing="whole_tiles", gate_slots=2),
+        replace(_EXPERTS, name="integer, 128 experts", experts=128),
+        replace(_EXPERTS, name="integer, 384 experts", experts=384, dtype=_FP16),
+        _sized("one row", experts=1, tokens=1, top_k=1),
+        _sized("gates zero", gate_slots=2, gate_values="zero"),
+        _sized("s·Z beyond fp16", dtype=_FP16, adapter_values="s·Z overflows", scaling=2.0, rank=4, bias=False),
+        _SIDE_BY_SIDE,
+        rounded(_SIDE_BY_SIDE),
+    ]
+
+
+def _sized(name: str, **changes: Any) -> Case:
+    return like(_SIZES, f"integer, {name}", **changes)

@@ -21,10 +21,9 @@ from mxref.verification.cases import named
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.domain_cases import EXACT_SLOTS, domain_cases
 from mxref.verification.cases.elements import element_cases, element_cases_with_options, every_element
-from mxref.verification.cases.named import ABOUT_TILES, FUSED, like
+from mxref.verification.cases.named import ABOUT_TILES, FUSED, exact_sizes, like
 from mxref.verification.cases.rounded import rounded
 from mxref.verification.cases.scope import Scope, Suite
-from mxref.verification.cases.sizes import exact_sizes, ordinary_sizes
 from mxref.verification.clone import of_a_clone
 from mxref.weights import MXLayout
 
@@ -154,13 +153,7 @@ def some(cases: Iterable[Case]) -> list[Case]:
 def ordinary_cases(scope: Scope) -> list[Case]:
     """Ordinary numbers: named cases, and those that cover the domain where no exact fixture exists."""
     drawn = drawn_cases(scope.suite, scope.device_type)
-    return [
-        *drawn,
-        *_rounded(scope),
-        *_long(scope),
-        *ordinary_sizes(scope),
-        *(case for case in _domain(scope) if not case.exact),
-    ]
+    return [*drawn, *_rounded(scope), *_long(scope), *(case for case in _domain(scope) if not case.exact)]
 
 
 def _long(scope: Scope) -> list[Case]:

@@ -43,7 +43,6 @@ class Group:
     """Rows judged together, an expert's or all; terms and residual times an element's weight, [R, C].
 
     Attributes:
-        label: in words.
         base, lora: the terms.
         residual: what the output is off by.
         weight: 1/σ, σ the residual's standard deviation about a slope's line.

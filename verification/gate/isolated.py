@@ -2,8 +2,7 @@
 
 A process (see `process`) makes the candidate and the items from an order, and sends findings item by item. It is ended
 when an item takes too much processor time, or it is silent for too long. If it is lost, the current item has failed,
-and another process goes on behind it. What could not be judged, because other processes had the GPU's memory or one was
-lost before it asked, is asked again when they are done.
+and another goes on behind it. What lacked a GPU's memory, or a process that was lost before, is asked again at last.
 """
 
 from __future__ import annotations

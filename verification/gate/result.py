@@ -32,10 +32,9 @@ class GateResult:
         started: UTC, ISO 8601.
         seconds: wall-clock.
         versions: of programs.
-        narrowed: what the caller left of the suite, in words; empty for all.
+        narrowed: what the caller left of the suite; empty for all.
         command: that asks again, but for an item's identifier; empty for none.
         left_out: what could not be asked, and why.
-        interrupted: by a person.
         faults: not the candidate's, a line each.
         declares: the candidate's declarations, in words by name; where empty, rounding points and accumulation.
         why: of every check, by name.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.named import exact_sizes
 from mxref.verification.cases.scope import Scope
-from mxref.verification.cases.sizes import exact_sizes, ordinary_sizes
 
 PLAIN = Scope("quick", "cpu", interpreted=False)
 CASES = {case.name.removeprefix("integer, ").removesuffix(", rounded"): case for case in exact_sizes(PLAIN)}
@@ -27,7 +27,7 @@ def test_sizes_leave_over_what_those_of_real_models_do() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_draw_succeeds_and_first_and_last_experts_have_rows(seed: int) -> None:
-    for case in (*CASES.values(), *ordinary_sizes(PLAIN)):
+    for case in CASES.values():
         offsets = draw(case, seed=seed).problem.expert_offsets
         assert case.rows < 20 or 0 < offsets[0] <= offsets[-2] < offsets[-1], case.name
 
