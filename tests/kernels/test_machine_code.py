@@ -30,8 +30,8 @@ assert machine_code.unseen_copies(boxes.replace("SYNCS.PHASECHK", "NOP"))
 assert machine_code.lasting_barriers(boxes.replace("SYNCS.CCTL.IV", "NOP")) == 3
 ((shape, kinds),) = machine_code.inner_loops(sass)
 assert shape == "64x16x16" and kinds["HGMMA"] == 8 and kinds["waits"] >= 3
-start = next(i for i, line in enumerate(lines) if "HGMMA" in line)
-longer = "\\n".join(lines[: start + 1] + [lines[start].replace("HGMMA", "HMUL2")] + lines[start + 1 :])
+product = lines[waits[0]].replace("WARPGROUP.DEPBAR.LE gsb0, 0x1", "HMUL2 R1, R1, R2")
+longer = "\\n".join([*lines[: waits[0]], product, *lines[waits[0] :]])
 assert machine_code.inner_loops(longer) == [(shape, kinds + machine_code.Counter(HMUL2=1))]
 print("seen")
 """

@@ -143,7 +143,7 @@ def exact_sizes(scope: Scope) -> list[Case]:
         replace(_EXPERTS, name="integer, 128 experts", experts=128),
         replace(_EXPERTS, name="integer, 384 experts", experts=384, dtype=_FP16),
         _sized("one row", experts=1, tokens=1, top_k=1),
-        _sized("gates zero", gate_slots=2, gate_values="zero"),
+        _sized("zero gates", gate_slots=2, gate_values="zero"),
         _sized("s·Z beyond fp16", dtype=_FP16, adapter_values="s·Z overflows", scaling=2.0, rank=4, bias=False),
         _SIDE_BY_SIDE,
         rounded(_SIDE_BY_SIDE),
