@@ -62,6 +62,7 @@ class Accumulator:
         self.value = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self._radius = torch.zeros_like(self.value)
         self._magnitude = torch.zeros_like(self.value)  # Σ|terms|
+        self._factors = torch.zeros_like(self.value)  # Σ(1 + |P| + |Q|) over terms
         self._roundings = 0
 
     def radius(self) -> Tensor:
@@ -109,6 +110,7 @@ class Accumulator:
             self._radius += P.abs() @ Q_radius
         self._roundings += P.shape[1]
         self._radius += P.shape[1] * UNDERFLOW
+        self._factors += P.shape[1] + P_reach.sum(1, keepdim=True) + Q_reach.sum(0, keepdim=True)
         if self._running:
             self._run(P, Q, P_reach, Q_reach, product, step)
         else:
@@ -116,12 +118,16 @@ class Accumulator:
         self._magnitude += product
 
     def scale(self, s: float) -> None:
-        """Multiply by s, fp32 in the implementation: one rounding of s and one of the product."""
+        """Multiply by s, fp32 in the implementation: one rounding of s and one of the product.
+
+        s may meet a factor of a term before the sum: what is lost there below the normal range is multiplied by the
+        other factor, not by s.
+        """
         exact = math.frexp(s)[0] in (0.0, 0.5, -0.5)
         loss = 0.0 if exact else 2 * U * (1 + U)
         self._roundings += 0 if exact else 2
         self._radius = abs(s) * (self._radius * (1 + loss) + (loss if self._running else 0.0) * self.value.abs())
-        self._radius += UNDERFLOW
+        self._radius += (1 + self._factors) * UNDERFLOW
         self._magnitude *= abs(s)
         self.value *= s
 
@@ -133,6 +139,7 @@ class Accumulator:
         self._roundings += 1
         if isinstance(other, Accumulator):
             self._radius += other._radius
+            self._factors += other._factors
             self._roundings += other._roundings
             self._magnitude += other._magnitude
             other = other.value

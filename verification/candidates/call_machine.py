@@ -210,7 +210,7 @@ class CallMachine(RuleBasedStateMachine):
         self.kept.clear()
 
     def in_serving(self, which: str) -> None:
-        """Operands made under inference_mode, whose versions nobody counts, filled again between calls."""
+        """Operands made under inference_mode, whose versions nobody counts, change between calls."""
         with torch.inference_mode():
             sample = self.samples[which].mapped(lambda _, x: x.clone()).called(mode="inference", needs=())
             self.samples["served"] = sample
@@ -268,7 +268,7 @@ class CallMachine(RuleBasedStateMachine):
             self._hold(found, copy)
 
     def _covered(self, which: str) -> str:
-        """The set, or a, where the candidate does not cover what it asks."""
+        """The set, or a where that is not covered."""
         return which if which in self.samples else "a"
 
     def _run(self, sample: Sample) -> Outputs:

@@ -56,7 +56,7 @@ GRAPHS: dict[str, Callable[[Tensor, _Leaves], AbstractContextManager[Tensor]]] =
 """By what it is: from Y and the leaves a context in which gradients are asked of what it gives."""
 
 MAY_BE_REFUSED = ("1 is added to Y in place",)
-"""Of GRAPHS: torch raises where the backward pass reads Y, or Y is a view that a custom function made."""
+"""By torch, where the backward pass reads Y, or Y is a view that a custom function made."""
 
 
 class Ignored(torch.autograd.Function):

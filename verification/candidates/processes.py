@@ -113,8 +113,8 @@ class _Child(Generic[T]):
 class Pool(Generic[T]):
     """Runs jobs, `size` at a time, each in a process of its own.
 
-    Iterating gives what happens, a job and a message of its child or how the child ended, until no job is left. Jobs
-    may be added meanwhile. Leaving the `with` statement ends all children.
+    Iterating gives a job and a message of its child, or how that ended, until no job is left. Jobs may be added
+    meanwhile. Leaving the `with` statement ends all children.
 
     Args:
         size: processes at once.

@@ -140,7 +140,7 @@ def _as_it_was_first(machine: CallMachine, variant: str) -> None:
 
 
 def _as_on_idle_ranks(machine: CallMachine) -> None:
-    """Calls without a row of an expert, whose zeros are the caller's to write to, as all others."""
+    """Calls without a row of an expert: zeros too are the caller's to write to."""
     for _ in range(2):
         machine.evaluate(which="no rows")
         machine.forward(which="no rows")

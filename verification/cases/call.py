@@ -48,13 +48,12 @@ class Call:
         needs: gradients that are asked for, of "dX", "dA", "dB", "dbias", "dgates"; None for all that can be.
         mode: under which gradient mode the forward pass runs; no gradient is asked for but in "grad". In "inference" x,
             gates and the routing are made there too.
-        backward: the gradients are asked for at once; one after the other, over a retained graph, as pipelines do that
-            put off a weight's gradient; with `create_graph`; or by two backward passes over a retained graph that
-            accumulate in `.grad`, which holds none before the first.
+        backward: the gradients are asked for at once; one after the other, over a retained graph; with `create_graph`;
+            or by two backward passes over a retained graph that accumulate in `.grad`, which holds none before.
         autocast: around which passes, to bf16 unless it says fp16.
         algorithms: in both passes any; or deterministic ones, where others warn, or raise.
-        saved: what the backward pass reads is kept; or hooks give it copies; or a checkpointed region runs the forward
-            pass again in the backward pass, or the older, reentrant one, which runs a backward pass in it too.
+        saved: what the backward pass reads is kept; or hooks give it copies; or a checkpointed region, or the older,
+            reentrant one, runs the forward pass again.
         default_dtype: torch's, around both passes.
         threads: the call is made in the main thread, or in another one, or its backward pass is asked for in another.
         output: what the call returned stays as it is until the backward pass; or the caller has overwritten it by then;

@@ -72,7 +72,7 @@ def one_hot_elements(dtype: torch.dtype) -> Case:
 
 
 def _by_expert(dtype: torch.dtype) -> Case:
-    """One row for each expert, who has one finite byte: what few rows choose reads every code under each."""
+    """One row an expert, who has one finite byte: what few rows choose reads every code under each."""
     experts, name = len(finite_bytes(dtype)), f"a finite byte an expert, {_name(dtype)}"
     return Case(name, experts, MX_BLOCK_SIZE, MX_BLOCK_SIZE, experts, 1, 0, dtype, data="elements_by_expert")
 
@@ -166,7 +166,7 @@ def _one_hot(case: Case) -> Sample:
 
 
 def _one_byte_an_expert(case: Case) -> Sample:
-    """Each expert's row of x picks another column of W, which holds all codes, and its row of dOut another row."""
+    """Each expert's row of x picks a column of W, which holds all codes, and its row of dOut a row."""
     bytes_ = torch.tensor(finite_bytes(case.dtype), dtype=torch.uint8)
     place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
     codes = ((place + place[:, None]) % _CODES).expand(case.experts, -1, -1)

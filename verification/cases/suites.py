@@ -47,8 +47,8 @@ _BEYOND_STAND_INS = (
     Case("integer, 256 experts", 256, 32, 32, 40, 2, 3, _BF16, data="integer", scaling=0.5, bias=True,
          routing="sentinels"),
 )  # fmt: skip
-"""What the domain has stand-ins for on a CPU, and beyond its classes, one at a time, small enough for plain PyTorch:
-16-bit indices of rows wrap around, so do blocks and experts counted in a byte, and loops over columns end."""
+"""Beyond the domain's classes and stand-ins, one at a time: indices in 16 bits and counts in a byte wrap around, and
+loops over columns end."""
 _BEYOND_FP16 = Case(
     "integer, results beyond fp16", 4, 64, 96, 20, 2, 0, _FP16, data="integer", gate_slots=2, gate_exponent=13
 )
@@ -97,10 +97,7 @@ def in_fragments(cases: Iterable[Case]) -> list[Case]:
 
 
 def exact_cases(scope: Scope) -> list[Case]:
-    """Fixtures that are exact in any order of summation: those that cover the domain, and what lies beyond it.
-
-    On a GPU the named fixtures reach every tiling; interpreted there is one: the sizes beyond it, and three to ask for.
-    """
+    """Fixtures that are exact in any order of summation: those that cover the domain, and what lies beyond it."""
     fixtures = integer_cases(scope.suite, scope.device_type)
     if scope.suite == "quick" and scope.device_type == "cpu":
         fixtures = some(fixtures)

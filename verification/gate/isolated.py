@@ -64,13 +64,10 @@ def judge_apart(
     """Judge what is ordered.
 
     Args:
-        suite: its name in the report.
         strict: see `GateResult.exit_code`.
         timeout: processor time of one item, in seconds.
         fail_fast: stop after the first item that fails.
         on_item: called before each item with the numbers of items done and of all.
-
-    Interrupted, it returns what is known.
 
     Raises:
         Refused: no such candidate, or nothing to ask.

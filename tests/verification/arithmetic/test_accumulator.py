@@ -47,6 +47,19 @@ def test_running_bound_of_tensor_cores_on_wild_operands(n: int, seed: int, arch:
         assert bool(((got - accumulator.value).abs() <= accumulator.radius()).all())
 
 
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([2.0**-26, 1 / 3, -0.75, 2.0, 1e5]), st.booleans())
+def test_a_factor_may_meet_a_subnormal_operand_before_the_sum(n: int, seed: int, s: float, early: bool) -> None:
+    """What is lost there is multiplied by the other operand, and not by the factor."""
+    generator = torch.Generator().manual_seed(seed)
+    P, Q = round_to(wild(3, n, 0, generator) * 2.0**-132, BF16), wild(n, 4, 6, generator)
+    got = (P.float() * s @ Q.float() if early else s * (P.float() @ Q.float())).double()
+    accumulator = Accumulator(ACCUMULATIONS["undeclared"], FP32, 3, 4, P.device)
+    accumulator.dot(P, Q, "dA")
+    accumulator.scale(s)
+    assert bool(((got - accumulator.value).abs() <= accumulator.radius()).all())
+
+
 def wild(rows: int, columns: int, spread: int, generator: torch.Generator) -> Tensor:
     """Magnitudes over 2^±spread, a tenth zeros, in fp32."""
     x = torch.randn(rows, columns, generator=generator).double()
