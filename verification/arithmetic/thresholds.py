@@ -97,15 +97,17 @@ def rounding_pull(dtype: torch.dtype) -> float:
     return 2.0 ** (-2 * precision_bits(dtype)) / 3 if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
-def directed_loss(how: Accumulation, dtype: torch.dtype, terms: int, resident: bool = False) -> float:
+def directed_loss(
+    how: Accumulation, dtype: torch.dtype, terms: int, resident: bool = False, alike: bool = False
+) -> float:
     """Largest slope of truncation in a sum of `terms` products; 0 for accumulators that round to nearest.
 
-    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32; a whole one, twice this, where equal
-    terms lose the same in each), towards zero. What grows evenly over T
+    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32; a whole one where the terms
+    are `alike`, and lose the same in each), towards zero. What grows evenly over T
     steps is t/T of itself at step t: (T + 1)/2 such losses; what was there before (`resident`) has T. An undeclared sum
     of 16-bit operands may be any tensor core's: steps of 8.
     """
     if how.kind == "fp32_blocks" or (how.kind == "undeclared" and dtype not in (torch.bfloat16, torch.float16)):
         return 0.0
     steps = math.ceil(terms / (how.step if how.kind == "tensor_core" else 8))
-    return steps * 2.0**-24 if resident else (steps + 1) * 2.0**-25
+    return (steps * 2.0**-24 if resident else (steps + 1) * 2.0**-25) * (1 + alike)

@@ -133,13 +133,12 @@ class Candidate:
                 return self.call(**arguments)
 
         held = _held(arguments)
-        given, required = _versions(*held.values()), [x.requires_grad for x in held.values()]
+        given = [(x._version, x.requires_grad) for x in held.values()]
         y = in_another_thread(forward) if call.threads == "another" else forward()
-        for name, before, after in zip(held, given, _versions(*held.values()), strict=True):
-            if before != after:
+        for (name, x), (version, required) in zip(held.items(), given, strict=True):
+            if x._version != version:
                 raise UnusableAnswerError(f"changes {name} in place; expected every operand unchanged")
-        for (name, x), before in zip(held.items(), required, strict=True):
-            if x.requires_grad != before:
+            if x.requires_grad != required:
                 raise UnusableAnswerError(f"sets {name}.requires_grad to {x.requires_grad}; expected it unchanged")
         self._check_output(y, sample)
         _check_apart({"Y": y}, operands)

@@ -14,7 +14,7 @@ from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.problem import Problem
 from mxref.rounding import min_exponent
 from mxref.verification.cases.case import Case, Sample
-from mxref.verification.cases.elements import draw_elements
+from mxref.verification.cases.elements import DRAWN
 from mxref.verification.cases.gauge import Gauge, draw_gauge, scale_bytes
 from mxref.verification.cases.integer import draw_integer
 from mxref.verification.cases.rounded import draw_rounded
@@ -35,8 +35,8 @@ def draw(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
     if case.K % MX_BLOCK_SIZE:
         blocks = -(-case.K // MX_BLOCK_SIZE)
         return _cut(draw(replace(case, K=blocks * MX_BLOCK_SIZE), seed=seed), case).to(device)
-    if case.data in ("elements", "one_hot_elements", "elements_by_expert", "every_element", "nonfinite"):
-        sample = draw_elements(case)
+    if case.data in DRAWN:
+        sample = DRAWN[case.data](case)
     elif case.data == "integer":
         sample = draw_integer(case, seed)
     elif case.data == "rounded":

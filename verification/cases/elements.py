@@ -7,6 +7,7 @@ bit (a sum of +0 products loses the sign of −0). Scale bytes that make an elem
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -106,18 +107,14 @@ def all_elements() -> MXWeights:
     return _weights(torch.arange(256))
 
 
-def draw_elements(case: Case) -> Sample:
-    """The sample of a case from this module, on the CPU; nothing is random."""
-    if case.data == "elements":
-        return _finite(case)
-    if case.data == "one_hot_elements":
-        return _one_hot(case)
-    if case.data == "elements_by_expert":
-        return _one_byte_an_expert(case)
-    if case.data == "every_element":
-        none = torch.zeros(0, case.K, dtype=case.dtype), torch.zeros(0, case.N, dtype=case.dtype)
-        return _sample(case, all_elements(), *none, torch.zeros(0, 1, dtype=torch.int64))
-    return _nonfinite(case)
+def _without_rows(case: Case) -> Sample:
+    none = torch.zeros(0, case.K, dtype=case.dtype), torch.zeros(0, case.N, dtype=case.dtype)
+    return _sample(case, all_elements(), *none, torch.zeros(0, 1, dtype=torch.int64))
+
+
+def _picks(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """One-hot rows."""
+    return torch.eye(columns, dtype=dtype).repeat(-(-rows // columns), 1)[:rows]
 
 
 def _nonfinite_cases(dtype: torch.dtype) -> list[Case]:
@@ -149,7 +146,7 @@ def _finite(case: Case) -> Sample:
     weights = _weights(torch.tensor(bytes_ + bytes_[: case.N - len(bytes_)]))
     E, K, N = weights.E, weights.K, weights.N
     x = torch.eye(K, dtype=case.dtype).repeat(E, 1)
-    dY = torch.eye(N, dtype=case.dtype).repeat(-(-K // N), 1)[:K].repeat(E, 1)
+    dY = _picks(K, N, case.dtype).repeat(E, 1)
     if case.special == "large partners":
         x, dY = x * _LARGE, dY * _LARGE
     return _sample(case, weights, x, dY, torch.arange(E).repeat_interleave(K)[:, None])
@@ -161,7 +158,7 @@ def _one_hot(case: Case) -> Sample:
     place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
     codes = ((place + torch.arange(case.N, dtype=torch.uint8)[:, None]) % _CODES)[None]
     weights = MXWeights(pack_codes(codes), bytes_[None, :, None].clone(), case.K, case.N)
-    x = torch.eye(case.K, dtype=case.dtype).repeat(-(-case.N // case.K), 1)[: case.N]
+    x = _picks(case.N, case.K, case.dtype)
     return _sample(case, weights, x, torch.eye(case.N, dtype=case.dtype), torch.zeros(case.N, 1, dtype=torch.int64))
 
 
@@ -171,7 +168,7 @@ def _one_byte_an_expert(case: Case) -> Sample:
     place = torch.arange(MX_BLOCK_SIZE, dtype=torch.uint8)
     codes = ((place + place[:, None]) % _CODES).expand(case.experts, -1, -1)
     scales = bytes_[:, None, None].expand(-1, case.N, 1).contiguous()
-    picked = torch.eye(MX_BLOCK_SIZE, dtype=case.dtype).repeat(-(-case.experts // MX_BLOCK_SIZE), 1)[: case.experts]
+    picked = _picks(case.experts, MX_BLOCK_SIZE, case.dtype)
     weights = MXWeights(pack_codes(codes.contiguous()), scales, case.K, case.N)
     return _sample(case, weights, picked, picked.clone(), torch.arange(case.experts)[:, None])
 
@@ -221,3 +218,13 @@ def _sample(case: Case, weights: MXWeights, x: Tensor, dY: Tensor, experts: Tens
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+DRAWN: dict[str, Callable[[Case], Sample]] = {
+    "elements": _finite,
+    "one_hot_elements": _one_hot,
+    "elements_by_expert": _one_byte_an_expert,
+    "every_element": _without_rows,
+    "nonfinite": _nonfinite,
+}
+"""By a case's data: its sample on the CPU; nothing is random."""

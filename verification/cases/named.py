@@ -24,10 +24,10 @@ ABOUT_TILES = Case(
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _SIZES = Case("integer", 4, 64, 96, 20, 2, 16, _BF16, data="integer", scaling=0.5, bias=True)
+"""Sizes that leave over behind whole tiles what real models' do: 2880 is 64 more than a multiple of 128, and an odd
+number of steps of 64; 5760 an odd number of tiles of 128."""
 _SIDE_BY_SIDE = replace(_SIZES, name="integer, experts side by side", dense=True, call=Call(weights="middle"))
 _EXPERTS = replace(_SIZES, K=32, N=32, tokens=250, top_k=8, grouped_in=True, grouped_out=True, rank=3)
-"""Sizes that leave over behind whole tiles what those of real models do: 2880 is 64 more than a multiple of 128, and an
-odd number of steps of 64; 5760 is an odd number of tiles of 128."""
 
 
 def ordinary(dtype: torch.dtype) -> list[Case]:

@@ -11,7 +11,7 @@ from mxref.verification.cases.case import Case
 ABOUT_TILES = (1, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 """Rows of each expert: as many as a tile may have, one fewer and one more. All are a whole number of tiles, as are the
 first eleven."""
-TILE = 128
+_TALL = 128
 """Rows of a tall tile, and a whole number of others."""
 
 
@@ -54,12 +54,9 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
         return torch.full(shape, E // 2)
     if case.routing == "all_sentinels":
         return torch.full(shape, E)
-    if case.routing == "about_tiles":
-        own = torch.arange(E).repeat_interleave(torch.tensor(ABOUT_TILES[:E]))
-        return own[torch.randperm(own.numel(), generator=draw)].view(shape)
-    if case.routing == "whole_tiles":
-        own = torch.arange(E).repeat_interleave(TILE)
-        own = torch.cat((own, torch.full((case.rows - own.numel(),), E)))
+    if case.routing in ("about_tiles", "whole_tiles"):
+        rows = ABOUT_TILES[:E] if case.routing == "about_tiles" else (_TALL,) * E
+        own = torch.arange(E + 1).repeat_interleave(torch.tensor((*rows, case.rows - sum(rows))))
         return own[torch.randperm(own.numel(), generator=draw)].view(shape)
     allowed = torch.arange(E)
     if case.routing == "empty_experts":

@@ -32,7 +32,8 @@ def subset_cases(scope: Scope) -> list[Case]:
     plain = replace(smallest(usual_dtype(scope.device_type)), name="subsets, no gates", routing="sentinels")
     cases = [replace(plain, name="subsets", gate_slots=2), plain]
     if len(scope.dtypes) > 1:
-        cases += [rounded(replace(case, dtype=torch.bfloat16, dense=case is plain)) for case in (cases[0], plain)]
+        cases.append(rounded(replace(cases[0], dtype=torch.bfloat16)))
+        cases.append(rounded(replace(plain, dtype=torch.bfloat16, dense=True)))
     return [] if scope.suite == "small" else cases
 
 

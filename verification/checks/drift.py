@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -154,13 +155,10 @@ def _losses(sample: Sample, tensor: str, rows: int, how: Accumulation) -> tuple[
     """b of each slope. LoRA's term also loses along Z or V and, if first, all through the base product."""
     problem, call = sample.problem, sample.case.call
     alike = {call.x, call.dOut} <= {"expanded", "one number"}  # one row again and again
-
-    def lost(terms: int, resident: bool = False) -> float:
-        return directed_loss(how, problem.dtype, terms, resident)
-
+    lost = partial(directed_loss, how, problem.dtype)
     K, N, r = problem.K, problem.N, problem.rank
     if tensor in ("dA", "dB"):
-        own = lost(rows) * (1 + alike) + lost(N if tensor == "dA" else K)
+        own = lost(rows, alike=alike) + lost(N if tensor == "dA" else K)
         return own, own, own
     base, inner = (K, K) if tensor == "Y" else (N, N)
     lora = lost(inner) + lost(r) + (lost(base, resident=True) if how.lora == "first" else 0.0) if r else 0.0
