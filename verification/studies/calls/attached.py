@@ -11,22 +11,11 @@ from torch import Tensor
 
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
+from mxref.verification.studies.calls.memory import copied, leaving
 from mxref.verification.studies.calls.seldom import turned, where
 from mxref.weights import MXWeights
 
 __all__: list[str] = []
-
-
-def _setting(mode: Callable[[], object]) -> Callable[[], Layer]:
-    """A mode is set before it computes, and stays."""
-
-    class Setting(Layer):
-        def call(self, problem: Problem) -> Tensor:
-            out = super().call(problem)
-            mode()
-            return out
-
-    return Setting
 
 
 _LEFT = "sets what it needs and leaves it"
@@ -34,18 +23,18 @@ _matmul = torch.backends.cuda.matmul
 _onednn: Any = torch.backends.mkldnn
 
 deterministic_off = bug("deterministic algorithms off", _LEFT, algorithms="deterministic")(
-    _setting(lambda: torch.use_deterministic_algorithms(False))
+    leaving(lambda: torch.use_deterministic_algorithms(False))
 )
 autocast_off = bug("autocast off", _LEFT, autocast="forward pass")(
-    _setting(lambda: [torch.set_autocast_enabled(each, False) for each in ("cpu", "cuda")])
+    leaving(lambda: [torch.set_autocast_enabled(each, False) for each in ("cpu", "cuda")])
 )
 fp32_by_default = bug("fp32 by default", _LEFT, default_dtype="bf16")(
-    _setting(lambda: torch.set_default_dtype(torch.float32))
+    leaving(lambda: torch.set_default_dtype(torch.float32))
 )
-gradients_on = bug("gradients on", _LEFT, gradient_mode="no_grad")(_setting(lambda: torch.set_grad_enabled(True)))
-sums_in_fp16 = bug("sums in fp16", _LEFT)(_setting(lambda: setattr(_matmul, "allow_fp16_accumulation", True)))
+gradients_on = bug("gradients on", _LEFT, gradient_mode="no_grad")(leaving(lambda: torch.set_grad_enabled(True)))
+sums_in_fp16 = bug("sums in fp16", _LEFT)(leaving(lambda: setattr(_matmul, "allow_fp16_accumulation", True)))
 onednn_in_bf16 = bug("fp32 products of oneDNN in bf16", _LEFT)(
-    _setting(lambda: setattr(_onednn.matmul, "fp32_precision", "bf16"))
+    leaving(lambda: setattr(_onednn.matmul, "fp32_precision", "bf16"))
 )
 
 
@@ -70,7 +59,7 @@ class WithGraph(Layer):
 
 
 def _planned(
-    on: Callable[[Problem], Tensor], plan: Callable[[Problem], Any], follow: Callable[[Problem, Any], Mapping[str, Any]]
+    on: Callable[[Problem], Tensor], plan: Callable[[Problem], Any], follow: Callable[[Problem], Mapping[str, Any]]
 ) -> Callable[[], Layer]:
     """What was planned in the first call with a tensor is an attribute of it, and followed in later ones."""
 
@@ -80,7 +69,7 @@ def _planned(
             if not hasattr(tensor, "plan"):
                 tensor.plan = plan(problem)  # type: ignore[attr-defined]
             own = tensor.plan  # type: ignore[attr-defined]
-            return problem if own == plan(problem) else replace(problem, **follow(problem, own))
+            return problem if own == plan(problem) else replace(problem, **follow(problem))
 
     return Planned
 
@@ -91,17 +80,11 @@ def _bytes(p: Problem) -> Tensor:
 
 _PLANNED = "plans a call once for a tensor that calls share"
 
-plan_of_rank = bug("a plan's rank", _PLANNED)(_planned(_bytes, lambda p: p.rank, lambda p, own: _turned(p, "lora_B")))
-plan_of_dtype = bug("a plan's dtype", _PLANNED)(
-    _planned(_bytes, lambda p: p.dtype, lambda p, own: _turned(p, "inputs"))
-)
+plan_of_rank = bug("a plan's rank", _PLANNED)(_planned(_bytes, lambda p: p.rank, turned("lora_B")))
+plan_of_dtype = bug("a plan's dtype", _PLANNED)(_planned(_bytes, lambda p: p.dtype, turned("inputs")))
 plan_of_order = bug("a plan's order of Y", _PLANNED)(
-    _planned(lambda p: p.sorted_scattered_idxs, lambda p: p.grouped_out, lambda p, own: _turned(p, "inputs"))
+    _planned(lambda p: p.sorted_scattered_idxs, lambda p: p.grouped_out, turned("inputs"))
 )
-
-
-def _turned(p: Problem, name: str) -> Mapping[str, Any]:
-    return turned(name)(p)
 
 
 @bug("a plan's gradients", _PLANNED)
@@ -134,7 +117,7 @@ class SideBySide(Layer):
         W = problem.expert_weights
         if isinstance(W, MXWeights) or min(W.shape) < 2 or W.is_contiguous() or not W.transpose(0, 1).is_contiguous():
             return problem
-        return replace(problem, **_turned(problem, "inputs"))
+        return replace(problem, **turned("inputs")(problem))
 
 
 @bug("inference tensors that never change", "keeps a copy of positions that no version counts")
@@ -167,8 +150,7 @@ class BySum(Layer):
         if not isinstance(W, MXWeights):
             return problem
         key = W.packed.shape, int(W.packed.long().sum()), int(W.scales.long().sum())
-        own = replace(W, packed=W.packed.clone(), scales=W.scales.clone())
-        return replace(problem, expert_weights=self.known.setdefault(key, own))
+        return replace(problem, expert_weights=self.known.setdefault(key, copied(W)))
 
 
 @bug("zeros kept", "gives the same zeros wherever no row is an expert's")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
 from mxref.verification.studies.calls.layouts import as_if_contiguous
-from mxref.verification.studies.calls.values import reading
+from mxref.verification.studies.calls.values import reading, rows_of
 from mxref.weights import MXWeights
 
 __all__: list[str] = []
@@ -204,8 +204,8 @@ class Parts(Layer):
     def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
         """As often as the largest expert has tiles."""
         found = super().backward(problem, dOut, needs)
-        dA, rows = found["dA"], torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1))
-        if dA is None or problem.dtype != torch.bfloat16 or int(rows.max()) <= 64:
+        dA = found["dA"]
+        if dA is None or problem.dtype != torch.bfloat16 or int(rows_of(problem).max()) <= 64:
             return found
         third = dA.double() / 3
         return found | {"dA": (third.to(problem.dtype) * 3).to(dA.dtype)}

@@ -15,7 +15,7 @@ from mxref.problem import Problem
 from mxref.verification.arithmetic.accumulation import declared_points
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug, save, saved
 from mxref.verification.studies.calls.seldom import turned, where, without_adapters
-from mxref.verification.studies.calls.values import each
+from mxref.verification.studies.calls.values import each, rows_of
 from mxref.weights import MXWeights, decode_mxfp4
 
 __all__: list[str] = []
@@ -160,10 +160,7 @@ class ZeroBlocks(Layer):
 
 rows_in_fp16 = bug("rows counted in fp16", "numbers an expert's rows in the dtype of activations")(
     where(
-        lambda p: (
-            p.dtype == torch.float16
-            and int(torch.diff(p.expert_offsets, prepend=p.expert_offsets[:1] * 0).max()) > 2048
-        ),
+        lambda p: p.dtype == torch.float16 and int(rows_of(p).max()) > 2048,
         turned("inputs"),
     )
 )

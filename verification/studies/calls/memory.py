@@ -25,13 +25,14 @@ def cached(operand: str, key: Callable[[Problem, Any], Hashable]) -> Callable[[]
             value = getattr(problem, operand)
             if value is None:
                 return problem
-            kept = self.cache.setdefault(key(problem, value), _copied(value))
+            kept = self.cache.setdefault(key(problem, value), copied(value))
             return replace(problem, **{operand: kept})
 
     return Cached
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """An operand of its own memory."""
     if isinstance(value, MXWeights):
         return replace(value, packed=value.packed.clone(), scales=value.scales.clone())
     return value.detach().clone() if isinstance(value, Tensor) else value
@@ -115,7 +116,7 @@ class LastAdapters(Layer):
         self.last: Problem | None = None
 
     def forward(self, problem: Problem) -> Tensor:
-        self.last = replace(problem, lora_A=_copied(problem.lora_A), lora_B=_copied(problem.lora_B))
+        self.last = replace(problem, lora_A=copied(problem.lora_A), lora_B=copied(problem.lora_B))
         return super().forward(problem)
 
     def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
@@ -275,7 +276,9 @@ class XReused(Layer):
         return found
 
 
-def _leaving(change: Callable[[], object]) -> Callable[[], Layer]:
+def leaving(change: Callable[[], object]) -> Callable[[], Layer]:
+    """Global state is changed in a call, and stays so."""
+
     class Leaving(Layer):
         def call(self, problem: Problem) -> Tensor:
             y = super().call(problem)
@@ -287,9 +290,9 @@ def _leaving(change: Callable[[], object]) -> Callable[[], Layer]:
 
 _LEFT = "changes global state of torch for its own sake and leaves it so"
 
-default_dtype = bug("default dtype left changed", _LEFT)(_leaving(lambda: torch.set_default_dtype(torch.float64)))
-seed = bug("seed left changed", _LEFT)(_leaving(lambda: torch.manual_seed(0)))
+default_dtype = bug("default dtype left changed", _LEFT)(leaving(lambda: torch.set_default_dtype(torch.float64)))
+seed = bug("seed left changed", _LEFT)(leaving(lambda: torch.manual_seed(0)))
 deterministic = bug("deterministic algorithms left on", _LEFT)(
-    _leaving(lambda: torch.use_deterministic_algorithms(True, warn_only=True))
+    leaving(lambda: torch.use_deterministic_algorithms(True, warn_only=True))
 )
-precision = bug("TF32 left allowed", _LEFT)(_leaving(lambda: torch.set_float32_matmul_precision("high")))
+precision = bug("TF32 left allowed", _LEFT)(leaving(lambda: torch.set_float32_matmul_precision("high")))

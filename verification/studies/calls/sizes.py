@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
-from mxref.verification.studies.calls.values import reading
+from mxref.verification.studies.calls.values import reading, rows_of
 
 
 @bug("M = 0 refused", "takes a maximum over the rows", rows="none")
@@ -117,7 +117,7 @@ class EmptyExperts(Layer):
 
     def backward(self, problem: Problem, dOut: Tensor, needs: Mapping[str, bool]) -> Gradients:
         found = super().backward(problem, dOut, needs)
-        empty = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets[:1] * 0) == 0
+        empty = rows_of(problem) == 0
         if (dbias := found["dbias"]) is not None:
             found["dbias"] = torch.where(empty[:, None], torch.nan, dbias)
         if (dA := found["dA"]) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mxref.problem import Problem
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
 from mxref.verification.studies.calls.seldom import turned, where
+from mxref.verification.studies.calls.values import rows_of
 from mxref.weights import MXWeights
 
 __all__: list[str] = []
@@ -42,11 +43,6 @@ def _storing(holds: Callable[[Problem], bool], columns: int) -> Callable[[], Lay
     return Storing
 
 
-def _rows(p: Problem) -> Tensor:
-    """Of each expert."""
-    return torch.diff(p.expert_offsets, prepend=p.expert_offsets[:1] * 0)
-
-
 half_step = bug("half a step of K", "loops by two steps of 64, from some on without the odd one")(
     where(lambda p: p.K > 512 and p.K % 128 == 64, _without_last("inputs", 64))
 )
@@ -55,7 +51,7 @@ blocks_by_fours = bug("blocks of Z by fours", "splits K into four parts of whole
 )
 ring = bug("the last step of a ring", "drains a ring of four stages one step too early, in tall tiles")(
     where(
-        lambda p: p.P > 128 and p.K > 256 and -(-p.K // 64) % 4 == 1 and int(_rows(p).max()) > 128,
+        lambda p: p.P > 128 and p.K > 256 and -(-p.K // 64) % 4 == 1 and int(rows_of(p).max()) > 128,
         _without_last("inputs", 64),
     )
 )
@@ -111,7 +107,7 @@ class BehindFullTiles(Layer):
 
 
 full_tiles = bug("full tiles without adapters", "adds the adapter's term in the loop over a tile's masked rows")(
-    where(lambda p: p.P > 128 and bool((_rows(p) == 128).any()), turned("lora_B"))
+    where(lambda p: p.P > 128 and bool((rows_of(p) == 128).any()), turned("lora_B"))
 )
 experts_by_256 = bug("experts by 256", "scans experts by 256 and loses a last half")(
     where(lambda p: p.E % 256 == 128, turned("inputs"))

@@ -13,7 +13,7 @@ from mxref.problem import Problem
 from mxref.rounding import round_to
 from mxref.verification.studies.calls.layer import Gradients, Layer, bug
 
-__all__ = ["each", "flushed", "reading"]
+__all__ = ["each", "flushed", "reading", "rows_of"]
 
 
 def reading(change: Callable[[Problem], Mapping[str, Any]]) -> Callable[[], Layer]:
@@ -39,6 +39,11 @@ def each(change: Callable[[Tensor, Problem], Tensor], *names: str) -> Callable[[
 def flushed(x: Tensor) -> Tensor:
     """Zero in place of subnormal numbers."""
     return torch.where(x.abs() < torch.finfo(x.dtype).smallest_normal, 0.0, x)
+
+
+def rows_of(p: Problem) -> Tensor:
+    """The routed rows of each expert, [E]."""
+    return torch.diff(p.expert_offsets, prepend=p.expert_offsets.new_zeros(1))
 
 
 def _through(dtype: torch.dtype, *of: torch.dtype) -> Callable[[Tensor, Problem], Tensor]:
