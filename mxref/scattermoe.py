@@ -141,7 +141,7 @@ def backward(problem: Problem, fwd: Forward, grad_out: Tensor, points: RoundingP
         v_rounded = points.R(v[rows]).value if points.z else v[rows]
         d[rows] = _add_lora(d[rows], s, v_rounded @ A, points)
         dA[own] = s * (v_rounded.T @ x[rows])
-        dB[:, own] = problem.scaling * (dy_e.T @ fwd.z.value[rows])
+        dB[:, own] = float(problem.scaling) * (dy_e.T @ fwd.z.value[rows])
     d_point = points.R(d)
     return Backward(
         dy=dy,
@@ -176,8 +176,8 @@ def _adapters(problem: Problem, e: int, points: RoundingPoints) -> tuple[Tensor,
     """A, B and the factor that is still to be applied to their products."""
     A, B = problem.expert_lora(e)
     if points.scaling_in_B:
-        return A, points.R(problem.scaling * B).value, 1.0
-    return A, B, problem.scaling
+        return A, points.R(float(problem.scaling) * B).value, 1.0
+    return A, B, float(problem.scaling)
 
 
 def _add_lora(base: Tensor, s: float, product: Tensor, points: RoundingPoints) -> Tensor:

@@ -189,7 +189,8 @@ class Propagation:
             gates = expert_order_gates(problem).abs()[:, None]
             slots = problem.gates.shape[1]
             each = gates * (self.y.radius + gamma(slots + 1) * self.y.reach) + UNDERFLOW
-            each = torch.where(owned_rows(problem)[:, None], each, 0.0)
+            counted = owned_rows(problem)[:, None] & (gates != 0)  # zero times what may be infinite is undecided
+            each = torch.where(counted, each, 0.0)
             error = self._by_position(each).view(*problem.gates.shape, problem.N).sum(1)
             if undecided is not None:
                 undecided = self._by_position(undecided).view(*problem.gates.shape, problem.N).any(1)
@@ -261,7 +262,7 @@ class Propagation:
         owned = owned_rows(problem)[:, None]
         incoming = self.grad_out[problem.row_positions() // problem.gates.shape[1]].abs()
         each = incoming * (self.y.radius + gamma(problem.N + 1) * self.y.reach) + UNDERFLOW
-        radius = self._by_position(torch.where(owned, each, 0.0).sum(1)).view(problem.gates.shape)
+        radius = self._by_position(torch.where(owned & (incoming != 0), each, 0.0).sum(1)).view(problem.gates.shape)
         dy = Estimate(exact, U * exact.abs() + UNDERFLOW) if self.points.dtype is None else None
         undecided = self._undecided_rows("Y", "Z")
         if undecided is not None:

@@ -63,11 +63,14 @@ def in_poisoned_memory(candidate: Candidate, sample: Sample) -> list[Answer]:
         clean = answered(lambda: candidate.run(sample))
     inside, zones = between_red_zones(sample)
 
+    for tensor, name in OPERAND_OF.items():  # as if others had been accumulated
+        operand = getattr(inside.problem, name)
+        if operand is not None and sample.case.call.wants(tensor):
+            zones[f"{name}.grad"] = zone = RedZone(torch.ones_like(operand), float("nan"))
+            operand.grad = zone.inside
+
     def run() -> Outputs:
         y, leaves = candidate.trace(inside, copy=False)
-        for tensor, leaf in leaves.items():  # as if others had been accumulated
-            zones[f"{OPERAND_OF[tensor]}.grad"] = zone = RedZone(torch.ones_like(leaf), float("nan"))
-            leaf.grad = zone.inside
         return {"Y": y.detach(), **candidate.gradients(inside, y, leaves, copy=False)}
 
     with uninitialised_memory(poisoned=True):

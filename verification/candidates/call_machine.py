@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor
 
+from mxref.verification.candidates import operand_sets
 from mxref.verification.candidates.answer import Answer, Outputs
 from mxref.verification.candidates.candidate import Candidate, checkpointed
-from mxref.verification.candidates.graphs import GRAPHS, MAY_BE_REFUSED, Ignored
-from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS, changed, operand_sets, strided
+from mxref.verification.candidates.global_state import modes_unchanged
+from mxref.verification.candidates.graphs import GRAPHS, INCOMING, MAY_BE_REFUSED, Ignored
+from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS
 from mxref.verification.candidates.shipped import golden
 from mxref.verification.candidates.turns import in_turns
-from mxref.verification.cases.call import Mode
+from mxref.verification.cases.call import Algorithms, Mode
 from mxref.verification.cases.case import Sample
 
 _CYCLES = 20_000_000
 """Of a GPU, some 10 ms: before that a call was made and has started what it starts."""
+
+
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"owner": "parameter", "autocast": "both passes"},
+    {"owner": "computed"},
+)
+"""In which all calls of a sequence are made: on leaves, on a module's parameters in one region of autocast, or on what
+other operations have computed."""
 
 
 class DifferentError(AssertionError):
@@ -56,16 +70,40 @@ class _Pending:
 
 
 class CallMachine(RuleBasedStateMachine):
-    """Calls on sets of operands (see `operand_sets`), each the same tensors in every call."""
+    """Calls on sets of operands (see `operand_sets`), each the same tensors in every call.
 
-    def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]]) -> None:
+    `how`: in which way all calls are made, by the names in `Call`, if the candidate covers it.
+    """
+
+    def __init__(self, candidate: Candidate, sample: Sample, seen: list[tuple[Answer, Answer]], **how: Any) -> None:
         super().__init__()
-        self.candidate, self.seen, self.script = candidate, seen, list[str]()
+        self.candidate, self.sample, self.seen, self.script = candidate, sample, seen, list[str]()
         self.pending: list[_Pending] = []
         self.kept: list[tuple[Outputs, Outputs]] = []  # what was returned as it is, and a copy of it as it came
-        sets, covers = operand_sets(sample), candidate.covers
-        self.samples = {name: each for name, each in sets.items() if name == "a" or covers.holds(each.case)}
+        self.held: list[Tensor] = []  # memory that others have taken meanwhile
         self.expected: dict[str, Outputs] = {}  # as long as the operands are what they are
+        self.owned(how)
+
+    @cached_property
+    def samples(self) -> dict[str, Sample]:
+        """The sets that are covered."""
+        holds = self.candidate.covers.holds
+        sets = operand_sets.operand_sets(self.sample).items()
+        return {name: each for name, each in sets if name == "a" or holds(each.case)}
+
+    def make_in_inference(self) -> None:
+        """The sets are made under inference_mode: nobody counts their versions."""
+        with torch.inference_mode():
+            self.script.append(f"make {len(self.samples)} sets of operands under inference_mode")
+
+    @initialize(how=st.sampled_from(WAYS))
+    def owned(self, how: dict[str, Any]) -> None:
+        """Calls are made in a way, if that is covered."""
+        for name, value in how.items():
+            asked = self.sample.called(**{name: value})
+            if self.candidate.covers.holds(asked.case):
+                self.sample = asked
+                self.script.append(f"in all calls {name}: {value}")
 
     @rule(which=st.sampled_from(SETS))
     def forward(self, which: str) -> None:
@@ -80,7 +118,7 @@ class CallMachine(RuleBasedStateMachine):
         self._hold({"Y": y.detach()}, pending.expected)
 
     @rule(which=st.sampled_from(SETS), mode=st.sampled_from(("inference", "no_grad")))
-    def evaluate(self, which: str, mode: str = "inference", rows: int | None = None) -> None:
+    def evaluate(self, which: str, mode: Mode = "inference", rows: int | None = None) -> None:
         """Call without a graph and keep the output, or so many rows of it."""
         which = self._covered(which)
         self.script.append(f"layer({which}){f'[:{rows}]' if rows else ''} under {mode}")
@@ -181,21 +219,18 @@ class CallMachine(RuleBasedStateMachine):
         """
         which = self._covered(which)
         problem = self.samples[which].problem
-        again = sum(line.startswith(f"change {which}.{operand} ") for line in self.script) % 2 == 1
-        values = changed(problem, operand, again)
-        if not values:
-            return
+        times = sum(line.startswith(f"change {which}.{operand} ") for line in self.script)
+        values = operand_sets.changed(problem, operand, times)
         for old, new in values:
-            if how == ".data is another tensor":
-                old.data = strided(new.detach(), "transposed")
-            else:
-                (old.detach() if how == "in place" else old.data).copy_(new)
+            with torch.inference_mode(old.is_inference()):
+                if how == ".data is another tensor":
+                    old.data = operand_sets.strided(new, "transposed")
+                else:
+                    (old.detach() if how == "in place" else old.data).copy_(new)
         self.script.append(f"change {which}.{operand} {how}")
-        touched = {"b"} if which == "b" else {"a", "c", "g"}
-        for each in touched:
-            self.expected.pop(each, None)
+        self.expected.clear()
         for pending in self.pending:
-            pending.changed |= pending.which in touched
+            pending.changed |= (pending.which == "b") == (which == "b")
 
     @precondition(lambda self: bool(self.kept))
     @rule()
@@ -209,34 +244,69 @@ class CallMachine(RuleBasedStateMachine):
                         x.fill_(float("nan"))
         self.kept.clear()
 
-    def in_serving(self, which: str) -> None:
-        """Operands made under inference_mode, whose versions nobody counts, change between calls."""
-        with torch.inference_mode():
-            sample = self.samples[which].mapped(lambda _, x: x.clone()).called(mode="inference", needs=())
-            self.samples["served"] = sample
-            self.evaluate("served")
-            for operand in CHANGED:
-                for old, new in changed(sample.problem, operand, again=False):
-                    old.copy_(new)
-                self.script.append(f"change served.{operand} in place")
-                self.expected.pop("served", None)
-                self.evaluate("served")
+    def given(self, which: str, how: str) -> None:
+        """A call and its gradients for a dOut that came about in a way, one of INCOMING."""
+        self.script.append(f"layer({which}) and its gradients, where {how}")
+        sample = self.samples[which]
+        self._hold(self._run(replace(sample, grad_out=INCOMING[how](sample.grad_out))), self._golden(which))
 
-    def at_once(self, both: tuple[str, str], mode: Mode = "grad") -> None:
-        """Two calls and their gradients, each in a thread of its own; the second under a mode."""
-        both = (self._covered(both[0]), self._covered(both[1]))
-        self.script.append(
-            f"layer({both[0]}) and its gradients, and in another thread layer({both[1]}) under {mode} and its own"
-        )
+    def taken_again(self, which: str) -> None:
+        """Parameters' memory is given back and taken elsewhere, as where they are sharded between two passes."""
+        self.script.append(f"take other memory for the storages of {which}")
+        problem = self.samples[which].problem
+        for x in (problem.lora_A, problem.lora_B, problem.expert_biases):
+            if x is not None:
+                values, storage, size = x.detach().clone(), x.untyped_storage(), x.untyped_storage().nbytes()
+                storage.resize_(0)
+                self.held += [torch.full_like(values, float("nan")) for _ in range(64)]  # one of them where it was
+                storage.resize_(size)
+                x.data.copy_(values)
 
-        def call(which: str, mode: Mode = "grad") -> Outputs:
-            # What is global is set for both threads.
-            return self._run(self.samples[which].called(algorithms="any", default_dtype=torch.float32, mode=mode))
+    def chained(self) -> None:
+        """Two layers, the second on the first one's Y, and dX through both: as if copies were handed over."""
+        fits = [each for each in self.samples.values() if each.grad_out.shape == each.problem.inputs.shape]
+        for sample in map(operand_sets.signs_alone, fits[:1]):
+            self.script.append("Y = layer(x), Z = layer(Y), and dX through both")
+            y, leaves = self.candidate.trace(sample, copy=False)
+            z, _ = self.candidate.trace(sample.changed(inputs=y), copy=False)
+            asked = {"dX": leaves["dX"]} if "dX" in leaves else {}
+            gradients = self.candidate.gradients(sample, z, asked, copy=False)
+            self._hold({"Y": z.detach(), **gradients}, self._on_copies(sample))
 
-        with self.samples[both[0]].case.call.in_both_passes():
-            found = in_turns(lambda: call(both[0]), lambda: call(both[1], mode))
-        for which, outputs in zip(both, found, strict=True):
-            self._hold(outputs, self._golden(which))
+    def _on_copies(self, sample: Sample) -> Outputs:
+        y, leaves = self.candidate.trace(sample)
+        second = sample.changed(inputs=y.detach().clone())
+        outputs = self._run(second)
+        dY = outputs.get("dX")
+        if dY is None:
+            return outputs
+        gradients = self.candidate.gradients(sample.changed(dY.clone()), y, leaves)
+        return {"Y": outputs["Y"], "dX": gradients["dX"]}
+
+    def refused(self, which: str) -> None:
+        """A call whose k does not fit, which may be refused: what is global stays, and later calls are as ever."""
+        self.script.append(f"layer({which}) with another k, which may be refused")
+        asked = self.samples[which].called(default_dtype=torch.bfloat16, algorithms="deterministic")
+        sample = asked if self.candidate.covers.holds(asked.case) else self.samples[which]
+        with sample.case.call.in_both_passes(), modes_unchanged("refusal"), suppress(Exception):
+            self.candidate.call(**replace(sample.problem, k=sample.problem.k + 1).arguments())
+
+    def at_once(self, *which: str, mode: Mode = "grad", algorithms: Algorithms = "any") -> None:
+        """Calls and their gradients, each in a thread of its own; the last under a mode."""
+        which = tuple(map(self._covered, which))
+        self.script.append(f"layer({') and layer('.join(which)}) and their gradients in threads, the last under {mode}")
+        # What is global is set for all threads.
+        sample = self.samples["a"].called(algorithms=algorithms)
+        surroundings = (sample if self.candidate.covers.holds(sample.case) else self.samples["a"]).case.call
+
+        def call(each: str, mode: Mode = "grad") -> Outputs:
+            return self._run(self.samples[each].called(algorithms="any", default_dtype=torch.float32, mode=mode))
+
+        calls = [*(partial(call, each) for each in which[:-1]), partial(call, which[-1], mode)]
+        with surroundings.in_both_passes(), modes_unchanged("call in several threads"):
+            found = in_turns(*calls)
+        for each, outputs in zip(which, found, strict=True):
+            self._hold(outputs, self._golden(each))
 
     def on_streams(self, *which: str) -> None:
         """Calls and their gradients, each on a stream of its own, where its operands are filled long after the call."""
@@ -267,6 +337,10 @@ class CallMachine(RuleBasedStateMachine):
         for found, copy in self.kept:
             self._hold(found, copy)
 
+    def told(self) -> str:
+        """The sequence so far, in words."""
+        return f"after «{'; '.join(_counted(self.script))}»"
+
     def _covered(self, which: str) -> str:
         """The set, or a where that is not covered."""
         return which if which in self.samples else "a"
@@ -285,8 +359,7 @@ class CallMachine(RuleBasedStateMachine):
         """Keep the answers; raise if a value is wrong."""
         got = _copied(got)
         right = {name: _like(expected.get(name), x) for name, x in got.items()}
-        after = f"after «{'; '.join(_counted(self.script))}»"
-        self.seen[:] = [(Answer(right), Answer(got, circumstance=after, like=0))]
+        self.seen[:] = [(Answer(right), Answer(got, circumstance=self.told(), like=0))]
         if not all(_equal(x, right[name]) for name, x in got.items()):
             raise DifferentError(self.seen[0])
 

@@ -133,13 +133,12 @@ class Candidate:
                 return self.call(**arguments)
 
         held = _held(arguments)
-        given = [(x._version, x.requires_grad) for x in held.values()]
+        given = {name: _looks(name, x) for name, x in held.items()}
         y = in_another_thread(forward) if call.threads == "another" else forward()
-        for (name, x), (version, required) in zip(held.items(), given, strict=True):
-            if x._version != version:
-                raise UnusableAnswerError(f"changes {name} in place; expected every operand unchanged")
-            if x.requires_grad != required:
-                raise UnusableAnswerError(f"sets {name}.requires_grad to {x.requires_grad}; expected it unchanged")
+        for name, x in _held(arguments).items():
+            for told, now in _looks(name, x).items():
+                if now != given[name][told]:
+                    raise UnusableAnswerError(f"{told}; expected every operand unchanged")
         self._check_output(y, sample)
         _check_apart({"Y": y}, operands)
         return y  # type: ignore[no-any-return]
@@ -162,7 +161,7 @@ class Candidate:
         call, incoming = sample.case.call, sample.grad_out.to(y.dtype)
         incoming = call.lay_out("grad_out", incoming) if copy else incoming
         held = {tensor: leaf.grad for tensor, leaf in leaves.items() if leaf.is_leaf}
-        given, arrived = _versions(incoming, *leaves.values()), incoming.clone()
+        given, arrived = _versions(incoming, *leaves.values()), incoming.detach().clone()
 
         def backward() -> dict[str, Tensor | None]:
             with call.around_backward(sample.problem.device.type), modes_unchanged("backward pass"):
@@ -172,6 +171,8 @@ class Candidate:
         for tensor, x in found.items():
             if x is not None and x.requires_grad and call.backward != "create_graph":
                 raise UnusableAnswerError(f"{tensor} has a graph of its own, though no second derivative is asked for")
+            if x is not None and _repeats(x):
+                raise UnusableAnswerError(f"returned {tensor} with rows or columns that share memory with each other")
         named = {tensor: None if x is None else x.detach() for tensor, x in found.items()}
         _check_apart(named, {"dOut": incoming, "Y": y, **{OPERAND_OF[tensor]: leaf for tensor, leaf in leaves.items()}})
         same = incoming.is_meta or hold_the_same(incoming, arrived)
@@ -204,7 +205,7 @@ class Candidate:
             raise UnusableAnswerError("returned an output that requires a gradient, though no operand does")
         if mode != "inference" and y.is_inference():
             raise UnusableAnswerError("returned an inference tensor outside inference_mode, which no graph can save")
-        if any(size > 1 and stride == 0 for size, stride in zip(y.shape, y.stride(), strict=True)):
+        if _repeats(y):
             raise UnusableAnswerError("returned rows or columns that share memory with each other")
 
     def _accepted(self, arguments: dict[str, Any], case: Case) -> dict[str, Any]:
@@ -281,11 +282,27 @@ def _required(sample: Sample) -> dict[str, str]:
 
 
 def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a call that count how often they change; dense weights do where they become a module's."""
+    """The tensors of a call."""
     weights = arguments.get("expert_weights")
     packed = {"packed": weights.packed, "scales": weights.scales} if isinstance(weights, MXWeights) else {}
-    tensors = {n: x for n, x in {**arguments, **packed}.items() if isinstance(x, Tensor) and n != "expert_weights"}
-    return {name: x for name, x in tensors.items() if not x.is_inference()}
+    return {name: x for name, x in {**arguments, **packed}.items() if isinstance(x, Tensor)}
+
+
+def _looks(name: str, x: Tensor) -> dict[str, object]:
+    """What a call leaves as it is of an operand, by what is told of one that does not."""
+    counted = not x.is_inference() and name != "expert_weights"  # dense ones change where they become a module's
+    return {
+        f"puts another tensor in the place of {name}": id(x),
+        f"changes {name} in place": x._version if counted else 0,
+        f"sets {name}.requires_grad": x.requires_grad,
+        f"gives {name} other memory or strides": (x.data_ptr(), x.stride()),
+        f"changes {name}.grad": (id(x.grad), x.grad._version) if x.is_leaf and x.grad is not None else None,
+    }
+
+
+def _repeats(x: Tensor) -> bool:
+    """Whether a tensor has rows or columns in memory once."""
+    return x.numel() > 0 and any(size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def checkpointed(function: Callable[[], Any]) -> Any:
@@ -320,7 +337,7 @@ def _checkpoint_reentrantly(layer: Callable[..., Any], arguments: dict[str, Any]
 
 def _versions(*tensors: Tensor) -> list[int]:
     """How often each was changed in place, as far as autograd counts it."""
-    return [x._version for x in tensors]
+    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def _packed(weights: Tensor | MXWeights, call: Call) -> dict[str, MXWeights]:
@@ -335,7 +352,7 @@ def _packed(weights: Tensor | MXWeights, call: Call) -> dict[str, MXWeights]:
 
 def _owned(operand: Tensor, name: str, owner: str) -> Tensor:
     """A leaf of the graph: the operand itself, or a parameter."""
-    if owner == "parameter" and name not in ("inputs", "gates"):
+    if owner == "parameter" and name not in ("inputs", "gates") and not isinstance(operand, torch.nn.Parameter):
         return torch.nn.Parameter(operand)
     return operand.requires_grad_()
 

@@ -59,6 +59,18 @@ MAY_BE_REFUSED = ("1 is added to Y in place",)
 """By torch, where the backward pass reads Y, or Y is a view that a custom function made."""
 
 
+def _made_in_inference(dOut: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return dOut.clone()
+
+
+INCOMING: dict[str, Callable[[Tensor], Tensor]] = {
+    "dOut requires a gradient": lambda dOut: dOut.detach().clone().requires_grad_(),
+    "dOut was made under inference_mode": _made_in_inference,
+}
+"""How gradients come about that a caller hands over, which asks for no second derivative."""
+
+
 class Ignored(torch.autograd.Function):
     """A copy of Y, for which there is no gradient."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxref.formats import E8M0_BIAS
 from mxref.problem import Problem
 from mxref.verification.cases.call import Layout, lay_out
 from mxref.verification.cases.case import Sample
@@ -18,15 +19,17 @@ SETS = "abcdefg"
 """Those that occur in any order; the others are variants of a, told by what they differ in."""
 CHANGED = (
     "lora_A", "lora_B", "inputs", "gates", "expert_biases", "packed", "scales", "expert_weights",
-    "sorted_scattered_idxs", "routing", "experts",
+    "sorted_scattered_idxs", "routing", "one expert", "experts",
 )  # fmt: skip
-"""What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory, and
-experts that change places."""
+"""What is changed in place: an optimiser's operands, streamed weights, routing that is drawn into the same memory, once
+all to one expert, and experts that change places."""
 CHANGES = "in place", "in place, through .data", ".data is another tensor"
 """How: as autograd counts it, behind its back in the same memory, or in other memory, where a matrix is transposed."""
 _LAYOUTS = ("x", "A", "B", "biases", "gates", "ids", "rows", "ends", "dOut")
 _TURNED = ("inputs", "lora_A", "gates", "grad_out")
 """Operands whose signs b has otherwise than a."""
+_COLUMNS = {"packed": 1, "scales": 1, "expert_weights": 2, "lora_B": 0, "expert_biases": 1, "grad_out": 1}
+"""The dimension that is N, of operands that have it."""
 
 
 class _Subclass(Tensor):
@@ -42,8 +45,8 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
     bytes. Others are a itself but for what their name says. The case of each says what is asked, as far as the domain
     has words for it.
     """
-    a = sample.mapped(lambda _, x: x.clone())
-    b, d = (sample.mapped(lambda name, x: -x if name in _TURNED else x.clone()) for _ in range(2))
+    a = _owned(sample)
+    b, d = (_owned(sample.mapped(lambda name, x: -x if name in _TURNED else x)) for _ in range(2))
     order = sample.problem.gates is None and not sample.problem.grouped_out
     b = _asked(b.changed(scaling=-2 * sample.problem.scaling, grouped_out=order), grouped_out=order)
     halves = torch.arange(sample.case.tokens, device=sample.problem.device).chunk(2)
@@ -51,6 +54,20 @@ def operand_sets(sample: Sample) -> dict[str, Sample]:
     e = a.mapped(lambda _, x: lay_out(x, "offset")).called(**dict.fromkeys(_LAYOUTS, "offset"), weights="offset")
     f = a.mapped(lambda _, x: strided(x, "sliced")).called(**dict.fromkeys(_LAYOUTS, "sliced"))
     return dict(zip(SETS, (a, b, c, d, e, f, g), strict=True)) | _variants(a)
+
+
+def _owned(sample: Sample) -> Sample:
+    """A copy as the case's call has it; its parameters hold a gradient already."""
+    call = sample.case.call
+
+    def owned(name: str, x: Tensor) -> Tensor:
+        x = call.lay_out(name, x)
+        if call.owner == "parameter" and name in ("lora_A", "lora_B", "expert_biases"):
+            x = torch.nn.Parameter(x, requires_grad=False)
+            x.grad = torch.ones_like(x)
+        return x
+
+    return sample.mapped(owned)
 
 
 def _variants(a: Sample) -> dict[str, Sample]:
@@ -69,6 +86,7 @@ def _variants(a: Sample) -> dict[str, Sample]:
             a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True), grouped_in=True
         ),
         "another dtype": _in_another_dtype(a),
+        "fewer columns": _of_columns(a, problem.N // 2),
         "no rows": _asked(
             a.changed(
                 sorted_expert_idxs=torch.full_like(problem.sorted_expert_idxs, problem.E),
@@ -104,6 +122,21 @@ def _asked(sample: Sample, **fields: Any) -> Sample:
     return replace(sample, case=replace(sample.case, **fields))
 
 
+def _of_columns(a: Sample, N: int) -> Sample:
+    """The first columns of Y alone."""
+    parts: dict[str, Any] = {}
+
+    def narrowed(name: str, x: Tensor) -> Tensor:
+        if name in _COLUMNS:
+            parts[name] = strided(x.narrow(_COLUMNS[name], 0, N), "contiguous")
+        return x
+
+    weights = a.mapped(narrowed).problem.expert_weights
+    if isinstance(weights, MXWeights):
+        parts["expert_weights"] = replace(weights, N=N, packed=parts.pop("packed"), scales=parts.pop("scales"))
+    return _asked(a.changed(parts.pop("grad_out"), **parts), N=N)
+
+
 def _in_another_dtype(a: Sample) -> Sample:
     """In bf16, or in fp32 with an x that 16 bits do not hold, though sums stay exact; packed weights are the same."""
     dtype = torch.bfloat16 if a.problem.dtype == torch.float32 else torch.float32
@@ -112,9 +145,21 @@ def _in_another_dtype(a: Sample) -> Sample:
     return other if dtype == torch.bfloat16 else other.changed(inputs=other.problem.inputs * (1 + 2.0**-12))
 
 
+def signs_alone(sample: Sample) -> Sample:
+    """Numbers that are 0 or ±1, a little more in x, and scales of 1: sums over results stay exact, and Y is rounded."""
+
+    def plain(name: str, x: Tensor) -> Tensor:
+        if name == "scales":
+            return torch.full_like(x, E8M0_BIAS)
+        sign = x.detach().sign() if x.is_floating_point() else x
+        return sign * (1 + 2.0**-7) if name == "inputs" else sign
+
+    return sample.mapped(plain)
+
+
 def strided(x: Tensor, layout: Layout) -> Tensor:
     """A copy that lies in memory as a layout says; bytes, which are packed, as they are."""
-    return lay_out(x, "contiguous" if x.dtype == torch.uint8 else layout)
+    return lay_out(x.detach(), "contiguous" if x.dtype == torch.uint8 else layout)
 
 
 def _in_one_storage(sample: Sample) -> Sample:
@@ -126,30 +171,32 @@ def _in_one_storage(sample: Sample) -> Sample:
     return sample.mapped(lambda _, x: next(places)[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
 
 
-def changed(problem: Problem, operand: str, again: bool) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of a problem, and what they hold after a change; `again`: one that takes an earlier one back."""
-    weights = problem.expert_weights
-    if operand == "routing":  # the experts change places
-        live, E = problem.sorted_expert_idxs < problem.E, problem.E
-        experts = torch.where(live, E - 1 - problem.sorted_expert_idxs, problem.sorted_expert_idxs).sort().values
-        counts = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1)).flip(0)
-        return [(problem.sorted_expert_idxs, experts), (problem.expert_offsets, counts.cumsum(0))]
+def changed(problem: Problem, operand: str, times: int) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of a problem, and what they hold after a change; `times`: how often that operand was changed before.
+
+    The last row, or expert, changes alone first, then one element in the middle, then all but the last.
+    """
+    weights, live = problem.expert_weights, problem.sorted_expert_idxs < problem.E
+    if operand in ("routing", "one expert"):  # the experts change places, or one of them gets all rows
+        last, ids, ends = problem.E - 1, problem.sorted_expert_idxs, problem.expert_offsets
+        experts = last - ids if operand == "routing" else torch.full_like(ids, times % 2 * last)
+        experts = torch.where(live, experts, ids).sort().values
+        return [(ids, experts), (ends, torch.searchsorted(experts, torch.arange(len(ends)).to(ids), right=True))]
     if operand == "experts":
         stacks = (weights.packed, weights.scales) if isinstance(weights, MXWeights) else (weights,)
         return [(stack, stack.flip(0)) for stack in stacks]
     if operand == "sorted_scattered_idxs":
-        return [(problem.sorted_scattered_idxs, problem.sorted_scattered_idxs.flip(0))]
-    if operand == "packed" and isinstance(weights, MXWeights):
-        codes, part = weights.packed.clone(), slice(-1) if again else slice(-1, None)  # the last expert's alone first
-        codes[part] ^= 0x88  # the sign bits of both codes
-        return [(weights.packed, codes)]
+        order = problem.sorted_scattered_idxs
+        return [(order, torch.cat([order[:1], order[1:-1].flip(0), order[-1:]]) if times % 2 else order.flip(0))]
     if operand == "scales" and isinstance(weights, MXWeights):
         scales = weights.scales.clone()
-        scales[-1] += 1 - 2 * again  # the last expert's weights are doubled, and halved again
+        scales[(-1, len(scales) // 2)[times // 2 % 2]] += 1 - 2 * (times % 2)  # one expert's are doubled, and halved
         return [(weights.scales, scales)]
-    x = getattr(problem, operand, None)
+    x = getattr(weights if operand == "packed" else problem, operand, None)
     if not isinstance(x, Tensor):
         return []
-    new, part = x.detach().clone(), slice(-1) if again else slice(-1, None)  # the last row's alone first
-    new[part] *= -1
+    new = x.detach().clone()
+    places = (new & 0x77 if operand == "packed" else new).nonzero()  # codes but for their sign bits
+    part = (slice(-1, None), tuple(places[len(places) // 2]) if len(places) else (), slice(-1))[times % 3]
+    new[part] = new[part] ^ 0x88 if operand == "packed" else -new[part]
     return [(x, new)]

@@ -5,21 +5,34 @@ hypothesis' state machines choose what is called when, and shrink a sequence tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.candidates.call_machine import CallMachine, DifferentError
+from mxref.verification.candidates.call_machine import WAYS, CallMachine, DifferentError
 from mxref.verification.candidates.candidate import Candidate
-from mxref.verification.candidates.graphs import GRAPHS
+from mxref.verification.candidates.graphs import GRAPHS, INCOMING
 from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS
+from mxref.verification.cases.call import Mode
 from mxref.verification.cases.case import Sample
 
 _EXAMPLES, _STEPS = 8, 8
 
 _MANY, _FEWER = 520, 16
 """Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again. The
-layers of a large model, in several batches under way, need as many at once; interpreted kernels take too long."""
+layers of a large model, in several batches under way, need as many at once; interpreted kernels take too long, and large samples."""
+
+_TRAINED = CHANGED, ("lora_A", "lora_B", "expert_biases"), ("inputs", "gates", "lora_A")
+"""What changes in each of WAYS."""
+
+_AT_ONCE = (
+    ("a", "d"), ("c", "a"), ("a", "b"), ("a", "row by row"), ("another rank", "a"), ("a", "another dtype"),
+    ("a", "d", "b"),
+)  # fmt: skip
+"""Calls at the same time: of the same shapes, of the same tensors in part, and of what differs in one thing."""
 
 
 def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> list[Answer]:
@@ -35,38 +48,58 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         went well if none goes wrong.
     """
     seen: list[tuple[Answer, Answer]] = []
+    last: list[CallMachine] = []
 
     class Machine(CallMachine):
-        def __init__(self) -> None:
-            super().__init__(candidate, sample, seen)
+        def __init__(self, **how: Any) -> None:
+            super().__init__(candidate, sample, seen, **how)
+            last[:] = [self]
 
     phases = (Phase.generate, Phase.shrink)[: 1 + shrink]
     profile = settings(
         max_examples=_EXAMPLES, stateful_step_count=_STEPS, derandomize=True, database=None, deadline=None,
-        verbosity=Verbosity.quiet, phases=phases, suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet, phases=phases, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
     )  # fmt: skip
     try:
-        many = _FEWER if candidate.operators and sample.problem.device.type == "cpu" else _MANY
-        _as_in_evaluation(Machine(), many)
-        _as_in_pipelines(Machine(), many)
-        _as_in_distillation(Machine())
-        _as_in_loaders(Machine())
-        for variant in _as_in_variants(Machine()):
-            _as_it_was_first(Machine(), variant)
-        _as_on_idle_ranks(Machine())
-        Machine().in_serving("a")
-        _as_in_threads(Machine())
-        _as_in_frameworks(Machine())
-        if sample.problem.device.type == "cuda":
-            Machine().on_streams("a", "d")
-        for operand in CHANGED:
-            _as_in_training(Machine(), operand)
+        few = sample.problem.P > 32 or (candidate.operators and sample.problem.device.type == "cpu")
+        _as_written(Machine, _FEWER if few else _MANY)
         run_state_machine_as_test(Machine, settings=profile)
-    except DifferentError as error:
-        return list(error.answers)
     except (Exception, SystemExit) as error:  # whatever a candidate raises is part of its answer
-        return [Answer({}, error=error)]
+        while parts := getattr(error, "exceptions", ()):  # of what goes wrong in one run and not in the next
+            error = parts[0]
+        if isinstance(error, DifferentError):
+            return list(error.answers)
+        return [Answer({}, error=error, circumstance=last[0].told() if last else "")]
     return list(seen[-1]) if seen else []
+
+
+def _as_written(machine: Callable[..., CallMachine], many: int) -> None:
+    """Sequences that chance seldom finds."""
+    _as_in_evaluation(machine(), many)
+    _as_in_pipelines(machine(), many)
+    _as_in_distillation(machine())
+    _as_in_loaders(machine())
+    for variant in _as_in_variants(machine()):
+        _as_it_was_first(machine(), variant)
+    _as_on_idle_ranks(machine())
+    _as_in_serving(machine(), "no_grad")
+    served = machine(needs=())
+    served.make_in_inference()
+    served.evaluate("a", "no_grad")
+    _as_in_serving(served, "inference")
+    _as_behind_errors(machine())
+    machine().chained()
+    _as_in_threads(machine())
+    _as_in_frameworks(machine())
+    device_type = served.sample.problem.device.type
+    if device_type == "cuda":
+        machine().on_streams("a", "d")
+    for way, operands in zip(WAYS, _TRAINED, strict=True):
+        for operand in operands:
+            trained = machine(**way)
+            if trained.script or not way:  # it is covered
+                with trained.sample.case.call.around_backward(device_type):
+                    _as_in_training(trained, operand)
 
 
 def _as_in_evaluation(machine: CallMachine, many: int) -> None:
@@ -148,11 +181,30 @@ def _as_on_idle_ranks(machine: CallMachine) -> None:
         machine.overwrite()
 
 
+def _as_in_serving(machine: CallMachine, mode: Mode) -> None:
+    """Calls without a graph: operands change in between, where nobody counts it, and what is no tensor differs."""
+    machine.evaluate("a", mode)
+    for operand in CHANGED:
+        machine.update("a", operand, how=CHANGES[1])
+        machine.evaluate("a", mode)
+    for which in (*sorted(machine.samples.keys() - set(SETS)), "a"):
+        machine.evaluate(which, mode)
+    machine.look_again()
+
+
+def _as_behind_errors(machine: CallMachine) -> None:
+    """A call that is refused, and then others."""
+    machine.refused("a")
+    machine.forward("a")
+    machine.backward(index=0, retain=False)
+    machine.evaluate("a")
+
+
 def _as_in_threads(machine: CallMachine) -> None:
-    """Calls at the same time: of the same shapes, and of the same tensors in part."""
-    for both in (("a", "d"), ("c", "a"), ("a", "b")):
-        machine.at_once(both)
-    machine.at_once(("a", "d"), "no_grad")
+    """Calls at the same time, also under other modes."""
+    for which in _AT_ONCE:
+        machine.at_once(*which)
+    machine.at_once("a", "d", mode="no_grad", algorithms="deterministic")
 
 
 def _as_in_frameworks(machine: CallMachine) -> None:
@@ -160,17 +212,23 @@ def _as_in_frameworks(machine: CallMachine) -> None:
     for how in GRAPHS:
         machine.in_graph("a", how)
     machine.ignored("a")
+    for how in INCOMING:
+        machine.given("a", how)
+    machine.forward("a")
+    machine.taken_again("a")
+    machine.backward(index=0, retain=False)
     for variant in ("other s", "no adapters"):
         machine.in_region("a", variant)
 
 
 def _as_in_training(machine: CallMachine, operand: str) -> None:
-    """Operands that change between passes and calls; chance seldom finds sequences of this length."""
+    """Operands that change between passes and calls."""
     machine.forward(which="a")
     machine.update(which="a", operand=operand)
-    machine.backward(index=0, retain=False)
-    for how in ("", *CHANGES[1:]):
-        if how:
-            machine.update(which="a", operand=operand, how=how)
+    machine.forward(which="a")
+    for _ in range(2):
+        machine.backward(index=0, retain=False)
+    for how in CHANGES[1:]:
+        machine.update(which="a", operand=operand, how=how)
         machine.forward(which="a")
         machine.backward(index=0, retain=False)

@@ -16,20 +16,19 @@ _PATIENCE = 0.5
 """Seconds between two looks at who does not hand over; one that stands still waits for what the other holds."""
 
 
-def in_turns(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
-    """What two functions return, or what one raises; each hands over at every operation of torch in its thread."""
-    turns = _Turns()
-    with ThreadPoolExecutor(2) as threads:
-        a, b = threads.map(turns.run, (0, 1), (first, second))
-        return a, b
+def in_turns(*functions: Callable[[], T]) -> tuple[T, ...]:
+    """What functions return, or what one raises; each hands over at every operation of torch in its thread."""
+    turns = _Turns(len(functions))
+    with ThreadPoolExecutor(len(functions)) as threads:
+        return tuple(threads.map(turns.run, range(len(functions)), functions))
 
 
 class _Turns:
-    """Whose turn it is, of threads 0 and 1; `stuck`: those that stood still in their turn."""
+    """Whose turn it is, of so many threads; `stuck`: those that stood still in their turn."""
 
-    def __init__(self) -> None:
-        self.changed, self.turn = Condition(), 0
-        self.running, self.stuck = {0, 1}, set[int]()
+    def __init__(self, count: int) -> None:
+        self.changed, self.turn, self.count = Condition(), 0, count
+        self.running, self.stuck = set(range(count)), set[int]()
         self.threads: dict[int, int] = {}
 
     def run(self, number: int, function: Callable[[], T]) -> T:
@@ -45,22 +44,26 @@ class _Turns:
                 self.changed.notify_all()
 
     def hand_over(self, number: int) -> None:
-        """The other's turn, until it is this one's again."""
+        """The next one's turn, until it is this one's again."""
         with self.changed:
-            self.stuck.discard(number)
-            self.turn = 1 - number
+            self.turn = number + 1
             self.changed.notify_all()
         self._wait(number)
 
+    def _holder(self) -> int:
+        """Who may run: the next in turn that has not ended and does not stand still."""
+        places = ((self.turn + step) % self.count for step in range(self.count))
+        return next((each for each in places if each in self.running - self.stuck), -1)
+
     def _wait(self, number: int) -> None:
-        other, place = 1 - number, None
+        place = None
         with self.changed:
-            while not self.changed.wait_for(
-                lambda: self.turn == number or other not in self.running or other in self.stuck, _PATIENCE
-            ):
-                before, place = place, self._place(other)
+            self.stuck.discard(number)
+            while not self.changed.wait_for(lambda: self._holder() == number, _PATIENCE):
+                before, place = place, (holder := self._holder(), self._place(holder))
                 if place == before:
-                    self.stuck.add(other)
+                    self.stuck.add(holder)
+                    self.changed.notify_all()
 
     def _place(self, number: int) -> tuple[int, int] | None:
         """Where a thread is in its Python; None before it runs."""

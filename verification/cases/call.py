@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Call:
         algorithms: in both passes any; or deterministic ones, where others warn, or raise.
         saved: what the backward pass reads is kept; or hooks give it copies; or a checkpointed region, or the older,
             reentrant one, runs the forward pass again.
-        default_dtype: torch's, around both passes.
+        default_dtype, default_device: torch's, around both passes; the device where models are built without memory.
         threads: the call is made in the main thread, or in another one, or its backward pass is asked for in another.
         output: what the call returned stays as it is until the backward pass; or the caller has overwritten it by then;
             or has gone on with a product of it, and keeps neither it nor an operand but the leaves.
@@ -83,6 +84,7 @@ class Call:
     algorithms: Algorithms = "any"
     saved: Saved = "kept"
     default_dtype: torch.dtype = torch.float32
+    default_device: Literal["", "meta"] = ""
     threads: Threads = "one"
     output: Output = "kept"
 
@@ -135,6 +137,8 @@ class Call:
                 surroundings.enter_context(_deterministic(warn_only=self.algorithms == "deterministic"))
             if self.default_dtype != torch.float32:
                 surroundings.enter_context(_by_default(self.default_dtype))
+            if self.default_device:
+                surroundings.enter_context(torch.device(self.default_device))
             yield
 
 
@@ -177,12 +181,15 @@ _BEFORE = 64
 def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
     """The same values in fresh memory that lies otherwise, behind so many other elements of its storage.
 
-    transposed: the last two dimensions are exchanged in memory.  sliced: every second column of a wider tensor.
-    padded: the first columns of a wider tensor.  offset: 13 elements behind the start of a larger buffer.  apart: every
+    transposed: the last two dimensions are exchanged in memory, where it may be the second half of a taller tensor, or
+    the first columns of a wider one.  sliced: every second column of a wider tensor, or the first of three numbers in
+    each place of one.  padded: the first columns of a wider tensor, or either half of one whose rows begin at multiples
+    of 16.  offset: 13 elements behind the start of a larger buffer.  apart: every
     second row (of three dimensions: matrix) of a taller one, from its second on.  innermost: the first dimension has
     stride 1, and the others follow in their order.  middle: the first two dimensions are exchanged in memory.
     overlapping: windows of one long row, each half a row behind the one before.  expanded: one row or matrix, repeated
-    with stride 0; one column, and one number, likewise. What is repeated must be equal.
+    with stride 0; one column, and one number, likewise. What is repeated must be equal. Of several ways shape and dtype
+    choose one, so that many cases have each.
 
     Memory in between holds NaN, or 0 of integers. Whatever has no element stays as it is; so does whatever has one
     dimension, unless it is sliced, offset, or expanded and the same everywhere.
@@ -197,31 +204,41 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
     if layout == "expanded" and x.ndim < 2 and bool((x != x[0]).any()):
         layout = "contiguous"
     *rows, columns = x.shape
-    match layout:
-        case "contiguous":
+    way = crc32(f"{x.shape} {x.dtype}".encode()) % 3
+    match layout, way:
+        case "contiguous", _:
             inside = memory(*x.shape)
-        case "transposed":
+        case "transposed", 0:
             inside = memory(*x.mT.shape).mT
-        case "sliced":
+        case "transposed", 1:
+            inside = memory(*rows[:-1], 2 * columns, rows[-1])[..., columns:, :].mT
+        case "transposed", _:
+            inside = memory(*rows[:-1], columns, rows[-1] + 7)[..., :-7].mT
+        case "sliced", 0:
             inside = memory(*rows, 2 * columns)[..., ::2]
-        case "padded":
+        case "sliced", _:
+            inside = memory(*rows, columns + 3, 3)[..., :-3, 0]
+        case "padded", 0:
             inside = memory(*rows, columns + 5)[..., :-5]
-        case "offset":
+        case "padded", _:
+            wide = memory(*rows, -(-2 * columns // 16) * 16)
+            inside = wide[..., :columns] if way == 1 else wide[..., -columns:]
+        case "offset", _:
             inside = memory(*x.shape, before=before + 13)
-        case "apart":
+        case "apart", _:
             inside = memory(2 * x.shape[0], *x.shape[1:])[1::2]
-        case "innermost":
+        case "innermost", _:
             inside = memory(*x.shape[1:], x.shape[0]).movedim(-1, 0)
-        case "middle":
+        case "middle", _:
             inside = memory(*x.transpose(0, 1).shape).transpose(0, 1)
-        case "overlapping":
+        case "overlapping", _:
             row = long_row(x)
             return memory(len(row)).copy_(row).unfold(0, columns, window_step(columns))
-        case "expanded":
+        case "expanded", _:
             return memory(1, *x.shape[1:]).copy_(x[:1]).expand(x.shape)
-        case "one column":
+        case "one column", _:
             return memory(len(x), 1).copy_(x[:, :1]).expand(x.shape)
-        case "one number":
+        case "one number", _:
             return memory(1, 1).copy_(x[:1, :1]).expand(x.shape)
     return inside.copy_(x)
 

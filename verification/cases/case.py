@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from mxref.verification.arithmetic.tensor_bytes import bytes_of
 from mxref.verification.cases.call import Call
 from mxref.weights import MXLayout, MXWeights
 
+T = TypeVar("T")
 Routing = Literal[
     "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "sentinels", "all_sentinels",
     "far_sentinels", "about_tiles", "whole_tiles",
@@ -31,7 +32,8 @@ Special = Literal[
 ]  # fmt: skip
 GateValues = Literal["positive", "negative", "some zero", "zero", "one NaN"]
 AdapterValues = Literal[
-    "ordinary", "zero A", "zero B", "nan A", "nan A, zero B", "nan B", "Z overflows", "V overflows", "s·Z overflows"
+    "ordinary", "zero A", "zero B", "nan A", "nan A, zero B", "nan B", "zero expert", "Z overflows", "V overflows",
+    "s·Z overflows",
 ]  # fmt: skip
 
 
@@ -48,9 +50,11 @@ class Case:
         parameter_dtype: of lora_A, lora_B, biases and gates, whose values fill it; None for the activation dtype.
         adapter_dtype: of lora_A and lora_B, where it is another one.
         own_dtypes: of lora_A, lora_B, biases and gates, in place of both, where they differ.
-        routing: uniform over experts; a first, a middle and the last expert empty; one expert for all; at most ten;
-            an expert in several slots of a token; a quarter of the rows sentinels, or all; sentinels' ids far above E;
-            as many rows an expert as a tile may have, one fewer and one more; or whole tiles before sentinels.
+        routing: uniform over experts; a first, a middle and the last expert empty; one expert for all, the first, a
+            middle or the last; at most ten; an expert in several slots of a token; sentinels, as `choose` has it a
+            quarter of the rows, with or without an empty first expert, or of the first half of the tokens', or one, or
+            all; sentinels' ids far above E; as many rows an expert as a tile may have, one fewer and one more; or whole
+            tiles before sentinels.
         position_order: within an expert; `shuffled` leaves the first and last of every sixteen where they are.
         data: `plain`, LoRA's term a tenth of the base's; `balanced`, both alike; `lora`, `bias`, that term far above
             all others; `tiny lora`, lora_A of every second expert, lora_B of the others below the normal range;
@@ -60,15 +64,16 @@ class Case:
             dOut`, dOut alone; `large`, activations whose results in fp16 are infinite, though Z and V are not;
             `integer`, exact in any order of summation, `rounded`, with results that 16 bits round, and codes under
             chosen scale bytes: see the modules of these names, and `elements`.
-        scaling: LoRA's s.
+        scaling: LoRA's s; lora_B makes up for a tiny one, unless something has fp16's range.
         bias: whether there are expert biases.
-        nan_bias: one of those is NaN; in an integer fixture another one is infinite.
+        nan_bias: one of those is NaN; in an integer fixture the first and the last are infinite.
         gate_slots: g, or 0 for no gates.
         gate_exponent: gates are multiplied by 2^gate_exponent, exactly.
         gate_values: `negative` turns the sign of every second gate, `some zero` sets every third to zero, `zero`
-            all, `one NaN` the middle one to NaN, and in an integer fixture the first to infinity.
-        adapter_values: lora_A is zero, or lora_B, as training begins; lora_A or lora_B of the last expert holds NaN,
-            and in an integer fixture that of the first one an infinity; there in fp16 Z, or V, of more than one term
+            all, `one NaN` the middle one to NaN, and in an integer fixture the first and last to infinities.
+        adapter_values: lora_A is zero, as `choose` has it lora_B with it, or lora_B, as training begins; lora_B and the
+            biases of one expert are zero, and lora_A of the next; lora_A or lora_B of the last expert holds NaN, and in
+            an integer fixture its first and last number are infinite; there in fp16 Z, or V, of more than one term
             rounds to infinity, or s times Z of one term would, though Y is small.
         special: what is not finite: one row of x or dOut (of infinities two rows, one of either sign), one row of x
             whose rows of dOut are zero, one expert's weights, or what only sentinels' slots read; "large partners" is
@@ -163,6 +168,10 @@ class Case:
     def draw_seed(self, seed: int) -> int:
         """Seed of this case's own stream."""
         return (zlib.crc32(self.name.encode()) << 16) ^ seed
+
+    def choose(self, what: str, *among: T) -> T:
+        """One of several, by a checksum of the case's name: other cases of the same classes have another one."""
+        return among[zlib.crc32(f"{what} of {self.name}".encode()) % len(among)]
 
     def flags(self) -> dict[str, bool]:
         """The keywords that choose kernels and are not part of `Problem`."""

@@ -7,14 +7,15 @@ Read off the layer's contract and the public docstrings. A suite covers every le
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from mxref.verification.cases.exclusions import EXCLUDED
 
-StandsIn = Literal["cheap", "interpreted"]
+Fields = Mapping[str, Any]
 Expense = Literal["any", "cheap", "interpreted"]
 """What a suite may cost: anything; on a CPU, plain PyTorch in the quick suite; interpreted kernels in any suite."""
 
@@ -32,17 +33,31 @@ class Class:
             see `domain_cases.slots_of`), "rows" for so many routed rows or more, "apart" for the parameter whose dtype
             is another one, fp32 or, beside fp32, bf16.
         call: fields of `Call` that it sets.
-        cost: seconds that such a case takes where `stand_in` takes its place.
-        stand_in: fields of `Case` in place of a costly class, just past the same boundary of an implementation's tiles.
-        stands_in: where: for interpreted kernels alone, or wherever the quick suite runs on a CPU too.
+        others: what takes the place of `case` in turn, so that a suite has several numbers of a class.
+        cost: seconds that such a case takes where there are stand-ins.
+        stand_ins: in place of a costly class, just past the same boundaries of an implementation's tiles: fields of
+            `Case` in turn, by expense.
     """
 
     name: str
-    case: Mapping[str, Any] = field(default_factory=dict)
-    call: Mapping[str, Any] = field(default_factory=dict)
+    case: Fields = field(default_factory=dict)
+    call: Fields = field(default_factory=dict)
+    others: tuple[Fields, ...] = ()
     cost: float = 0.0
-    stand_in: Mapping[str, Any] | None = None
-    stands_in: StandsIn = "cheap"
+    stand_ins: Mapping[Expense, Sequence[Fields]] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> tuple[Class, ...]:
+        """The class with each of its numbers alone."""
+        return tuple(replace(self, case=fields, others=()) for fields in (self.case, *self.others))
+
+    def of(self, turns: Sequence[Fields]) -> Class:
+        """The class with these numbers alone."""
+        return replace(self, case=turns[0], others=tuple(turns[1:]))
+
+    def at(self, expense: Expense) -> Class:
+        """The class, or what stands in for it."""
+        return replace(self.of(turns), cost=0.0) if (turns := self.stand_ins.get(expense)) else self
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,13 @@ def _of(name: str, **classes: Mapping[str, Any]) -> Dimension:
     return Dimension(name, tuple(Class(each.replace("_", " "), fields) for each, fields in classes.items()))
 
 
+def _numbers(name: str, field_name: str, *numbers: int, **costs: Any) -> Class:
+    """A class of one field, which has these numbers in turn; `costs`: numbers in their place by expense, and `cost`."""
+    cost = costs.pop("cost", 0.0)
+    stand_ins = {expense: [{field_name: n} for n in own] for expense, own in costs.items()}
+    return Class(name, cost=cost, stand_ins=stand_ins).of([{field_name: n} for n in numbers])  # type: ignore[arg-type]
+
+
 def _how(name: str, field_name: str, *values: str) -> Dimension:
     """A dimension of a field of `Call`, a class a value."""
     return Dimension(name, tuple(Class(value, call={field_name: value}) for value in values))
@@ -67,57 +89,78 @@ DIMENSIONS: tuple[Dimension, ...] = (
     Dimension(
         "rows",
         (
-            Class("few", {"tokens": 9}),
-            Class("none", {"tokens": 0}),
-            Class("one token", {"tokens": 1}),
-            Class("a tile and a tail", {"tokens": 37}),
-            Class("hundreds an expert", {"tokens": 300}, cost=10.0, stand_in={"tokens": 48}),
-            Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0, stand_in={"tokens": 70}),
+            _numbers("few", "tokens", 9, 14, 11, 23, 10),
+            _numbers("none", "tokens", 0),
+            _numbers("one token", "tokens", 1),
+            _numbers("a tile and a tail", "tokens", 37, 21, 52, 70),
+            _numbers("hundreds an expert", "tokens", 300, 420, cost=10.0, cheap=(150, 260), interpreted=(48,)),
+            Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0,
+                  stand_ins={"cheap": ({"tokens": 70},), "interpreted": ({"tokens": 70},)}),
         ),
     ),
     Dimension(
         "experts",
         (
-            Class("few", {"experts": 4}),
-            Class("one", {"experts": 1}),
-            Class("a warp", {"experts": 32}, cost=1.0, stand_in={"experts": 8}, stands_in="interpreted"),
-            Class("hundreds", {"experts": 260}, cost=3.0, stand_in={"experts": 17}, stands_in="interpreted"),
+            _numbers("few", "experts", 4, 6, 5, 7),
+            _numbers("one", "experts", 1),
+            _numbers("a warp", "experts", 32, 64, cost=1.0, interpreted=(8, 12)),
+            _numbers("hundreds", "experts", 260, 128, 192, cost=3.0, interpreted=(17, 20)),
         ),
     ),
     Dimension(
         "K",
         (
-            Class("two blocks", {"K": 64}),
-            Class("one block", {"K": 32}),
-            Class("a step and a tail", {"K": 96}),
-            Class("no whole block", {"K": 40}),
-            Class("2880", {"K": 2880}, cost=20.0, stand_in={"K": 160}),
+            _numbers("two blocks", "K", 64),
+            _numbers("one block", "K", 32),
+            _numbers("a step and a tail", "K", 96, 160, 224),
+            _numbers("no whole block", "K", 40, 66, 100, 34),
+            _numbers("whole tiles", "K", 128, 256),
+            _numbers("2880", "K", 2880, cost=20.0, cheap=(576, 704), interpreted=(160,)),
         ),
     ),
     Dimension(
         "N",
         (
-            Class("96", {"N": 96}),
-            Class("32", {"N": 32}),
-            Class("112", {"N": 112}),
-            Class("one", {"N": 1}),
-            Class("odd, below a tile", {"N": 63}),
-            Class("twice an odd number", {"N": 98}),
-            Class("four times an odd number", {"N": 100}),
-            Class("odd, a tile and a tail", {"N": 161}),
-            Class("5760", {"N": 5760}, cost=20.0, stand_in={"N": 288}),
+            _numbers("blocks and no whole tile", "N", 96, 160, 224),
+            _numbers("32", "N", 32),
+            _numbers("sixteen times an odd number", "N", 112, 80, 208),
+            _numbers("one", "N", 1),
+            _numbers("odd, below a tile", "N", 63, 29, 51, 37),
+            _numbers("twice an odd number", "N", 98, 70, 134, 102),
+            _numbers("four times an odd number", "N", 100, 108, 76, 124),
+            _numbers("odd, a tile and a tail", "N", 161, 131, 203, 189),
+            _numbers("whole tiles", "N", 128, 256),
+            _numbers("5760", "N", 5760, cost=20.0, cheap=(576, 520), interpreted=(288,)),
         ),
     ),
-    _of(
+    Dimension(
         "rank",
-        four={"rank": 4}, one={"rank": 1}, three={"rank": 3}, twelve={"rank": 12}, forty_eight={"rank": 48},
-        forty={"rank": 40}, tiles_and_a_tail={"rank": 72}, largest={"rank": 128}, eight={"rank": 8},
-        thirty_two={"rank": 32}, sixty_four={"rank": 64},
+        (
+            _numbers("four times an odd number", "rank", 4, 12, 20, 36, 44, 28),
+            _numbers("one", "rank", 1),
+            _numbers("odd", "rank", 3, 5, 7, 13),
+            _numbers("twice an odd number", "rank", 6, 10, 18, 34),
+            _numbers("eight", "rank", 8),
+            _numbers("eight times an odd number", "rank", 40, 72, 24, 56, 104),
+            _numbers("sixteen", "rank", 16),
+            _numbers("sixteen times an odd number", "rank", 48, 80, 112),
+            _numbers("thirty two", "rank", 32),
+            _numbers("sixty four", "rank", 64, 96),
+            _numbers("largest", "rank", 128),
+        ),
     ),
-    _of(
+    Dimension(
         "slots",
-        two={"top_k": 2}, one={"top_k": 1}, three={"top_k": 3}, four={"top_k": 4}, six={"top_k": 6}, eight={"top_k": 8},
-        ten={"top_k": 10}, seventeen={"top_k": 17},
+        (
+            _numbers("two", "top_k", 2),
+            _numbers("one", "top_k", 1),
+            _numbers("odd", "top_k", 3, 5, 7, 9),
+            _numbers("four", "top_k", 4),
+            _numbers("six", "top_k", 6),
+            _numbers("eight", "top_k", 8),
+            _numbers("ten", "top_k", 10, 12),
+            _numbers("seventeen", "top_k", 17, 16),
+        ),
     ),
     _of("dtype", fp32={"dtype": torch.float32}, bf16={"dtype": torch.bfloat16}, fp16={"dtype": torch.float16}),
     _of(
@@ -132,6 +175,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("packed"),
             Class("packed, from fp32", {"quantised_from": torch.float32}),
+            Class("packed, from fp16", {"quantised_from": torch.float16}),
             Class("dense", {"dense": True}),
             Class("dense, off every grid", {"dense": True, "off_grid_weights": True}),
         ),
@@ -147,9 +191,10 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("int32", call={"index": torch.int32}),
             Class("int32, offsets int64", call={"index": torch.int32, "offsets": torch.int64}),
             Class("int64, others int32", call={"positions": torch.int32, "offsets": torch.int32}),
-            Class(
-                "int32, positions int64", call={"index": torch.int32, "positions": torch.int64, "offsets": torch.int32}
-            ),
+            Class("int32, positions int64", call={"index": torch.int32, "positions": torch.int64}),
+            Class("int64, offsets int32", call={"offsets": torch.int32}),
+            Class("int64, positions int32", call={"positions": torch.int32}),
+            Class("int32, others int64", call={"index": torch.int32, "positions": torch.int64, "offsets": torch.int64}),
         ),
     ),
     _of("input order", by_token={}, by_expert={"grouped_in": True}),
@@ -170,7 +215,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         "scaling",
         power_of_two={"scaling": 0.5}, zero={"scaling": 0.0}, negative={"scaling": -2.0}, a_third={"scaling": 1 / 3},
         an_int={"scaling": -3}, sixteen_thirds={"scaling": -16 / 3}, beyond_fp16={"scaling": 1e5},
-        tiny={"scaling": 2.0**-26}, one={"scaling": 1.0},
+        tiny={"scaling": 2.0**-26}, one={"scaling": 1.0}, of_numpy={"scaling": np.float64(0.5)},
     ),
     _of(
         "adapters",
@@ -178,7 +223,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         NaN_in_B={"adapter_values": "nan B"},
         **{"B_zero,_NaN_in_A": {"adapter_values": "nan A, zero B"}},
         Z_beyond_fp16={"adapter_values": "Z overflows"}, V_beyond_fp16={"adapter_values": "V overflows"},
-        A_zero={"adapter_values": "zero A"},
+        A_zero={"adapter_values": "zero A"}, **{"one_expert's_zero": {"adapter_values": "zero expert"}},
     ),
     _of(
         "routing",
@@ -192,7 +237,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
     ),
     _how("layout of expert ids", "ids", "contiguous", "sliced", "offset", "expanded"),
     _how("layout of positions", "rows", "contiguous", "sliced", "offset"),
-    _how("layout of offsets", "ends", "contiguous", "sliced", "offset"),
+    _how("layout of offsets", "ends", "contiguous", "sliced", "offset", "expanded"),
     _how("layout of x", "x", *_STRIDED, "one column"),
     _how("layout of A", "A", *_STRIDED),
     _how("layout of B", "B", *_STRIDED),
@@ -223,7 +268,14 @@ DIMENSIONS: tuple[Dimension, ...] = (
     _how("autocast", "autocast", "off", "forward pass", "forward pass to fp16", "backward pass to fp16", "both passes"),
     _how("algorithms", "algorithms", "any", "deterministic", "strictly deterministic"),
     _how("saved tensors", "saved", "kept", "copied", "checkpoint", "reentrant checkpoint"),
-    Dimension("default dtype", (Class("fp32"), Class("bf16", call={"default_dtype": torch.bfloat16}))),
+    Dimension(
+        "default dtype",
+        (
+            Class("fp32"),
+            Class("bf16", call={"default_dtype": torch.bfloat16}),
+            Class("fp32, on meta", call={"default_device": "meta"}),
+        ),
+    ),
     _how("threads", "threads", "one", "another", "another in backward"),
     _how("output", "output", "kept", "overwritten", "dropped"),
     _of(
@@ -243,20 +295,13 @@ DIMENSIONS: tuple[Dimension, ...] = (
 
 
 def dimensions_for(dtypes: Sequence[torch.dtype], expense: Expense) -> list[Dimension]:
-    """The domain where only some activation dtypes are judged, at some expense, see `Class.stands_in`."""
-    replaced: dict[Expense, tuple[str, ...]] = {"any": (), "cheap": ("cheap",), "interpreted": ("cheap", "interpreted")}
+    """The domain where only some activation dtypes are judged, at some expense, see `Class.stand_ins`."""
     found = []
     for dimension in DIMENSIONS:
         classes = dimension.classes
         if dimension.name == "dtype":
             classes = tuple(each for each in classes if each.case["dtype"] in dtypes)
-        classes = tuple(
-            Class(each.name, each.stand_in, each.call)
-            if each.stand_in is not None and each.stands_in in replaced[expense]
-            else each
-            for each in classes
-        )
-        found.append(Dimension(dimension.name, classes))
+        found.append(Dimension(dimension.name, tuple(each.at(expense) for each in classes)))
     return living(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any, Literal
 from zlib import crc32
 
@@ -58,11 +59,12 @@ def without_costly(dimensions: Sequence[Dimension]) -> list[Dimension]:
 
 
 def _covering(dimensions: Sequence[Dimension], strength: int, seed: int) -> list[Case]:
-    """A case for each row of a covering array."""
-    cases = []
+    """A case for each row of a covering array; a class that has several numbers takes them in turn."""
+    cases, turns = [], {(d.name, each.name): cycle(each.turns) for d in dimensions for each in d.classes}
     for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
-        classes = {d.name: d.classes[index] for d, index in zip(dimensions, row, strict=True)}
-        digits = crc32(" ".join(f"{name}={each.name}" for name, each in classes.items()).encode()) & 0xFFFF
+        classes = {d.name: next(turns[d.name, d.classes[i].name]) for d, i in zip(dimensions, row, strict=True)}
+        chosen = (f"{name}={each.name}{[*each.case.values()]}" for name, each in classes.items())
+        digits = crc32(" ".join(chosen).encode()) & 0xFFFF
         cases.append(case_of(f"{_WORD[strength]} {number} {digits:04x}", classes))
     return cases
 

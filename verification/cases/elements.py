@@ -1,4 +1,4 @@
-"""Every code with every scale byte in every place of a block, seen through the matrix product itself.
+"""Every code with every scale byte in every place of a block, and every two codes of a byte, seen through the product.
 
 One-hot rows of x pick rows of W, one-hot rows of dOut pick its columns, so a product returns decoded weights bit for
 bit (a sum of +0 products loses the sign of −0). Scale bytes that make an element infinite or NaN would spread through
@@ -99,10 +99,11 @@ def finite_bytes(dtype: torch.dtype) -> list[int]:
 
 
 def all_elements() -> MXWeights:
-    """All 16 codes with all 256 bytes in all 32 places: E = 2, N = 256 (the byte), K = 256.
+    """All 16 codes with all 256 scale bytes in all 32 places, and all 256 packed bytes: E = 2, N = 256, K = 256.
 
-    Counting blocks through both experts, element i of block j has code (i + j) mod 16, so over the 16 blocks each place
-    holds each code.
+    Counting blocks through both experts, packed byte q of block j holds the codes j + q and j + 2q mod 16: over the 16
+    blocks each place has each code, and the bytes are all different. A block's scale byte is its row's, and far from
+    that in every second block: half of all bytes away, or as far from the other end.
     """
     return _weights(torch.arange(256))
 
@@ -192,9 +193,11 @@ def _nonfinite(case: Case) -> Sample:
 
 def _weights(bytes_: Tensor) -> MXWeights:
     N, blocks = bytes_.numel(), _CODES // _EXPERTS
-    codes = (torch.arange(_CODES)[:, None] + torch.arange(MX_BLOCK_SIZE)) % _CODES  # [16 blocks, 32 places]
+    place = torch.arange(MX_BLOCK_SIZE)
+    codes = (torch.arange(_CODES)[:, None] + place // 2 * (1 + place % 2)) % _CODES  # [16 blocks, 32 places]
     codes = codes.to(torch.uint8).view(_EXPERTS, 1, blocks * MX_BLOCK_SIZE).expand(-1, N, -1)
-    scales = bytes_.to(torch.uint8)[None, :, None].expand(_EXPERTS, -1, blocks)
+    rows = torch.stack((bytes_, bytes_.roll(N // 2), bytes_, bytes_.flip(0)), 1)
+    scales = rows.to(torch.uint8).repeat(_EXPERTS, 1, blocks // 4).view(_EXPERTS, N, blocks)
     return MXWeights(pack_codes(codes), scales.contiguous(), blocks * MX_BLOCK_SIZE, N)
 
 

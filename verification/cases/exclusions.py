@@ -30,6 +30,7 @@ _GATES = (
     "another number a token", "positive", "negative", "some zero", "one a row", "across tokens", "all a token's",
     "one NaN", "subnormal in fp16",
 )  # fmt: skip
+_PACKED = ("packed", "packed, from fp32", "packed, from fp16")
 _APART = ("scales far apart", "scales at both ends")
 _COLUMNS_DIFFER = "columns differ by more than the range of a sum"
 _SHARED = ("overlapping", "expanded")
@@ -47,9 +48,9 @@ _WITHOUT_BACKWARD: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("gates", _GATES, "output order", ("by expert",), "the gated sum needs rows by position"),
-    Exclusion("weights", ("packed", "packed, from fp32"), "layout of weights",
+    Exclusion("weights", _PACKED, "layout of weights",
               ("transposed", "sliced", "padded", "apart", "expanded", "innermost"), "packed weights are contiguous"),
-    Exclusion("weights", ("packed", "packed, from fp32"), "K", ("no whole block",), "packed weights have whole blocks"),
+    Exclusion("weights", _PACKED, "K", ("no whole block",), "packed weights have whole blocks"),
     Exclusion("adapters", ("none",), "values", ("LoRA far above", "subnormal LoRA"), "there is no adapter"),
     Exclusion("not finite", ("inf in a row", "inf in dOut"), "values", _UNDERFLOWING,
               "what rounding may make zero would meet infinity"),
@@ -82,13 +83,17 @@ EXCLUDED: tuple[Exclusion, ...] = (
     Exclusion("values", _APART, "layout of biases", ("overlapping",), _COLUMNS_DIFFER),
     Exclusion("values", _APART, "layout of A", _SHARED, "columns of A differ likewise"),
     Exclusion("values", _APART, "layout of B", _SHARED, "rows of B differ likewise"),
-    Exclusion("adapters", ("NaN in A", "B zero, NaN in A"), "layout of A", _SHARED, _ROWS_SHARE),
-    Exclusion("adapters", ("NaN in B",), "layout of B", _SHARED, _ROWS_SHARE),
+    Exclusion("adapters", ("NaN in A", "B zero, NaN in A", "one expert's zero"), "layout of A", _SHARED, _ROWS_SHARE),
+    Exclusion("adapters", ("NaN in B", "one expert's zero"), "layout of B", _SHARED, _ROWS_SHARE),
     Exclusion("biases", ("one NaN",), "layout of biases", _SHARED, _ROWS_SHARE),
+    Exclusion("adapters", ("one expert's zero",), "layout of biases", _SHARED, _ROWS_SHARE),
     Exclusion("gates", ("some zero", "negative", "one NaN"), "layout of gates", _SHARED, _ROWS_SHARE),
     Exclusion("layout of expert ids", ("expanded",), "routing",
               ("uniform", "empty experts", "an expert twice", "sentinels", "sentinels far above"),
               "rows have different experts"),
+    Exclusion("layout of offsets", ("expanded",), "routing",
+              ("uniform", "empty experts", "an expert twice", "sentinels", "sentinels far above"),
+              "experts have different offsets"),
     Exclusion("not finite", ("NaN expert",), "layout of weights", ("expanded",), "all experts are the same"),
     Exclusion("parameters", ("fp32", "adapters in fp32"), "dtype", ("fp32",), "the same as the activations' dtype"),
     Exclusion("parameters", ("bf16",), "dtype", ("bf16",), "the same as the activations' dtype"),

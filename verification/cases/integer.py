@@ -3,7 +3,7 @@
 x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns, but one row of x has none; A has at
 most two nonzeros ±1 a column and B at most two a row; all 16 codes are dense in W; biases are −4..4, or smaller where a
 token has many gates, of which the first are 1 or 2; s is a power of two. All sums are then small multiples of 1/4. A
-gauge (see `gauge`) spreads the scale bytes over 2^±120 without touching any of this.
+gauge (see `gauge`) spreads the scale bytes over 2^±125 without touching any of this.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from math import frexp
 import torch
 from torch import Tensor
 
+from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.problem import Problem
 from mxref.scattermoe import Rounded, RoundingPoints, backward, forward
 from mxref.verification.cases.case import Case, Sample
-from mxref.verification.cases.gauge import draw_gauge, scale_bytes
+from mxref.verification.cases.gauge import spread_out
 from mxref.verification.cases.routing import draw_routing
 from mxref.verification.cases.special import repeated
 from mxref.weights import MXWeights
@@ -52,10 +53,10 @@ def draw_integer(case: Case, seed: int) -> Sample:
     densities = [(nonzeros, every) for nonzeros, every in _DENSITIES if every == 1 or case.rows >= _ROWS_LEFT * every]
     for density in densities:
         for _ in range(_ATTEMPTS):
-            problem, grad_out = _draw(case, draw, *density)
-            inexact = _inexact(problem, grad_out, RoundingPoints.contract(strictest))
+            sample = _draw(case, draw, *density)
+            inexact = _inexact(sample.problem, sample.grad_out, RoundingPoints.contract(strictest))
             if not inexact:
-                return Sample(case, problem, grad_out)
+                return sample
             if inexact > _HOPELESS:
                 break
     raise ValueError(
@@ -82,26 +83,31 @@ def rounding_points(problem: Problem, grad_out: Tensor, points: RoundingPoints) 
     return {name: point for name, point in (vars(fwd) | vars(bwd)).items() if isinstance(point, Rounded)}
 
 
-def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> tuple[Problem, Tensor]:
-    E, K, N, r = case.experts, case.K, case.N, case.rank
-    gauge = draw_gauge(case, draw, 3 if case.narrow else 60)
-    packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
-    scales = scale_bytes(gauge).to(torch.uint8).expand(E, -1, -1).contiguous()
-    own = case.dtypes
+def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> Sample:
+    E, K, N, r, own = case.experts, case.K, case.N, case.rank, case.dtypes
     lora_A = lora_B = bias = gates = None
     if r:
         A = at_most(2, E, r, K, draw).flatten(0, 1)  # [E·r, K]
         B = at_most(2, E, r, N, draw).permute(2, 0, 1).flatten(1)  # [N, E·r]
-        lora_A, lora_B = (A * gauge.u).to(own["lora_A"]), (B * gauge.t[:, None]).to(own["lora_B"])
+        lora_A, lora_B = A.to(own["lora_A"]), B.to(own["lora_B"])
     if case.bias:
         most = max(1, min(4, _GATED // max(case.gate_slots, 1)))
-        bias = (torch.randint(-most, most + 1, (E, N), generator=draw) * gauge.t).to(own["expert_biases"])
+        bias = torch.randint(-most, most + 1, (E, N), generator=draw).to(own["expert_biases"])
     if case.gate_slots:
         gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
         gates[:, _MANY_GATES:] = 1
-    x = dealt(case.input_rows, K, nonzeros, every, draw) / gauge.u
-    problem = problem_of_integers(case, draw, x, MXWeights(packed, scales, K, N), lora_A, lora_B, bias, gates)
-    return repeated(case, problem, (dealt(*case.output_shape, nonzeros, every, draw) / gauge.t).to(case.dtype))
+    x = dealt(case.input_rows, K, nonzeros, every, draw)
+    problem = problem_of_integers(case, draw, x, random_codes(case, draw), lora_A, lora_B, bias, gates)
+    sample = Sample(case, problem, dealt(*case.output_shape, nonzeros, every, draw).to(case.dtype))
+    sample = spread_out(sample, draw, *((2, 1) if case.narrow else (60, 5)))
+    return Sample(case, *repeated(case, sample.problem, sample.grad_out))
+
+
+def random_codes(case: Case, draw: torch.Generator) -> MXWeights:
+    """All 16 codes, dense, every scale byte 2^0."""
+    E, K, N = case.experts, case.K, case.N
+    packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
+    return MXWeights(packed, torch.full((E, N, K // MX_BLOCK_SIZE), E8M0_BIAS, dtype=torch.uint8), K, N)
 
 
 def problem_of_integers(

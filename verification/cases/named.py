@@ -27,6 +27,42 @@ _SIZES = Case("integer", 4, 64, 96, 20, 2, 16, _BF16, data="integer", scaling=0.
 """Sizes that leave over behind whole tiles what real models' do: 2880 is 64 more than a multiple of 128, and an odd
 number of steps of 64; 5760 an odd number of tiles of 128."""
 _SIDE_BY_SIDE = replace(_SIZES, name="integer, experts side by side", dense=True, call=Call(weights="middle"))
+_LONG_SUMS = (
+    replace(_SIZES, name="integer, K 2112", K=2112, N=64, top_k=1),
+    replace(_SIZES, name="integer, K 8224", K=8224, N=32, dtype=_FP16, tokens=10, rank=4),
+    replace(_SIZES, name="integer, N 2112", K=64, N=2112, top_k=1, dtype=_FP16),
+    replace(_SIZES, name="integer, N 6113", K=32, N=6113, tokens=10, rank=4, gate_slots=2),
+    replace(_SIZES, name="integer, K 4096, beyond TF32", K=4096, N=64, top_k=1, dtype=_FP32),
+    replace(_SIZES, name="integer, thousands of rows", tokens=1500),
+)
+"""Where a sum in parts, or many rows, may be rounded otherwise."""
+_AS_TRAINED = (
+    replace(
+        _SIZES,
+        name="integer, as gpt-oss",
+        experts=32,
+        K=128,
+        N=128,
+        tokens=80,
+        top_k=4,
+        gate_slots=4,
+        parameter_dtype=_FP32,
+    ),
+    replace(
+        _SIZES,
+        name="integer, whole tiles, sentinels",
+        experts=2,
+        K=256,
+        N=128,
+        tokens=100,
+        top_k=3,
+        rank=72,
+        parameter_dtype=_FP32,
+        routing="sentinels",
+    ),
+    replace(_SIZES, name="integer, whole tiles, dense", K=128, N=256, tokens=80, top_k=5, dense=True, dtype=_FP16),
+)
+"""Sizes that are multiples of every tile, with what else a layer is given."""
 _EXPERTS = replace(_SIZES, K=32, N=32, tokens=250, top_k=8, grouped_in=True, grouped_out=True, rank=3)
 
 
@@ -141,12 +177,16 @@ def exact_sizes(scope: Scope) -> list[Case]:
         rounded(_sized("full tiles before sentinels", experts=2, tokens=148, routing="whole_tiles")),
         _sized("full tiles before sentinels, gates", experts=2, tokens=148, routing="whole_tiles", gate_slots=2),
         replace(_EXPERTS, name="integer, 128 experts", experts=128),
-        replace(_EXPERTS, name="integer, 384 experts", experts=384, dtype=_FP16),
+        replace(_EXPERTS, name="integer, 512 experts", experts=512, dtype=_FP16),
+        rounded(replace(_EXPERTS, name="integer, many experts", gate_slots=8, grouped_in=False, grouped_out=False)),
         _sized("one row", experts=1, tokens=1, top_k=1),
         _sized("zero gates", gate_slots=2, gate_values="zero"),
         _sized("s·Z beyond fp16", dtype=_FP16, adapter_values="s·Z overflows", scaling=2.0, rank=4, bias=False),
         _SIDE_BY_SIDE,
         rounded(_SIDE_BY_SIDE),
+        *(rounded(case) for case in (*_LONG_SUMS, *_AS_TRAINED)),
+        _sized("thousands of rows", experts=5, K=32, N=32, tokens=4500, rank=2),
+        _sized("thousands of rows, gates", experts=5, K=32, N=32, tokens=9000, rank=2, gate_slots=2, dtype=_FP16),
     ]
 
 

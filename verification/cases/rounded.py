@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxref.formats import E8M0_BIAS, MX_BLOCK_SIZE
 from mxref.scattermoe import Rounded, RoundingPoints
 from mxref.verification.cases.call import REPEATED
 from mxref.verification.cases.case import Case, Sample
+from mxref.verification.cases.gauge import spread_out
 from mxref.verification.cases.integer import (
     at_most,
     dealt,
     draw_integer,
     keeps_sums_exact,
     problem_of_integers,
+    random_codes,
     rounding_points,
 )
 from mxref.verification.cases.special import repeated
@@ -50,7 +51,7 @@ _FP32_BACKWARD = tuple(replace(each, dOut=4095) for each in _FP16_BACKWARD[:3])
 """Each is tried, until fp32 holds every sum and the activation dtype every result. fp16 has room for many bits in one
 pass alone, and so has fp32 for more than TF32 holds."""
 
-_MOST_EXPERTS, _FEWEST_TOKENS = 8, 9
+_MOST_EXPERTS, _FEWEST_TOKENS = 20, 9
 _BIAS = 64
 _NONZEROS = 16
 """In a row of x; dOut has a quarter. A column of lora_A and a row of lora_B have as many in each expert as dOut."""
@@ -103,7 +104,11 @@ def draw_rounded(case: Case, seed: int) -> Sample:
     }
     for largest in tried[case.dtype]:
         sample = _draw(case, draw, largest)
-        if _sums_are_exact(sample) and _is_finite(sample):
+        if not _sums_are_exact(sample):
+            continue
+        sample = spread_out(sample, draw, *((1, 1) if case.narrow else (8, 4)))
+        sample = Sample(case, *repeated(case, sample.problem, sample.grad_out))
+        if _is_finite(sample):
             return _beside_the_grid(sample)
     return draw_integer(case, seed)
 
@@ -117,8 +122,6 @@ def _beside_the_grid(sample: Sample) -> Sample:
 
 def _draw(case: Case, draw: torch.Generator, largest: _Largest) -> Sample:
     E, K, N, r, own = case.experts, case.K, case.N, case.rank, case.dtypes
-    packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
-    scales = torch.full((E, N, K // MX_BLOCK_SIZE), E8M0_BIAS, dtype=torch.uint8)
     few = _NONZEROS // 4
     lora_A = lora_B = bias = gates = None
     if r:
@@ -130,8 +133,8 @@ def _draw(case: Case, draw: torch.Generator, largest: _Largest) -> Sample:
     if case.gate_slots:
         gates = _up_to(largest.gates, (case.rows // case.gate_slots, case.gate_slots), draw).to(own["gates"])
     x = _sparse(case.input_rows, K, _NONZEROS, largest.x, draw)
-    problem = problem_of_integers(case, draw, x, MXWeights(packed, scales, K, N), lora_A, lora_B, bias, gates)
-    return Sample(case, *repeated(case, problem, _sparse(*case.output_shape, few, largest.dOut, draw).to(case.dtype)))
+    problem = problem_of_integers(case, draw, x, random_codes(case, draw), lora_A, lora_B, bias, gates)
+    return Sample(case, problem, _sparse(*case.output_shape, few, largest.dOut, draw).to(case.dtype))
 
 
 def _up_to(largest: int, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:

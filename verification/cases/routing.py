@@ -11,6 +11,7 @@ from mxref.verification.cases.case import Case
 ABOUT_TILES = (1, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 """Rows of each expert: as many as a tile may have, one fewer and one more. All are a whole number of tiles, as are the
 first eleven."""
+_SENTINELS = ("a quarter", "first half", "one", "first expert empty")
 _TALL = 128
 """Rows of a tall tile, and a whole number of others."""
 
@@ -51,7 +52,7 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
     """The router's choice, int64 [tokens, top_k]: distinct experts a token where there are enough of them."""
     E, shape = case.experts, (case.tokens, case.top_k)
     if case.routing == "one_expert":
-        return torch.full(shape, E // 2)
+        return torch.full(shape, 0 if case.call.ends == "expanded" else case.choose("expert", 0, E // 2, E - 1))
     if case.routing == "all_sentinels":
         return torch.full(shape, E)
     if case.routing in ("about_tiles", "whole_tiles"):
@@ -63,6 +64,10 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
         allowed = allowed[(allowed != 0) & (allowed != E // 2) & (allowed != E - 1)]
     elif case.routing == "ten_active":
         allowed = torch.randperm(E, generator=draw)[:10]
+    sentinels = _SENTINELS if case.routing == "sentinels" else _SENTINELS[:1]
+    which = case.choose("sentinels", *sentinels)
+    if which == "first expert empty":
+        allowed = allowed[E > 1 :]
     if case.routing == "duplicates" or allowed.numel() < case.top_k:
         choice = allowed[torch.randint(0, allowed.numel(), shape, generator=draw)]
     else:
@@ -71,7 +76,8 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
     if case.routing in ("sentinels", "far_sentinels"):
         foreign = torch.randint(0, 3, shape, generator=draw)
         away = torch.rand(shape, generator=draw) < 0.25
+        away[{"first half": -(-case.tokens // 2), "one": 0}.get(which, case.tokens) :] = False
         if not away.any():
-            away.view(-1)[-1:] = True
+            away.view(-1)[:1] = True
         choice = torch.where(away, torch.tensor([-1, E, E + 7])[foreign], choice)
     return choice

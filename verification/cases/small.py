@@ -41,7 +41,7 @@ def sequence_cases(scope: Scope) -> list[Case]:
     """For sequences of calls: integer fixtures with sentinels, of a few tokens.
 
     With gates; and on dense weights, one expert's, in expert order. Where 16 bits are judged, those two in them, and
-    one more whose operands have one dtype, so that none is copied on its way.
+    one more, of more rows and columns, whose operands have one dtype, so that none is copied on its way.
     """
     base = replace(smallest(scope.dtypes[0]), name="sequences", tokens=6, routing="sentinels")
     gated = replace(base, experts=3, gate_slots=2)
@@ -51,6 +51,6 @@ def sequence_cases(scope: Scope) -> list[Case]:
         cases = [
             replace(gated, dtype=torch.bfloat16, parameter_dtype=torch.float32),
             replace(dense, dtype=torch.float16, parameter_dtype=torch.bfloat16),
-            replace(gated, name="sequences, one dtype"),
+            replace(gated, name="sequences, one dtype", K=128, N=128, tokens=32),
         ]
     return cases[:1] if scope.suite == "small" else cases

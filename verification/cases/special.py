@@ -14,6 +14,9 @@ from mxref.verification.cases.call import Layout, long_row, window_step
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights, decode_mxfp4
 
+_TINY = 2.0**-20
+"""What is below seems to be zero."""
+
 
 def as_asked(sample: Sample) -> Sample:
     """The sample with everything that its case asks for beyond a draw; exact sums stay exact."""
@@ -23,9 +26,11 @@ def as_asked(sample: Sample) -> Sample:
         operands["gates"] = _gates(case, problem.gates)
     if problem.lora_A is not None and problem.lora_B is not None:
         operands |= _adapters(case, problem.lora_A, problem.lora_B)
+    if case.adapter_values == "zero expert" and problem.expert_biases is not None:
+        operands["expert_biases"] = _without(problem.expert_biases, _idle(case), 1)
     if case.nan_bias and problem.expert_biases is not None:
-        biases = _with_infinity(case, problem.expert_biases, -1)
-        operands["expert_biases"] = _with_nan(biases, biases.numel() // 2)
+        biases = problem.expert_biases
+        operands["expert_biases"] = _with_nan(case, biases, biases.numel() // 2)
     call = case.call
     operands["sorted_expert_idxs"] = problem.sorted_expert_idxs.to(call.index)
     operands["sorted_scattered_idxs"] = problem.sorted_scattered_idxs.to(call.positions or call.index)
@@ -81,40 +86,64 @@ def _overflowing(sample: Sample) -> Sample:
 
 def _adapters(case: Case, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     kind, changed = case.adapter_values, dict[str, Tensor]()
+    if 0 < abs(case.scaling) < _TINY and not case.narrow:  # who takes it for zero has lost a term
+        changed["lora_B"] = B = B / case.scaling
     if kind == "zero A":
         changed["lora_A"] = torch.zeros_like(A)
-    if "zero B" in kind:
+    if "zero B" in kind or (kind == "zero A" and case.choose("B", False, True)):
         changed["lora_B"] = torch.zeros_like(B)
+    if kind == "zero expert":
+        changed["lora_A"] = _without(A, (_idle(case) + 1) % case.experts, case.rank)
+        changed["lora_B"] = _without(B.mT, _idle(case), case.rank).mT.contiguous()
     if "nan A" in kind:
-        row = A.shape[1]
-        changed["lora_A"] = _with_nan(_with_infinity(case, A, 1), (len(A) - case.rank) * row, (len(A) - 1) * row)
+        row, first, last = A.shape[1], len(A) - case.rank, len(A) - 1
+        changed["lora_A"] = _with_nan(case, A, first * row, last * row + 1, last * row + 2)
     if kind == "nan B":
-        changed["lora_B"] = _with_nan(_with_infinity(case, B, -1), B.shape[1] - case.rank, B.shape[1] - 1)
+        first, last = B.shape[1] - case.rank, B.shape[1] - 1
+        changed["lora_B"] = _with_nan(case, B, first, last, len(B) // 2 * (last + 1) + last)
     return changed
 
 
-def _with_nan(x: Tensor, *places: int) -> Tensor:
-    return x.flatten().index_fill(0, torch.tensor(places), _nan(x.dtype)).view(x.shape) if x.numel() else x
+def _idle(case: Case) -> int:
+    """The expert whose lora_B is zero where that is one expert's."""
+    return case.choose("expert", 0, case.experts // 2, case.experts - 1)
 
 
-def _nan(dtype: torch.dtype) -> Tensor:
-    """NaN as a GPU makes it, all bits but the sign: who rounds by adding to its bits carries into the sign."""
-    return (
-        torch.tensor(2**31 - 1, dtype=torch.int32).view(dtype)
-        if dtype == torch.float32
-        else (torch.tensor(2**15 - 1, dtype=torch.int16).view(dtype))
-    )
+def _without(x: Tensor, expert: int, rows: int) -> Tensor:
+    """The same with zero in place of an expert's rows, of which each has so many."""
+    return x.index_fill(0, torch.arange(expert * rows, (expert + 1) * rows), 0.0)
 
 
-def _with_infinity(case: Case, x: Tensor, sign: int) -> Tensor:
-    """The first of several numbers of an integer fixture infinite: where x is wider than fp16 activations only there.
+def _with_nan(case: Case, x: Tensor, *places: int) -> Tensor:
+    """NaN in these places, and infinities of both signs at either end of several numbers of an integer fixture.
 
-    Beside drawn numbers a product of infinity and what rounding may make zero would be anything.
+    Infinite is a number that is wider than fp16 activations only there. Beside drawn numbers a product of infinity and
+    what rounding may make zero would be anything.
     """
-    if x.numel() < 3 or not case.exact:
-        return x
-    far = 2.0**17 if (case.dtype, x.dtype) == (torch.float16, torch.float32) else float("inf")
-    return x.flatten().index_fill(0, torch.tensor([0]), sign * far).view(x.shape)
+    found = x.flatten().clone()
+    if x.numel() > 2 and case.exact:
+        far = 2.0**17 if (case.dtype, x.dtype) == (torch.float16, torch.float32) else float("inf")
+        found[0] = far * case.choose("sign", 1, -1)
+        found[-1] = -found[0]
+    nans = _nans(case, x.dtype)
+    for number, place in enumerate(places):
+        _bits_of(found)[place : place + 1] = nans[number % len(nans)]
+    return found.view(x.shape)
+
+
+def _nans(case: Case, dtype: torch.dtype) -> list[int]:
+    """Bits of NaN: of those that rounding by adding to the bits, or by cutting them off, makes a number, one or each.
+
+    All but the sign, as a GPU makes it; all; or the lowest one alone, which infinity has not.
+    """
+    infinity = int(_bits_of(torch.tensor([float("inf")], dtype=dtype)))
+    largest = 2 ** (8 * dtype.itemsize - 1) - 1
+    return case.choose("NaN", [largest], [-1], [infinity + 1], [largest, -1, infinity + 1])
+
+
+def _bits_of(x: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
 def _off_the_grid(weights: Tensor, case: Case) -> Tensor:
@@ -131,7 +160,7 @@ def _gates(case: Case, gates: Tensor) -> Tensor:
     if case.gate_values == "zero":
         return torch.zeros_like(gates)
     if case.gate_values == "one NaN":
-        return _with_nan(_with_infinity(case, gates, 1), gates.numel() // 2)
+        return _with_nan(case, gates, gates.numel() // 2)
     # The middle one is among them: a row of x or dOut that is not finite meets a zero gate there.
     # All of the first token's are, too.
     zero = (place - gates.numel() // 2) % 3 == 0
@@ -146,16 +175,17 @@ def _not_finite(sample: Sample) -> Sample:
     if not kind:
         return sample
     if kind == "nan row, zero dOut":
-        return sample.changed(_without_middle(sample), inputs=_not_finite_rows(problem.inputs, kind))
+        return sample.changed(_without_middle(sample), inputs=_not_finite_rows(sample.case, problem.inputs))
     if kind in ("nan row", "inf row"):
-        return _beside_zeros(sample.changed(inputs=_not_finite_rows(problem.inputs, kind)))
+        return _beside_zeros(sample.changed(inputs=_not_finite_rows(sample.case, problem.inputs)))
     if kind in ("nan dOut", "inf dOut"):
-        return _beside_zeros(sample.changed(_not_finite_rows(sample.grad_out, kind)))
+        return _beside_zeros(sample.changed(_not_finite_rows(sample.case, sample.grad_out)))
     if kind == "nan expert":
         weights = problem.expert_weights
         assert isinstance(weights, MXWeights)
-        scales = weights.scales.clone()
-        scales[-1, -1, (problem.K - 1) // MX_BLOCK_SIZE] = 255
+        scales, last = weights.scales.clone(), (problem.K - 1) // MX_BLOCK_SIZE
+        row = sample.case.choose("row", 0, problem.N // 2, problem.N - 1)
+        scales[-1, row, sample.case.choose("blocks", [0], [last // 2], [last], [0, last])] = 255
         return sample.changed(expert_weights=MXWeights(weights.packed, scales, weights.K, weights.N))
     return _nan_in_remote_rows(sample) if kind == "nan remote" else sample
 
@@ -169,15 +199,15 @@ def _beside_zeros(sample: Sample) -> Sample:
     return sample.changed(expert_weights=replace(weights, packed=packed))
 
 
-def _not_finite_rows(x: Tensor, kind: str) -> Tensor:
+def _not_finite_rows(case: Case, x: Tensor) -> Tensor:
     """The middle row NaN; or infinite in one place, since a whole row of infinities would sum to NaN everywhere.
 
     Where there are several rows the first has one NaN, or a negative infinity.
     """
     x = x.clone()
     middle = x.shape[0] // 2
-    if kind.startswith("nan"):
-        x[0, :1] = x[middle] = _nan(x.dtype)
+    if case.special.startswith("nan"):
+        _bits_of(x)[0, :1] = _bits_of(x)[middle] = _nans(case, x.dtype)[-1]
         return x
     if middle:
         x[0, :1] = -float("inf")

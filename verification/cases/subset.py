@@ -99,7 +99,11 @@ class Subset:
         kept = []
         for dimension in dimensions:
             own = [condition for condition in self.conditions if condition.dimension == dimension.name]
-            classes = tuple(each for each in dimension.classes if all(_allows(c, dimension, each) for c in own))
+            classes = tuple(
+                each.of([turn.case for turn in turns])
+                for each in dimension.classes
+                if (turns := [turn for turn in each.turns if all(_allows(c, dimension, turn) for c in own)])
+            )
             if self.one_backward and dimension.name == "backward pass":
                 classes = classes[:1]  # the others keep the graph
             kept.append(Dimension(dimension.name, classes))
@@ -155,7 +159,7 @@ def _check(condition: Condition) -> None:
 
 
 def _allows(condition: Condition, dimension: Dimension, each: Class) -> bool:
-    """Whether some case of a class can meet a condition on its dimension."""
+    """Whether some case of a class of one number can meet a condition on its dimension."""
     if condition.dimension in _NUMBERS and all(value.isdigit() for value in condition.values):
         fields = {key: value for key, value in each.case.items() if key not in ("rows", "apart")}
         if dimension.name == "rows":
@@ -170,7 +174,8 @@ def _moved(case: Case, condition: Condition) -> Case:
     The kind of numbers stays: a fixture whose sums are exact is one afterwards.
     """
     dimension = next(each for each in DIMENSIONS if each.name == condition.dimension)
-    chosen = next((each for each in dimension.classes if _allows(condition, dimension, each)), dimension.classes[0])
+    turns = (turn for each in dimension.classes for turn in each.turns if _allows(condition, dimension, turn))
+    chosen = next(turns, dimension.classes[0])
 
     def changes(kind: type[Case | Call], of: Callable[[Class], Mapping[str, Any]]) -> dict[str, Any]:
         usual = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
@@ -206,7 +211,7 @@ def _class_of(case: Case, dimension: str) -> str:
             and all(getattr(case.call, name) == value for name, value in each.call.items())
         )
 
-    exact = [each for each in classes if agrees(each) and (each.case or each.call)]
+    exact = [each for each in classes if any(map(agrees, each.turns)) and (each.case or each.call)]
     if dimension == "gates" and not case.gate_slots:
         return "none"
     if dimension == "adapters" and not case.rank:

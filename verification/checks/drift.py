@@ -29,6 +29,8 @@ from mxref.verification.checks.strata import bounded, groups
 
 _BASE, _LORA, _TOTAL = range(3)
 _TERM = ("the base term", "LoRA's term", "the whole")
+_SCALED = 2.0**-23
+"""s and a product with it are rounded to fp32: where the other factors are alike, all in one direction."""
 _SPREAD, _TOLERANCE = 0.5, 1e-2  # of criteria that are only reported
 
 
@@ -158,8 +160,9 @@ def _losses(sample: Sample, tensor: str, rows: int, how: Accumulation) -> tuple[
     lost = partial(directed_loss, how, problem.dtype)
     K, N, r = problem.K, problem.N, problem.rank
     if tensor in ("dA", "dB"):
-        own = lost(rows, alike=alike) + lost(N if tensor == "dA" else K)
+        own = lost(rows, alike=alike) + lost(N if tensor == "dA" else K) + _SCALED
         return own, own, own
     base, inner = (K, K) if tensor == "Y" else (N, N)
-    lora = lost(inner) + lost(r) + (lost(base, resident=True) if how.lora == "first" else 0.0) if r else 0.0
+    first = lost(base, resident=True) if how.lora == "first" else 0.0
+    lora = lost(inner) + lost(r) + first + _SCALED if r else 0.0
     return lost(base), lora, max(lost(base), lora)

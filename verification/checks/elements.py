@@ -203,6 +203,8 @@ def raised(answer: Answer, case: str) -> Finding:
     if not isinstance(error, UnusableAnswerError):
         lines = said.strip().splitlines() or [""]
         said = f"raised {type(error).__name__}: {lines[0]}{' …' if len(lines) > 1 else ''}"
+    if answer.circumstance:
+        said += f", {answer.circumstance}"
     if isinstance(error, NotImplementedError):
         said += " (what is not supported is declined by mxref.NotCovered, or declared by --covers)"
     return Finding("", case, "all", Status.FAIL, said, 0, 0, trace=_trace(error))

@@ -110,8 +110,8 @@ _OF_ANY: tuple[Check, ...] = (
         "memory through `.data`, results that the caller overwrites, other shapes in the same memory, the same shapes "
         "elsewhere, with other strides or all in one storage, tensors of a subclass or with their signs put off, the "
         "same tensors in calls that differ in something else, hooks, steps within a backward pass, checkpointed "
-        "regions, two calls at the same time in two threads, and on a GPU on two streams: a result depends on its "
-        "operands alone. A failure is shrunk to the shortest sequence.",
+        "regions, calls that are refused, two layers in a row, calls at the same time in threads, and on a GPU on two "
+        "streams: a result depends on its operands alone. A failure is shrunk to the shortest sequence.",
         Asked.ANY, _fitted(small.sequence_cases), in_sequences, same_values,
     ),
     Check(
@@ -141,8 +141,9 @@ VALUES = INTERVAL, DRIFT, SIGN, EXPONENT = tuple(_BY_NAME[name] for name in ("in
 STATE = Check(
     "state",
     "After each case torch's global state is what it was before: default dtype and device, gradient mode, autocast, "
-    "deterministic mode, threads, products in TF32, sums in 16 bits, subnormals, modes, hooks, tracing, and random "
-    "numbers, Python's and NumPy's too, none of which the layer draws.",
+    "deterministic mode, threads, products in TF32, sums in 16 bits, subnormals, modes, hooks, tracing, what backends, "
+    "warnings, logging, signals and the environment are set to, and random numbers, Python's and NumPy's too, none of "
+    "which the layer draws.",
     Asked.ANY,
 )  # fmt: skip
 """Held around every asking, see `gate.run`."""

@@ -131,7 +131,8 @@ def plan_problem(sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype,
     plain = Case("plain", E, K, N, M, k, r, dtype, data="balanced")
     gated = replace(plain, name="biases and gates", bias=True, gate_slots=k)
     drawn = [plain, replace(gated, use_fused_dX=True, use_fused_gather=True)]
-    exact = [replace(case, name=f"integer, {case.name}", data="integer") for case in drawn]
+    sentinels = replace(gated, name="sentinels", routing="sentinels", parameter_dtype=torch.float32)
+    exact = [replace(case, name=f"integer, {case.name}", data="integer") for case in (*drawn, sentinels)]
     instead: dict[Cases, Cases] = {
         suites.exact_cases: lambda scope: exact,
         suites.ordinary_cases: lambda scope: drawn,

@@ -37,6 +37,7 @@ _LAYOUTS = {
     "algorithms": "algorithms",
     "saved": "saved tensors",
     "default_dtype": "default dtype",
+    "default_device": "default device",
     "threads": "threads",
     "output": "output",
 }

@@ -110,3 +110,16 @@ def test_a_sum_of_two_rows_on_a_tie_goes_to_the_even_neighbour() -> None:
     assert not bool(((dX.value < within.low) | (dX.value > within.high)).any())
     seen = (odd < within.low) | (odd > within.high)
     assert float(seen[ties].double().mean()) > 0.9, "but for the rows that may themselves round otherwise"
+
+
+def test_what_may_be_infinite_has_bounds_beside_a_factor_of_zero() -> None:
+    case = Case("", 4, 64, 64, 150, 2, 16, FP16, FP32, bias=True, gate_slots=2, gate_values="some zero")
+    sample = draw(case)
+    first = torch.arange(64) == 0
+    biases = torch.where(first, 65_520.0, 65_000.0).repeat(4, 1)  # from 65,520 on fp16 rounds to infinity
+    sample = sample.changed(sample.grad_out.masked_fill(first, 0.0), expert_biases=biases)
+    within = accepted(sample, RoundingPoints.contract(FP16), ACCUMULATIONS["fp32-blocks-64"])
+    for name in ("Y", "dgates"):
+        known = within[name].exact.isfinite()
+        assert known.any()
+        assert not (known & within[name].low.isnan()).any()

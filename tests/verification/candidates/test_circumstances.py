@@ -57,6 +57,12 @@ def test_a_backward_pass_that_changes_dOut_is_told() -> None:
     assert "changes dOut or an operand in place" in finding.reason
 
 
+def test_a_gradient_whose_rows_share_memory_is_told() -> None:
+    sample = draw(replace(SMALL, data="integer", scaling=0.5))
+    (finding, *_) = ask("integer", tapped("lora_A", lambda grad: grad.new_zeros(1, 1).expand(grad.shape)), sample)
+    assert "returned dA with rows or columns that share memory" in finding.reason
+
+
 def test_a_gradient_with_a_graph_is_told() -> None:
     sample = draw(replace(SMALL, data="integer", scaling=0.5))
     (finding, *_) = ask("integer", tapped("lora_A", lambda grad: grad.clone().requires_grad_()), sample)

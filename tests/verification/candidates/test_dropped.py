@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import os
+import signal
+import sys
+import warnings
 import weakref
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from judging import ask
@@ -127,14 +134,28 @@ def test_modes_of_the_caller_that_are_left_otherwise_are_told(where: str, mode: 
     assert GlobalState.now().changes(before) == {}
 
 
+def _changing(change: Any) -> Any:
+    def call(**operands: Any) -> Tensor:
+        change(operands)
+        return mxref.parallel_linear_lora(**operands)
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (_unfreezes, "sets lora_A.requires_grad to True"),
+        (_unfreezes, "sets lora_A.requires_grad"),
         (_in_inference, "returned an inference tensor outside inference_mode"),
         (_alike, "returned rows or columns that share memory"),
         (lambda **o: mxref.parallel_linear_lora(**o).requires_grad_(), "requires a gradient, though no operand does"),
         (_to_and_fro, "changes packed in place"),
+        (
+            _changing(lambda o: object.__setattr__(o["expert_weights"], "packed", o["expert_weights"].packed.clone())),
+            "puts another tensor in the place of packed",
+        ),
+        (_changing(lambda o: setattr(o["lora_A"], "data", o["lora_A"].data.clone())), "gives lora_A other memory"),
+        (_changing(lambda o: setattr(o["lora_A"], "grad", torch.ones_like(o["lora_A"]))), "changes lora_A.grad"),
     ],
 )
 def test_what_nobody_could_go_on_with_is_told(call: Any, told: str) -> None:
@@ -152,6 +173,44 @@ def test_plain_pytorch_passes_whatever_surrounds_it() -> None:
     assert [str(finding) for finding in ask("integer", torch_composite(), sample) if not finding.ok] == []
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda: setattr(torch.backends.cudnn, "benchmark", True), "cuDNN's choice by time"),
+        (lambda: setattr(torch.backends.cudnn, "deterministic", True), "cuDNN's deterministic mode"),
+        (lambda: torch.set_autocast_cache_enabled(False), "cache of autocast"),
+        (lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", False), "filling of memory"),
+        (lambda: torch._C._set_multithreading_enabled(False), "threads of backward passes"),
+        (lambda: torch.set_warn_always(True), "repeated warnings"),
+        (lambda: torch.backends.mkldnn.set_flags(False), "oneDNN"),
+        (lambda: torch.backends.cuda.enable_flash_sdp(False), "attention"),
+        (lambda: torch.set_printoptions(precision=2), "print options"),
+        (lambda: np.seterr(all="ignore"), "NumPy's errors"),
+        (gc.disable, "garbage collection"),
+        (lambda: warnings.simplefilter("ignore"), "filters of warnings"),
+        (lambda: os.environ.update(CUDA_LAUNCH_BLOCKING="1"), "environment"),
+        (lambda: logging.disable(logging.CRITICAL), "logging"),
+        (lambda: sys.setrecursionlimit(12345), "recursion limit"),
+        (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), "signals"),
+        (lambda: setattr(torch.nn.functional, "softmax", torch.softmax), "functions of torch"),
+    ],
+)
+def test_every_setting_is_seen_and_put_back(change: Any, name: str) -> None:
+    before = GlobalState.now()
+    change()
+    assert set(GlobalState.now().changes(before)) == {name}
+    before.restore()
+    assert GlobalState.now().changes(before) == {}
+
+
+def test_filters_that_an_import_adds_for_its_own_module_are_no_change() -> None:
+    before = GlobalState.now()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="imported")
+        warnings.simplefilter("once", type("ItsOwnWarning", (DeprecationWarning,), {}))
+        assert GlobalState.now().changes(before) == {}
+
+
 def test_global_state_is_put_back() -> None:
     before = GlobalState.now()
     torch._C._autograd._push_saved_tensors_default_hooks(lambda x: x, lambda x: x)
@@ -159,7 +218,7 @@ def test_global_state_is_put_back() -> None:
     torch.autograd.set_detect_anomaly(True)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction ^= True
     changed = set(GlobalState.now().changes(before))
-    assert changed == {"hooks of saved tensors", "autocast dtypes", "anomaly mode", "sums in 16 bits"}
+    assert changed == {"hooks of saved tensors", "autocast", "anomaly mode", "sums in 16 bits"}
     before.restore()
     assert GlobalState.now().changes(before) == {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,13 +11,17 @@ import torch
 from judging import BY_NAME
 from torch import Tensor
 
-from mxref.verification.candidates.call_machine import CallMachine, DifferentError
+from mxref.scattermoe import RoundingPoints
+from mxref.verification.candidates import sequences
+from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
+from mxref.verification.candidates.call_machine import WAYS, CallMachine, DifferentError
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.graphs import GRAPHS
-from mxref.verification.candidates.operand_sets import operand_sets
+from mxref.verification.candidates.operand_sets import CHANGED, changed, operand_sets
 from mxref.verification.candidates.shipped import golden, torch_composite
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
+from mxref.verification.cases.integer import is_exact_everywhere
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
 
@@ -149,3 +154,112 @@ def test_many_outputs_in_a_row_are_told_once() -> None:
     for _ in range(3):
         machine.forward("d")
     assert seen[0][1].circumstance == "after «y0 = layer(d), 3 times»"
+
+
+@pytest.mark.parametrize("operand", CHANGED)
+def test_changes_keep_sums_exact_and_one_is_of_one_element(operand: str) -> None:
+    for case in BY_NAME["sequences"].cases(Scope("quick", "cpu", interpreted=False)):
+        assert isinstance(case, Case)
+        asked = operand_sets(draw(case, "cpu"))["a"]
+        for times in range(4):
+            for old, new in changed(asked.problem, operand, times):
+                if times == 1 and operand in (*OPERAND_OF.values(), "packed", "expert_weights"):
+                    assert int((old != new).sum()) == 1
+                old.copy_(new)
+            assert is_exact_everywhere(asked.problem, asked.grad_out, RoundingPoints.contract(torch.bfloat16))
+
+
+def test_a_parameter_is_the_same_in_every_call() -> None:
+    """It holds a gradient already, which stays."""
+    honest, given = torch_composite(), list[Tensor]()
+
+    def noting(**operands: Any) -> Any:
+        given.append(operands["lora_A"])
+        return honest.call(**operands)
+
+    machine = CallMachine(Candidate("", noting), sample("cpu"), [], owner="parameter")
+    for _ in range(2):
+        machine.forward("a")
+        machine.backward(index=0, retain=False)
+    first, second = given
+    assert first is second
+    assert isinstance(first, torch.nn.Parameter)
+    assert torch.equal(first.grad, torch.ones_like(first))
+
+
+def test_a_way_that_is_not_covered_is_left_out() -> None:
+    part = Candidate("", torch_composite().call, covers=parse_subset("operands=leaf"))
+    assert CallMachine(part, sample("cpu"), [], **WAYS[1]).script == ["in all calls autocast: both passes"]
+
+
+class _Forgetful:
+    """Honest plain PyTorch, but for what one part remembers, or does, between calls."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.calls, self.kept = part, 0, dict[Any, Any]()
+
+    def __call__(self, **operands: Any) -> Any:
+        x, self.calls = operands["inputs"], self.calls + 1
+        if self.part == "last Y" and x is self.kept.get("Y"):
+            x = operands["inputs"] = x * 2
+        refused = x.shape[0] * operands["k"] != len(operands["sorted_expert_idxs"])
+        if self.part == "k":
+            self.kept["k"] = operands["k"]
+            x.detach().clone()
+            operands["k"] = self.kept["k"]
+        if self.part == "two slots":
+            slot = self.calls % 2
+            self.kept[slot] = x.detach().clone()
+            x.detach().clone()
+            operands["inputs"] = x * torch.ones(()) if torch.equal(self.kept[slot], x.detach()) else x * 0
+        if self.part == "mode":
+            before = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(False)
+        if self.part == "refusal":
+            self.kept["refused"] = refused or self.kept.get("refused", False)
+            operands["scaling"] *= 1 + self.kept["refused"]
+        if self.part == "dtype" and refused:
+            torch.set_default_dtype(torch.float32)
+        if refused:
+            raise ValueError("k does not fit")
+        y = torch_composite().call(**operands)
+        if self.part == "mode":
+            torch.use_deterministic_algorithms(before)
+        if self.part == "dOut":
+            y.register_hook(lambda dOut: dOut * 2 if dOut.requires_grad or dOut.is_inference() else dOut)
+        if self.part == "address":
+            at, B = operands["lora_B"].data_ptr(), operands["lora_B"]
+            y.register_hook(lambda dOut: dOut if B.data_ptr() == at else dOut * 2)
+        self.kept["Y"] = y
+        return y
+
+
+@pytest.mark.parametrize(
+    ("part", "asks"),
+    [
+        ("last Y", lambda machine: machine.chained()),
+        ("k", lambda machine: machine.at_once("a", "row by row")),
+        ("two slots", lambda machine: machine.at_once("a", "d", "b")),
+        ("mode", lambda machine: machine.at_once("a", "d", algorithms="deterministic")),
+        ("address", lambda machine: (machine.forward("a"), machine.taken_again("a"), machine.backward(0, False))),
+        ("refusal", sequences._as_behind_errors),
+        ("dtype", sequences._as_behind_errors),
+        ("dOut", lambda machine: machine.given("a", "dOut requires a gradient")),
+        ("dOut", lambda machine: machine.given("a", "dOut was made under inference_mode")),
+    ],
+)
+def test_what_a_candidate_remembers_between_calls_is_seen(part: str, asks: Callable[[CallMachine], None]) -> None:
+    asks(CallMachine(Candidate("", _Forgetful("")), sample("cpu"), []))
+    with pytest.raises((DifferentError, UnusableAnswerError, IndexError)):
+        asks(CallMachine(Candidate("", _Forgetful(part)), sample("cpu"), []))
+
+
+def test_what_is_raised_is_told_with_the_sequence() -> None:
+    def second(**operands: Any) -> Any:
+        if operands["scaling"] < 0:
+            raise ValueError("s is negative")
+        return torch_composite().call(**operands)
+
+    (answer,) = sequences.in_sequences(Candidate("", second), sample("cpu"), shrink=False)
+    assert isinstance(answer.error, ValueError)
+    assert answer.circumstance.endswith("y521 = layer(a); y522 = layer(b)»")

@@ -63,6 +63,18 @@ def test_a_lock_that_is_held_meanwhile_stops_nobody() -> None:
     assert in_turns(lambda: write_and_read(0), lambda: write_and_read(1)) == (0, 1)
 
 
+def test_three_take_turns() -> None:
+    shared = list[int]()
+
+    def write(number: int) -> None:
+        for _ in range(2):
+            shared.append(number)
+            torch.exp(X)
+
+    in_turns(*(lambda number=number: write(number) for number in range(3)))  # type: ignore[misc]
+    assert shared == [0, 1, 2, 0, 1, 2]
+
+
 def test_each_returns_its_own() -> None:
     assert in_turns(lambda: int(X.sum()), lambda: int((2 * X).sum())) == (3, 6)
 

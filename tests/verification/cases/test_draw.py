@@ -10,6 +10,7 @@ from judging import integers, quick
 
 from mxref.rounding import round_to
 from mxref.scattermoe import RoundingPoints, backward, expert_order_inputs, forward
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw, draw_for_weights
 from mxref.verification.cases.gauge import Gauge, scale_bytes
@@ -65,11 +66,83 @@ def test_routings_do_what_they_say() -> None:
     }
     assert not counts["empty experts"][[0, 3, 5]].any()
     assert counts["empty experts"].sum() == 48
-    assert counts["one expert"].tolist() == [0, 0, 40, 0]
+    assert sorted(counts["one expert"].tolist()) == [0, 0, 0, 40]
     sentinels = draw(next(c for c in quick("cpu") if c.name == "sentinels")).problem
     assert 0 < int((sentinels.sorted_expert_idxs == sentinels.E).sum()) < sentinels.P / 2
     ten = draw(Case("ten", 40, 64, 64, 60, 4, routing="ten_active")).problem
     assert len(ten.segments()) == 10
+
+
+def named(case: Case) -> list[Sample]:
+    """The case by thirty names."""
+    return [draw(replace(case, name=str(name))) for name in range(30)]
+
+
+def test_one_expert_is_the_first_a_middle_or_the_last() -> None:
+    case = Case("", 5, tokens=9, routing="one_expert")
+    assert {s.problem.segments()[0][0] for s in named(case)} == {0, 2, 4}
+    assert {s.problem.segments()[0][0] for s in named(replace(case, call=Call(ends="expanded")))} == {0}
+
+
+def test_sentinels_are_a_quarter_or_one_or_in_one_half_or_beside_an_empty_first_expert() -> None:
+    problems = [s.problem for s in named(Case("", 3, tokens=40, routing="sentinels"))]
+    away = [p.row_positions()[p.sorted_expert_idxs >= 3] for p in problems]
+    assert all(map(len, away))
+    assert {len(each) == 1 for each in away} == {False, True}
+    assert {bool((each < 40).all()) for each in away if len(each) > 1} == {False, True}
+    assert {int(p.expert_offsets[0]) == 0 for p in problems} == {False, True}
+
+
+def test_byte_255_is_in_any_row_and_block() -> None:
+    case, found = Case("", 2, 128, 96, special="nan expert"), set()
+    for sample in named(case):
+        weights = sample.problem.expert_weights
+        assert isinstance(weights, MXWeights)
+        expert, rows, blocks = (weights.scales == 255).nonzero().T.tolist()
+        assert {*expert} == {1}
+        found |= {("row", *{*rows}), ("blocks", *blocks)}
+    assert found == {
+        ("row", 0), ("row", 48), ("row", 95), ("blocks", 0), ("blocks", 1), ("blocks", 3), ("blocks", 0, 3)
+    }  # fmt: skip
+
+
+def test_one_expert_s_adapters_and_biases_are_zero_or_all() -> None:
+    idle = set()
+    for sample in named(Case("", 4, bias=True, adapter_values="zero expert")):
+        A, B, biases = sample.problem.lora_A, sample.problem.lora_B, sample.problem.expert_biases
+        assert A is not None
+        assert B is not None
+        assert biases is not None
+        zero = [[e for e in range(4) if not x[e].any()] for x in (B.T.view(4, 4, -1), biases, A.view(4, 4, -1))]
+        assert zero == [[zero[0][0]], [zero[0][0]], [(zero[0][0] + 1) % 4]]
+        idle.add(zero[0][0])
+    assert idle == {0, 2, 3}
+    both = {bool(s.problem.lora_B.any()) for s in named(Case("", adapter_values="zero A"))}  # type: ignore[union-attr]
+    assert both == {False, True}
+
+
+def test_lora_s_term_matters_beside_a_tiny_scaling() -> None:
+    case = Case("", dtype=torch.bfloat16, data="balanced", scaling=2.0**-26)
+    ordinary, tiny = (draw(each).problem.lora_B for each in (replace(case, scaling=1.0), case))
+    narrow = draw(replace(case, dtype=torch.float16)).problem.lora_B
+    assert ordinary is not None
+    assert tiny is not None
+    assert narrow is not None
+    assert torch.equal(tiny, ordinary * 2.0**26)
+    assert narrow.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_has_bits_that_careless_rounding_makes_a_number(dtype: torch.dtype) -> None:
+    """Among cases each pattern stands alone, in a parameter and in a row."""
+    case = Case("", 3, dtype=dtype, adapter_values="nan A", special="nan row")
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    infinity = int(torch.tensor([float("inf")], dtype=dtype).view(bits))
+    expected = {torch.iinfo(bits).max, -1, infinity + 1}
+    samples = named(case)
+    for name in ("lora_A", "inputs"):
+        found = [{*x.view(bits)[x.isnan()].tolist()} for s in samples if (x := getattr(s.problem, name)) is not None]
+        assert set().union(*(f for f in found if len(f) == 1)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,10 +185,10 @@ def test_infinities_stand_beside_nan_in_exact_fixtures(parameters: torch.dtype |
     """Where a parameter is wider than fp16 activations it is finite, and infinite once it is rounded to them."""
     case = Case("", 3, 64, 96, 9, 2, 4, torch.float16, parameters, bias=True, gate_slots=2, data="integer", scaling=0.5)
     case = replace(case, adapter_values="nan A", gate_values="one NaN", nan_bias=True)
-    problem = draw(case).problem
-    for x, sign, nans in ((problem.lora_A, 1, 2), (problem.gates, 1, 1), (problem.expert_biases, -1, 1)):
+    problem, far = draw(case).problem, float("inf") if parameters is None else 2.0**17
+    for x, nans in ((problem.lora_A, 3), (problem.gates, 1), (problem.expert_biases, 1)):
         assert x is not None
-        assert x.flatten()[0] == sign * (float("inf") if parameters is None else 2.0**17)
+        assert x.flatten()[[0, -1]].sort().values.tolist() == [-far, far]
         assert int(x.isnan().sum()) == nans
     assert problem.lora_A is not None
     assert problem.lora_A.isnan().any(1).nonzero().flatten().tolist() == [8, 11]  # the last expert's first and last row

@@ -26,6 +26,10 @@ def test_the_exhaustive_fixtures_hold_every_element() -> None:
     place = torch.arange(256).expand(2, 256, -1) % 32
     seen = (codes.long() * 256 + scales) * 32 + place
     assert seen.unique().numel() == 16 * 256 * 32
+    packed = weights.packed.long() * 256 + weights.scales.long().repeat_interleave(16, 2)
+    assert packed.unique().numel() == 256 * 256, "every two codes under every byte"
+    apart = weights.scales.int().diff(dim=2).abs()
+    assert (int(apart.max()), (apart > 127).any((0, 2)).all()) == (255, True)
     assert finite_bytes(torch.bfloat16) == finite_bytes(torch.float32) == list(range(253))
     assert finite_bytes(torch.float16) == list(range(141))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import ACCUMULATIONS, declared_points
 from mxref.verification.candidates.answer import Answer
+from mxref.verification.cases.call import Call
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.integer import rounding_points
@@ -127,3 +128,22 @@ def test_nothing_keeps_a_wrong_result_from_being_seen() -> None:
     scattered = [case.call for case in cases if not case.grouped_in and case.k > 1]
     assert {call.algorithms for call in scattered} >= {"deterministic", "strictly deterministic"}
     assert {call.autocast for call in scattered} >= {"forward pass", "both passes"}
+
+
+@pytest.mark.parametrize(("name", "own"), [("gates", False), ("one gate a token", True), ("by expert", True)])
+@pytest.mark.parametrize("data", ["integer", "rounded"])
+def test_scale_bytes_differ_from_block_to_block_and_from_expert_to_expert(name: str, own: bool, data: str) -> None:
+    """Where a row of the output, or of x, is one expert's; what several experts add up to has one scale."""
+    case = replace(CASES[name], experts=5)
+    sample = draw(case if data == "integer" else rounded(case))
+    scales = sample.problem.expert_weights.scales.int()
+    assert scales[0].unique().numel() > 3
+    between = (scales - scales[:1])[:, 0, 0]
+    assert torch.equal(scales - scales[:1], between[:, None, None].expand_as(scales))
+    assert (between.unique().numel() > 2) == own
+
+
+def test_experts_share_a_scale_where_their_biases_or_weights_are_one_in_memory() -> None:
+    case = replace(CASES["by expert"], call=Call(biases="expanded"))
+    scales = draw(case).problem.expert_weights.scales
+    assert torch.equal(scales, scales[:1].expand_as(scales))

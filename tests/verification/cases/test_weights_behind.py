@@ -29,4 +29,4 @@ def test_weight_at_reads_the_right_nibble() -> None:
     codes = weights.codes()
     for k in range(40):
         assert weight_at(weights, 0, k, 200).code == int(codes[0, 200, k])
-        assert weight_at(weights, 0, k, 200).scale_byte == 200
+        assert weight_at(weights, 0, k, 200).scale_byte == int(weights.scales[0, 200, k // 32])

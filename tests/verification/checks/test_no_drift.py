@@ -160,3 +160,14 @@ def test_what_rounds_to_infinity_is_no_drift() -> None:
     lost = honest_values(expected, FP16)
     lost["Y"][0, 0] = torch.inf
     assert ("drift", "Y") in broken(judge(expected, lost))
+
+
+def test_a_product_with_s_that_rounds_alike_everywhere_is_no_drift() -> None:
+    """Where V is the same in every row so is the error of s·V in fp32, and nothing else may be wrong."""
+    case = Case("one s·V", 260, 96, 96, 48, 1, 8, FP16, adapter_dtype=FP32, data="balanced", scaling=1 / 3,
+                call=Call(B="expanded", dOut="expanded"))  # fmt: skip
+    expected = expect(draw(case), ACCUMULATIONS["fp32-blocks-64"])
+    exact = expected.accepted["dA"].exact
+    for factor, found in ((1 + 2.0**-24, set()), (1 + 2.0**-20, {("drift", "dA")})):
+        outputs = honest_values(expected, FP16) | {"dA": (exact * factor).float()}
+        assert broken(judge(expected, outputs)) == found

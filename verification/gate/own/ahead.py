@@ -33,7 +33,7 @@ from mxref.verification.candidates.asking import once
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.processes import cores, die_with_parent
 from mxref.verification.candidates.shipped import shipped
-from mxref.verification.cases.call import Layout, Saved
+from mxref.verification.cases.call import Saved
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.draw import draw
 from mxref.verification.gate.order import Order
@@ -175,10 +175,11 @@ def _without_memory(item: Item) -> Any:
         data = "balanced" if case.data in ("integer", "rounded") else case.data
         call = case.call
         saved: Saved = "copied" if call.saved == "copied" else "kept"
-        ids: Layout = "contiguous" if call.ids == "expanded" else call.ids
+        ids, ends = ("contiguous" if each == "expanded" else each for each in (call.ids, call.ends))
         call = replace(
-            call, saved=saved, autocast="off", algorithms="any", default_dtype=torch.float32, threads="one", ids=ids
-        )
+            call, saved=saved, autocast="off", algorithms="any", default_dtype=torch.float32, default_device="",
+            threads="one", ids=ids, ends=ends,
+        )  # fmt: skip
         return draw(replace(case, data=data, call=call), seed=item.seed).to("meta")
     return drawing(case, torch.device("meta"), item.seed)()
 

@@ -103,7 +103,7 @@ class FullTile(Layer):
         return y
 
 
-@bug("ranks behind whole tiles", "has tiles of 32 ranks and no tail behind the first", rank="tiles and a tail")
+@bug("ranks behind whole tiles", "has tiles of 32 ranks and no tail behind the first", rank="eight times an odd number")
 class RankTail(Layer):
     """The last adapter rows do not take part."""
 
@@ -116,7 +116,11 @@ class RankTail(Layer):
         return replace(problem, lora_B=B.flatten(1))
 
 
-@bug("ranks of a tile and a quarter", "has tiles of 32 ranks, of which it takes one up to 63", rank="forty")
+@bug(
+    "ranks of a tile and a quarter",
+    "has tiles of 32 ranks, of which it takes one up to 63",
+    rank="eight times an odd number",
+)
 class RankTile(Layer):
     """The last adapter rows do not take part."""
 

@@ -11,6 +11,7 @@ from mxref.verification.studies.calls import (
     kept,
     layouts,
     memory,
+    remainders,
     seldom,
     sizes,
     tails,
@@ -34,10 +35,11 @@ BUGS: tuple[Bug, ...] = tuple(
         seldom,
         graphs,
         tails,
+        remainders,
         attached,
     )
     for found in vars(module).values()
     if isinstance(found, Bug)
 )
 """In the order of their modules: memory layout, callers, what is kept, gradients, state, numbers, sizes, boundaries,
-what is seldom asked, what else is in a graph, tails, what is attached or left behind."""
+what is seldom asked, what else is in a graph, tails, remainders, what is attached or left behind."""

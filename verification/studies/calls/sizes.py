@@ -158,7 +158,7 @@ class Rows(Layer):
         return y
 
 
-@bug("k rounded to a power of two", "divides positions by a shift", slots="three")
+@bug("k rounded to a power of two", "divides positions by a shift", slots="odd")
 class Shift(Layer):
     """Rows of three slots read other tokens."""
 
@@ -190,7 +190,7 @@ class OneSlot(Layer):
         return problem if gates is None or gates.shape[1] > 1 else replace(problem, gates=torch.ones_like(gates))
 
 
-@bug("a rank rounded down to a power of two", "sizes its tile of ranks as a power of two, without a tail", rank="three")
+@bug("a rank rounded down to a power of two", "sizes its tile of ranks as a power of two, without a tail", rank="odd")
 class Rank(Layer):
     """The last adapter rows do not take part."""
 
