@@ -98,16 +98,18 @@ def rounding_pull(dtype: torch.dtype) -> float:
 
 
 def directed_loss(
-    how: Accumulation, dtype: torch.dtype, terms: int, resident: bool = False, alike: bool = False
+    how: Accumulation, dtype: torch.dtype, terms: int, resident: bool = False, one_sign: float = 0.0
 ) -> float:
     """Largest slope of truncation in a sum of `terms` products; 0 for accumulators that round to nearest.
 
-    A truncated step loses at most 2^-24·|S_t| on average (half an ulp of fp32; a whole one where the terms
-    are `alike`, and lose the same in each), towards zero. What grows evenly over T
-    steps is t/T of itself at step t: (T + 1)/2 such losses; what was there before (`resident`) has T. An undeclared sum
-    of 16-bit operands may be any tensor core's: steps of 8.
+    A truncated step loses at most 2^-24·|S_t|, half an ulp of fp32, on average, towards zero. Before, each of its
+    products is cut at `fraction_bits` below the sum, and loses half of the last of them: towards zero too, so that
+    losses of products of either sign cancel, but for the share `one_sign` by which one sign prevails. What grows evenly
+    over T steps is t/T of itself at step t: (T + 1)/2 such losses; what was there before (`resident`) has T. An
+    undeclared sum of 16-bit operands may be any tensor core's: steps of 8.
     """
     if how.kind == "fp32_blocks" or (how.kind == "undeclared" and dtype not in (torch.bfloat16, torch.float16)):
         return 0.0
-    steps = math.ceil(terms / (how.step if how.kind == "tensor_core" else 8))
-    return (steps * 2.0**-24 if resident else (steps + 1) * 2.0**-25) * (1 + alike)
+    step, bits = (how.step, how.fraction_bits) if how.kind == "tensor_core" else (8, 24)
+    steps = math.ceil(terms / step)
+    return (steps * 2.0**-24 if resident else (steps + 1) * 2.0**-25) * (1 + one_sign * step * 2.0 ** (23 - bits))

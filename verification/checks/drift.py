@@ -20,7 +20,7 @@ from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.metrics import ratio_statistics
 from mxref.verification.arithmetic.thresholds import NAMED, TILE, directed_loss, rounding_pull
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.cases.case import Sample
+from mxref.verification.cases.case import Case, Sample
 from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
 from mxref.verification.checks.finding import DriftMap, Finding, Status
@@ -155,14 +155,20 @@ def _fit(tensor: str, got: Tensor, expected: Expectation) -> _Fit | None:
 
 def _losses(sample: Sample, tensor: str, rows: int, how: Accumulation) -> tuple[float, float, float]:
     """b of each slope. LoRA's term also loses along Z or V and, if first, all through the base product."""
-    problem, call = sample.problem, sample.case.call
-    alike = {call.x, call.dOut} <= {"expanded", "one number"}  # one row again and again
+    problem = sample.problem
     lost = partial(directed_loss, how, problem.dtype)
     K, N, r = problem.K, problem.N, problem.rank
     if tensor in ("dA", "dB"):
-        own = lost(rows, alike=alike) + lost(N if tensor == "dA" else K) + _SCALED
+        own = lost(rows, one_sign=_one_sign(sample.case)) + lost(N if tensor == "dA" else K) + _SCALED
         return own, own, own
     base, inner = (K, K) if tensor == "Y" else (N, N)
     first = lost(base, resident=True) if how.lora == "first" else 0.0
     lora = lost(inner) + lost(r) + first + _SCALED if r else 0.0
     return lost(base), lora, max(lost(base), lora)
+
+
+def _one_sign(case: Case) -> float:
+    """By which share of the terms of dA and dB one sign may prevail: of D different rows 3/√D, three deviations."""
+    of = ((case.call.x, case.input_rows), (case.call.dOut, case.output_shape[0]))
+    different = max(1 if layout in ("expanded", "one number") else rows for layout, rows in of)
+    return min(1.0, 3 / math.sqrt(max(different, 1)))

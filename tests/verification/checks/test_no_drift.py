@@ -171,3 +171,17 @@ def test_a_product_with_s_that_rounds_alike_everywhere_is_no_drift() -> None:
     for factor, found in ((1 + 2.0**-24, set()), (1 + 2.0**-20, {("drift", "dA")})):
         outputs = honest_values(expected, FP16) | {"dA": (exact * factor).float()}
         assert broken(judge(expected, outputs)) == found
+
+
+@pytest.mark.parametrize("how", ["tensor-core-sm90", "tensor-core-sm80"])
+def test_long_sums_of_one_sign_are_no_drift(how: str) -> None:
+    """One token's row of x and of dOut in a thousand slots: a tensor core cuts each product where the sum's bits end."""
+    case = Case("one token", 1, 32, 64, 70, 17, 1, FP16, adapter_dtype=FP32, data="balanced", scaling=0.5,
+                gate_slots=1190, grouped_in=True, call=Call(x="expanded"))  # fmt: skip
+    points = RoundingPoints.contract(FP16)
+    for seed in range(3):
+        sample = draw(case, "cpu", seed)
+        dot = tensor_core(ACCUMULATIONS[how].step, ACCUMULATIONS[how].fraction_bits)
+        outputs = stored(sample, Emulated(dot, FP16, points, ACCUMULATIONS[how]).run(sample))
+        findings = judge(expect(sample, ACCUMULATIONS[how]), outputs)
+        assert broken(findings) == set()
