@@ -28,14 +28,15 @@ from mxref.verification.clone import of_a_clone
 from mxref.weights import MXLayout
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 24_000, 3, 2, _FP32, data="integer", scaling=0.5, bias=True)
+_ROWS = Case("integer, more than 2^16 rows", 5, 32, 32, 35_000, 2, 2, _FP32, data="integer", scaling=0.5, bias=True)
 _GATES = Case("integer, bf16 gates beyond fp16", 4, 64, 96, 20, 2, 4, _BF16, data="integer", scaling=0.5, gate_slots=2)
 _LONG_K = Case("integer, K beyond 8192", 1, 14_432, 32, 6, 2, 128, _BF16, data="integer", scaling=0.5)
 _LONG_N = Case("integer, N beyond 5760", 2, 32, 28_737, 6, 2, 16, _FP16, data="integer", scaling=0.5, gate_slots=2,
                routing="sentinels")  # fmt: skip
 _BEYOND_STAND_INS = (
     replace(_ROWS, name="integer, more than 2^16 rows of one expert", routing="one_expert", dtype=_FP16),
-    replace(_ROWS, name="integer, more than 2^16 rows, gates", gate_slots=3, routing="sentinels", dtype=_BF16),
+    replace(_ROWS, name="integer, more than 2^16 rows, gates", tokens=24_000, top_k=3, gate_slots=3, dtype=_BF16,
+            routing="sentinels"),
     replace(_ROWS, name="integer, more than 2^16 rows in expert order", grouped_in=True, grouped_out=True, dense=True,
             dtype=_BF16, use_fused_dX=True, use_fused_gather=True),
     replace(_GATES, gate_exponent=20),

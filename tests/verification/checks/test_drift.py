@@ -50,7 +50,7 @@ def test_two_ten_thousandths_on_lora_alone_are_seen(dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize(("tensor", "along"), [("dA", "N"), ("dB", "K")])
 def test_terms_of_one_sign_lose_what_is_cut_of_each(layout: Layout, times: float, tensor: str, along: str) -> None:
-    """In sums over one row again and again: sixteen products end two bits below the sum, and lose four times as much."""
+    """In sums over one row again and again: sixteen products end two bits below the sum and lose four times as much."""
     sample = draw(Case("repeated", 1, 64, 96, 2400, 1, 8, BF16, data="balanced", call=Call(x=layout, dOut=layout)))
     inner = directed_loss(HOPPER, BF16, getattr(sample.problem, along))
     expected = times * directed_loss(HOPPER, BF16, 2400) + inner + 2.0**-23  # s, and a product with it

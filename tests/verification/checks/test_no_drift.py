@@ -175,7 +175,7 @@ def test_a_product_with_s_that_rounds_alike_everywhere_is_no_drift() -> None:
 
 @pytest.mark.parametrize("how", ["tensor-core-sm90", "tensor-core-sm80"])
 def test_long_sums_of_one_sign_are_no_drift(how: str) -> None:
-    """One token's row of x and of dOut in a thousand slots: a tensor core cuts each product where the sum's bits end."""
+    """One row of x and one of dOut in a thousand slots: a tensor core cuts each product where the sum's bits end."""
     case = Case("one token", 1, 32, 64, 70, 17, 1, FP16, adapter_dtype=FP32, data="balanced", scaling=0.5,
                 gate_slots=1190, grouped_in=True, call=Call(x="expanded"))  # fmt: skip
     points = RoundingPoints.contract(FP16)
