@@ -23,8 +23,8 @@ _EXAMPLES, _STEPS = 8, 8
 
 _MANY, _FEWER = 520, 16
 """Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again. The
-layers of a large model, in several batches under way, need as many at once; interpreted kernels, and large samples, take
-too long."""
+layers of a large model, in several batches under way, need as many at once. Large samples take too long, and kernels
+that are interpreted."""
 
 _TRAINED = CHANGED, ("lora_A", "lora_B", "expert_biases"), ("inputs", "gates", "lora_A")
 """What changes in each of WAYS."""
