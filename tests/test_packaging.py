@@ -188,7 +188,7 @@ class TestInstalled:
         run(mxref, "new-kernel", mine.name, cwd=tmp_path)
         small = ("--shape", "4,64,96,9,2,4", "--case", "integer, plain", "--device", "cpu")
         assert "PASS" in run(mxref, "gate", "--kernel", "my_kernel.py:layer", *small, cwd=tmp_path)
-        right, wrong = "(x, A.T), dtype, dtype, scaling", "(x, A.T), dtype, dtype, 2 * scaling"
+        right, wrong = "(x, A.T), dtype, dtype, float(scaling)", "(x, A.T), dtype, dtype, 2 * scaling"
         assert right in mine.read_text()
         mine.write_text(mine.read_text().replace(right, wrong))
         plugin = ("--mxref-kernel", "my_kernel.py:layer", "--mxref-device", "cpu", "--mxref-case", "integer, k 8")

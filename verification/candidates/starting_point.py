@@ -89,9 +89,8 @@ def layer(
                 r = lora_A.shape[0] // E
                 own = slice(e * r, (e + 1) * r)
                 A, B = _round(lora_A[own].float(), dtype, None), _round(lora_B[:, own].float(), dtype, None)
-                z = _round(
-                    _product(x, A.T), dtype, dtype, float(scaling)
-                )  # s·Z; V, its gradient, is rounded before s too
+                # s·Z; V, its gradient, is rounded before s too
+                z = _round(_product(x, A.T), dtype, dtype, float(scaling))
                 y = y + _product(z, B.T)
             if expert_biases is not None:
                 y = y + expert_biases[e].float()

@@ -215,7 +215,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         "scaling",
         power_of_two={"scaling": 0.5}, zero={"scaling": 0.0}, negative={"scaling": -2.0}, a_third={"scaling": 1 / 3},
         an_int={"scaling": -3}, sixteen_thirds={"scaling": -16 / 3}, beyond_fp16={"scaling": 1e5},
-        tiny={"scaling": 2.0**-26}, one={"scaling": 1.0}, of_numpy={"scaling": np.float64(0.5)},
+        tiny={"scaling": 2.0**-26}, one={"scaling": 1.0}, of_numpy={"scaling": np.float64(0.25)},
     ),
     _of(
         "adapters",

@@ -16,6 +16,8 @@ from judging import NARROW
 
 from mxref import MXWeights, encode_mxfp4
 from mxref.checkpoints.gpt_oss import write_expert_weights
+from mxref.verification.cases.draw import draw
+from mxref.verification.cases.elements import element_cases
 from mxref.verification.cli import main
 from mxref.verification.gate.process import Refused
 
@@ -137,9 +139,13 @@ def test_a_planted_scale_error_is_located(capsys: pytest.CaptureFixture[str]) ->
     assert verdict()["exit_code"] == 1
     failed = [finding for finding in verdict()["findings"] if finding["status"] == "fail"]
     assert {finding["tensor"] for finding in failed} == {"Y", "dX", "dgates"}
+    scales = draw(element_cases(torch.float32)[0]).problem.expert_weights.scales
+    E, _, blocks = scales.shape
     for finding in failed:
         example = finding["counterexample"]
-        assert 121 in example["coordinate"]
+        if (finding["case"], finding["tensor"]) == ("every finite element, float32", "Y"):
+            row, column = example["coordinate"]
+            assert scales.view(E, -1, blocks)[row // (32 * blocks), column, row // 32 % blocks] == 121
         assert example["got"] == 2 * example["expected"] != 0
 
 

@@ -258,7 +258,7 @@ def test_modes_and_tracing_that_are_left_active_are_findings_and_end() -> None:
     findings = judged(Candidate("leaks", leaks), SMALL).findings
     (state,) = (finding for finding in findings if finding.check == "state")
     assert "active modes changed" in state.reason
-    assert "tracing changed" in state.reason
+    assert "profile function changed" in state.reason
     assert torch._C._len_torch_function_stack() == 0
     assert sys.getprofile() is before
 

@@ -100,7 +100,7 @@ def test_the_kinds_of_data_are_what_they_are_called() -> None:
     assert bool((whole >= base).all())
     for data in ("LoRA above all", "bias above all"):
         base, _, whole = terms(drawn(data))
-        assert ratio(whole, base) > 20
+        assert ratio(whole, base) > 10, "an order of magnitude"
 
 
 def test_the_command_counts_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
