@@ -20,6 +20,8 @@ Layout = Literal[
 ]  # fmt: skip
 REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one number")
 """Those that have elements, rows or columns in memory once."""
+ONE_ROW: tuple[Layout, ...] = ("expanded", "one number")
+"""Those of them all of whose rows are one."""
 Storage = Literal["its own", "shared"]
 Mode = Literal["grad", "no_grad", "inference"]
 Autocast = Literal["off", "forward pass", "forward pass to fp16", "backward pass to fp16", "both passes"]

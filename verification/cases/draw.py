@@ -56,7 +56,7 @@ def _cut(sample: Sample, case: Case) -> Sample:
     assert isinstance(weights, Tensor), "packed weights have whole blocks"
     A = None if A is None else A[:, :K]
     problem = replace(problem, inputs=problem.inputs[:, :K], expert_weights=weights[:, :K], lora_A=A)
-    return Sample(case, *repeated(case, problem, sample.grad_out))
+    return repeated(Sample(case, problem, sample.grad_out))
 
 
 def draw_for_weights(
@@ -196,4 +196,4 @@ def _draw(
         case.grouped_in,
         case.grouped_out,
     )
-    return Sample(case, *repeated(case, problem, grad_out))
+    return repeated(Sample(case, problem, grad_out))

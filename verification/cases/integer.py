@@ -99,8 +99,7 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> Sampl
     x = dealt(case.input_rows, K, nonzeros, every, draw)
     problem = problem_of_integers(case, draw, x, random_codes(case, draw), lora_A, lora_B, bias, gates)
     sample = Sample(case, problem, dealt(*case.output_shape, nonzeros, every, draw).to(case.dtype))
-    sample = spread_out(sample, draw, *((2, 1) if case.narrow else (60, 5)))
-    return Sample(case, *repeated(case, sample.problem, sample.grad_out))
+    return repeated(spread_out(sample, draw, *((2, 1) if case.narrow else (60, 5))))
 
 
 def random_codes(case: Case, draw: torch.Generator) -> MXWeights:

@@ -106,8 +106,7 @@ def draw_rounded(case: Case, seed: int) -> Sample:
         sample = _draw(case, draw, largest)
         if not _sums_are_exact(sample):
             continue
-        sample = spread_out(sample, draw, *((1, 1) if case.narrow else (8, 4)))
-        sample = Sample(case, *repeated(case, sample.problem, sample.grad_out))
+        sample = repeated(spread_out(sample, draw, *((1, 1) if case.narrow else (8, 4))))
         if _is_finite(sample):
             return _beside_the_grid(sample)
     return draw_integer(case, seed)

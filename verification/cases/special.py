@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mxref.formats import MX_BLOCK_SIZE
-from mxref.problem import Problem
-from mxref.verification.cases.call import Layout, long_row, window_step
+from mxref.verification.cases.call import ONE_ROW, Layout, long_row, window_step
 from mxref.verification.cases.case import Case, Sample
 from mxref.weights import MXWeights, decode_mxfp4
 
@@ -50,13 +49,14 @@ def as_asked(sample: Sample) -> Sample:
     return sample.changed(expert_weights=weights.repack(case.layout))
 
 
-def repeated(case: Case, problem: Problem, grad_out: Tensor) -> tuple[Problem, Tensor]:
-    """The operands and dOut with equal rows, or equal everywhere, wherever the call has them lie in memory once."""
+def repeated(sample: Sample) -> Sample:
+    """The sample with equal rows, or equal everywhere, wherever the call has them lie in memory once."""
+    call = sample.case.call
     alike: dict[str, Any] = {
-        name: _alike(x, case.call.layout(name)) for name, x in problem.arguments().items()
+        name: _alike(x, call.layout(name)) for name, x in sample.problem.arguments().items()
         if isinstance(x, Tensor) and x.ndim == 2
     }  # fmt: skip
-    return replace(problem, **alike), _alike(grad_out, case.call.dOut)
+    return sample.changed(_alike(sample.grad_out, call.dOut), **alike)
 
 
 def _alike(x: Tensor, layout: Layout) -> Tensor:
@@ -66,9 +66,8 @@ def _alike(x: Tensor, layout: Layout) -> Tensor:
     """
     if layout == "overlapping" and x.numel():
         return long_row(x).unfold(0, x.shape[1], window_step(x.shape[1])).contiguous()
-    rows, columns = layout in ("expanded", "one number"), layout in ("one column", "one number")
-    x = x[:1].expand(x.shape) if rows else x
-    return x[:, :1].expand(x.shape) if columns else x
+    x = x[:1].expand(x.shape) if layout in ONE_ROW else x
+    return x[:, :1].expand(x.shape) if layout in ("one column", "one number") else x
 
 
 def _overflowing(sample: Sample) -> Sample:

@@ -20,6 +20,7 @@ from mxref.verification.arithmetic.interval import Interval
 from mxref.verification.arithmetic.metrics import ratio_statistics
 from mxref.verification.arithmetic.thresholds import NAMED, TILE, directed_loss, rounding_pull
 from mxref.verification.candidates.answer import Answer
+from mxref.verification.cases.call import ONE_ROW
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.checks.elements import each_tensor
 from mxref.verification.checks.expectation import Expectation
@@ -170,5 +171,5 @@ def _losses(sample: Sample, tensor: str, rows: int, how: Accumulation) -> tuple[
 def _one_sign(case: Case) -> float:
     """By which share of the terms of dA and dB one sign may prevail: of D different rows 3/√D, three deviations."""
     of = ((case.call.x, case.input_rows), (case.call.dOut, case.output_shape[0]))
-    different = max(1 if layout in ("expanded", "one number") else rows for layout, rows in of)
+    different = max(1 if layout in ONE_ROW else rows for layout, rows in of)
     return min(1.0, 3 / math.sqrt(max(different, 1)))
