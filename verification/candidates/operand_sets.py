@@ -71,7 +71,10 @@ def _owned(sample: Sample) -> Sample:
 
 
 def _variants(a: Sample) -> dict[str, Sample]:
-    """Calls with a's own tensors that differ in one thing, by what that is."""
+    """Calls with a's own tensors that differ in one thing, by what that is.
+
+    Where all signs are put off, those that are read wrongly may cancel each other; where x's is, they cannot.
+    """
     problem, weights = a.problem, a.problem.expert_weights
     names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
     found = {
@@ -82,6 +85,7 @@ def _variants(a: Sample) -> dict[str, Sample]:
         "one storage": _in_one_storage(a).called(storage="shared"),
         "a subclass": a.mapped(lambda _, x: x.clone().as_subclass(_Subclass)),
         "signs put off": a.mapped(lambda _, x: torch._neg_view(-x) if x.is_floating_point() else x),
+        "sign of x put off": a.changed(inputs=torch._neg_view(-problem.inputs)),
         "in expert order": _asked(
             a.changed(inputs=problem.inputs[problem.row_sources()], k=1, grouped_in=True), grouped_in=True
         ),
@@ -163,12 +167,12 @@ def strided(x: Tensor, layout: Layout) -> Tensor:
 
 
 def _in_one_storage(sample: Sample) -> Sample:
-    """The sample's tensors one behind the other, each from a multiple of 16 bytes on."""
+    """The sample's tensors one behind the other, each from a multiple of 16 bytes on, and with a version of its own."""
     tensors: dict[str, Tensor] = {}
     sample.mapped(tensors.setdefault)
     sizes = [-(-x.nbytes // 16) * 16 for x in tensors.values()]
     places = iter(torch.split(sample.grad_out.new_empty(sum(sizes), dtype=torch.uint8), sizes))
-    return sample.mapped(lambda _, x: next(places)[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
+    return sample.mapped(lambda _, x: next(places)[: x.nbytes].view(x.dtype).view(x.shape).copy_(x).data)
 
 
 def changed(problem: Problem, operand: str, times: int) -> list[tuple[Tensor, Tensor]]:

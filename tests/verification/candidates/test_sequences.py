@@ -142,6 +142,32 @@ def test_sequences_ask_for_what_is_covered_alone(covers: str, left: set[str]) ->
         assert machine.pending[-1].which == "a"
 
 
+def test_all_signs_read_wrongly_do_not_cancel() -> None:
+    """Where every operand's sign is put off, the results of who reads memory alone are right."""
+    honest = torch_composite()
+
+    def reads_memory(**operands: Any) -> Any:
+        read = {n: torch._neg_view(x) if isinstance(x, Tensor) and x.is_neg() else x for n, x in operands.items()}
+        return honest.call(**read)
+
+    machine = CallMachine(Candidate("", reads_memory), sample("cpu"), [])
+    machine.forward("signs put off")
+    with pytest.raises(DifferentError):
+        machine.forward("sign of x put off")
+
+
+def test_operands_in_one_storage_have_versions_of_their_own() -> None:
+    """Who makes one a module's parameter changes that one's version, and no other."""
+    problem = operand_sets(sample("cpu"))["one storage"].problem
+    A, B = problem.lora_A, problem.lora_B
+    assert A is not None
+    assert B is not None
+    assert A.untyped_storage().data_ptr() == B.untyped_storage().data_ptr()
+    before = B._version
+    A.neg_()
+    assert B._version == before
+
+
 def test_nobody_who_has_no_backward_pass_is_asked_for_dX_alone() -> None:
     asked = sample("cpu")
     assert "dX alone" in operand_sets(asked)

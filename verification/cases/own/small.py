@@ -92,12 +92,12 @@ def _for_gpu_tilings(dtype: torch.dtype) -> list[Case]:
     whole numbers of them and parts; columns that 16 does not divide, and more columns than a GPU runs programs, so that
     rows of sentinels are written last."""
     base = smallest(dtype)
-    routed = replace(base, name="long", experts=3, K=1056, N=1056, tokens=60, gate_slots=2, routing="sentinels")
+    routed = replace(base, name="long", experts=3, K=1056, N=1056, tokens=60, gate_slots=2, routing="far_sentinels")
     ordered = replace(base, experts=3, K=544, N=544, top_k=1, rank=20, grouped_in=True, grouped_out=True)
     return [
         _many_rows(dtype),
         *(
-            replace(ordered, name=f"in order, {tokens} rows", tokens=tokens, routing="sentinels")
+            replace(ordered, name=f"in order, {tokens} rows", tokens=tokens, routing="far_sentinels")
             for tokens in (300, 600)
         ),
         replace(routed, use_fused_dX=True),

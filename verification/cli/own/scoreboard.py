@@ -6,7 +6,8 @@ print one table with the first counterexample of every failure.
 examples:
   mxref scoreboard                                       everything that is installed, quick suite
   mxref scoreboard --candidates axolotl,grouped_mm       two of them
-  mxref scoreboard --full --record                       the release suite, kept as evidence (needs a GPU)
+  mxref scoreboard --record                              kept as evidence (needs a GPU)
+  mxref scoreboard --candidates humming --record         a line of the recorded table again
 
 exit codes: 0 the comparison ran, whatever it found; 2 wrong use
 """
@@ -23,8 +24,15 @@ from mxref.verification.cli import UsageError, options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.gate.plan import plan
 from mxref.verification.records import record
-from mxref.verification.studies.scoreboard.report import as_json, as_markdown, print_board, write
-from mxref.verification.studies.scoreboard.run import Board, run_scoreboard
+from mxref.verification.studies.scoreboard.report import (
+    as_json,
+    as_markdown,
+    joined,
+    print_board,
+    recorded_rows,
+    write,
+)
+from mxref.verification.studies.scoreboard.run import Board, Row, empty_board, run_scoreboard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,22 +61,35 @@ def run(arguments: argparse.Namespace) -> int:
     """
     device = options.choose_device(arguments.device)
     names = _names(arguments.candidates)
-    if arguments.record is not None and (device.type != "cuda" or arguments.candidates or arguments.case):
-        raise UsageError("--record keeps the whole table of a GPU; leave out what narrows it")
+    if arguments.record is not None and (device.type != "cuda" or arguments.case):
+        raise UsageError("--record keeps what a GPU is asked in the whole suite; leave out --case")
     options.writable_folder(arguments.out)
     _check_cases(names, arguments, device)
-    board = _judge(names, device, arguments)
+    board = empty_board(device, full=arguments.full, seed=arguments.seed, only=arguments.case or ())
+    recorded = _recorded(board, device, arguments)
+    _judge(board, names, device, arguments)
     console = options.terminal(120)
     print_board(board, console)
     data, page = write(board, arguments.out)
     options.note(console, "table", page)
     options.note(console, "data", data)
     if arguments.record is not None:
+        board = joined(board, recorded)
         kept = record.write(
             "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
         )
         options.note(console, "evidence", kept)
     return 0
+
+
+def _recorded(board: Board, device: torch.device, arguments: argparse.Namespace) -> list[Row]:
+    """Rows to keep beside those of --candidates."""
+    if arguments.record is None or arguments.candidates is None:
+        return []
+    try:
+        return recorded_rows(board, record.record_path("scoreboard", device, arguments.record))
+    except ValueError as error:
+        raise UsageError(f"--record: {error}") from None
 
 
 def _names(text: str | None) -> list[str]:
@@ -89,14 +110,12 @@ def _check_cases(names: list[str], arguments: argparse.Namespace, device: torch.
         raise UsageError(f"--case {' '.join(arguments.case)} matches no case; mxref gate --list prints them")
 
 
-def _judge(names: list[str], device: torch.device, arguments: argparse.Namespace) -> Board:
+def _judge(board: Board, names: list[str], device: torch.device, arguments: argparse.Namespace) -> None:
     with Meter() as meter:
-        return run_scoreboard(
+        run_scoreboard(
+            board,
             names,
             device,
-            full=arguments.full,
-            seed=arguments.seed,
-            only=arguments.case or (),
             processes=options.processes_on(device, arguments.processes),
             on_item=lambda name, done, total, case: meter.show(f"{name}: {case}", done, total),
         )

@@ -2,56 +2,55 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from mxref.verification.checks.finding import Finding, Status
+from mxref.verification.candidates.known import IMPLEMENTATIONS
+from mxref.verification.checks.finding import Status
+from mxref.verification.records.kernel_sources import kernel_sources
+from mxref.verification.records.record import Entry, read
+from mxref.verification.records.sources import digest
+from mxref.verification.records.versions import versions
 from mxref.verification.report.output import new_table, write_json
 from mxref.verification.report.own.markdown import markdown_table
 from mxref.verification.studies.scoreboard.run import Board, Row
 
-SCHEMA = "mxref.scoreboard/3"
+SCHEMA = "mxref.scoreboard/4"
 _SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT_COVERED: "–", Status.PASS: "✓"}
 _STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black", "✓": "green"}
 
 
-def as_json(board: Board) -> dict[str, Any]:
-    """Counts of every implementation and check; the first failure of each check and tensor, with how many there are."""
-    checks = board.checks()
-    return {
-        "schema": SCHEMA,
-        "device": board.device,
-        "suite": board.suite,
-        "seed": board.seed,
-        "only": list(board.only),
-        "started": board.started,
-        "rows": [
-            {
-                "name": row.name,
-                "about": row.about,
-                "package": row.package,
-                "unavailable": row.unavailable or None,
-                "covers": row.covers,
-                "rounding_points": list(row.points),
-                "accumulation": str(row.result.accumulation) if row.result else "",
-                "left_out": row.result.left_out if row.result else "",
-                "seconds": round(row.result.seconds, 1) if row.result else 0.0,
-                "counts": {check: {str(status): row.counts(check)[status] for status in Status} for check in checks},
-                "failures": [_failure(failure, count) for failure, count in row.first_failures()],
-            }
-            for row in board.rows
-        ],
-    }
+def as_json(board: Board) -> Entry:
+    """The table as plain data."""
+    return {"schema": SCHEMA, **asdict(board)}
 
 
-def _failure(failure: Finding, count: int) -> dict[str, Any]:
-    """Without the traceback, which holds paths of the machine and lines of other projects' sources."""
-    return replace(failure, trace="").as_json() | {"count": count}
+def recorded_rows(board: Board, path: Path) -> list[Row]:
+    """The rows of a record that a table can be added to; none where there is no record.
+
+    Raises:
+        ValueError: the record is of other sources or versions, or of other cases.
+    """
+    if not path.exists():
+        return []
+    entry = read(path)
+    now = {"digest": digest(kernel_sources()), "versions": versions(), "asked": board.asked, "only": board.only}
+    other = [name for name, value in now.items() if entry.get(name) != value]
+    if other:
+        raise ValueError(f"{path} has another {', another '.join(other)}; record the whole table")
+    return [Row(**row) for row in entry["rows"]]
+
+
+def joined(board: Board, recorded: Sequence[Row]) -> Board:
+    """The table with the rows of others that a record has, in the order in which implementations are known."""
+    rows = {row.name: row for row in (*recorded, *board.rows)}
+    order = [*IMPLEMENTATIONS, *rows]
+    return replace(board, rows=sorted(rows.values(), key=lambda row: order.index(row.name)))
 
 
 def as_markdown(board: Board) -> str:
@@ -63,10 +62,10 @@ def as_markdown(board: Board) -> str:
         "✓ judgements that agree with the contract · ≈ only within the order-free bound · ✗ that contradict it · "
         "– declined; where nothing stands, nothing is within what it covers. A judgement is one tensor of one case.",
         "",
-        f"{board.device}; {board.suite} suite{_only(board)}, seed {board.seed}, {board.started}.",
+        f"{board.device}; {board.suite} suite{_only(board)}, seed {board.seed}; {_days(board)}.",
     ]
     for row in board.rows:
-        lines += _failures_markdown(row, board)
+        lines += _failures_markdown(row)
     return "\n".join(lines) + "\n"
 
 
@@ -82,8 +81,8 @@ def print_board(board: Board, console: Console) -> None:
     for row in board.rows:
         for said in _terms(row):
             console.print(Text(f"{row.name}: {said}"))
-        for failure, count in row.first_failures():
-            console.print(Text.assemble((f"✗ {row.name} ", "red"), _headline(failure, count)))
+        for failure in row.failures:
+            console.print(Text.assemble((f"✗ {row.name} ", "red"), _headline(failure)))
             for line in _details(failure):
                 console.print(Text(f"    {line}"))
 
@@ -105,8 +104,8 @@ def cell_text(row: Row, check: str) -> str:
     """One cell: counts by status, the worst first, or why there are none."""
     if row.unavailable:
         return row.unavailable
-    counts = row.counts(check)
-    return " ".join(f"{sign} {counts[status]}" for status, sign in _SIGN.items() if counts[status])
+    counts = row.counts.get(check, {})
+    return " ".join(f"{sign} {counts[status]}" for status, sign in _SIGN.items() if status in counts)
 
 
 def _only(board: Board) -> str:
@@ -136,41 +135,47 @@ def _coloured(cell: str) -> Text:
     return words
 
 
-def _failures_markdown(row: Row, board: Board) -> list[str]:
+def _days(board: Board) -> str:
+    """When it was judged."""
+    first, *_, last = sorted(row.started for row in board.rows) * 2
+    return first if first == last else f"{first} to {last}"
+
+
+def _failures_markdown(row: Row) -> list[str]:
     """An implementation's section: how it is judged, and where it first contradicts the contract."""
-    firsts, left_out = row.first_failures(), row.result.left_out if row.result else ""
-    reasons = Counter(finding.reason for finding in row.findings if finding.status is Status.NOT_COVERED)
     terms = _terms(row)
-    if not firsts and not reasons and not left_out and not terms:
+    if not row.failures and not row.declined and not row.left_out and not terms:
         return []
     lines = ["", f"### {row.name}", ""]
     for said in terms:
         lines += [f"{said[0].upper()}{said[1:]}.", ""]
-    lines += [f"- – {count} not covered: {reason}" for reason, count in reasons.items()]
-    for failure, count in firsts:
-        lines.append(f"- ✗ {_headline(failure, count)}")
+    lines += [f"- – {count} not covered: {reason}" for reason, count in row.declined.items()]
+    for failure in row.failures:
+        lines.append(f"- ✗ {_headline(failure)}")
         lines += [f"  <br>{line}" for line in _details(failure)]
-    return [*lines, *([f"- {left_out}"] if left_out else [])]
+    return [*lines, *([f"- {row.left_out}"] if row.left_out else [])]
 
 
 def _terms(row: Row) -> list[str]:
     """What an implementation is judged by where that is not the contract, or not over the whole domain."""
-    own = f"judged by its own rounding points: {', '.join(row.points)}"
+    own = f"judged by its own rounding points: {', '.join(row.rounding_points)}"
     part = f"asked within what it covers: {row.covers}"
-    return [*([part] if row.covers else []), *([own] if row.points else [])]
+    return [*([part] if row.covers else []), *([own] if row.rounding_points else [])]
 
 
-def _headline(finding: Finding, count: int) -> str:
-    others = f" (and {count - 1} more of {finding.check} · {finding.tensor})" if count > 1 else ""
-    return f"{finding.check} · {finding.case} · {finding.tensor}: {finding.reason}{others}"
+def _headline(failure: dict[str, Any]) -> str:
+    check, tensor, others = failure["check"], failure["tensor"], failure["count"] - 1
+    more = f" (and {others} more of {check} · {tensor})" if others else ""
+    return f"{check} · {failure['case']} · {tensor}: {failure['reason']}{more}"
 
 
-def _details(finding: Finding) -> list[str]:
+def _details(failure: dict[str, Any]) -> list[str]:
     """Input bytes, got, expected."""
-    example = finding.counterexample
+    example = failure["counterexample"]
     if example is None:
         return []
-    where = ", ".join(map(str, example.coordinate))
-    accepted = f", accepted [{example.low:.9g}, {example.high:.9g}]" if example.low != example.high else ""
-    got = f"{finding.tensor}[{where}]: got {example.got:.9g}, expected {example.expected:.9g}{accepted}"
-    return [*(f"input {weight}" for weight in finding.weights), got]
+    where = ", ".join(map(str, example["coordinate"]))
+    got, expected, low, high = (float(example[name]) for name in ("got", "expected", "low", "high"))
+    accepted = f", accepted [{low:.9g}, {high:.9g}]" if low != high else ""
+    line = f"{failure['tensor']}[{where}]: got {got:.9g}, expected {expected:.9g}{accepted}"
+    return [*(f"input {weight}" for weight in failure["weights"]), line]
