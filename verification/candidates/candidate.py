@@ -13,7 +13,7 @@ A callable declares by optional attributes; `--points`, `--accumulation` and `--
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -27,17 +27,24 @@ from torch.utils.checkpoint import checkpoint
 from mxref.problem import Problem
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.arithmetic.accumulation import Accumulation, declared_points
-from mxref.verification.arithmetic.tensor_bytes import bytes_of, hold_the_same, share_elements
+from mxref.verification.arithmetic.tensor_bytes import hold_the_same
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
 from mxref.verification.candidates.backward import BACKWARDS
 from mxref.verification.candidates.global_state import modes_unchanged
-from mxref.verification.cases.call import Call, in_another_thread
+from mxref.verification.candidates.operands import (
+    check_apart,
+    check_settled,
+    check_unchanged,
+    left_as_they_are,
+    operands_of,
+    repeats,
+    required,
+    versions,
+)
+from mxref.verification.cases.call import in_another_thread
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.subset import Subset
 from mxref.weights import MXLayout, MXWeights
-
-_ACTIVATIONS = ("inputs", "gates", "sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-"""Operands that a model computes; what it holds is made outside of inference_mode."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +99,12 @@ class Candidate:
             UnusableAnswerError: no caller could go on with the answer, or the candidate changed what is not its own.
             Exception: whatever else the candidate raises.
         """
-        operands, leaves = _operands(sample, copy=True)
+        operands, leaves = operands_of(sample, copy=True)
         y = self._forward(sample, operands)
         if leaves and sample.case.call.output == "dropped":
             operands, y = {}, y * 1
         outputs = self._backward(sample, y, leaves)
-        _check_unchanged(sample, operands)
+        check_unchanged(sample, operands)
         return outputs
 
     def _backward(self, sample: Sample, y: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -117,7 +124,7 @@ class Candidate:
         Operands are copies, laid out as the case's call has them; `copy=False` hands over the tensors themselves, which
         from then on require a gradient. Raises what `run` does.
         """
-        operands, leaves = _operands(sample, copy)
+        operands, leaves = operands_of(sample, copy)
         return self._forward(sample, operands), leaves
 
     def _forward(self, sample: Sample, operands: dict[str, Any]) -> Tensor:
@@ -132,15 +139,10 @@ class Candidate:
                     return _checkpoint_reentrantly(self.call, arguments)
                 return self.call(**arguments)
 
-        held = _held(arguments)
-        given = {name: _looks(name, x) for name, x in held.items()}
-        y = in_another_thread(forward) if call.threads == "another" else forward()
-        for name, x in _held(arguments).items():
-            for told, now in _looks(name, x).items():
-                if now != given[name][told]:
-                    raise UnusableAnswerError(f"{told}; expected every operand unchanged")
+        with left_as_they_are(arguments):
+            y = in_another_thread(forward) if call.threads == "another" else forward()
         self._check_output(y, sample)
-        _check_apart({"Y": y}, operands)
+        check_apart({"Y": y}, operands)
         return y  # type: ignore[no-any-return]
 
     def gradients(
@@ -161,7 +163,7 @@ class Candidate:
         call, incoming = sample.case.call, sample.grad_out.to(y.dtype)
         incoming = call.lay_out("grad_out", incoming) if copy else incoming
         held = {tensor: leaf.grad for tensor, leaf in leaves.items() if leaf.is_leaf}
-        given, arrived = _versions(incoming, *leaves.values()), incoming.detach().clone()
+        given, arrived = versions(incoming, *leaves.values()), incoming.detach().clone()
 
         def backward() -> dict[str, Tensor | None]:
             with call.around_backward(sample.problem.device.type), modes_unchanged("backward pass"):
@@ -171,12 +173,12 @@ class Candidate:
         for tensor, x in found.items():
             if x is not None and x.requires_grad and call.backward != "create_graph":
                 raise UnusableAnswerError(f"{tensor} has a graph of its own, though no second derivative is asked for")
-            if x is not None and _repeats(x):
+            if x is not None and repeats(x):
                 raise UnusableAnswerError(f"returned {tensor} with rows or columns that share memory with each other")
         named = {tensor: None if x is None else x.detach() for tensor, x in found.items()}
-        _check_apart(named, {"dOut": incoming, "Y": y, **{OPERAND_OF[tensor]: leaf for tensor, leaf in leaves.items()}})
+        check_apart(named, {"dOut": incoming, "Y": y, **{OPERAND_OF[tensor]: leaf for tensor, leaf in leaves.items()}})
         same = incoming.is_meta or hold_the_same(incoming, arrived)
-        if not same or _versions(incoming, *leaves.values()) != given:
+        if not same or versions(incoming, *leaves.values()) != given:
             raise UnusableAnswerError("its backward pass changes dOut or an operand in place; expected both unchanged")
         for tensor, grad in held.items():
             if leaves[tensor].grad is not grad:
@@ -184,7 +186,7 @@ class Candidate:
                     f"its backward pass sets {OPERAND_OF[tensor]}.grad itself; expected its gradient to be returned, "
                     "which autograd adds to what is there"
                 )
-        _settled(named)
+        check_settled(named)
         return named
 
     def _check_output(self, y: Any, sample: Sample) -> None:
@@ -198,14 +200,14 @@ class Candidate:
             raise UnusableAnswerError(f"Y has shape {tuple(y.shape)}; expected {tuple(sample.grad_out.shape)}")
         if y.dtype != problem.dtype and not (self.operators and problem.device.type == "cpu"):
             raise UnusableAnswerError(f"returned {y.dtype}; expected {problem.dtype}, that of inputs")
-        _settled({"Y": y.detach()})
+        check_settled({"Y": y.detach()})
         if mode != "grad" and y.requires_grad:
             raise UnusableAnswerError(f"returned an output that requires a gradient, under {mode}")
-        if y.requires_grad and not any(_required(sample)):
+        if y.requires_grad and not any(required(sample)):
             raise UnusableAnswerError("returned an output that requires a gradient, though no operand does")
         if mode != "inference" and y.is_inference():
             raise UnusableAnswerError("returned an inference tensor outside inference_mode, which no graph can save")
-        if _repeats(y):
+        if repeats(y):
             raise UnusableAnswerError("returned rows or columns that share memory with each other")
 
     def _accepted(self, arguments: dict[str, Any], case: Case) -> dict[str, Any]:
@@ -228,81 +230,6 @@ class Candidate:
             if isinstance(value, Tensor) or value != defaults[name]:
                 raise UnusableAnswerError(_lacks(name, [one for one in known if one not in (defaults | flags)]))
         return arguments
-
-
-def _check_unchanged(sample: Sample, operands: Mapping[str, Any]) -> None:
-    """Raise an UnusableAnswerError if a copy of an operand is not what the sample has any more."""
-
-    def held(name: str, x: Tensor) -> Tensor:
-        weights = operands.get("expert_weights")
-        copy = getattr(weights, name, None) if name in ("packed", "scales") else operands.get(name)
-        if isinstance(copy, Tensor) and not hold_the_same(copy.detach(), x):
-            raise UnusableAnswerError(f"changes {name} in place; expected every operand unchanged")
-        return x
-
-    sample.mapped(held)
-
-
-def _check_apart(results: Mapping[str, Tensor | None], others: Mapping[str, Any]) -> None:
-    """Raise an UnusableAnswerError if a result shares elements with anything else, so that changing one changes both.
-
-    `others`: an operand, or another tensor that a caller holds, by name.
-    """
-    held = {name: x for name, x in others.items() if isinstance(x, Tensor)}
-    for name, x in results.items():
-        for other, its in held.items():
-            if x is not None and share_elements(x, its):
-                raise UnusableAnswerError(f"{name} shares memory with {other}; expected a tensor of its own")
-        if x is not None:
-            held[name] = x
-
-
-def _operands(sample: Sample, copy: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The operands by name as the case's call has them, and the leaves among them by the name of their gradient."""
-    call, problem = sample.case.call, sample.problem
-    tensors = {name: x for name, x in problem.arguments().items() if isinstance(x, Tensor)}
-    operands: dict[str, Any] = {name: x.detach() if copy else x for name, x in tensors.items()}
-    made_there = _ACTIVATIONS if copy and call.mode == "inference" else ()
-    if copy:
-        operands = {name: call.lay_out(name, x) for name, x in operands.items()}
-        operands |= _packed(problem.expert_weights, call)
-        with torch.inference_mode(bool(made_there)):
-            operands |= {name: call.lay_out(name, tensors[name]) for name in made_there if name in tensors}
-    required = {tensor: name for tensor, name in _required(sample).items() if name not in made_there}
-    leaves = {name: _owned(operands[name], name, call.owner) for name in required.values()}
-    computed = call.owner == "computed"
-    operands |= {name: leaf.view_as(leaf) if computed else leaf for name, leaf in leaves.items()}
-    return operands, {tensor: leaves[name] for tensor, name in required.items() if call.wants(tensor)}
-
-
-def _required(sample: Sample) -> dict[str, str]:
-    """The operands that require a gradient, by the name of that."""
-    given = sample.problem.arguments()
-    return {t: n for t, n in OPERAND_OF.items() if isinstance(given.get(n), Tensor) and sample.case.call.requires(t)}
-
-
-def _held(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a call."""
-    weights = arguments.get("expert_weights")
-    packed = {"packed": weights.packed, "scales": weights.scales} if isinstance(weights, MXWeights) else {}
-    return {name: x for name, x in {**arguments, **packed}.items() if isinstance(x, Tensor)}
-
-
-def _looks(name: str, x: Tensor) -> dict[str, object]:
-    """What a call leaves as it is of an operand, by what is told of one that does not."""
-    counted = not x.is_inference() and name != "expert_weights"  # dense ones change where they become a module's
-    return {
-        f"puts another tensor in the place of {name}": id(x),
-        f"changes {name} in place": x._version if counted else 0,
-        f"sets {name}.requires_grad": x.requires_grad,
-        f"gives {name} other memory or strides": (x.data_ptr(), x.stride()),
-        f"changes {name}.grad": (id(x.grad), x.grad._version) if x.is_leaf and x.grad is not None else None,
-    }
-
-
-def _repeats(x: Tensor) -> bool:
-    """Whether a tensor has rows or columns in memory once."""
-    return x.numel() > 0 and any(size > 1 and not stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def checkpointed(function: Callable[[], Any]) -> Any:
@@ -333,49 +260,6 @@ def _checkpoint_reentrantly(layer: Callable[..., Any], arguments: dict[str, Any]
         return layer(**arguments | dict(zip(names, given, strict=True)))
 
     return checkpoint(region, *(arguments[name] for name in names), use_reentrant=True)
-
-
-def _versions(*tensors: Tensor) -> list[int]:
-    """How often each was changed in place, as far as autograd counts it."""
-    return [0 if x.is_inference() else x._version for x in tensors]
-
-
-def _packed(weights: Tensor | MXWeights, call: Call) -> dict[str, MXWeights]:
-    """Packed weights whose bytes and scales lie as a call has them: contiguous, wherever they begin."""
-    if not isinstance(weights, MXWeights):
-        return {}
-    if (call.weights, call.storage) == ("contiguous", "its own"):
-        return {"expert_weights": replace(weights)}  # an object of its own, which nobody keeps
-    packed, scales = call.lay_out("packed", weights.packed), call.lay_out("scales", weights.scales)
-    return {"expert_weights": replace(weights, packed=packed, scales=scales)}
-
-
-def _owned(operand: Tensor, name: str, owner: str) -> Tensor:
-    """A leaf of the graph: the operand itself, or a parameter."""
-    if owner == "parameter" and name not in ("inputs", "gates") and not isinstance(operand, torch.nn.Parameter):
-        return torch.nn.Parameter(operand)
-    return operand.requires_grad_()
-
-
-def _settled(outputs: Mapping[str, Tensor | None]) -> None:
-    """Outputs are complete for whoever uses them on the caller's stream.
-
-    Copies that this stream makes right away are held against the outputs once all of the GPU's work is done.
-
-    Raises:
-        UnusableAnswerError: an output changed in between, as when another stream still computes it.
-    """
-    here = {name: x for name, x in outputs.items() if x is not None and x.numel() and x.device.type == "cuda"}
-    if not here:
-        return
-    copies = {name: x.clone() for name, x in here.items()}
-    torch.cuda.synchronize()
-    for name, x in here.items():
-        if not torch.equal(bytes_of(copies[name]), bytes_of(x)):
-            raise UnusableAnswerError(
-                f"{name} changed after the call had returned: it is computed on another stream, for which the caller's "
-                "stream does not wait"
-            )
 
 
 def _lacks(name: str, others: Sequence[str]) -> str:

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from mxref.verification.candidates.answer import Answer
-from mxref.verification.candidates.call_machine import WAYS, CallMachine, DifferentError
+from mxref.verification.candidates.call_machine import WAYS, DifferentError
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.graphs import GRAPHS, INCOMING
 from mxref.verification.candidates.operand_sets import CHANGED, CHANGES, SETS
+from mxref.verification.candidates.written_steps import WrittenSteps
 from mxref.verification.cases.call import Mode
 from mxref.verification.cases.case import Sample
 
@@ -25,9 +26,6 @@ _MANY, _FEWER = 520, 16
 """Calls after a first one that is still held: of so many buffers, or fewer, that take turns, one is taken again. The
 layers of a large model, in several batches under way, need as many at once. Large samples take too long, and kernels
 that are interpreted."""
-
-_TRAINED = CHANGED, ("lora_A", "lora_B", "expert_biases"), ("inputs", "gates", "lora_A")
-"""What changes in each of WAYS."""
 
 _AT_ONCE = (
     ("a", "d"), ("c", "a"), ("a", "b"), ("a", "row by row"), ("another rank", "a"), ("a", "another dtype"),
@@ -49,9 +47,9 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
         went well if none goes wrong.
     """
     seen: list[tuple[Answer, Answer]] = []
-    last: list[CallMachine] = []
+    last: list[WrittenSteps] = []
 
-    class Machine(CallMachine):
+    class Machine(WrittenSteps):
         def __init__(self, **how: Any) -> None:
             super().__init__(candidate, sample, seen, **how)
             last[:] = [self]
@@ -74,7 +72,7 @@ def in_sequences(candidate: Candidate, sample: Sample, shrink: bool = True) -> l
     return list(seen[-1]) if seen else []
 
 
-def _as_written(machine: Callable[..., CallMachine], many: int) -> None:
+def _as_written(machine: Callable[..., WrittenSteps], many: int) -> None:
     """Sequences that chance seldom finds."""
     _as_in_evaluation(machine(), many)
     _as_in_pipelines(machine(), many)
@@ -95,15 +93,15 @@ def _as_written(machine: Callable[..., CallMachine], many: int) -> None:
     device_type = served.sample.problem.device.type
     if device_type == "cuda":
         machine().on_streams("a", "d")
-    for way, operands in zip(WAYS, _TRAINED, strict=True):
-        for operand in operands:
-            trained = machine(**way)
-            if trained.script or not way:  # it is covered
+    for how, changes in WAYS:
+        for operand in changes:
+            trained = machine(**how)
+            if trained.script or not how:  # it is covered
                 with trained.sample.case.call.around_backward(device_type):
                     _as_in_training(trained, operand)
 
 
-def _as_in_evaluation(machine: CallMachine, many: int) -> None:
+def _as_in_evaluation(machine: WrittenSteps, many: int) -> None:
     """Results without a graph, many of them alive at once; then training on the same operands."""
     machine.evaluate(which="a")
     for _ in range(many):
@@ -120,7 +118,7 @@ def _as_in_evaluation(machine: CallMachine, many: int) -> None:
         machine.backward(index=0, retain=False)
 
 
-def _as_in_pipelines(machine: CallMachine, many: int) -> None:
+def _as_in_pipelines(machine: WrittenSteps, many: int) -> None:
     """Many graphs alive at once, whose backward passes come in another order; then calls that differ in more."""
     machine.forward(which="a")
     for _ in range(many):
@@ -135,7 +133,7 @@ def _as_in_pipelines(machine: CallMachine, many: int) -> None:
     machine.look_again()
 
 
-def _as_in_distillation(machine: CallMachine) -> None:
+def _as_in_distillation(machine: WrittenSteps) -> None:
     """Two backward passes over one graph, for other gradients in the same memory; outputs whose graph has ended."""
     if not machine.candidate.covers.one_backward:
         machine.forward(which="a")
@@ -147,7 +145,7 @@ def _as_in_distillation(machine: CallMachine) -> None:
     machine.look_again()
 
 
-def _as_in_loaders(machine: CallMachine) -> None:
+def _as_in_loaders(machine: WrittenSteps) -> None:
     """Parts of one batch, which have one storage."""
     for which in "cgc":
         machine.forward(which=which)
@@ -155,7 +153,7 @@ def _as_in_loaders(machine: CallMachine) -> None:
         machine.evaluate(which=which)
 
 
-def _as_in_variants(machine: CallMachine) -> list[str]:
+def _as_in_variants(machine: WrittenSteps) -> list[str]:
     """The same tensors in calls that differ in what is no tensor, or in one that is left out; there and back."""
     variants = sorted(machine.samples.keys() - set(SETS[1:]))
     for which in (*variants, *reversed(variants)):
@@ -166,14 +164,14 @@ def _as_in_variants(machine: CallMachine) -> list[str]:
     return variants
 
 
-def _as_it_was_first(machine: CallMachine, variant: str) -> None:
+def _as_it_was_first(machine: WrittenSteps, variant: str) -> None:
     """A variant and then what it varies: the first call with a tensor decides nothing for later ones."""
     for which in (variant, "a"):
         machine.forward(which=which)
         machine.backward(index=0, retain=False)
 
 
-def _as_on_idle_ranks(machine: CallMachine) -> None:
+def _as_on_idle_ranks(machine: WrittenSteps) -> None:
     """Calls without a row of an expert: zeros too are the caller's to write to."""
     for _ in range(2):
         machine.evaluate(which="no rows")
@@ -182,7 +180,7 @@ def _as_on_idle_ranks(machine: CallMachine) -> None:
         machine.overwrite()
 
 
-def _as_in_serving(machine: CallMachine, mode: Mode) -> None:
+def _as_in_serving(machine: WrittenSteps, mode: Mode) -> None:
     """Calls without a graph: operands change in between, where nobody counts it, and what is no tensor differs."""
     machine.evaluate("a", mode)
     for operand in CHANGED:
@@ -193,7 +191,7 @@ def _as_in_serving(machine: CallMachine, mode: Mode) -> None:
     machine.look_again()
 
 
-def _as_behind_errors(machine: CallMachine) -> None:
+def _as_behind_errors(machine: WrittenSteps) -> None:
     """A call that is refused, and then others."""
     machine.refused("a")
     machine.forward("a")
@@ -201,14 +199,14 @@ def _as_behind_errors(machine: CallMachine) -> None:
     machine.evaluate("a")
 
 
-def _as_in_threads(machine: CallMachine) -> None:
+def _as_in_threads(machine: WrittenSteps) -> None:
     """Calls at the same time, also under other modes."""
     for which in _AT_ONCE:
         machine.at_once(*which)
     machine.at_once("a", "d", mode="no_grad", algorithms="deterministic")
 
 
-def _as_in_frameworks(machine: CallMachine) -> None:
+def _as_in_frameworks(machine: WrittenSteps) -> None:
     """Hooks, steps within a backward pass, checkpointed regions, and outputs that only part of a loss sees."""
     for how in GRAPHS:
         machine.in_graph("a", how)
@@ -222,7 +220,7 @@ def _as_in_frameworks(machine: CallMachine) -> None:
         machine.in_region("a", variant)
 
 
-def _as_in_training(machine: CallMachine, operand: str) -> None:
+def _as_in_training(machine: WrittenSteps, operand: str) -> None:
     """Operands that change between passes and calls."""
     machine.forward(which="a")
     machine.update(which="a", operand=operand)

@@ -8,6 +8,7 @@ gauge (see `gauge`) spreads the scale bytes over 2^±125 without touching any of
 
 from __future__ import annotations
 
+from itertools import product
 from math import frexp
 
 import torch
@@ -28,8 +29,9 @@ few have. Each is tried a few times."""
 
 _ATTEMPTS = 4
 _HOPELESS = 2  # values that are not exact, beyond which a draw of as many nonzeros will hardly be
-_GATED = 32  # biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it
-_MANY_GATES = 8  # of one token; sums of more are exact where the others are 1
+_GATED = 32, 8  # biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it
+_TWOS = 8, 1  # gates of one token that may be 2; sums of more are exact where the others are 1
+"""The second where every draw by the first failed: many gates, and quarters beside them."""
 _FAR = 16
 _ROWS_LEFT = 8  # rows with nonzeros, at least, where some have none
 
@@ -51,9 +53,9 @@ def draw_integer(case: Case, seed: int) -> Sample:
     strictest = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
     draw = torch.Generator().manual_seed(case.draw_seed(seed))
     densities = [(nonzeros, every) for nonzeros, every in _DENSITIES if every == 1 or case.rows >= _ROWS_LEFT * every]
-    for density in densities:
+    for limits, density in product(zip(_GATED, _TWOS, strict=True), densities):
         for _ in range(_ATTEMPTS):
-            sample = _draw(case, draw, *density)
+            sample = _draw(case, draw, density, limits)
             inexact = _inexact(sample.problem, sample.grad_out, RoundingPoints.contract(strictest))
             if not inexact:
                 return sample
@@ -83,7 +85,8 @@ def rounding_points(problem: Problem, grad_out: Tensor, points: RoundingPoints) 
     return {name: point for name, point in (vars(fwd) | vars(bwd)).items() if isinstance(point, Rounded)}
 
 
-def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> Sample:
+def _draw(case: Case, draw: torch.Generator, density: tuple[int, int], limits: tuple[int, int]) -> Sample:
+    gated, twos = limits
     E, K, N, r, own = case.experts, case.K, case.N, case.rank, case.dtypes
     lora_A = lora_B = bias = gates = None
     if r:
@@ -91,14 +94,14 @@ def _draw(case: Case, draw: torch.Generator, nonzeros: int, every: int) -> Sampl
         B = at_most(2, E, r, N, draw).permute(2, 0, 1).flatten(1)  # [N, E·r]
         lora_A, lora_B = A.to(own["lora_A"]), B.to(own["lora_B"])
     if case.bias:
-        most = max(1, min(4, _GATED // max(case.gate_slots, 1)))
+        most = max(1, min(4, gated // max(case.gate_slots, 1)))
         bias = torch.randint(-most, most + 1, (E, N), generator=draw).to(own["expert_biases"])
     if case.gate_slots:
         gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
-        gates[:, _MANY_GATES:] = 1
-    x = dealt(case.input_rows, K, nonzeros, every, draw)
+        gates[:, twos:] = 1
+    x = dealt(case.input_rows, K, *density, draw)
     problem = problem_of_integers(case, draw, x, random_codes(case, draw), lora_A, lora_B, bias, gates)
-    sample = Sample(case, problem, dealt(*case.output_shape, nonzeros, every, draw).to(case.dtype))
+    sample = Sample(case, problem, dealt(*case.output_shape, *density, draw).to(case.dtype))
     return repeated(spread_out(sample, draw, *((2, 1) if case.narrow else (60, 5))))
 
 

@@ -38,7 +38,7 @@ def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
         "--processes",
         metavar="N",
         type=positive,
-        help=f"that share the cases (default: {alone}; on a GPU up to 16)",
+        help=f"that share the cases (default: {alone}; on a GPU as it and the cores allow, 16 at most)",
     )
 
 

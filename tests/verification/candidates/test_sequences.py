@@ -14,11 +14,12 @@ from torch import Tensor
 from mxref.scattermoe import RoundingPoints
 from mxref.verification.candidates import sequences
 from mxref.verification.candidates.answer import OPERAND_OF, UnusableAnswerError
-from mxref.verification.candidates.call_machine import WAYS, CallMachine, DifferentError
+from mxref.verification.candidates.call_machine import WAYS, DifferentError
 from mxref.verification.candidates.candidate import Candidate
 from mxref.verification.candidates.graphs import GRAPHS
 from mxref.verification.candidates.operand_sets import CHANGED, changed, operand_sets
 from mxref.verification.candidates.shipped import golden, torch_composite
+from mxref.verification.candidates.written_steps import WrittenSteps
 from mxref.verification.cases.case import Case, Sample
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.integer import is_exact_everywhere
@@ -43,7 +44,7 @@ def test_what_is_asked_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(torch.cuda, name, instead)
     seen: list[Any] = []
-    calls = CallMachine(golden(), sample("cpu"), seen)
+    calls = WrittenSteps(golden(), sample("cpu"), seen)
     calls.on_streams("a", "d")
     assert seen
     assert calls.script == ["layer(a) and layer(d) and their gradients, each on a stream of its own"]
@@ -58,9 +59,9 @@ def test_an_operand_that_is_read_on_the_default_stream_is_seen() -> None:
             inputs = inputs * 1.0  # before it is filled
         return honest.call(inputs=inputs, **others)
 
-    CallMachine(honest, asked, []).on_streams("a", "d")
+    WrittenSteps(honest, asked, []).on_streams("a", "d")
     with pytest.raises(DifferentError):
-        CallMachine(Candidate("early", early), asked, []).on_streams("a", "d")
+        WrittenSteps(Candidate("early", early), asked, []).on_streams("a", "d")
 
 
 class _ReadsY(torch.autograd.Function):
@@ -112,12 +113,12 @@ def _through(function: Any) -> Candidate:
 @pytest.mark.parametrize("function", [_ReadsY, _GivesView])
 def test_what_torch_refuses_of_a_changed_output_is_no_fault(function: Any) -> None:
     for how in GRAPHS:
-        CallMachine(_through(function), sample("cpu"), []).in_graph("a", how)
+        WrittenSteps(_through(function), sample("cpu"), []).in_graph("a", how)
 
 
 def test_a_changed_output_that_is_read_unseen_is_one() -> None:
     with pytest.raises(DifferentError, match="added to Y"):
-        CallMachine(_through(_KeepsY), sample("cpu"), []).in_graph("a", "1 is added to Y in place")
+        WrittenSteps(_through(_KeepsY), sample("cpu"), []).in_graph("a", "1 is added to Y in place")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_sequences_ask_for_what_is_covered_alone(covers: str, left: set[str]) ->
     """Sets that a candidate does not cover are left out, and a takes their place."""
     asked, honest = sample("cpu"), torch_composite()
     part = Candidate("", honest.call, covers=parse_subset(covers))
-    machine = CallMachine(part, asked, [])
+    machine = WrittenSteps(part, asked, [])
     assert operand_sets(asked).keys() - machine.samples.keys() == left
     for which in left:
         machine.forward(which)
@@ -150,7 +151,7 @@ def test_all_signs_read_wrongly_do_not_cancel() -> None:
         read = {n: torch._neg_view(x) if isinstance(x, Tensor) and x.is_neg() else x for n, x in operands.items()}
         return honest.call(**read)
 
-    machine = CallMachine(Candidate("", reads_memory), sample("cpu"), [])
+    machine = WrittenSteps(Candidate("", reads_memory), sample("cpu"), [])
     machine.forward("signs put off")
     with pytest.raises(DifferentError):
         machine.forward("sign of x put off")
@@ -176,7 +177,7 @@ def test_nobody_who_has_no_backward_pass_is_asked_for_dX_alone() -> None:
 
 def test_many_outputs_in_a_row_are_told_once() -> None:
     seen: list[Any] = []
-    machine = CallMachine(golden(), sample("cpu"), seen)
+    machine = WrittenSteps(golden(), sample("cpu"), seen)
     for _ in range(3):
         machine.forward("d")
     assert seen[0][1].circumstance == "after «y0 = layer(d), 3 times»"
@@ -203,7 +204,7 @@ def test_a_parameter_is_the_same_in_every_call() -> None:
         given.append(operands["lora_A"])
         return honest.call(**operands)
 
-    machine = CallMachine(Candidate("", noting), sample("cpu"), [], owner="parameter")
+    machine = WrittenSteps(Candidate("", noting), sample("cpu"), [], owner="parameter")
     for _ in range(2):
         machine.forward("a")
         machine.backward(index=0, retain=False)
@@ -215,7 +216,7 @@ def test_a_parameter_is_the_same_in_every_call() -> None:
 
 def test_a_way_that_is_not_covered_is_left_out() -> None:
     part = Candidate("", torch_composite().call, covers=parse_subset("operands=leaf"))
-    assert CallMachine(part, sample("cpu"), [], **WAYS[1]).script == ["in all calls autocast: both passes"]
+    assert WrittenSteps(part, sample("cpu"), [], **WAYS[1].how).script == ["in all calls autocast: both passes"]
 
 
 class _Forgetful:
@@ -274,10 +275,10 @@ class _Forgetful:
         ("dOut", lambda machine: machine.given("a", "dOut was made under inference_mode")),
     ],
 )
-def test_what_a_candidate_remembers_between_calls_is_seen(part: str, asks: Callable[[CallMachine], None]) -> None:
-    asks(CallMachine(Candidate("", _Forgetful("")), sample("cpu"), []))
+def test_what_a_candidate_remembers_between_calls_is_seen(part: str, asks: Callable[[WrittenSteps], None]) -> None:
+    asks(WrittenSteps(Candidate("", _Forgetful("")), sample("cpu"), []))
     with pytest.raises((DifferentError, UnusableAnswerError, IndexError)):
-        asks(CallMachine(Candidate("", _Forgetful(part)), sample("cpu"), []))
+        asks(WrittenSteps(Candidate("", _Forgetful(part)), sample("cpu"), []))
 
 
 def test_what_is_raised_is_told_with_the_sequence() -> None:

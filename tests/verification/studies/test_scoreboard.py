@@ -17,7 +17,8 @@ from mxref.verification.candidates import known
 from mxref.verification.candidates.known import IMPLEMENTATIONS, implementation
 from mxref.verification.cases.subset import parse_subset
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.cli import main
+from mxref.verification.cli import UsageError, main
+from mxref.verification.cli.own.scoreboard import recorded_rows
 from mxref.verification.gate.result import GateResult
 from mxref.verification.records.record import read
 from mxref.verification.records.record import write as write_record
@@ -26,7 +27,6 @@ from mxref.verification.studies.scoreboard.report import (
     as_markdown,
     joined,
     print_board,
-    recorded_rows,
     write,
 )
 from mxref.verification.studies.scoreboard.run import Board, Row, empty_board, run_scoreboard
@@ -195,5 +195,5 @@ def test_lines_that_were_asked_otherwise_are_not_joined(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     assert recorded_rows(wide, tmp_path / "none.json") == []
     path = write_record("scoreboard", as_json(wide), torch.device("cuda"), tmp_path)
-    with pytest.raises(ValueError, match="has another asked; record the whole table"):
+    with pytest.raises(UsageError, match="has another asked; record the whole table"):
         recorded_rows(replace(wide, asked="other cases"), path)

@@ -15,6 +15,7 @@ exit codes: 0 the comparison ran, whatever it found; 2 wrong use
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -24,12 +25,14 @@ from mxref.verification.cli import UsageError, options
 from mxref.verification.cli.progress import Meter
 from mxref.verification.gate.plan import plan
 from mxref.verification.records import record
+from mxref.verification.records.kernel_sources import kernel_sources
+from mxref.verification.records.sources import digest
+from mxref.verification.records.versions import versions
 from mxref.verification.studies.scoreboard.report import (
     as_json,
     as_markdown,
     joined,
     print_board,
-    recorded_rows,
     write,
 )
 from mxref.verification.studies.scoreboard.run import Board, Row, empty_board, run_scoreboard
@@ -66,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     options.writable_folder(arguments.out)
     _check_cases(names, arguments, device)
     board = empty_board(device, full=arguments.full, seed=arguments.seed, only=arguments.case or ())
-    recorded = _recorded(board, device, arguments)
+    beside = []
+    if arguments.record is not None and arguments.candidates is not None:
+        beside = recorded_rows(board, record.record_path("scoreboard", device, arguments.record))
     _judge(board, names, device, arguments)
     console = options.terminal(120)
     print_board(board, console)
@@ -74,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     options.note(console, "table", page)
     options.note(console, "data", data)
     if arguments.record is not None:
-        board = joined(board, recorded)
+        board = joined(board, beside)
         kept = record.write(
             "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
         )
@@ -82,14 +87,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recorded(board: Board, device: torch.device, arguments: argparse.Namespace) -> list[Row]:
-    """Rows to keep beside those of --candidates."""
-    if arguments.record is None or arguments.candidates is None:
+def recorded_rows(board: Board, path: Path) -> list[Row]:
+    """The rows of a record that a table can be added to; none where there is no record.
+
+    Raises:
+        UsageError: the record is of other sources or versions, or of other cases.
+    """
+    if not path.exists():
         return []
-    try:
-        return recorded_rows(board, record.record_path("scoreboard", device, arguments.record))
-    except ValueError as error:
-        raise UsageError(f"--record: {error}") from None
+    entry = record.read(path)
+    now = {"digest": digest(kernel_sources()), "versions": versions(), "asked": board.asked, "only": board.only}
+    other = [name for name, value in now.items() if entry.get(name) != value]
+    if other:
+        raise UsageError(f"{path} has another {', another '.join(other)}; record the whole table")
+    return [Row(**row) for row in entry["rows"]]
 
 
 def _names(text: str | None) -> list[str]:

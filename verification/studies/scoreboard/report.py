@@ -12,10 +12,6 @@ from rich.text import Text
 
 from mxref.verification.candidates.known import IMPLEMENTATIONS
 from mxref.verification.checks.finding import Status
-from mxref.verification.records.kernel_sources import kernel_sources
-from mxref.verification.records.record import Entry, read
-from mxref.verification.records.sources import digest
-from mxref.verification.records.versions import versions
 from mxref.verification.report.output import new_table, write_json
 from mxref.verification.report.own.markdown import markdown_table
 from mxref.verification.studies.scoreboard.run import Board, Row
@@ -25,25 +21,9 @@ _SIGN = {Status.FAIL: "✗", Status.WEAK: "≈", Status.WORSE: "↓", Status.NOT
 _STYLE = {"✗": "red", "≈": "yellow", "↓": "yellow", "–": "bright_black", "✓": "green"}
 
 
-def as_json(board: Board) -> Entry:
+def as_json(board: Board) -> dict[str, Any]:
     """The table as plain data."""
     return {"schema": SCHEMA, **asdict(board)}
-
-
-def recorded_rows(board: Board, path: Path) -> list[Row]:
-    """The rows of a record that a table can be added to; none where there is no record.
-
-    Raises:
-        ValueError: the record is of other sources or versions, or of other cases.
-    """
-    if not path.exists():
-        return []
-    entry = read(path)
-    now = {"digest": digest(kernel_sources()), "versions": versions(), "asked": board.asked, "only": board.only}
-    other = [name for name, value in now.items() if entry.get(name) != value]
-    if other:
-        raise ValueError(f"{path} has another {', another '.join(other)}; record the whole table")
-    return [Row(**row) for row in entry["rows"]]
 
 
 def joined(board: Board, recorded: Sequence[Row]) -> Board:
