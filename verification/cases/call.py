@@ -16,12 +16,14 @@ from torch import Tensor
 T = TypeVar("T")
 Layout = Literal[
     "contiguous", "transposed", "sliced", "padded", "offset", "apart", "innermost", "middle", "overlapping",
-    "expanded", "one column", "one number",
+    "expanded", "one column", "one number", "one row",
 ]  # fmt: skip
 REPEATED: tuple[Layout, ...] = ("overlapping", "expanded", "one column", "one number")
 """Those that have elements, rows or columns in memory once."""
 ONE_ROW: tuple[Layout, ...] = ("expanded", "one number")
 """Those of them all of whose rows are one."""
+_OF_GATES: dict[Layout, Layout] = {"expanded": "one column", "one row": "expanded"}
+"""One gate a token, repeated, is how gates are expanded; or all tokens have one row of them."""
 Storage = Literal["its own", "shared"]
 Mode = Literal["grad", "no_grad", "inference"]
 Autocast = Literal["off", "forward pass", "forward pass to fp16", "backward pass to fp16", "both passes"]
@@ -94,7 +96,7 @@ class Call:
         """Of an operand by its name in `Problem`, or "grad_out"."""
         named: dict[str, Layout] = {
             "inputs": self.x, "lora_A": self.A, "lora_B": self.B, "expert_biases": self.biases,
-            "gates": "one column" if self.gates == "expanded" else self.gates, "expert_weights": self.weights,
+            "gates": _OF_GATES.get(self.gates, self.gates), "expert_weights": self.weights,
             "sorted_expert_idxs": self.ids, "sorted_scattered_idxs": self.rows, "expert_offsets": self.ends,
             "packed": self.weights, "scales": self.weights, "grad_out": self.dOut,
         }  # fmt: skip
@@ -176,6 +178,7 @@ def in_another_thread(function: Callable[[], T]) -> T:
         return thread.submit(function).result()
 
 
+_OFFSETS = 13, 8, 4, 2, 16
 _BEFORE = 64
 """Elements before an operand in a storage that it shares: a whole number of the 16 bytes that wide loads want."""
 
@@ -184,14 +187,14 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
     """The same values in fresh memory that lies otherwise, behind so many other elements of its storage.
 
     transposed: the last two dimensions are exchanged in memory, where it may be the second half of a taller tensor, or
-    the first columns of a wider one.  sliced: every second column of a wider tensor, or the first of three numbers in
-    each place of one.  padded: the first columns of a wider tensor, or either half of one whose rows begin at multiples
-    of 16.  offset: 13 elements behind the start of a larger buffer.  apart: every
-    second row (of three dimensions: matrix) of a taller one, from its second on.  innermost: the first dimension has
-    stride 1, and the others follow in their order.  middle: the first two dimensions are exchanged in memory.
-    overlapping: windows of one long row, each half a row behind the one before.  expanded: one row or matrix, repeated
-    with stride 0; one column, and one number, likewise. What is repeated must be equal. Of several ways shape and dtype
-    choose one, so that many cases have each.
+    the first columns of a wider one, whose rows may begin at multiples of 16.  sliced: every second column of a wider
+    tensor, or the first of three numbers in each place of one.  padded: the first columns of a wider tensor, of one
+    four times as wide, or either half of one whose rows begin at multiples of 16.  offset: 2 to 16 elements behind the
+    start of a larger buffer.  apart: every second row (of three dimensions: matrix) of a taller one, from its second
+    on.  innermost: the first dimension has stride 1, and the others follow in their order.  middle: the first two
+    dimensions are exchanged in memory.  overlapping: windows of one long row, each half a row behind the one before.
+    expanded: one row or matrix, repeated with stride 0; one column, and one number, likewise. What is repeated must be
+    equal. Of several ways shape and dtype choose one, so that many cases have each.
 
     Memory in between holds NaN, or 0 of integers. Whatever has no element stays as it is; so does whatever has one
     dimension, unless it is sliced, offset, or expanded and the same everywhere.
@@ -206,7 +209,8 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
     if layout == "expanded" and x.ndim < 2 and bool((x != x[0]).any()):
         layout = "contiguous"
     *rows, columns = x.shape
-    way = crc32(f"{x.shape} {x.dtype}".encode()) % 3
+    checksum = crc32(f"{x.shape} {x.dtype}".encode())
+    way = checksum % 4
     match layout, way:
         case "contiguous", _:
             inside = memory(*x.shape)
@@ -214,19 +218,23 @@ def lay_out(x: Tensor, layout: Layout, before: int = 0) -> Tensor:
             inside = memory(*x.mT.shape).mT
         case "transposed", 1:
             inside = memory(*rows[:-1], 2 * columns, rows[-1])[..., columns:, :].mT
-        case "transposed", _:
+        case "transposed", 2:
             inside = memory(*rows[:-1], columns, rows[-1] + 7)[..., :-7].mT
+        case "transposed", _:
+            inside = memory(*rows[:-1], columns, rows[-1] // 16 * 16 + 16)[..., : rows[-1]].mT
         case "sliced", 0:
             inside = memory(*rows, 2 * columns)[..., ::2]
         case "sliced", _:
             inside = memory(*rows, columns + 3, 3)[..., :-3, 0]
         case "padded", 0:
             inside = memory(*rows, columns + 5)[..., :-5]
+        case "padded", 3:
+            inside = memory(*rows, 4 * columns)[..., :columns]
         case "padded", _:
             wide = memory(*rows, -(-2 * columns // 16) * 16)
             inside = wide[..., :columns] if way == 1 else wide[..., -columns:]
         case "offset", _:
-            inside = memory(*x.shape, before=before + 13)
+            inside = memory(*x.shape, before=before + _OFFSETS[checksum // 4 % len(_OFFSETS)])
         case "apart", _:
             inside = memory(2 * x.shape[0], *x.shape[1:])[1::2]
         case "innermost", _:

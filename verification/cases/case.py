@@ -18,7 +18,7 @@ from mxref.weights import MXLayout, MXWeights
 T = TypeVar("T")
 Routing = Literal[
     "uniform", "empty_experts", "one_expert", "ten_active", "duplicates", "sentinels", "all_sentinels",
-    "far_sentinels", "about_tiles", "whole_tiles",
+    "far_sentinels", "about_tiles", "whole_tiles", "equal",
 ]  # fmt: skip
 PositionOrder = Literal["ascending", "descending", "shuffled"]
 Data = Literal[

@@ -73,7 +73,7 @@ def _of(name: str, **classes: Mapping[str, Any]) -> Dimension:
     return Dimension(name, tuple(Class(each.replace("_", " "), fields) for each, fields in classes.items()))
 
 
-def _numbers(name: str, field_name: str, *numbers: int, **costs: Any) -> Class:
+def _numbers(name: str, field_name: str, *numbers: float, **costs: Any) -> Class:
     """A class of one field, which has these numbers in turn; `costs`: numbers in their place by expense, and `cost`."""
     cost = costs.pop("cost", 0.0)
     stand_ins = {expense: [{field_name: n} for n in own] for expense, own in costs.items()}
@@ -89,10 +89,10 @@ DIMENSIONS: tuple[Dimension, ...] = (
     Dimension(
         "rows",
         (
-            _numbers("few", "tokens", 9, 14, 11, 23, 10),
+            _numbers("few", "tokens", 9, 14, 11, 23, 5),
             _numbers("none", "tokens", 0),
             _numbers("one token", "tokens", 1),
-            _numbers("a tile and a tail", "tokens", 37, 21, 52, 70),
+            _numbers("a tile and a tail", "tokens", 37, 65, 32, 127, 64, 21),
             _numbers("hundreds an expert", "tokens", 300, 420, cost=10.0, cheap=(150, 260), interpreted=(48,)),
             Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0,
                   stand_ins={"cheap": ({"tokens": 70},), "interpreted": ({"tokens": 70},)}),
@@ -103,8 +103,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             _numbers("few", "experts", 4, 6, 5, 7),
             _numbers("one", "experts", 1),
-            _numbers("a warp", "experts", 32, 64, cost=1.0, interpreted=(8, 12)),
-            _numbers("hundreds", "experts", 260, 128, 192, cost=3.0, interpreted=(17, 20)),
+            _numbers("a warp", "experts", 32, 40, 64, 96, cost=1.0, interpreted=(8, 12)),
+            _numbers("hundreds", "experts", 260, 128, 160, cost=3.0, interpreted=(17, 20)),
         ),
     ),
     Dimension(
@@ -113,9 +113,9 @@ DIMENSIONS: tuple[Dimension, ...] = (
             _numbers("two blocks", "K", 64),
             _numbers("one block", "K", 32),
             _numbers("a step and a tail", "K", 96, 160, 224),
-            _numbers("no whole block", "K", 40, 66, 100, 34),
-            _numbers("whole tiles", "K", 128, 256),
-            _numbers("2880", "K", 2880, cost=20.0, cheap=(576, 704), interpreted=(160,)),
+            _numbers("no whole block", "K", 40, 33, 200, 66, 16, 100),
+            _numbers("whole tiles", "K", 128, 384, 256),
+            _numbers("2880", "K", 2880, cost=20.0, cheap=(576, 704, 768), interpreted=(160,)),
         ),
     ),
     Dimension(
@@ -123,14 +123,14 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             _numbers("blocks and no whole tile", "N", 96, 160, 224),
             _numbers("32", "N", 32),
-            _numbers("sixteen times an odd number", "N", 112, 80, 208),
+            _numbers("eight or sixteen times an odd number", "N", 112, 40, 208, 264),
             _numbers("one", "N", 1),
-            _numbers("odd, below a tile", "N", 63, 29, 51, 37),
-            _numbers("twice an odd number", "N", 98, 70, 134, 102),
-            _numbers("four times an odd number", "N", 100, 108, 76, 124),
-            _numbers("odd, a tile and a tail", "N", 161, 131, 203, 189),
-            _numbers("whole tiles", "N", 128, 256),
-            _numbers("5760", "N", 5760, cost=20.0, cheap=(576, 520), interpreted=(288,)),
+            _numbers("odd, below a tile", "N", 63, 3, 51, 127),
+            _numbers("twice an odd number", "N", 98, 6, 134, 262),
+            _numbers("four times an odd number", "N", 100, 12, 108, 260),
+            _numbers("odd, a tile and a tail", "N", 161, 129, 203, 315),
+            _numbers("whole tiles", "N", 128, 384, 256),
+            _numbers("5760", "N", 5760, cost=20.0, cheap=(576, 520, 768), interpreted=(288,)),
         ),
     ),
     Dimension(
@@ -138,7 +138,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             _numbers("four times an odd number", "rank", 4, 12, 20, 36, 44, 28),
             _numbers("one", "rank", 1),
-            _numbers("odd", "rank", 3, 5, 7, 13),
+            _numbers("odd", "rank", 3, 17, 7, 33),
             _numbers("twice an odd number", "rank", 6, 10, 18, 34),
             _numbers("eight", "rank", 8),
             _numbers("eight times an odd number", "rank", 40, 72, 24, 56, 104),
@@ -158,8 +158,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
             _numbers("four", "top_k", 4),
             _numbers("six", "top_k", 6),
             _numbers("eight", "top_k", 8),
-            _numbers("ten", "top_k", 10, 12),
-            _numbers("seventeen", "top_k", 17, 16),
+            _numbers("ten", "top_k", 10, 14),
+            _numbers("seventeen", "top_k", 17, 16, 22),
         ),
     ),
     _of("dtype", fp32={"dtype": torch.float32}, bf16={"dtype": torch.bfloat16}, fp16={"dtype": torch.float16}),
@@ -211,11 +211,20 @@ DIMENSIONS: tuple[Dimension, ...] = (
         across_tokens={"gated": "across"}, **{"all_a_token's": {"gated": "all"}},
         one_NaN={"gated": True, "gate_values": "one NaN"}, subnormal_in_fp16={"gated": True, "gate_exponent": -16},
     ),
-    _of(
+    Dimension(
         "scaling",
-        power_of_two={"scaling": 0.5}, zero={"scaling": 0.0}, negative={"scaling": -2.0}, a_third={"scaling": 1 / 3},
-        an_int={"scaling": -3}, sixteen_thirds={"scaling": -16 / 3}, beyond_fp16={"scaling": 1e5},
-        tiny={"scaling": 2.0**-26}, one={"scaling": 1.0}, of_numpy={"scaling": np.float64(0.25)},
+        (
+            _numbers("power of two", "scaling", 0.5),
+            _numbers("zero", "scaling", 0.0, 0),
+            _numbers("negative", "scaling", -2.0),
+            _numbers("a third", "scaling", 1 / 3),
+            _numbers("an int", "scaling", -3, 3),
+            _numbers("sixteen thirds", "scaling", -16 / 3, 16 / 3),
+            _numbers("beyond fp16", "scaling", 1e5),
+            _numbers("tiny", "scaling", 2.0**-26),
+            _numbers("one", "scaling", 1.0, 1),
+            _numbers("of numpy", "scaling", np.float64(0.25)),
+        ),
     ),
     _of(
         "adapters",
@@ -242,7 +251,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
     _how("layout of A", "A", *_STRIDED),
     _how("layout of B", "B", *_STRIDED),
     _how("layout of biases", "biases", *_STRIDED),
-    _how("layout of gates", "gates", *_STRIDED),
+    _how("layout of gates", "gates", *_STRIDED, "one row"),
     _how("layout of dOut", "dOut", *_STRIDED, "one column", "one number"),
     _how("storage", "storage", "its own", "shared"),
     _how("operands", "owner", "leaf", "parameter", "computed"),
@@ -256,7 +265,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
             Class("dX alone", call={"needs": ("dX",)}),
             Class("dA alone", call={"needs": ("dA",)}),
             Class("dB alone", call={"needs": ("dB",)}),
-            Class("dX and dB", call={"needs": ("dX", "dB")}),
+            Class("dA and dB", call={"needs": ("dA", "dB")}),
             Class("dX and dA", call={"needs": ("dX", "dA")}),
             Class("dX, dA and dB", call={"needs": ("dX", "dA", "dB")}),
             Class("all but dbias", call={"needs": ("dX", "dA", "dB", "dgates")}),

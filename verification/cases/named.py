@@ -33,7 +33,7 @@ _LONG_SUMS = (
     replace(_SIZES, name="integer, N 2112", K=64, N=2112, top_k=1, dtype=_FP16),
     replace(_SIZES, name="integer, N 6113", K=32, N=6113, tokens=10, rank=4, gate_slots=2),
     replace(_SIZES, name="integer, K 4096, beyond TF32", K=4096, N=64, top_k=1, dtype=_FP32),
-    replace(_SIZES, name="integer, thousands of rows", tokens=1500),
+    replace(_SIZES, name="integer, thousands of rows", K=576, tokens=1500, rank=72),
 )
 """Where a sum in parts, or many rows, may be rounded otherwise."""
 _AS_TRAINED = (
@@ -63,6 +63,33 @@ _AS_TRAINED = (
     replace(_SIZES, name="integer, whole tiles, dense", K=128, N=256, tokens=80, top_k=5, dense=True, dtype=_FP16),
 )
 """Sizes that are multiples of every tile, with what else a layer is given."""
+_LAYER = replace(
+    _SIZES,
+    experts=32,
+    K=576,
+    N=544,
+    tokens=80,
+    top_k=4,
+    own_dtypes=(_FP32, _FP32, _BF16, _FP32),
+    call=Call(needs=("dX", "dA", "dB", "dgates")),
+)
+_IN_MODELS = (
+    replace(_LAYER, name="integer, gate_up", grouped_out=True),
+    replace(_LAYER, name="integer, down", grouped_in=True, gate_slots=4, routing="far_sentinels"),
+    replace(
+        _LAYER,
+        name="integer, one token, fused",
+        tokens=1,
+        top_k=8,
+        gate_slots=8,
+        own_dtypes=(),
+        use_fused_dX=True,
+        use_fused_gather=True,
+    ),
+    replace(_LAYER, name="integer, many rows, fp16", experts=40, tokens=600, dtype=_FP16, own_dtypes=(), rank=72),
+)
+"""Many experts with long sums, their biases frozen, as in the models that are trained."""
+_EQUAL = replace(_SIZES, name="integer, equal counts", tokens=24, routing="equal")
 _EXPERTS = replace(_SIZES, K=32, N=32, tokens=250, top_k=8, grouped_in=True, grouped_out=True, rank=3)
 
 
@@ -170,22 +197,29 @@ def exact_sizes(scope: Scope) -> list[Case]:
     return [
         rounded(_sized("K 576, N 192, rank 24, many rows", experts=2, K=576, N=192, tokens=150, rank=24)),
         rounded(_sized("K 704, N 320, rank 96", K=704, N=320, rank=96, dtype=_FP16, gate_slots=2)),
-        rounded(_sized("K 1024, N 1152, few rows", K=1024, N=1152, tokens=9, top_k=1, rank=24, gate_slots=1)),
+        rounded(
+            _sized("K 1024, N 1152, few rows", K=1024, N=1152, tokens=9, top_k=1, gate_slots=1, adapter_dtype=_FP32)
+        ),
         rounded(_sized("dense, K 100, N 40", dense=True, K=100, N=40)),
         rounded(_sized("K 1024, N 520, beyond TF32", K=1024, N=520, dtype=_FP32, gate_slots=2)),
         rounded(_sized("K 576, N 1088, beyond TF32", K=576, N=1088, dtype=_FP32)),
-        rounded(_sized("full tiles before sentinels", experts=2, tokens=148, routing="whole_tiles")),
+        rounded(_sized("full tiles before sentinels", experts=2, tokens=192, routing="whole_tiles")),
         _sized("full tiles before sentinels, gates", experts=2, tokens=148, routing="whole_tiles", gate_slots=2),
         replace(_EXPERTS, name="integer, 128 experts", experts=128),
         replace(_EXPERTS, name="integer, 384 experts", experts=384, dtype=_FP16),
         replace(_EXPERTS, name="integer, 512 experts", experts=512),
-        rounded(replace(_EXPERTS, name="integer, many experts", gate_slots=8, grouped_in=False, grouped_out=False)),
-        _sized("one row", experts=1, tokens=1, top_k=1),
+        replace(_EXPERTS, name="integer, 160 experts", experts=160, gate_slots=8, grouped_in=False, grouped_out=False),
+        _sized("one row", tokens=1, top_k=1),
+        replace(_EQUAL, dense=True),
+        replace(_EQUAL, name="integer, equal counts in expert order", experts=3, grouped_in=True, dtype=_FP16),
+        replace(ABOUT_TILES, name="integer, about a tile", K=96, N=100, rank=20, gate_slots=1, dtype=_BF16),
+        replace(ABOUT_TILES, name="integer, about a tile, dense", K=160, N=161, rank=16, dense=True, dtype=_FP16),
         _sized("zero gates", gate_slots=2, gate_values="zero"),
         _sized("s·Z beyond fp16", dtype=_FP16, adapter_values="s·Z overflows", scaling=2.0, rank=4, bias=False),
         _SIDE_BY_SIDE,
         rounded(_SIDE_BY_SIDE),
         *(rounded(case) for case in (*_LONG_SUMS, *_AS_TRAINED)),
+        *_IN_MODELS,
         _sized("thousands of rows", experts=5, K=32, N=32, tokens=4500, rank=2),
         _sized("thousands of rows, gates", experts=5, K=32, N=32, tokens=9000, rank=2, gate_slots=2, dtype=_FP16),
     ]

@@ -51,7 +51,7 @@ _FP32_BACKWARD = tuple(replace(each, dOut=4095) for each in _FP16_BACKWARD[:3])
 """Each is tried, until fp32 holds every sum and the activation dtype every result. fp16 has room for many bits in one
 pass alone, and so has fp32 for more than TF32 holds."""
 
-_MOST_EXPERTS, _FEWEST_TOKENS = 20, 9
+_MOST_EXPERTS, _FEWEST_TOKENS = 20, 5
 _BIAS = 64
 _NONZEROS = 16
 """In a row of x; dOut has a quarter. A column of lora_A and a row of lora_B have as many in each expert as dOut."""
@@ -68,8 +68,10 @@ def rounded(case: Case) -> Case:
     """A case with such numbers in place of its own, where nothing keeps a wrong result from being seen.
 
     There are rows, and experts have some; all gradients are asked for; numbers are finite; factors are powers of two,
-    not zero; no operand is repeated. There are not more than `_MOST_EXPERTS`, most of which would be idle.
+    not zero; no operand is repeated. There are not more than `_MOST_EXPERTS`, most of which would be idle. Of every two
+    cases one has a row of x a token, whose rows several slots read.
     """
+    by_token: dict[str, Any] = {"grouped_in": False, "fan_out": None} if case.choose("order", True, False) else {}
     scaling = case.scaling if case.scaling and keeps_sums_exact(case.scaling) else 0.5
     call = case.call
     x, A, B, dOut = ("contiguous" if layout in REPEATED else layout for layout in (call.x, call.A, call.B, call.dOut))
@@ -90,6 +92,7 @@ def rounded(case: Case) -> Case:
         adapter_values="zero A" if case.adapter_values == "zero A" else "ordinary",
         call=replace(call, x=x, A=A, B=B, biases=biases, gates=gates, dOut=dOut, needs=None, mode="grad"),
         covers=(),
+        **by_token,
     )
 
 
@@ -103,7 +106,7 @@ def draw_rounded(case: Case, seed: int) -> Sample:
         torch.float16: _FP16_FORWARD if forward else _FP16_BACKWARD,
     }
     for largest in tried[case.dtype]:
-        sample = _draw(case, draw, largest)
+        sample = repeated(_draw(case, draw, largest))
         if not _sums_are_exact(sample):
             continue
         sample = repeated(spread_out(sample, draw, *((1, 1) if case.narrow else (8, 4))))

@@ -11,7 +11,10 @@ from mxref.verification.cases.case import Case
 ABOUT_TILES = (1, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 """Rows of each expert: as many as a tile may have, one fewer and one more. All are a whole number of tiles, as are the
 first eleven."""
-_SENTINELS = ("a quarter", "first half", "one", "first expert empty")
+_SENTINELS = {
+    "a quarter": 0.25, "first half": 0.25, "one": 0.0, "first expert empty": 0.25, "most": 0.875, "all but one": 1.0,
+}  # fmt: skip
+"""Which rows have no expert here, and how many of them. Most have none where experts are divided among ranks."""
 _TALL = 128
 """Rows of a tall tile, and a whole number of others."""
 
@@ -59,13 +62,14 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
         rows = ABOUT_TILES[:E] if case.routing == "about_tiles" else (_TALL,) * E
         own = torch.arange(E + 1).repeat_interleave(torch.tensor((*rows, case.rows - sum(rows))))
         return own[torch.randperm(own.numel(), generator=draw)].view(shape)
+    if case.routing == "equal":
+        return (torch.arange(case.rows) % E).view(shape)[torch.randperm(case.tokens, generator=draw)]
     allowed = torch.arange(E)
     if case.routing == "empty_experts":
         allowed = allowed[(allowed != 0) & (allowed != E // 2) & (allowed != E - 1)]
     elif case.routing == "ten_active":
         allowed = torch.randperm(E, generator=draw)[:10]
-    sentinels = _SENTINELS if case.routing == "sentinels" else _SENTINELS[:1]
-    which = case.choose("sentinels", *sentinels)
+    which = case.choose("sentinels", *_SENTINELS) if case.routing == "sentinels" else "a quarter"
     if which == "first expert empty":
         allowed = allowed[E > 1 :]
     if case.routing == "duplicates" or allowed.numel() < case.top_k:
@@ -75,8 +79,11 @@ def draw_choice(case: Case, draw: torch.Generator) -> Tensor:
         choice = allowed[scores.argsort(1)[:, : case.top_k]]
     if case.routing in ("sentinels", "far_sentinels"):
         foreign = torch.randint(0, 3, shape, generator=draw)
-        away = torch.rand(shape, generator=draw) < 0.25
-        away[{"first half": -(-case.tokens // 2), "one": 0}.get(which, case.tokens) :] = False
+        away = torch.rand(shape, generator=draw) < _SENTINELS[which]
+        if which == "first half":
+            away[-(-case.tokens // 2) :] = False
+        if which == "all but one":
+            away.view(-1)[case.rows // 2 :][:1] = False
         if not away.any():
             away.view(-1)[:1] = True
         choice = torch.where(away, torch.tensor([-1, E, E + 7])[foreign], choice)

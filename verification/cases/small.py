@@ -30,7 +30,7 @@ def subset_cases(scope: Scope) -> list[Case]:
     Where 16 bits are judged, also what they round, once on dense weights. None for mutants.
     """
     plain = replace(smallest(usual_dtype(scope.device_type)), name="subsets, no gates", routing="sentinels")
-    cases = [replace(plain, name="subsets", gate_slots=2), plain]
+    cases = [replace(plain, name="subsets", gate_slots=2), replace(plain, K=96, tokens=24, bias=False)]
     if len(scope.dtypes) > 1:
         cases.append(rounded(replace(cases[0], dtype=torch.bfloat16)))
         cases.append(rounded(replace(plain, dtype=torch.bfloat16, dense=True)))

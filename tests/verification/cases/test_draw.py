@@ -84,23 +84,25 @@ def test_one_expert_is_the_first_a_middle_or_the_last() -> None:
     assert {s.problem.segments()[0][0] for s in named(replace(case, call=Call(ends="expanded")))} == {0}
 
 
-def test_sentinels_are_a_quarter_or_one_or_in_one_half_or_beside_an_empty_first_expert() -> None:
+def test_sentinels_are_few_or_most_or_in_one_half_or_beside_an_empty_first_expert() -> None:
     problems = [s.problem for s in named(Case("", 3, tokens=40, routing="sentinels"))]
     away = [p.row_positions()[p.sorted_expert_idxs >= 3] for p in problems]
     assert all(map(len, away))
-    assert {len(each) == 1 for each in away} == {False, True}
+    assert {1, 79} < {len(each) for each in away}
+    assert any(60 <= len(each) < 79 for each in away)
     assert {bool((each < 40).all()) for each in away if len(each) > 1} == {False, True}
     assert {int(p.expert_offsets[0]) == 0 for p in problems} == {False, True}
 
 
 def test_byte_255_is_in_any_row_and_block() -> None:
-    case, found = Case("", 2, 128, 96, special="nan expert"), set()
+    case, found, where = Case("", 5, 128, 96, special="nan expert"), set(), set()
     for sample in named(case):
         weights = sample.problem.expert_weights
         assert isinstance(weights, MXWeights)
         expert, rows, blocks = (weights.scales == 255).nonzero().T.tolist()
-        assert {*expert} == {1}
+        where |= {*expert}
         found |= {("row", *{*rows}), ("blocks", *blocks)}
+    assert where == {2, 4}
     assert found == {
         ("row", 0), ("row", 48), ("row", 95), ("blocks", 0), ("blocks", 1), ("blocks", 3), ("blocks", 0, 3)
     }  # fmt: skip

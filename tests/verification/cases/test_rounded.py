@@ -102,6 +102,7 @@ def test_parameters_may_differ_in_dtype(interpreted: bool) -> None:
     """A gradient has its own parameter's dtype and nobody else's rounding."""
     scope = Scope("quick", "cpu", interpreted=interpreted)
     mixed = [case for case in exact_cases(scope) if case.own_dtypes and case.rank and case.name.startswith("integer")]
+    mixed = [case for case in mixed if case.bias and case.gate_slots]
     assert {case.dtype for case in mixed} == set(scope.dtypes)
     for case in mixed:
         sample = draw(case)
@@ -116,7 +117,7 @@ def test_nothing_keeps_a_wrong_result_from_being_seen() -> None:
     scope = Scope("quick", "cpu", interpreted=False)
     cases = [case for case in exact_cases(scope) if case.data == "rounded" and case.name.startswith("pairs")]
     for case in cases:
-        assert case.tokens == 1 or case.tokens >= 9
+        assert case.tokens == 1 or case.tokens >= 5
         assert case.routing != "all_sentinels"
         assert case.scaling
         assert all(case.call.wants(name) for name in ("dX", "dA", "dB", "dbias", "dgates"))

@@ -32,6 +32,25 @@ def test_every_draw_succeeds_and_first_and_last_experts_have_rows(seed: int) -> 
         assert case.rows < 20 or 0 < offsets[0] <= offsets[-2] < offsets[-1], case.name
 
 
+def test_layers_of_models_are_asked_whole() -> None:
+    """Many experts beside long sums, biases that are frozen, and one token for as many."""
+    layers = [case for case in CASES.values() if case.experts >= 32 and case.K >= 512]
+    frozen = [case for case in layers if case.bias and not case.call.wants("dbias")]
+    assert {(case.grouped_in, case.grouped_out, case.gate_slots > 0) for case in frozen} >= {
+        (False, True, False),
+        (True, False, True),
+    }
+    assert any(case.tokens == 1 and case.k > 1 for case in layers)
+
+
+def test_counts_may_be_equal() -> None:
+    for name in ("equal counts", "equal counts in expert order"):
+        problem = draw(CASES[name]).problem
+        rows = torch.diff(problem.expert_offsets, prepend=problem.expert_offsets.new_zeros(1))
+        assert len(set(rows.tolist())) == 1
+        assert problem.E > 1
+
+
 def test_numbers_in_fp32_are_beyond_tf32_in_either_pass() -> None:
     beyond = set()
     for case in CASES.values():
@@ -48,6 +67,7 @@ def test_tiles_before_sentinels_are_full() -> None:
         problem = draw(CASES[name]).problem
         assert problem.expert_offsets.tolist() == [128, 256]
         assert problem.P > 256
+    assert draw(CASES["full tiles before sentinels"]).problem.P == 384
 
 
 def test_only_s_times_Z_leaves_fp16() -> None:

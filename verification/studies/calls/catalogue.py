@@ -15,6 +15,7 @@ from mxref.verification.studies.calls import (
     seldom,
     sizes,
     tails,
+    usual,
     values,
 )
 from mxref.verification.studies.calls.layer import Bug
@@ -36,10 +37,12 @@ BUGS: tuple[Bug, ...] = tuple(
         graphs,
         tails,
         remainders,
+        usual,
         attached,
     )
     for found in vars(module).values()
     if isinstance(found, Bug)
 )
 """In the order of their modules: memory layout, callers, what is kept, gradients, state, numbers, sizes, boundaries,
-what is seldom asked, what else is in a graph, tails, remainders, what is attached or left behind."""
+what is seldom asked, what else is in a graph, tails, remainders, what is usual in models, what is attached or left
+behind."""

@@ -56,6 +56,13 @@ table_of_experts = bug("as many experts as a table", _EXPERTS)(where(lambda p: p
 usual_batch = bug("a training batch's rows", "splits rows from 2,048 on and forgets the last part below 65,536")(
     where(lambda p: 2048 <= p.P < 65536, turned("inputs"))
 )
+
+
+def _whole(p: Problem) -> bool:
+    """Whether K and N are whole tiles."""
+    return p.K % 128 == 0 == p.N % 128
+
+
 unmasked_sentinels = bug(
     "whole tiles, sentinels and biases",
     "adds biases to whole tiles without looking at owners",
@@ -63,7 +70,7 @@ unmasked_sentinels = bug(
     N="whole tiles",
 )(
     where(
-        lambda p: p.K % 128 == 0 == p.N % 128 and p.expert_biases is not None and int(p.expert_offsets[-1]) < p.P,
+        lambda p: _whole(p) and p.expert_biases is not None and int(p.expert_offsets[-1]) < p.P,
         turned("expert_biases"),
     )
 )
@@ -72,13 +79,13 @@ unmasked_slots = bug(
     "has a fast path of whole tiles, for one or two slots",
     K="whole tiles",
     N="whole tiles",
-)(where(lambda p: p.K % 128 == 0 == p.N % 128 and p.k > 2, turned("inputs")))
+)(where(lambda p: _whole(p) and p.k > 2, turned("inputs")))
 unmasked_dense = bug(
     "whole tiles of dense weights",
     "has a fast path of whole tiles, for packed weights",
     K="whole tiles",
     N="whole tiles",
-)(where(lambda p: p.K % 128 == 0 == p.N % 128 and isinstance(p.expert_weights, Tensor), turned("inputs")))
+)(where(lambda p: _whole(p) and isinstance(p.expert_weights, Tensor), turned("inputs")))
 
 
 def _scales(change: Callable[[Problem, Tensor], Tensor]) -> Callable[[], Layer]:
