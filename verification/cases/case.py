@@ -51,10 +51,10 @@ class Case:
         adapter_dtype: of lora_A and lora_B, where it is another one.
         own_dtypes: of lora_A, lora_B, biases and gates, in place of both, where they differ.
         routing: uniform over experts; a first, a middle and the last expert empty; one expert for all, the first, a
-            middle or the last; at most ten; an expert in several slots of a token; sentinels, as `choose` has it a
-            quarter of the rows, with or without an empty first expert, or of the first half of the tokens', or one, or
-            all; sentinels' ids far above E; as many rows an expert as a tile may have, one fewer and one more; or whole
-            tiles before sentinels.
+            middle or the last; at most ten; an expert in several slots of a token; sentinels, as `choose` has it one
+            row, a quarter of the rows, with or without an empty first expert, or of the first half of the tokens', most
+            rows, or all but one; all rows; sentinels' ids far above E; as many rows an expert as a tile may have, one
+            fewer and one more; whole tiles before sentinels; or as many rows for every expert.
         position_order: within an expert; `shuffled` leaves the first and last of every sixteen where they are.
         data: `plain`, LoRA's term a tenth of the base's; `balanced`, both alike; `lora`, `bias`, that term far above
             all others; `tiny lora`, lora_A of every second expert, lora_B of the others below the normal range;

@@ -71,7 +71,7 @@ def test_memory_read_without_strides() -> None:
         ("strides that B had the first time", "sequences"),
         ("strides of expert ids taken for all indices", "interval"),
         ("a dOut that begins late taken as dense", "interval"),
-        ("a token's gates in one tile", "interval"),
+        ("a token's gates in one tile", "integer"),
         ("s as fp16 holds it", "interval"),
         ("scratch of the thread of the forward pass", "integer"),
         ("weights known by a weak reference", "integer"),

@@ -132,8 +132,7 @@ class RankTile(Layer):
         return replace(problem, lora_B=B.flatten(1))
 
 
-@bug("a token's gates in one tile", "sums up 32 slots, more than any router has", gates="all a token's",
-     rows="a tile and a tail")  # fmt: skip
+@bug("a token's gates in one tile", "sums up 32 slots, more than any router has")
 class GateTile(Layer):
     """The rest does not take part."""
 
