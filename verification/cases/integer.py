@@ -29,9 +29,10 @@ few have. Each is tried a few times."""
 
 _ATTEMPTS = 4
 _HOPELESS = 2  # values that are not exact, beyond which a draw of as many nonzeros will hardly be
-_GATED = 32, 8  # biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it
-_TWOS = 8, 1  # gates of one token that may be 2; sums of more are exact where the others are 1
-"""The second where every draw by the first failed: many gates, and quarters beside them."""
+_LIMITS = (32, 8), (8, 1)
+"""Biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it; and how many of
+its gates may be 2, since sums of more are exact where the others are 1. The second pair where every draw by the first
+failed: many gates, and quarters beside them."""
 _FAR = 16
 _ROWS_LEFT = 8  # rows with nonzeros, at least, where some have none
 
@@ -53,7 +54,7 @@ def draw_integer(case: Case, seed: int) -> Sample:
     strictest = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
     draw = torch.Generator().manual_seed(case.draw_seed(seed))
     densities = [(nonzeros, every) for nonzeros, every in _DENSITIES if every == 1 or case.rows >= _ROWS_LEFT * every]
-    for limits, density in product(zip(_GATED, _TWOS, strict=True), densities):
+    for limits, density in product(_LIMITS, densities):
         for _ in range(_ATTEMPTS):
             sample = _draw(case, draw, density, limits)
             inexact = _inexact(sample.problem, sample.grad_out, RoundingPoints.contract(strictest))

@@ -183,12 +183,9 @@ def _not_finite(sample: Sample) -> Sample:
         weights = problem.expert_weights
         assert isinstance(weights, MXWeights)
         scales, last = weights.scales.clone(), (problem.K - 1) // MX_BLOCK_SIZE
+        expert = sample.case.choose("NaN expert", -1, len(scales) // 2)
         row = sample.case.choose("row", 0, problem.N // 2, problem.N - 1)
-        scales[
-            sample.case.choose("NaN expert", -1, len(scales) // 2),
-            row,
-            sample.case.choose("blocks", [0], [last // 2], [last], [0, last]),
-        ] = 255
+        scales[expert, row, sample.case.choose("blocks", [0], [last // 2], [last], [0, last])] = 255
         return sample.changed(expert_weights=MXWeights(weights.packed, scales, weights.K, weights.N))
     return _nan_in_remote_rows(sample) if kind == "nan remote" else sample
 

@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--world", metavar="LIST", type=_worlds, help="numbers of ranks (default: 1,2,4; GPUs: as many)")
     where = parser.add_argument_group("where")
     options.add_device(where)
-    options.add_processes(where, alone="one a core, 16 at most")
+    options.add_processes(where, alone=f"one a core, {options.MOST} at most")
     where.add_argument("--require-gpu", action="store_true", help="refuse to run without a GPU")
     out = parser.add_argument_group("output")
     options.add_out(out, "gate.json and gate.html", "gate-report")
@@ -253,7 +253,7 @@ def _suite(order: Order) -> str:
 
 
 def _judge(order: Order, arguments: argparse.Namespace) -> GateResult:
-    alone = 1 if order.narrowed else min(16, cores())
+    alone = 1 if order.narrowed else min(options.MOST, cores())
     with Meter() as meter:
         meter.show("loading the candidate")
         return judge_apart(

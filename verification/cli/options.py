@@ -16,6 +16,9 @@ from mxref.verification.candidates.processes import cores
 from mxref.verification.cli import UsageError
 from mxref.verification.clone import EVIDENCE
 
+MOST = 16
+"""Processes that share the cases, unless more are wanted."""
+
 
 def add_device(parser: argparse._ActionsContainer) -> None:
     """`--device`, for `choose_device`."""
@@ -38,12 +41,12 @@ def add_processes(parser: argparse._ActionsContainer, alone: str) -> None:
         "--processes",
         metavar="N",
         type=positive,
-        help=f"that share the cases (default: {alone}; on a GPU as it and the cores allow, 16 at most)",
+        help=f"that share the cases (default: {alone}; on a GPU as it and the cores allow, {MOST} at most)",
     )
 
 
 def processes_on(device: torch.device, wanted: int | None, alone: int = 1) -> int:
-    """How many processes share the cases: as wanted; on a GPU at most 16, as it and the cores allow; else `alone`.
+    """How many processes share the cases: as wanted; on a GPU as it and the cores allow, at most MOST; else `alone`.
 
     One may need 6 GB for its context and the largest case; two cores are left to compile.
 
@@ -55,7 +58,7 @@ def processes_on(device: torch.device, wanted: int | None, alone: int = 1) -> in
     if wanted is not None or device.type == "cpu":
         return wanted or alone
     memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(16, cores() - 2, memory // 6_000_000_000))
+    return max(1, min(MOST, cores() - 2, memory // 6_000_000_000))
 
 
 def add_out(parser: argparse._ActionsContainer, files: str, default: str | None = None) -> None:

@@ -101,8 +101,11 @@ def test_an_interpreter_that_does_not_round_is_not_asked(suite: str) -> None:
 def test_parameters_may_differ_in_dtype(interpreted: bool) -> None:
     """A gradient has its own parameter's dtype and nobody else's rounding."""
     scope = Scope("quick", "cpu", interpreted=interpreted)
-    mixed = [case for case in exact_cases(scope) if case.own_dtypes and case.rank and case.name.startswith("integer")]
-    mixed = [case for case in mixed if case.bias and case.gate_slots]
+    mixed = [
+        case
+        for case in exact_cases(scope)
+        if case.own_dtypes and case.rank and case.bias and case.gate_slots and case.name.startswith("integer")
+    ]
     assert {case.dtype for case in mixed} == set(scope.dtypes)
     for case in mixed:
         sample = draw(case)

@@ -3,81 +3,25 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from gate_command import gate, verdict
 from judging import NARROW
 
-from mxref import MXWeights, encode_mxfp4
-from mxref.checkpoints.gpt_oss import write_expert_weights
 from mxref.verification.cases.draw import draw
 from mxref.verification.cases.elements import element_cases
 from mxref.verification.cli import main
 from mxref.verification.gate.process import Refused
 
-PLANTED = """
-from dataclasses import replace
-import torch
-from mxref import MXWeights, NotCovered, parallel_linear_lora
-
-def correct(**operands):
-    return parallel_linear_lora(**operands)
-correct.mxref_accumulation = "fp32-blocks-32"
-
-def scale_off_by_one(*, expert_weights, **operands):
-    if isinstance(expert_weights, MXWeights):
-        scales = expert_weights.scales.clone()
-        scales[scales == 121] += 1
-        expert_weights = replace(expert_weights, scales=scales)
-    return parallel_linear_lora(expert_weights=expert_weights, **operands)
-
-def no_lora(*, lora_A=None, lora_B=None, **operands):
-    return parallel_linear_lora(**operands)
-
-def no_gates(*, gates=None, **operands):
-    if gates is not None:
-        raise NotCovered("gates are not supported")
-    return parallel_linear_lora(**operands)
-
-def nothing(**operands):
-    raise NotCovered("nothing is supported")
-
-def crash(**operands):
-    raise RuntimeError("out of luck")
-
-def noisy(**operands):
-    y = parallel_linear_lora(**operands)  # no mean error, or it would be drift
-    return y * (1 + 4e-5 * (-1) ** torch.arange(y.shape[1]))
-"""
-
-
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of our own, and this process's import state put back: the command changes both."""
-    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "planted.py").write_text(PLANTED)
-    return tmp_path
-
+pytestmark = pytest.mark.usefixtures("sandbox")
 
 SMALL = ("--shape", "2,32,32,4,2,2")
 """One small problem: no process has to plan a suite."""
-
-
-def gate(*arguments: str) -> int:
-    return main(["gate", "--device", "cpu", *arguments])
-
-
-def verdict() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(Path("gate-report/gate.json").read_text(encoding="utf-8"))
-    return data
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -239,91 +183,6 @@ def test_list_prints_and_judges_nothing(capsys: pytest.CaptureFixture[str]) -> N
     assert "integer, gates" in quick
     assert len(full.splitlines()) > len(quick.splitlines())
     assert not Path("gate-report").exists()
-
-
-def expert_stack(experts: int, n: int, k: int) -> MXWeights:
-    draw = torch.Generator().manual_seed(experts * n + k)
-    return encode_mxfp4(torch.randn(experts, n, k, generator=draw) / 16)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    file = tmp_path / "model.safetensors"
-    stacks = {}
-    for layer in (0, 1, 10):
-        name = f"model.layers.{layer}.mlp.experts"
-        stacks[f"{name}.gate_up_proj"] = expert_stack(6, 96, 64)
-        stacks[f"{name}.down_proj"] = expert_stack(6, 64, 96)
-    write_expert_weights(file, stacks)
-    return file
-
-
-@pytest.mark.usefixtures("checkpoint")
-class TestWeights:
-    def judged(self) -> set[str]:
-        return {finding["case"] for finding in verdict()["findings"] if finding["check"] == "interval"}
-
-    def test_the_first_layer_and_four_experts_by_default(self) -> None:
-        assert gate("--kernel", "composite", "--weights", "model.safetensors") == 0
-        names = ("gate_up_proj", "down_proj")
-        assert self.judged() == {f"model.layers.0.mlp.experts.{n}, experts 0–3 of 6" for n in names}
-        assert "layer 0 of 3" in verdict()["run"]["suite"]
-        assert "up to 4 experts each" in verdict()["run"]["suite"]
-
-    def test_layers_and_experts_are_chosen(self) -> None:
-        choice = ("--layers", "1,10", "--experts", "all", "--case", "*down_proj*")
-        assert gate("--kernel", "composite", "--weights", ".", *choice) == 0
-        assert self.judged() == {f"model.layers.{n}.mlp.experts.down_proj, experts 0–5 of 6" for n in (1, 10)}
-
-    def test_a_planted_mistake_is_seen_on_real_weights(self) -> None:
-        options = ("--weights", "model.safetensors", "--case", "*_proj*")
-        assert gate("--kernel", "planted:scale_off_by_one", *options) == 1
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (("--layers", "2-9"), "layers 0, 1, 10; not 2"),
-            (("--layers", "x"), "numbers and ranges"),
-            (("--layers", "3-1"), "numbers and ranges"),
-            (("--experts", "0"), "positive number"),
-        ],
-    )
-    def test_wrong_choices(self, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert gate("--weights", "model.safetensors", *options) == 2
-        assert message in capsys.readouterr().err
-
-
-def broken(kind: str, checkpoint: Path) -> None:
-    whole = checkpoint.read_bytes()
-    target = Path("broken.safetensors")
-    if kind == "empty":
-        target.write_bytes(b"")
-    elif kind == "truncated":
-        target.write_bytes(whole[: len(whole) // 2])
-    elif kind == "pickle":
-        torch.save({"model.layers.0.mlp.experts.down_proj_blocks": torch.zeros(2)}, target)
-    elif kind == "text":
-        target.write_text("<html>404 not found</html>")
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("absent", "no checkpoint at"),
-        ("empty", "is empty"),
-        ("truncated", "is truncated"),
-        ("pickle", "is a pickle"),
-        ("text", "no safetensors file"),
-    ],
-)
-def test_files_that_are_no_checkpoint(
-    kind: str, message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken(kind, checkpoint)
-    assert gate("--weights", "broken.safetensors") == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
