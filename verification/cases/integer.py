@@ -1,7 +1,7 @@
 """Integer fixtures: samples whose every intermediate is exact, so that any order of summation gives the same bits.
 
 x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns, but one row of x has none; A has at
-most two nonzeros ±1 a column and B at most two a row; all 16 codes are dense in W; biases are −4..4, or smaller where a
+most two nonzeros ±1 a column and B at most two a row; codes are dense in W, almost always all 16; biases are −4..4, or smaller where a
 token has many gates, of which the first are 1 or 2; s is a power of two. All sums are then small multiples of 1/4. A
 gauge (see `gauge`) spreads the scale bytes over 2^±125 without touching any of this.
 """
@@ -29,10 +29,11 @@ few have. Each is tried a few times."""
 
 _ATTEMPTS = 4
 _HOPELESS = 2  # values that are not exact, beyond which a draw of as many nonzeros will hardly be
-_LIMITS = (32, 8), (8, 1)
-"""Biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it; and how many of
-its gates may be 2, since sums of more are exact where the others are 1. The second pair where every draw by the first
-failed: many gates, and quarters beside them."""
+_LIMITS = (32, 8, 0xFF), (8, 1, 0xFF), (8, 1, 0xBB)
+"""Biases that one token's gates add up, at most: up to 2 × 32 in bf16's 8 bits, and halves beside it; how many of its
+gates may be 2, since sums of more are exact where the others are 1; and which bits a pair of codes has, 0xBB for
+magnitudes to 1.5. The next three where every draw by those before failed: many gates, quarters beside them, an expert
+many times in a token."""
 _FAR = 16
 _ROWS_LEFT = 8  # rows with nonzeros, at least, where some have none
 
@@ -86,8 +87,8 @@ def rounding_points(problem: Problem, grad_out: Tensor, points: RoundingPoints) 
     return {name: point for name, point in (vars(fwd) | vars(bwd)).items() if isinstance(point, Rounded)}
 
 
-def _draw(case: Case, draw: torch.Generator, density: tuple[int, int], limits: tuple[int, int]) -> Sample:
-    gated, twos = limits
+def _draw(case: Case, draw: torch.Generator, density: tuple[int, int], limits: tuple[int, int, int]) -> Sample:
+    gated, twos, bits = limits
     E, K, N, r, own = case.experts, case.K, case.N, case.rank, case.dtypes
     lora_A = lora_B = bias = gates = None
     if r:
@@ -101,15 +102,15 @@ def _draw(case: Case, draw: torch.Generator, density: tuple[int, int], limits: t
         gates = torch.randint(1, 3, (case.rows // case.gate_slots, case.gate_slots), generator=draw).to(own["gates"])
         gates[:, twos:] = 1
     x = dealt(case.input_rows, K, *density, draw)
-    problem = problem_of_integers(case, draw, x, random_codes(case, draw), lora_A, lora_B, bias, gates)
+    problem = problem_of_integers(case, draw, x, random_codes(case, draw, bits), lora_A, lora_B, bias, gates)
     sample = Sample(case, problem, dealt(*case.output_shape, *density, draw).to(case.dtype))
     return repeated(spread_out(sample, draw, *((2, 1) if case.narrow else (60, 5))))
 
 
-def random_codes(case: Case, draw: torch.Generator) -> MXWeights:
-    """All 16 codes, dense, every scale byte 2^0."""
+def random_codes(case: Case, draw: torch.Generator, bits: int = 0xFF) -> MXWeights:
+    """All 16 codes, dense, or of these the pairs without other bits; every scale byte 2^0."""
     E, K, N = case.experts, case.K, case.N
-    packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8)
+    packed = torch.randint(0, 256, (E, N, K // 2), generator=draw, dtype=torch.uint8) & bits
     return MXWeights(packed, torch.full((E, N, K // MX_BLOCK_SIZE), E8M0_BIAS, dtype=torch.uint8), K, N)
 
 
