@@ -136,8 +136,8 @@ class CallMachine(RuleBasedStateMachine):
         except RuntimeError:
             if not pending.changed:
                 raise
-            gradients = {}
-        if not retain or not gradients:
+            gradients, retain = {}, False
+        if not retain:
             self.pending.remove(pending)
         self._hold(gradients, pending.expected)
         self.kept.append((gradients, _copied(gradients)))

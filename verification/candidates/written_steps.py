@@ -55,6 +55,8 @@ class WrittenSteps(CallMachine):
         sample = self.samples[which]
         y, leaves = self.candidate.trace(sample, copy=False)
         self._hold({"Y": y.detach()}, self._golden(which))
+        if not leaves:
+            return  # there is no graph
         try:
             with GRAPHS[how](y, leaves) as result:
                 gradients = self.candidate.gradients(sample, result, leaves, copy=False)

@@ -25,6 +25,8 @@ from mxref.verification.cases.draw import draw
 from mxref.verification.cases.integer import is_exact_everywhere
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
+from mxref.verification.gate.plan import plan
+from mxref.verification.gate.run import run_gate
 
 
 def sample(device: str) -> Sample:
@@ -173,6 +175,16 @@ def test_nobody_who_has_no_backward_pass_is_asked_for_dX_alone() -> None:
     asked = sample("cpu")
     assert "dX alone" in operand_sets(asked)
     assert "dX alone" not in operand_sets(asked.called(needs=()))
+
+
+@pytest.mark.parametrize("covers", ["forward", "gradients=none", "one backward"])
+def test_who_has_no_backward_pass_is_asked_all_the_same(covers: str) -> None:
+    """No step of a sequence wants what is not covered, nor goes wrong for want of it."""
+    part = Candidate("", torch_composite().call, covers=parse_subset(covers))
+    items = plan(Scope("quick", "cpu", subset=part.covers), own=False, checks=[BY_NAME["sequences"]])[:1]
+    findings = run_gate(part, items, torch.device("cpu"), suite="", seed=0).findings
+    assert {finding.check for finding in findings} >= {"sequences"}
+    assert [str(finding) for finding in findings if not finding.ok] == []
 
 
 def test_many_outputs_in_a_row_are_told_once() -> None:
