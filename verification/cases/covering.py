@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mxref.verification.cases.domain import Dimension
 from mxref.verification.cases.exclusions import Exclusion
 
-_TRIES = {2: 12, 3: 3}
+_TRIES = {1: 12, 2: 12, 3: 3}
 """Rows that are built for each one taken: a tenth fewer are needed."""
 
 Row = tuple[int, ...]

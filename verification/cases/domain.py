@@ -80,6 +80,12 @@ def _numbers(name: str, field_name: str, *numbers: float, **costs: Any) -> Class
     return Class(name, cost=cost, stand_ins=stand_ins).of([{field_name: n} for n in numbers])  # type: ignore[arg-type]
 
 
+def _tokens(name: str, *numbers: int, interpreted: Sequence[int], **costs: Any) -> Class:
+    """A class of so many tokens; interpreted, of so many routed rows, whatever the slots."""
+    tokens = _numbers(name, "tokens", *numbers, **costs)
+    return replace(tokens, stand_ins={**tokens.stand_ins, "interpreted": [{"rows": n} for n in interpreted]})
+
+
 def _how(name: str, field_name: str, *values: str) -> Dimension:
     """A dimension of a field of `Call`, a class a value."""
     return Dimension(name, tuple(Class(value, call={field_name: value}) for value in values))
@@ -92,10 +98,10 @@ DIMENSIONS: tuple[Dimension, ...] = (
             _numbers("few", "tokens", 9, 14, 11, 23, 5),
             _numbers("none", "tokens", 0),
             _numbers("one token", "tokens", 1),
-            _numbers("a tile and a tail", "tokens", 37, 65, 32, 127, 64, 21),
-            _numbers("hundreds an expert", "tokens", 300, 420, cost=10.0, cheap=(150, 260), interpreted=(48,)),
+            _tokens("a tile and a tail", 37, 65, 32, 127, 64, 21, interpreted=(37, 65, 32, 127, 64, 21)),
+            _tokens("hundreds an expert", 300, 420, cost=10.0, cheap=(150, 260), interpreted=(150,)),
             Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0,
-                  stand_ins={"cheap": ({"tokens": 70},), "interpreted": ({"tokens": 70},)}),
+                  stand_ins={"cheap": ({"tokens": 70},), "interpreted": ({"rows": 240},)}),
         ),
     ),
     Dimension(

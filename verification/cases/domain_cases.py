@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import cycle
 from typing import Any, Literal
 from zlib import crc32
@@ -19,6 +19,8 @@ from mxref.verification.cases.integer import keeps_sums_exact
 _WORD = {2: "pairs", 3: "triples"}
 _PAIRED = 100.0
 """Seconds from which on a class is costly: what needs triples has it in pairs."""
+_HIDING = {("rows", "none"), ("routing", "all sentinels")}
+"""Classes beside which all results are zero, or there are none, whatever the other classes are."""
 EXACT_SLOTS = 32
 """Gates a token, at most, whose sum is exact in any order in 16 bits."""
 
@@ -32,7 +34,8 @@ def domain_cases(
 ) -> list[Case]:
     """Cases in which every legal pair (`strength` 2) or triple (3) of classes occurs; another seed, other cases.
 
-    Costly classes, those that take `_PAIRED` seconds or more, occur in pairs only.
+    Costly classes, those that take `_PAIRED` seconds or more, occur in pairs only; so do classes that hide the others,
+    and no case that has one counts for a pair or triple of others.
 
     A name ends in four digits for the classes: a case of another domain that has the same number is another case.
 
@@ -54,19 +57,38 @@ def domain_cases(
 
 def without_costly(dimensions: Sequence[Dimension]) -> list[Dimension]:
     """The dimensions without their costly classes, where others are left."""
-    kept = [(d, tuple(each for each in d.classes if each.cost < _PAIRED)) for d in dimensions]
+    return _without({(d.name, each.name) for d in dimensions for each in d.classes if each.cost >= _PAIRED}, dimensions)
+
+
+def without_hiding(dimensions: Sequence[Dimension]) -> list[Dimension]:
+    """The dimensions without their classes that hide the others, where others are left."""
+    return _without(_HIDING, dimensions)
+
+
+def _without(names: Collection[tuple[str, str]], dimensions: Sequence[Dimension]) -> list[Dimension]:
+    kept = [(d, tuple(each for each in d.classes if (d.name, each.name) not in names)) for d in dimensions]
     return living([Dimension(d.name, classes or d.classes) for d, classes in kept])
 
 
 def _covering(dimensions: Sequence[Dimension], strength: int, seed: int) -> list[Case]:
-    """A case for each row of a covering array; a class that has several numbers takes them in turn."""
-    cases, turns = [], {(d.name, each.name): cycle(each.turns) for d in dimensions for each in d.classes}
-    for number, row in enumerate(covering_array(dimensions, EXCLUDED, strength, seed)):
-        classes = {d.name: next(turns[d.name, d.classes[i].name]) for d, i in zip(dimensions, row, strict=True)}
-        chosen = (f"{name}={each.name}{[*each.case.values()]}" for name, each in classes.items())
-        digits = crc32(" ".join(chosen).encode()) & 0xFFFF
-        cases.append(case_of(f"{_WORD[strength]} {number} {digits:04x}", classes))
+    """A case for each row of covering arrays; a class that has several numbers takes them in turn."""
+    cases, turns = list[Case](), {(d.name, each.name): cycle(each.turns) for d in dimensions for each in d.classes}
+    telling = without_hiding(dimensions)
+    parts = [(telling, strength), *((part, 1) for part in _beside_each_hiding(dimensions, telling))]
+    for part, of in parts:
+        for row in covering_array(part, EXCLUDED, of, seed):
+            classes = {d.name: next(turns[d.name, d.classes[i].name]) for d, i in zip(part, row, strict=True)}
+            chosen = (f"{name}={each.name}{[*each.case.values()]}" for name, each in classes.items())
+            digits = crc32(" ".join(chosen).encode()) & 0xFFFF
+            cases.append(case_of(f"{_WORD[strength]} {len(cases)} {digits:04x}", classes))
     return cases
+
+
+def _beside_each_hiding(dimensions: Sequence[Dimension], telling: Sequence[Dimension]) -> Iterator[list[Dimension]]:
+    """For each class that was left out, the dimensions with it alone in its own: rows that have each class once."""
+    for d, rest in zip(dimensions, telling, strict=True):
+        for hiding in (each for each in d.classes if each not in rest.classes):
+            yield living([Dimension(d.name, (hiding,)) if other is d else other for other in dimensions])
 
 
 def case_of(name: str, classes: dict[str, Class]) -> Case:

@@ -1,9 +1,9 @@
 """Integer fixtures: samples whose every intermediate is exact, so that any order of summation gives the same bits.
 
 x and dOut have up to four nonzeros ±1 a row, dealt round-robin over the columns, but one row of x has none; A has at
-most two nonzeros ±1 a column and B at most two a row; codes are dense in W, almost always all 16; biases are −4..4, or smaller where a
-token has many gates, of which the first are 1 or 2; s is a power of two. All sums are then small multiples of 1/4. A
-gauge (see `gauge`) spreads the scale bytes over 2^±125 without touching any of this.
+most two nonzeros ±1 a column and B at most two a row; codes are dense in W, almost always all 16; biases are −4..4, or
+smaller where a token has many gates, of which the first are 1 or 2; s is a power of two. All sums are then small
+multiples of 1/4. A gauge (see `gauge`) spreads the scale bytes over 2^±125 without touching any of this.
 """
 
 from __future__ import annotations

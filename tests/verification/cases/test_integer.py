@@ -58,7 +58,7 @@ def test_sums_over_many_slots_of_thousands_of_columns_can_be_exact() -> None:
 
 
 def test_sums_of_an_expert_that_a_token_names_many_times_can_be_exact() -> None:
-    """Its product with a row of x goes into an output each time, so that sums of all codes need more bits than bf16's."""
+    """Its product with a row of x goes into an output each time: sums of all codes need more bits than bf16's."""
     case = Case("pairs 163 84ca", 7, 64, 264, 1, 22, 48, torch.bfloat16, data="integer", scaling=0.25, bias=True,
                 gate_slots=22, routing="empty_experts")  # fmt: skip
     assert draw(case).problem.inputs.any()
