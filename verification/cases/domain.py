@@ -80,10 +80,10 @@ def _numbers(name: str, field_name: str, *numbers: float, **costs: Any) -> Class
     return Class(name, cost=cost, stand_ins=stand_ins).of([{field_name: n} for n in numbers])  # type: ignore[arg-type]
 
 
-def _tokens(name: str, *numbers: int, interpreted: Sequence[int], **costs: Any) -> Class:
-    """A class of so many tokens; interpreted, of so many routed rows, whatever the slots."""
+def _tokens(name: str, *numbers: int, interpreted: Sequence[int] = (), **costs: Any) -> Class:
+    """A class of so many tokens; interpreted, of so many routed rows, or others, whatever the slots."""
     tokens = _numbers(name, "tokens", *numbers, **costs)
-    return replace(tokens, stand_ins={**tokens.stand_ins, "interpreted": [{"rows": n} for n in interpreted]})
+    return replace(tokens, stand_ins={**tokens.stand_ins, "interpreted": [{"rows": n} for n in interpreted or numbers]})
 
 
 def _how(name: str, field_name: str, *values: str) -> Dimension:
@@ -98,7 +98,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
             _numbers("few", "tokens", 9, 14, 11, 23, 5),
             _numbers("none", "tokens", 0),
             _numbers("one token", "tokens", 1),
-            _tokens("a tile and a tail", 37, 65, 32, 127, 64, 21, interpreted=(37, 65, 32, 127, 64, 21)),
+            _tokens("a tile and a tail", 37, 65, 32, 127, 64, 21),
             _tokens("hundreds an expert", 300, 420, cost=10.0, cheap=(150, 260), interpreted=(150,)),
             Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0,
                   stand_ins={"cheap": ({"tokens": 70},), "interpreted": ({"rows": 240},)}),

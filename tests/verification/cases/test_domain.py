@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import combinations, product
 from typing import Any
 
@@ -10,11 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from judging import BY_NAME
 
 from mxref.scattermoe import RoundingPoints, backward, forward
 from mxref.verification.candidates.shipped import golden
-from mxref.verification.cases.call import Call, Layout, lay_out
 from mxref.verification.cases.case import Case
 from mxref.verification.cases.covering import combinations_of, covering_array, legal_pairs
 from mxref.verification.cases.domain import DIMENSIONS, Class, Dimension, dimensions_for
@@ -23,7 +21,7 @@ from mxref.verification.cases.draw import draw
 from mxref.verification.cases.exclusions import EXCLUDED, Exclusion
 from mxref.verification.cases.scope import Scope
 from mxref.verification.cases.subset import parse_subset
-from mxref.verification.cases.suites import behaviour_cases, exact_cases, ordinary_cases
+from mxref.verification.cases.suites import exact_cases, ordinary_cases
 
 FP32 = (torch.float32,)
 EVERY = (torch.float32, torch.bfloat16, torch.float16)
@@ -223,156 +221,11 @@ def test_a_rounding_to_infinity_is_drawn() -> None:
         assert (rounded.value.isfinite() & (rounded.value != 0)).any()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "contiguous", "transposed", "sliced", "padded", "offset", "apart", "innermost", "overlapping", "expanded",
-        "one column", "one number",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("before", [0, 64])
-def test_layouts_hold_the_same_values_in_other_places(layout: Layout, before: int) -> None:
-    alike = {
-        "expanded": torch.arange(4.0).expand(3, 4), "one column": torch.arange(3.0)[:, None].expand(3, 4),
-        "one number": torch.tensor(2.0).expand(3, 4), "overlapping": torch.arange(8.0).unfold(0, 4, 2),
-    }  # fmt: skip
-    x = alike.get(layout, torch.arange(12.0).view(3, 4)).contiguous()
-    laid = lay_out(x, layout, before)
-    assert torch.equal(laid, x)
-    assert laid.data_ptr() != x.data_ptr()
-    if layout not in ("transposed", "padded"):
-        behind = laid.storage_offset() - before
-        assert behind in (13, 8, 4, 2, 16) if layout == "offset" else behind == (4 if layout == "apart" else 0)
-    found = {
-        "contiguous": laid.is_contiguous(),
-        "transposed": laid.stride() in ((1, 3), (1, 10), (1, 16)),
-        "innermost": laid.stride() == (1, 3),
-        "sliced": laid.stride() in ((8, 2), (21, 3)),
-        "padded": laid.stride() in ((9, 1), (16, 1)),
-        "one column": laid.stride() == (1, 0),
-        "one number": laid.stride() == (0, 0),
-        "offset": laid.is_contiguous(),
-        "apart": laid.stride() == (8, 1),
-        "overlapping": laid.stride() == (2, 1),
-        "expanded": laid.stride() == (0, 1),
-    }
-    assert found[layout]
-
-
-def test_a_layout_is_had_in_each_of_its_ways() -> None:
-    """As fused projections lie: either half, with wide rows; and with neither rows nor columns close together."""
-    ways: dict[Layout, Callable[[int], list[tuple[int, ...]]]] = {
-        "transposed": lambda r: [
-            (5 * r, 1, r, 0),
-            (10 * r, 1, r, 5 * r),
-            (5 * (r + 7), 1, r + 7, 0),
-            (5 * (r // 16 + 1) * 16, 1, (r // 16 + 1) * 16, 0),
-        ],
-        "sliced": lambda r: [(10 * r, 10, 2, 0), (24 * r, 24, 3, 0)],
-        "padded": lambda r: [(10 * r, 10, 1, 0), (16 * r, 16, 1, 0), (16 * r, 16, 1, 11), (20 * r, 20, 1, 0)],
-    }
-    for layout, expected in ways.items():
-        laid = {rows: lay_out(torch.zeros(2, rows, 5), layout) for rows in range(3, 60) if rows % 16 != 9}
-        found = {expected(rows).index((*x.stride(), x.storage_offset())) for rows, x in laid.items()}
-        assert found == {*range(len(expected(3)))}
-
-
-def test_where_a_buffer_is_entered_varies_and_so_does_its_alignment() -> None:
-    found = {lay_out(torch.zeros(rows, dtype=torch.uint8), "offset").storage_offset() for rows in range(1, 60)}
-    assert found == {13, 8, 4, 2, 16}
-
-
-def test_gates_lie_as_one_column_or_as_one_row() -> None:
-    gates = torch.ones(3, 4)
-    assert Call(gates="expanded").lay_out("gates", gates).stride() == (1, 0)
-    assert Call(gates="one row").lay_out("gates", gates).stride() == (0, 1)
-
-
-def test_each_index_tensor_lies_by_itself_and_shares_memory_only_where_it_is_the_same_everywhere() -> None:
-    call = Call(ids="expanded", rows="sliced")
-    same, ascending = torch.full((4,), 3), torch.arange(4)
-    assert call.lay_out("sorted_expert_idxs", same).stride() == (0,)
-    assert call.lay_out("sorted_expert_idxs", ascending).is_contiguous()
-    assert call.lay_out("sorted_scattered_idxs", ascending).stride() in ((2,), (3,))
-    assert call.lay_out("expert_offsets", ascending).is_contiguous()
-    assert Call(ends="expanded").lay_out("expert_offsets", same).stride() == (0,)
-
-
-def test_a_call_can_be_made_where_tensors_have_no_memory_by_default() -> None:
-    with Call(default_device="meta").in_both_passes():
-        assert torch.zeros(1).is_meta
-    assert not torch.zeros(1).is_meta
-
-
 def test_gates_that_do_not_fit_the_slots() -> None:
     assert slots_of("other", rows=36, slots=4) == 2
     assert slots_of("across", rows=36, slots=4) == 3
     assert slots_of("across", rows=9, slots=1) == 3  # nothing goes across one slot
     assert slots_of("all", rows=36, slots=4) == 36
-
-
-def test_a_subset_is_read_in_the_domain_s_words() -> None:
-    subset = parse_subset("forward, gates=none, rank>=16, routing=uniform|empty experts")
-    assert str(subset) == "forward, gates=none, rank>=16, routing=uniform|empty experts"
-    assert subset.holds(Case("", rank=16))
-    assert not subset.holds(Case("", rank=8))
-    assert not subset.holds(Case("", rank=16, gate_slots=2))
-    assert not subset.holds(Case("", rank=16, routing="sentinels"))
-    assert subset.of(Case("")).call.needs == ()
-    scope = Scope("quick", "cpu", 0, True, subset)
-    asked = [case for case in exact_cases(scope) + ordinary_cases(scope) if case.covers]
-    assert asked
-    assert {dict(case.covers)["gates"] for case in asked} == {"none"}
-    assert {dict(case.covers)["routing"] for case in asked} == {"uniform", "empty experts"}
-    assert min(case.rank for case in asked) >= 16
-
-
-def test_classes_whose_names_hold_commas_can_be_covered() -> None:
-    text = "weights=dense|dense, off every grid, N%8, adapters=B zero, NaN in A|none, gates=none"
-    subset = parse_subset(text)
-    assert str(subset) == text
-    kept = {each.name: [one.name for one in each.classes] for each in subset.within(list(DIMENSIONS))}
-    assert (kept["weights"], kept["adapters"]) == (["dense", "dense, off every grid"], ["none", "B zero, NaN in A"])
-    names = ["blocks and no whole tile", "32", "eight or sixteen times an odd number", "whole tiles", "5760"]
-    assert (kept["N"], kept["gates"]) == (names, ["none"])
-
-
-@pytest.mark.parametrize(
-    "covers",
-    [
-        "weights=dense, dtype=bf16, adapters=ordinary|B zero",
-        "weights=packed, adapters=none, biases=none, gates=none, routing=uniform, layout of x=padded",
-        "rank>=16, output order=by expert, gates=none, slots=one",
-        "gates=positive|one a row, N%64",
-    ],
-)
-def test_what_holds_a_candidate_against_itself_is_fitted_to_what_it_covers(covers: str) -> None:
-    """So that determinism, memory and order of calls are asked of whoever covers a part; exact fixtures stay exact."""
-    scope = Scope("quick", "cpu", 0, False, parse_subset(covers))
-    everything = Scope("quick", "cpu", 0, False)
-    for name in ("poison", "determinism", "sequences", "subsets"):
-        cases = list(BY_NAME[name].cases(scope))
-        assert len(cases) == len(list(BY_NAME[name].cases(everything)))
-        for case in cases:
-            assert isinstance(case, Case)
-            assert scope.subset.holds(case), case
-            assert case.exact is (name in ("sequences", "subsets"))
-            draw(case)
-    assert list(BY_NAME["poison"].cases(everything)) == behaviour_cases("quick", "cpu")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("gate=none", "'gate' is no dimension"),
-        ("gates=some", "'some' is no class of gates"),
-        ("gates>=2", "compares no number"),
-        ("everything", "is no condition"),
-    ],
-)
-def test_a_subset_that_is_not_understood_says_why(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_subset(text)
 
 
 def has(case: Case, fields: Mapping[str, Any]) -> bool:
@@ -394,11 +247,3 @@ def test_a_class_of_several_numbers_has_each_of_them_in_the_quick_suite(scope: s
             wanted = [turn.case for turn in each.turns if len(each.turns) > 1]
             lost = [fields for fields in wanted if not any(has(case, fields) for case in own)]
             assert len(lost) <= (dimension.name == "rank"), "a rank may meet a case without adapters, in its turn"
-
-
-def test_of_a_class_that_is_covered_in_part_only_such_numbers_are_asked() -> None:
-    subset = parse_subset("rank>=16, N%32")
-    cases = domain_cases(2, FP32, "cheap", 0, subset.within)
-    ranks = {case.rank for case in cases}
-    assert {20, 44, 18, 34, 40, 48} <= ranks == ranks - set(range(1, 16))
-    assert {case.N % 32 for case in cases} == {0}
