@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = ["min_exponent", "power_of_two", "precision_bits", "round_to"]
 
+_EXPONENT = 0x7FF << 52
 _PRECISION = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
@@ -57,11 +58,15 @@ def round_to(x: Tensor, dtype: torch.dtype | None) -> Tensor:
         raise TypeError(f"x is {x.dtype}; round_to takes fp64, so that it is the only rounding")
     if dtype is None or dtype == torch.float64:
         return x
-    precision, lowest = precision_bits(dtype), min_exponent(dtype)
-    _, exponent = torch.frexp(x)  # |x| in [2^(exponent-1), 2^exponent)
-    quantum = torch.clamp(exponent.to(torch.int64) - 1, min=lowest) - (precision - 1)
-    # Scaling by a power of two is exact here: quanta lie in 2^-149..2^1016, and torch.round ties to even.
-    rounded = torch.round(x * power_of_two(-quantum)) * power_of_two(quantum)
-    largest = torch.finfo(dtype).max
-    overflowed = torch.where(rounded.abs() > largest, torch.copysign(torch.full_like(x, torch.inf), x), rounded)
-    return torch.where(torch.isfinite(x), overflowed, x)
+    if dtype == torch.float32:
+        return x.float().double()  # one rounding in hardware
+    shift, lowest, highest = 53 - precision_bits(dtype), min_exponent(dtype), 1 - min_exponent(dtype)
+    # Beside 1.5 · 2^52 quanta of x's binade fp64 has no bit below the quantum: the sum is rounded there, ties to even.
+    exponent = (x.view(torch.int64) & _EXPONENT).clamp(_biased(lowest), _biased(highest))
+    large = (exponent + (shift << 52) + (1 << 51)).view(torch.float64)
+    rounded = (x + large - large).to(dtype)  # exact, but that too large numbers become ±inf
+    return torch.copysign(rounded.double(), x)
+
+
+def _biased(exponent: int) -> int:
+    return exponent + 1023 << 52

@@ -45,8 +45,8 @@ LOADING = "loading"
 """What findings are of before any check."""
 TIMEOUT = 900.0
 """Seconds of processor time that one item may take unless told otherwise; a first compilation takes tens of seconds."""
-_PATIENCE = 4.0
-"""Silence by the clock, in units of that: a deadlock takes no processor time."""
+_PATIENCE = {"cpu": 4.0, "cuda": 2.0}
+"""Silence by the clock, in units of that: a deadlock takes no processor time, nor does a GPU that does not end."""
 _MOST_LOSSES = 3
 """Processes that may be lost before what is left is not asked."""
 
@@ -74,7 +74,7 @@ def judge_apart(
         KeyboardInterrupt: nothing was judged yet.
     """
     start, run = time.monotonic(), _Run(order, suite, strict)
-    limits = Limits(timeout, _PATIENCE * timeout)
+    limits = Limits(timeout, _PATIENCE[order.device.type] * timeout)
 
     def ask(parts: Sequence[_Part]) -> bool:
         """Ask for every part's items; whether it ended by itself."""
@@ -128,7 +128,7 @@ def list_items(order: Order) -> list[ItemInfo]:
     """
     with TemporaryDirectory() as folder, _pool(order) as pool:
         part = _Part(order, Numbers(range(sys.maxsize)), 1, Path(folder) / "0")
-        pool.waiting.append(part.job(Limits(TIMEOUT, _PATIENCE * TIMEOUT)))
+        pool.waiting.append(part.job(Limits(TIMEOUT, _PATIENCE[order.device.type] * TIMEOUT)))
         for _, message in pool:
             if isinstance(message, Planned):
                 return message.entries

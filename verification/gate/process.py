@@ -19,6 +19,7 @@ import torch
 
 from mxref.verification.arithmetic.accumulation import Accumulation, default_accumulation
 from mxref.verification.candidates.candidate import Candidate
+from mxref.verification.candidates.driver import wait_asleep
 from mxref.verification.candidates.own_code import OwnCode
 from mxref.verification.candidates.probe import runs_interpreted
 from mxref.verification.checks.finding import Finding, Status
@@ -145,6 +146,8 @@ def work(send: Callable[[Any], None], order: Order, numbers: Numbers, sharing: i
     with crash.open("w") as file:
         faulthandler.enable(file, all_threads=False)
         code = OwnCode.now()
+        if order.device.type == "cuda" and sharing > 1:
+            wait_asleep(order.device)  # others need the core
         try:
             candidate = order.candidate()
             interpreted = runs_interpreted(candidate, order.device)

@@ -26,7 +26,7 @@ def test_what_was_taken_is_given_back(refused: str, monkeypatch: pytest.MonkeyPa
             return
         called.append(function)
 
-    monkeypatch.setattr(guard_pages, "_driver", driver)
+    monkeypatch.setattr(guard_pages, "call_driver", driver)
     done = STEPS[: STEPS.index(refused)] if refused else STEPS
     if refused:
         with pytest.raises(torch.OutOfMemoryError):

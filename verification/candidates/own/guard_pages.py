@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxref.verification.candidates.driver import call_driver
 from mxref.verification.candidates.memory import Allocations
 from mxref.verification.cases.case import Sample
 
@@ -65,7 +66,7 @@ class _Access(ctypes.Structure):
     _fields_ = (("location", _Location), ("flags", ctypes.c_int))
 
 
-_PINNED, _ON_DEVICE, _READ_WRITE, _OUT_OF_MEMORY = 1, 1, 3, 2
+_PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3
 _Address, _Size = ctypes.c_ulonglong, ctypes.c_size_t
 
 
@@ -79,18 +80,18 @@ class _Mapped:
         location = _Location(_ON_DEVICE, device.index or 0)
         properties = _Properties(_PINNED, 0, location)
         piece, self._base, self._handle = _Size(), _Address(), _Address()
-        _driver("cuMemGetAllocationGranularity", ctypes.byref(piece), ctypes.byref(properties), ctypes.c_int(0))
+        call_driver("cuMemGetAllocationGranularity", ctypes.byref(piece), ctypes.byref(properties), ctypes.c_int(0))
         self._size = -(-size // piece.value) * piece.value
         mapped, reserved = _Size(self._size), _Size(self._size + piece.value)
         access = _Access(location, _READ_WRITE)
         with ExitStack() as undo:  # of what has been done, where the next step fails
-            _driver("cuMemAddressReserve", ctypes.byref(self._base), reserved, _Size(0), _Address(0), _Address(0))
-            undo.callback(_driver, "cuMemAddressFree", self._base, reserved)
-            _driver("cuMemCreate", ctypes.byref(self._handle), mapped, ctypes.byref(properties), _Address(0))
-            undo.callback(_driver, "cuMemRelease", self._handle)
-            _driver("cuMemMap", self._base, mapped, _Size(0), self._handle, _Address(0))
-            undo.callback(_driver, "cuMemUnmap", self._base, mapped)
-            _driver("cuMemSetAccess", self._base, mapped, ctypes.byref(access), _Size(1))
+            call_driver("cuMemAddressReserve", ctypes.byref(self._base), reserved, _Size(0), _Address(0), _Address(0))
+            undo.callback(call_driver, "cuMemAddressFree", self._base, reserved)
+            call_driver("cuMemCreate", ctypes.byref(self._handle), mapped, ctypes.byref(properties), _Address(0))
+            undo.callback(call_driver, "cuMemRelease", self._handle)
+            call_driver("cuMemMap", self._base, mapped, _Size(0), self._handle, _Address(0))
+            undo.callback(call_driver, "cuMemUnmap", self._base, mapped)
+            call_driver("cuMemSetAccess", self._base, mapped, ctypes.byref(access), _Size(1))
             self._undo = undo.pop_all()
 
     @property
@@ -100,16 +101,3 @@ class _Mapped:
     def release(self) -> None:
         """Give everything back."""
         self._undo.close()
-
-
-def _driver(function: str, *arguments: Any) -> None:
-    """Call CUDA's driver.
-
-    Raises:
-        torch.OutOfMemoryError: there is too little memory.
-        RuntimeError: it returns another error.
-    """
-    error: int = getattr(ctypes.CDLL("libcuda.so.1"), function)(*arguments)
-    if error:
-        kind = torch.OutOfMemoryError if error == _OUT_OF_MEMORY else RuntimeError
-        raise kind(f"{function} failed with CUDA error {error}")
