@@ -32,6 +32,13 @@ _COLUMNS = {"packed": 1, "scales": 1, "expert_weights": 2, "lora_B": 0, "expert_
 """The dimension that is N, of operands that have it."""
 
 
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "dX alone": ("dX",), "dA alone": ("dA",), "dB alone": ("dB",), "all but dX": ("dA", "dB", "dbias", "dgates"),
+}  # fmt: skip
+_PARAMETERS = ("lora_A", "lora_B", "expert_biases", "gates")
+"""In the order of `Case.own_dtypes`."""
+
+
 class _Subclass(Tensor):
     """Tensors as libraries mark theirs."""
 
@@ -84,6 +91,8 @@ def _variants(a: Sample) -> dict[str, Sample]:
         "row by row": _asked(a.changed(inputs=problem.inputs.repeat_interleave(problem.k, 0), k=1), fan_out=1),
         "one storage": _in_one_storage(a).called(storage="shared"),
         "a subclass": a.mapped(lambda _, x: x.clone().as_subclass(_Subclass)),
+        "x a subclass": a.changed(inputs=problem.inputs.clone().as_subclass(_Subclass)),
+        "weights a module's": a.mapped(_as_parameter),
         "signs put off": a.mapped(lambda _, x: torch._neg_view(-x) if x.is_floating_point() else x),
         "sign of x put off": a.changed(inputs=torch._neg_view(-problem.inputs)),
         "in expert order": _asked(
@@ -100,18 +109,29 @@ def _variants(a: Sample) -> dict[str, Sample]:
         ),
     }
     if a.case.call.needs is None:
-        alone = a.called(needs=("dX",))
-        found["dX alone"] = alone.mapped(lambda _, x: x.detach() if x.is_floating_point() else x)
+        for name, needs in _NEEDED.items():
+            found[name] = a.called(needs=needs).mapped(lambda _, x: x.detach() if x.is_floating_point() else x)
     if problem.lora_A is not None and problem.lora_B is not None and problem.rank > 1:
         A, B = problem.lora_A.reshape(problem.E, problem.rank, -1), problem.lora_B.reshape(-1, problem.E, problem.rank)
         other_rank = a.changed(lora_A=A[:, :-1].flatten(0, 1), lora_B=B[..., :-1].flatten(1))
         found["another rank"] = _asked(other_rank, rank=problem.rank - 1)
+    if problem.E > 1:
+        found["fewer experts"] = _of_experts(a, problem.E - 1)
     if isinstance(weights, MXWeights):
         decoded = decode_mxfp4(weights, problem.dtype).mT
         dense = _asked(a, dense=True).called(weights="sliced")
         found["decoded"] = dense.changed(expert_weights=strided(decoded, "sliced"))
         found["decoded, signs put off"] = dense.changed(expert_weights=torch._neg_view(strided(-decoded, "sliced")))
+    if problem.gates is not None and problem.expert_biases is not None:
+        found["no biases"] = _asked(a.changed(expert_biases=None), bias=False)
+    found |= {f"{name} in another dtype": _with_parameter_in_another_dtype(a, name) for name in _apart(problem)}
     if problem.gates is not None:
+        g = problem.gates.shape[1]
+        other_g = 1 if g > 1 else problem.k
+        dOut = a.grad_out.repeat_interleave(g, 0)[::other_g].contiguous()
+        found["other gates a token"] = _asked(
+            a.changed(dOut, gates=problem.gates.reshape(-1, other_g)), gate_slots=other_g
+        )
         dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = _asked(a.changed(dOut, expert_biases=None, gates=None), gate_slots=0, bias=False)
     other = found.get("no gates", a)
@@ -139,6 +159,45 @@ def _of_columns(a: Sample, N: int) -> Sample:
     if isinstance(weights, MXWeights):
         parts["expert_weights"] = replace(weights, N=N, packed=parts.pop("packed"), scales=parts.pop("scales"))
     return _asked(a.changed(parts.pop("grad_out"), **parts), N=N)
+
+
+def _of_experts(a: Sample, count: int) -> Sample:
+    """The first experts alone: the others' rows are sentinels."""
+    problem, ranks = a.problem, count * a.problem.rank
+    lengths = {"packed": count, "scales": count, "expert_weights": count, "expert_biases": count, "lora_A": ranks}
+    lengths |= {"expert_offsets": count, "lora_B": ranks}
+    parts: dict[str, Any] = {}
+
+    def first(name: str, x: Tensor) -> Tensor:
+        if name in lengths:
+            parts[name] = x.narrow(int(name == "lora_B"), 0, lengths[name])
+        return x
+
+    weights = a.mapped(first).problem.expert_weights
+    if isinstance(weights, MXWeights):
+        own = {name: parts.pop(name) for name in ("packed", "scales")}
+        parts["expert_weights"] = replace(weights, **own, num_experts=count)
+    return _asked(a.changed(**parts), experts=count, routing="sentinels")
+
+
+def _apart(problem: Problem) -> list[str]:
+    """Parameters that are there, but for biases: those whose dtype can be another one than the others'."""
+    return [name for name in _PARAMETERS if name != "expert_biases" and getattr(problem, name) is not None]
+
+
+def _with_parameter_in_another_dtype(a: Sample, name: str) -> Sample:
+    """One of `_PARAMETERS` in fp32, or in bf16 where it has fp32: small integers fit both."""
+    given = [a.problem.dtype if (x := getattr(a.problem, each)) is None else x.dtype for each in _PARAMETERS]
+    other = torch.bfloat16 if getattr(a.problem, name).dtype == torch.float32 else torch.float32
+    own = tuple(other if each == name else dtype for each, dtype in zip(_PARAMETERS, given, strict=True))
+    changed = a.changed(**{name: getattr(a.problem, name).detach().to(other)})
+    return _asked(changed, parameter_dtype=None, adapter_dtype=None, own_dtypes=own)
+
+
+def _as_parameter(name: str, x: Tensor) -> Tensor:
+    """Weights as the frozen parameters of a module."""
+    frozen = name in ("packed", "scales", "expert_weights")
+    return torch.nn.Parameter(x.detach(), requires_grad=False) if frozen else x
 
 
 def _in_another_dtype(a: Sample) -> Sample:

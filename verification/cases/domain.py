@@ -6,8 +6,9 @@ Read off the layer's contract and the public docstrings. A suite covers every le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,12 @@ Expense = Literal["any", "cheap", "interpreted"]
 
 _STRIDED = ("contiguous", "transposed", "sliced", "padded", "offset", "overlapping", "expanded")
 _GRADIENTS = ("dX", "dA", "dB", "dbias", "dgates")
+_SUBSETS: dict[str, tuple[str, ...]] = {
+    "all but dX": ("dA", "dB", "dbias", "dgates"), "dX alone": ("dX",), "dA alone": ("dA",), "dB alone": ("dB",),
+    "dA and dB": ("dA", "dB"), "dX and dA": ("dX", "dA"), "dX, dA and dB": ("dX", "dA", "dB"),
+    "all but dbias": ("dX", "dA", "dB", "dgates"), "biases and gates": ("dbias", "dgates"),
+}  # fmt: skip
+"""Gradients that are asked for more often than other subsets are."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Class:
             see `domain_cases.slots_of`), "rows" for so many routed rows or more, "apart" for the parameter whose dtype
             is another one, fp32 or, beside fp32, bf16.
         call: fields of `Call` that it sets.
-        others: what takes the place of `case` in turn, so that a suite has several numbers of a class.
+        others: what takes the place of `case`, or of `call` in a class without it, in turn, so that a suite has several
+            numbers of a class.
         cost: seconds that such a case takes where there are stand-ins.
         stand_ins: in place of a costly class, just past the same boundaries of an implementation's tiles: fields of
             `Case` in turn, by expense.
@@ -49,11 +57,12 @@ class Class:
     @property
     def turns(self) -> tuple[Class, ...]:
         """The class with each of its numbers alone."""
-        return tuple(replace(self, case=fields, others=()) for fields in (self.case, *self.others))
+        return tuple(self.of([fields]) for fields in (self.case or self.call, *self.others))
 
     def of(self, turns: Sequence[Fields]) -> Class:
         """The class with these numbers alone."""
-        return replace(self, case=turns[0], others=tuple(turns[1:]))
+        fields, others = turns[0], tuple(turns[1:])
+        return replace(self, case=fields, others=others) if self.case else replace(self, call=fields, others=others)
 
     def at(self, expense: Expense) -> Class:
         """The class, or what stands in for it."""
@@ -77,13 +86,21 @@ def _numbers(name: str, field_name: str, *numbers: float, **costs: Any) -> Class
     """A class of one field, which has these numbers in turn; `costs`: numbers in their place by expense, and `cost`."""
     cost = costs.pop("cost", 0.0)
     stand_ins = {expense: [{field_name: n} for n in own] for expense, own in costs.items()}
-    return Class(name, cost=cost, stand_ins=stand_ins).of([{field_name: n} for n in numbers])  # type: ignore[arg-type]
+    first, *others = ({field_name: n} for n in numbers)
+    return Class(name, first, others=tuple(others), cost=cost, stand_ins=stand_ins)  # type: ignore[arg-type]
 
 
 def _tokens(name: str, *numbers: int, interpreted: Sequence[int] = (), **costs: Any) -> Class:
     """A class of so many tokens; interpreted, of so many routed rows, or others, whatever the slots."""
     tokens = _numbers(name, "tokens", *numbers, **costs)
     return replace(tokens, stand_ins={**tokens.stand_ins, "interpreted": [{"rows": n} for n in interpreted or numbers]})
+
+
+def _subsets(name: str, fits: Callable[[tuple[str, ...]], bool]) -> Class:
+    """A class of all subsets of the gradients, but for none, all and `_SUBSETS`, that fit."""
+    every = (needs for size in range(1, len(_GRADIENTS)) for needs in combinations(_GRADIENTS, size))
+    first, *others = ({"needs": needs} for needs in every if fits(needs) and needs not in _SUBSETS.values())
+    return Class(name, call=first, others=tuple(others))
 
 
 def _how(name: str, field_name: str, *values: str) -> Dimension:
@@ -95,10 +112,10 @@ DIMENSIONS: tuple[Dimension, ...] = (
     Dimension(
         "rows",
         (
-            _numbers("few", "tokens", 9, 14, 11, 23, 5),
+            _numbers("few", "tokens", 9, 14, 11, 23, 5, 2, 7, 8, 16),
             _numbers("none", "tokens", 0),
             _numbers("one token", "tokens", 1),
-            _tokens("a tile and a tail", 37, 65, 32, 127, 64, 21),
+            _tokens("a tile and a tail", 37, 65, 32, 127, 64, 21, 129),
             _tokens("hundreds an expert", 300, 420, cost=10.0, cheap=(150, 260), interpreted=(150,)),
             Class("more than 2^16", {"rows": 70_000, "data": "balanced"}, cost=200.0,
                   stand_ins={"cheap": ({"tokens": 70},), "interpreted": ({"rows": 240},)}),
@@ -109,45 +126,47 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             _numbers("few", "experts", 4, 6, 5, 7),
             _numbers("one", "experts", 1),
-            _numbers("a warp", "experts", 32, 40, 64, 96, cost=1.0, interpreted=(8, 12)),
-            _numbers("hundreds", "experts", 260, 128, 160, cost=3.0, interpreted=(17, 20)),
+            _numbers("a warp", "experts", 32, 40, 64, 96, 24, 48, 60, 72, 80, cost=1.0, interpreted=(8, 12)),
+            _numbers("hundreds", "experts", 260, 128, 160, 144, 192, 100, cost=3.0, interpreted=(17, 20)),
         ),
     ),
     Dimension(
         "K",
         (
-            _numbers("two blocks", "K", 64),
+            _numbers("an odd number of two blocks", "K", 64, 192, 320, 448, interpreted=(64, 192)),
             _numbers("one block", "K", 32),
-            _numbers("a step and a tail", "K", 96, 160, 224),
+            _numbers("a step and a tail", "K", 96, 160, 224, 288, 352, 480, interpreted=(96, 160, 224)),
             _numbers("no whole block", "K", 40, 33, 200, 66, 16, 100),
-            _numbers("whole tiles", "K", 128, 384, 256),
-            _numbers("2880", "K", 2880, cost=20.0, cheap=(576, 704, 768), interpreted=(160,)),
+            _numbers("whole tiles", "K", 128, 384, 256, 640, interpreted=(128, 384, 256)),
+            _numbers("long", "K", 2880, 1408, 1536, 1152, 896, 1280, cost=20.0,
+                     cheap=(576, 704, 768, 1152, 1408, 896, 1280, 1536), interpreted=(160,)),
         ),
     ),
     Dimension(
         "N",
         (
-            _numbers("blocks and no whole tile", "N", 96, 160, 224),
+            _numbers("blocks and no whole tile", "N", 96, 160, 224, 288, 352, interpreted=(96, 160, 224)),
             _numbers("32", "N", 32),
-            _numbers("eight or sixteen times an odd number", "N", 112, 40, 208, 264),
+            _numbers("eight or sixteen times an odd number", "N", 112, 40, 208, 264, 24, 48, 8),
             _numbers("one", "N", 1),
             _numbers("odd, below a tile", "N", 63, 3, 51, 127),
             _numbers("twice an odd number", "N", 98, 6, 134, 262),
             _numbers("four times an odd number", "N", 100, 12, 108, 260),
             _numbers("odd, a tile and a tail", "N", 161, 129, 203, 315),
-            _numbers("whole tiles", "N", 128, 384, 256),
-            _numbers("5760", "N", 5760, cost=20.0, cheap=(576, 520, 768), interpreted=(288,)),
+            _numbers("whole tiles", "N", 128, 384, 256, 640, interpreted=(128, 384, 256)),
+            _numbers("long", "N", 5760, 1536, 1024, 896, 1408, cost=20.0,
+                     cheap=(576, 520, 768, 1024, 896, 1536, 1408), interpreted=(288,)),
         ),
     ),
     Dimension(
         "rank",
         (
-            _numbers("four times an odd number", "rank", 4, 12, 20, 36, 44, 28),
+            _numbers("four times an odd number", "rank", 4, 12, 20, 36, 44, 28, 52, 60, 76),
             _numbers("one", "rank", 1),
-            _numbers("odd", "rank", 3, 17, 7, 33),
-            _numbers("twice an odd number", "rank", 6, 10, 18, 34),
+            _numbers("odd", "rank", 3, 17, 7, 33, 5, 19, 21, 23, 49, 51, 63, 65),
+            _numbers("twice an odd number", "rank", 6, 10, 18, 34, 22, 26, 50, 54, 58, 62, 70),
             _numbers("eight", "rank", 8),
-            _numbers("eight times an odd number", "rank", 40, 72, 24, 56, 104),
+            _numbers("eight times an odd number", "rank", 40, 72, 24, 56, 104, 88, 120),
             _numbers("sixteen", "rank", 16),
             _numbers("sixteen times an odd number", "rank", 48, 80, 112),
             _numbers("thirty two", "rank", 32),
@@ -220,10 +239,11 @@ DIMENSIONS: tuple[Dimension, ...] = (
     Dimension(
         "scaling",
         (
-            _numbers("power of two", "scaling", 0.5),
+            _numbers("two", "scaling", 2.0),
+            _numbers("another power of two", "scaling", 0.5, 4.0, 16.0, 8.0),
             _numbers("zero", "scaling", 0.0, 0),
             _numbers("negative", "scaling", -2.0),
-            _numbers("a third", "scaling", 1 / 3),
+            _numbers("a third", "scaling", 1 / 3, 0.1, 1.5),
             _numbers("an int", "scaling", -3, 3),
             _numbers("sixteen thirds", "scaling", -16 / 3, 16 / 3),
             _numbers("beyond fp16", "scaling", 1e5),
@@ -267,15 +287,9 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("all"),
             Class("none", call={"needs": ()}),
-            Class("all but dX", call={"needs": _GRADIENTS[1:]}),
-            Class("dX alone", call={"needs": ("dX",)}),
-            Class("dA alone", call={"needs": ("dA",)}),
-            Class("dB alone", call={"needs": ("dB",)}),
-            Class("dA and dB", call={"needs": ("dA", "dB")}),
-            Class("dX and dA", call={"needs": ("dX", "dA")}),
-            Class("dX, dA and dB", call={"needs": ("dX", "dA", "dB")}),
-            Class("all but dbias", call={"needs": ("dX", "dA", "dB", "dgates")}),
-            Class("biases and gates", call={"needs": ("dbias", "dgates")}),
+            *(Class(name, call={"needs": needs}) for name, needs in _SUBSETS.items()),
+            _subsets("dX and others", lambda needs: "dX" in needs),
+            _subsets("others", lambda needs: "dX" not in needs),
         ),
     ),
     _how("gradient mode", "mode", "grad", "no_grad", "inference"),

@@ -223,6 +223,9 @@ def exact_sizes(scope: Scope) -> list[Case]:
         rounded(_SIDE_BY_SIDE),
         *(rounded(case) for case in (*_LONG_SUMS, *_AS_TRAINED)),
         *_IN_MODELS,
+        _sized("2048 rows an expert", experts=2, K=32, N=32, tokens=2048, rank=2, routing="equal"),
+        _sized("4096 rows of one expert", experts=1, K=32, N=32, tokens=4096, top_k=1, rank=2, dtype=_FP16),
+        _sized("a row beyond 2048", experts=3, K=32, N=32, tokens=2049, top_k=1, rank=2),
         _sized("thousands of rows", experts=5, K=32, N=32, tokens=4500, rank=2),
         _sized("thousands of rows, gates", experts=5, K=32, N=32, tokens=9000, rank=2, gate_slots=2, dtype=_FP16),
     ]

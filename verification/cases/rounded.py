@@ -81,7 +81,7 @@ def rounded(case: Case) -> Case:
         name=f"{case.name}, rounded",
         data="rounded",
         experts=min(case.experts, _MOST_EXPERTS),
-        tokens=case.tokens if case.tokens == 1 else max(case.tokens, _FEWEST_TOKENS),
+        tokens=_several(case.tokens),
         routing="sentinels" if case.routing == "all_sentinels" else case.routing,
         scaling=scaling,
         special="",
@@ -94,6 +94,13 @@ def rounded(case: Case) -> Case:
         covers=(),
         **by_token,
     )
+
+
+def _several(tokens: int) -> int:
+    """Tokens, one where there is one; gates that divide as many rows divide these too."""
+    if tokens == 1:
+        return 1
+    return tokens * -(-_FEWEST_TOKENS // tokens) if tokens else _FEWEST_TOKENS
 
 
 def draw_rounded(case: Case, seed: int) -> Sample:

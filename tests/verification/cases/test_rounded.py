@@ -31,6 +31,7 @@ CASES = {
     "gates": replace(PLAIN, gate_slots=2),
     "one gate a token": replace(PLAIN, gate_slots=1, top_k=1),
     "fp16": replace(PLAIN, dtype=FP16, gate_slots=2),
+    "two tokens, twenty rows": replace(PLAIN, experts=12, tokens=2, top_k=10, gate_slots=4),
     "by expert": replace(PLAIN, grouped_in=True, grouped_out=True, rank=3),
     "sentinels": replace(PLAIN, routing="sentinels", top_k=4, parameter_dtype=torch.float32),
 }

@@ -37,7 +37,7 @@ def test_classes_whose_names_hold_commas_can_be_covered() -> None:
     assert str(subset) == text
     kept = {each.name: [one.name for one in each.classes] for each in subset.within(list(DIMENSIONS))}
     assert (kept["weights"], kept["adapters"]) == (["dense", "dense, off every grid"], ["none", "B zero, NaN in A"])
-    names = ["blocks and no whole tile", "32", "eight or sixteen times an odd number", "whole tiles", "5760"]
+    names = ["blocks and no whole tile", "32", "eight or sixteen times an odd number", "whole tiles", "long"]
     assert (kept["N"], kept["gates"]) == (names, ["none"])
 
 
