@@ -163,7 +163,7 @@ def _of_columns(a: Sample, N: int) -> Sample:
 
 def _of_experts(a: Sample, count: int) -> Sample:
     """The first experts alone: the others' rows are sentinels."""
-    problem, ranks = a.problem, count * a.problem.rank
+    ranks = count * a.problem.rank
     lengths = {"packed": count, "scales": count, "expert_weights": count, "expert_biases": count, "lora_A": ranks}
     lengths |= {"expert_offsets": count, "lora_B": ranks}
     parts: dict[str, Any] = {}
