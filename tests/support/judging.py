@@ -22,7 +22,7 @@ from mxref.verification.checks.registry import CHECKS
 
 BY_NAME: dict[str, Check] = {check.name: check for check in CHECKS}
 NARROW = ", ".join(
-    f"{dimension.name}={dimension.classes[0].name}"
+    f"{dimension.name}={'|'.join(each.name for each in dimension.classes[: 1 + (dimension.name == 'scaling')])}"
     for dimension in DIMENSIONS
     if len(dimension.classes) > 6
     and dimension.name

@@ -229,10 +229,7 @@ class Propagation:
         for e, start, end in problem.segments():
             rows = slice(start, end)
             self._backward(e, rows, dy[rows], bwd, d_error, errors)
-        if problem.grouped_in or problem.k == 1:  # no formula follows
-            self.d = Estimate(bwd.d.value, rho(bwd.d.exact, d_error, points.dtype))
-        else:
-            self.d = self._rounded("D", slice(None), bwd.d.exact, d_error, points.dtype)
+        self.d = self._rounded("D", slice(None), bwd.d.exact, d_error, points.dtype)
         undecided = self._undecided_rows("D", "V")
         if undecided is not None and not problem.grouped_in:
             undecided = self._by_position(undecided).view(-1, problem.k, problem.K).any(1)

@@ -239,8 +239,8 @@ DIMENSIONS: tuple[Dimension, ...] = (
     Dimension(
         "scaling",
         (
+            _numbers("power of two", "scaling", 0.5, 4.0, 16.0, 8.0),
             _numbers("two", "scaling", 2.0),
-            _numbers("another power of two", "scaling", 0.5, 4.0, 16.0, 8.0),
             _numbers("zero", "scaling", 0.0, 0),
             _numbers("negative", "scaling", -2.0),
             _numbers("a third", "scaling", 1 / 3, 0.1, 1.5),

@@ -68,6 +68,15 @@ def terms_of_d() -> Sample:
     return sample.changed(dOut, expert_weights=weights)
 
 
+def terms_of_d_alone(case: str) -> Sample:
+    """D overflows in row 1, column 0, and nothing is added up."""
+    grouped = {"grouped_in": True} if case == "by expert" else {}
+    sample = draw(Case(case, 1, 32, 32, 4, 1, 0, FP16, routing="one_expert", dense=True, **grouped))
+    dOut, weights = torch.ones(4, 32, dtype=FP16), torch.full((1, 32, 32), 0.5, dtype=FP16)
+    dOut[1, len(TERMS) :], dOut[1, : len(TERMS)], weights[:, 0] = 0, TERMS, 1
+    return sample.changed(dOut, expert_weights=weights)
+
+
 def undecided(sample: Sample) -> dict[str, list[list[int]]]:
     """Coordinates by tensor."""
     fwd = forward(sample.problem, POINTS)
@@ -88,8 +97,10 @@ def of_row(row: int, columns: int) -> list[list[int]]:
         (terms_of_z(), {"Y": of_row(1, 3), "dB": [[n, 2] for n in range(3)]}),
         (terms_of_v(), {"dX": of_row(1, 64), "dA": of_row(2, 64)}),
         (terms_of_d(), {"dX": [[0, 0]]}),
+        (terms_of_d_alone("by token"), {"dX": [[1, 0]]}),
+        (terms_of_d_alone("by expert"), {"dX": [[1, 0]]}),
     ],
-    ids=["Y", "Z", "V", "D"],
+    ids=["Y", "Z", "V", "D", "D alone", "D by expert"],
 )
 def test_an_order_of_summation_decides_what_overflows(sample: Sample, expected: dict[str, list[list[int]]]) -> None:
     """An honest result has another class than the reference there; what depends on no such value is judged."""
