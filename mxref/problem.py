@@ -123,8 +123,17 @@ class Problem:
         assert self.lora_A is not None
         assert self.lora_B is not None
         own = slice(e * self.rank, (e + 1) * self.rank)
-        A, B = self.lora_A.detach()[own].double(), self.lora_B.detach()[:, own].double()
-        return round_to(A, self.dtype), round_to(B, self.dtype)
+        return self._rounded(self.lora_A.detach()[own]), self._rounded(self.lora_B.detach()[:, own])
+
+    def _rounded(self, parameter: Tensor) -> Tensor:
+        exact = parameter.double()
+        return exact if parameter.dtype == self.dtype else round_to(exact, self.dtype)
+
+    def decoded(self) -> Problem:
+        """The same problem on its weights decoded in the activation dtype, E·K·N elements: each is decoded once."""
+        if not isinstance(self.expert_weights, MXWeights):
+            return self
+        return replace(self, expert_weights=decode_mxfp4(self.expert_weights, self.dtype).mT)
 
     def validate(self, check_values: bool) -> None:
         """Raise on the first operand that does not fit the others.

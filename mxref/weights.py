@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -253,17 +254,17 @@ def _rebuilt(K: int, N: int, orig_dtype: torch.dtype, packed: Tensor, scales: Te
 def decode_mxfp4(weights: MXWeights, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Decode every expert: [E, N, K] of `dtype` (fp64, fp32, bf16, fp16), one rounding, see `decode_blocks`.
 
-    Beside the result, memory holds the temporaries of some rows of one expert: about 60 bytes an element, 32 MB in all.
+    Beside the result, memory holds the temporaries of some rows: about 60 bytes an element, 32 MB in all.
 
     Raises:
         TypeError: `dtype` is not one of the four.
     """
     warn_if_flushed(weights.device)
     plain = weights.repack(MXLayout.FWD)
-    shape = plain.E, plain.N, plain.K
-    values = torch.empty(shape, dtype=dtype, device=plain.device)
-    for some in _rows_at_once(*shape):
-        values[some] = decode_blocks(unpack_codes(plain.packed[some]), plain.scales[some], dtype)
+    values = torch.empty(plain.E, plain.N, plain.K, dtype=dtype, device=plain.device)
+    rows = (torch.split(x.flatten(0, 1), _rows_at_once(plain.K)) for x in (plain.packed, plain.scales, values))
+    for packed, scales, decoded in zip(*rows, strict=True):
+        decoded.copy_(decode_blocks(unpack_codes(packed), scales, dtype))
     return values
 
 
@@ -287,19 +288,17 @@ def encode_mxfp4(w: Tensor, scale_mode: str = "floor") -> MXWeights:
     E, N, K = stack.shape
     packed = torch.empty(E, N, K // 2, dtype=torch.uint8, device=w.device)
     scales = torch.empty(E, N, K // MX_BLOCK_SIZE, dtype=torch.uint8, device=w.device)
-    for some in _rows_at_once(E, N, K):
+    count = _rows_at_once(K)
+    for e, first in product(range(E), range(0, N, count)):
+        some = e, slice(first, first + count)
         codes, scales[some] = encode_blocks(stack[some], scale_mode)
         packed[some] = pack_codes(codes)
     known = w.dtype if w.dtype in _ACTIVATION_DTYPES else torch.bfloat16
     return MXWeights(packed, scales, K, N, orig_dtype=known)
 
 
-def _rows_at_once(E: int, N: int, K: int) -> Iterator[tuple[int, slice]]:
-    """All rows of a stack, some of one expert at a time."""
-    count = max(1, _ELEMENTS_AT_ONCE // max(K, 1))
-    for e in range(E):
-        for first in range(0, N, count):
-            yield e, slice(first, first + count)
+def _rows_at_once(K: int) -> int:
+    return max(1, _ELEMENTS_AT_ONCE // max(K, 1))
 
 
 def _known_layout(layout: MXLayout | int) -> MXLayout:

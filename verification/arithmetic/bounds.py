@@ -328,4 +328,4 @@ class Propagation:
     ) -> Interval:
         """[R(q − e), R(q + e)] around a reference value."""
         exact = rounded.exact
-        return Interval(round_to(exact - error, dtype), round_to(exact + error, dtype), exact, error, undecided)
+        return Interval(round_to(exact - error, dtype), round_to(exact + error, dtype), exact, error, undecided, dtype)

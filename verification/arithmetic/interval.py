@@ -17,6 +17,7 @@ class Interval:
     exact: the reference before the output's own rounding; where it is NaN or infinite the class decides.
     radius: the largest honest distance from `exact` before that rounding; None for equality.
     undecided: bool, elements for which every result is honest, see `may_overflow`; None for none.
+    grid: the dtype that low and high are numbers of, if that is known.
     """
 
     low: Tensor
@@ -24,6 +25,7 @@ class Interval:
     exact: Tensor
     radius: Tensor | None = None
     undecided: Tensor | None = None
+    grid: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         assert self.low.shape == self.high.shape == self.exact.shape

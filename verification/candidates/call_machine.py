@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -218,9 +218,14 @@ class CallMachine(RuleBasedStateMachine):
 
 def _counted(script: Iterable[str]) -> Iterator[str]:
     """Each line once, with how many times in a row; outputs are numbered on."""
-    for _, alike in groupby(script, lambda line: re.sub(r"^y\d+ = ", "y = ", line)):
+    for _, alike in groupby(script, _unnumbered):
         line, *others = alike
         yield f"{line}, {len(others) + 1} times" if others else line
+
+
+@cache
+def _unnumbered(line: str) -> str:
+    return re.sub(r"^y\d+ = ", "y = ", line)
 
 
 def _copied(outputs: Outputs) -> Outputs:

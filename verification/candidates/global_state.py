@@ -43,7 +43,8 @@ def _random_numbers() -> tuple[int, ...]:
     """Of torch, Python and NumPy."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     own = [torch.random.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
-    others = hash(random.getstate()), hash(repr(np.random.get_state()))
+    _, words, *rest = np.random.get_state()
+    others = hash(random.getstate()), hash((np.asarray(words).tobytes(), *rest))
     return *(hash(state.numpy().tobytes()) for state in own), *others
 
 

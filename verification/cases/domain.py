@@ -133,13 +133,15 @@ DIMENSIONS: tuple[Dimension, ...] = (
     Dimension(
         "K",
         (
-            _numbers("an odd number of two blocks", "K", 64, 192, 320, 448, interpreted=(64, 192)),
+            _numbers("an odd number of two blocks", "K", 64, 192, 320, 448, cheap=(64, 192, 320),
+                     interpreted=(64, 192)),
             _numbers("one block", "K", 32),
-            _numbers("a step and a tail", "K", 96, 160, 224, 288, 352, 480, interpreted=(96, 160, 224)),
+            _numbers("a step and a tail", "K", 96, 160, 224, 288, 352, 480, cheap=(96, 160, 224, 288),
+                     interpreted=(96, 160, 224)),
             _numbers("no whole block", "K", 40, 33, 200, 66, 16, 100),
             _numbers("whole tiles", "K", 128, 384, 256, 640, interpreted=(128, 384, 256)),
             _numbers("long", "K", 2880, 1408, 1536, 1152, 896, 1280, cost=20.0,
-                     cheap=(576, 704, 768, 1152, 1408, 896, 1280, 1536), interpreted=(160,)),
+                     cheap=(576, 704, 768, 896, 1152), interpreted=(160,)),
         ),
     ),
     Dimension(
@@ -155,7 +157,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
             _numbers("odd, a tile and a tail", "N", 161, 129, 203, 315),
             _numbers("whole tiles", "N", 128, 384, 256, 640, interpreted=(128, 384, 256)),
             _numbers("long", "N", 5760, 1536, 1024, 896, 1408, cost=20.0,
-                     cheap=(576, 520, 768, 1024, 896, 1536, 1408), interpreted=(288,)),
+                     cheap=(576, 520, 768, 896, 1024), interpreted=(288,)),
         ),
     ),
     Dimension(

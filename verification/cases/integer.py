@@ -82,6 +82,7 @@ def _inexact(problem: Problem, grad_out: Tensor, points: RoundingPoints) -> int:
 
 def rounding_points(problem: Problem, grad_out: Tensor, points: RoundingPoints) -> dict[str, Rounded]:
     """Every rounding point of the reference's two passes, by its name there."""
+    problem = problem.decoded()
     fwd = forward(problem, points)
     bwd = backward(problem, fwd, grad_out, points)
     return {name: point for name, point in (vars(fwd) | vars(bwd)).items() if isinstance(point, Rounded)}

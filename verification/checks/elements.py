@@ -103,9 +103,9 @@ def compare(got: Tensor, interval: Interval) -> Comparison:
 
 def stored(interval: Interval, dtype: torch.dtype) -> Interval:
     """The interval of a result in a dtype narrower than declared: one more, monotonic rounding."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or interval.grid == dtype:
         return interval
-    return replace(interval, low=round_to(interval.low, dtype), high=round_to(interval.high, dtype))
+    return replace(interval, low=round_to(interval.low, dtype), high=round_to(interval.high, dtype), grid=dtype)
 
 
 def comparable(

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mxref.problem import Problem
 from mxref.scattermoe import Backward, Forward, RoundingPoints, backward, forward
 from mxref.verification.arithmetic.accumulation import Accumulation
 from mxref.verification.arithmetic.bounds import Propagation
@@ -17,6 +18,8 @@ from mxref.verification.arithmetic.thresholds import ALPHA, TILE, critical_z
 from mxref.verification.cases.case import Case, Sample
 
 T = TypeVar("T")
+_AT_ONCE = 2**26
+"""Elements of weights that are decoded before the reference's passes, not expert by expert in each."""
 
 
 def slopes_of(case: Case) -> int:
@@ -55,14 +58,20 @@ class Expectation:
         return self.asked_on or self.sample.problem.device
 
     @cached_property
+    def _problem(self) -> Problem:
+        """The sample's, whose weights are decoded once; large ones, an expert at a time, whenever they are read."""
+        problem = self.sample.problem
+        return problem.decoded() if problem.E * problem.K * problem.N <= _AT_ONCE else problem
+
+    @cached_property
     def fwd(self) -> Forward:
         """The reference's forward pass."""
-        return forward(self.sample.problem, self.points)
+        return forward(self._problem, self.points)
 
     @cached_property
     def bwd(self) -> Backward:
         """The reference's backward pass."""
-        return backward(self.sample.problem, self.fwd, self.sample.grad_out, self.points)
+        return backward(self._problem, self.fwd, self.sample.grad_out, self.points)
 
     @cached_property
     def accepted(self) -> dict[str, Interval]:
@@ -77,7 +86,7 @@ class Expectation:
     @cached_property
     def _bounds(self) -> tuple[Propagation, dict[str, Interval]]:
         dOut = self.sample.grad_out.detach().double()
-        bounds = Propagation(self.sample.problem, self.fwd, dOut, self.points, self.how)
+        bounds = Propagation(self._problem, self.fwd, dOut, self.points, self.how)
         found = bounds.output()
         if self.sample.case.call.mode == "grad":
             found |= bounds.gradients(self.bwd)
