@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -115,8 +116,10 @@ def test_what_lies_around_an_operand() -> None:
         behind = overread(x, 1) if x.untyped_storage().nbytes() // 4 > x.storage_offset() + x.numel() else x[:1] * 0
         return y + 0 * behind.sum()
 
+    calls = count()
+
     def multiplies_what_it_should_mask(**operands: Any) -> Tensor:
-        scratch = torch.empty(4)
+        scratch = torch.empty(4) if next(calls) else torch.zeros(4)  # memory that happens to be zero at first
         return layer(**operands) + (0 * scratch).sum() * torch.ones(1)
 
     assert ("poison", "Y") in failed(ask("poison", candidate(reads_past_the_end), PLAIN))
