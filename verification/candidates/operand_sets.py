@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mxref.formats import E8M0_BIAS
 from mxref.problem import Problem
 from mxref.verification.cases.call import Layout, lay_out
 from mxref.verification.cases.case import Sample
+from mxref.verification.cases.domain import SUBSETS
 from mxref.verification.cases.tokens import without
 from mxref.weights import MXWeights, decode_mxfp4
 
@@ -30,13 +32,8 @@ _TURNED = ("inputs", "lora_A", "gates", "grad_out")
 """Operands whose signs b has otherwise than a."""
 _COLUMNS = {"packed": 1, "scales": 1, "expert_weights": 2, "lora_B": 0, "expert_biases": 1, "grad_out": 1}
 """The dimension that is N, of operands that have it."""
-
-
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "dX alone": ("dX",), "dA alone": ("dA",), "dB alone": ("dB",), "all but dX": ("dA", "dB", "dbias", "dgates"),
-}  # fmt: skip
-_PARAMETERS = ("lora_A", "lora_B", "expert_biases", "gates")
-"""In the order of `Case.own_dtypes`."""
+_NEEDED = ("dX alone", "dA alone", "dB alone", "all but dX")
+"""Gradients that variants need, as the domain names them."""
 
 
 class _Subclass(Tensor):
@@ -109,8 +106,8 @@ def _variants(a: Sample) -> dict[str, Sample]:
         ),
     }
     if a.case.call.needs is None:
-        for name, needs in _NEEDED.items():
-            found[name] = a.called(needs=needs).mapped(lambda _, x: x.detach() if x.is_floating_point() else x)
+        for name in _NEEDED:
+            found[name] = a.called(needs=SUBSETS[name]).mapped(lambda _, x: x.detach() if x.is_floating_point() else x)
     if problem.lora_A is not None and problem.lora_B is not None and problem.rank > 1:
         A, B = problem.lora_A.reshape(problem.E, problem.rank, -1), problem.lora_B.reshape(-1, problem.E, problem.rank)
         other_rank = a.changed(lora_A=A[:, :-1].flatten(0, 1), lora_B=B[..., :-1].flatten(1))
@@ -124,15 +121,16 @@ def _variants(a: Sample) -> dict[str, Sample]:
         found["decoded, signs put off"] = dense.changed(expert_weights=torch._neg_view(strided(-decoded, "sliced")))
     if problem.gates is not None and problem.expert_biases is not None:
         found["no biases"] = _asked(a.changed(expert_biases=None), bias=False)
-    found |= {f"{name} in another dtype": _with_parameter_in_another_dtype(a, name) for name in _apart(problem)}
+    for name in ("lora_A", "lora_B", "gates"):
+        if getattr(problem, name) is not None:
+            found[f"{name} in another dtype"] = _with_parameter_in_another_dtype(a, name)
     if problem.gates is not None:
         g = problem.gates.shape[1]
         other_g = 1 if g > 1 else problem.k
-        dOut = a.grad_out.repeat_interleave(g, 0)[::other_g].contiguous()
+        dOut = a.grad_out.repeat_interleave(g, 0)  # of each row that the gates sum
         found["other gates a token"] = _asked(
-            a.changed(dOut, gates=problem.gates.reshape(-1, other_g)), gate_slots=other_g
+            a.changed(dOut[::other_g].contiguous(), gates=problem.gates.reshape(-1, other_g)), gate_slots=other_g
         )
-        dOut = a.grad_out.repeat_interleave(problem.gates.shape[1], 0)
         found["no gates"] = _asked(a.changed(dOut, expert_biases=None, gates=None), gate_slots=0, bias=False)
     other = found.get("no gates", a)
     order = not other.problem.grouped_out
@@ -147,50 +145,41 @@ def _asked(sample: Sample, **fields: Any) -> Sample:
 
 
 def _of_columns(a: Sample, N: int) -> Sample:
-    """The first columns of Y alone."""
-    parts: dict[str, Any] = {}
-
-    def narrowed(name: str, x: Tensor) -> Tensor:
-        if name in _COLUMNS:
-            parts[name] = strided(x.narrow(_COLUMNS[name], 0, N), "contiguous")
-        return x
-
-    weights = a.mapped(narrowed).problem.expert_weights
-    if isinstance(weights, MXWeights):
-        parts["expert_weights"] = replace(weights, N=N, packed=parts.pop("packed"), scales=parts.pop("scales"))
-    return _asked(a.changed(parts.pop("grad_out"), **parts), N=N)
+    """The first columns of Y alone, in copies."""
+    ends = {name: (dimension, N) for name, dimension in _COLUMNS.items()}
+    return _asked(_narrowed(a, ends, lambda x: strided(x, "contiguous"), N=N), N=N)
 
 
 def _of_experts(a: Sample, count: int) -> Sample:
     """The first experts alone: the others' rows are sentinels."""
-    ranks = count * a.problem.rank
-    lengths = {"packed": count, "scales": count, "expert_weights": count, "expert_biases": count, "lora_A": ranks}
-    lengths |= {"expert_offsets": count, "lora_B": ranks}
+    ranks, stacks = count * a.problem.rank, ("packed", "scales", "expert_weights", "expert_biases", "expert_offsets")
+    ends = dict.fromkeys(stacks, (0, count)) | {"lora_A": (0, ranks), "lora_B": (1, ranks)}
+    return _asked(_narrowed(a, ends, lambda x: x, num_experts=count), experts=count, routing="sentinels")
+
+
+def _narrowed(
+    a: Sample, ends: Mapping[str, tuple[int, int]], place: Callable[[Tensor], Tensor], **sizes: Any
+) -> Sample:
+    """The first elements of operands alone: by name the dimension, and how many; `sizes`: of packed weights then."""
     parts: dict[str, Any] = {}
 
     def first(name: str, x: Tensor) -> Tensor:
-        if name in lengths:
-            parts[name] = x.narrow(int(name == "lora_B"), 0, lengths[name])
+        if name in ends:
+            dimension, length = ends[name]
+            parts[name] = place(x.narrow(dimension, 0, length))
         return x
 
     weights = a.mapped(first).problem.expert_weights
     if isinstance(weights, MXWeights):
-        own = {name: parts.pop(name) for name in ("packed", "scales")}
-        parts["expert_weights"] = replace(weights, **own, num_experts=count)
-    return _asked(a.changed(**parts), experts=count, routing="sentinels")
-
-
-def _apart(problem: Problem) -> list[str]:
-    """Parameters that are there, but for biases: those whose dtype can be another one than the others'."""
-    return [name for name in _PARAMETERS if name != "expert_biases" and getattr(problem, name) is not None]
+        parts["expert_weights"] = replace(weights, packed=parts.pop("packed"), scales=parts.pop("scales"), **sizes)
+    return a.changed(parts.pop("grad_out", None), **parts)
 
 
 def _with_parameter_in_another_dtype(a: Sample, name: str) -> Sample:
-    """One of `_PARAMETERS` in fp32, or in bf16 where it has fp32: small integers fit both."""
-    given = [a.problem.dtype if (x := getattr(a.problem, each)) is None else x.dtype for each in _PARAMETERS]
-    other = torch.bfloat16 if getattr(a.problem, name).dtype == torch.float32 else torch.float32
-    own = tuple(other if each == name else dtype for each, dtype in zip(_PARAMETERS, given, strict=True))
+    """A parameter in fp32, or in bf16 where it has fp32: small integers fit both."""
+    other = torch.bfloat16 if a.case.dtypes[name] == torch.float32 else torch.float32
     changed = a.changed(**{name: getattr(a.problem, name).detach().to(other)})
+    own = tuple((a.case.dtypes | {name: other}).values())
     return _asked(changed, parameter_dtype=None, adapter_dtype=None, own_dtypes=own)
 
 

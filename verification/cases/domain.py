@@ -22,7 +22,7 @@ Expense = Literal["any", "cheap", "interpreted"]
 
 _STRIDED = ("contiguous", "transposed", "sliced", "padded", "offset", "overlapping", "expanded")
 _GRADIENTS = ("dX", "dA", "dB", "dbias", "dgates")
-_SUBSETS: dict[str, tuple[str, ...]] = {
+SUBSETS: dict[str, tuple[str, ...]] = {
     "all but dX": ("dA", "dB", "dbias", "dgates"), "dX alone": ("dX",), "dA alone": ("dA",), "dB alone": ("dB",),
     "dA and dB": ("dA", "dB"), "dX and dA": ("dX", "dA"), "dX, dA and dB": ("dX", "dA", "dB"),
     "all but dbias": ("dX", "dA", "dB", "dgates"), "biases and gates": ("dbias", "dgates"),
@@ -55,9 +55,14 @@ class Class:
     stand_ins: Mapping[Expense, Sequence[Fields]] = field(default_factory=dict)
 
     @property
+    def own(self) -> Fields:
+        """`case`, or `call` in a class without it: what `others` take the place of."""
+        return self.case or self.call
+
+    @property
     def turns(self) -> tuple[Class, ...]:
         """The class with each of its numbers alone."""
-        return tuple(self.of([fields]) for fields in (self.case or self.call, *self.others))
+        return tuple(self.of([fields]) for fields in (self.own, *self.others))
 
     def of(self, turns: Sequence[Fields]) -> Class:
         """The class with these numbers alone."""
@@ -97,9 +102,9 @@ def _tokens(name: str, *numbers: int, interpreted: Sequence[int] = (), **costs: 
 
 
 def _subsets(name: str, fits: Callable[[tuple[str, ...]], bool]) -> Class:
-    """A class of all subsets of the gradients, but for none, all and `_SUBSETS`, that fit."""
+    """A class of all subsets of the gradients, but for none, all and `SUBSETS`, that fit."""
     every = (needs for size in range(1, len(_GRADIENTS)) for needs in combinations(_GRADIENTS, size))
-    first, *others = ({"needs": needs} for needs in every if fits(needs) and needs not in _SUBSETS.values())
+    first, *others = ({"needs": needs} for needs in every if fits(needs) and needs not in SUBSETS.values())
     return Class(name, call=first, others=tuple(others))
 
 
@@ -292,7 +297,7 @@ DIMENSIONS: tuple[Dimension, ...] = (
         (
             Class("all"),
             Class("none", call={"needs": ()}),
-            *(Class(name, call={"needs": needs}) for name, needs in _SUBSETS.items()),
+            *(Class(name, call={"needs": needs}) for name, needs in SUBSETS.items()),
             _subsets("dX and others", lambda needs: "dX" in needs),
             _subsets("others", lambda needs: "dX" not in needs),
         ),

@@ -100,7 +100,7 @@ class Subset:
         for dimension in dimensions:
             own = [condition for condition in self.conditions if condition.dimension == dimension.name]
             classes = tuple(
-                each.of([turn.case or turn.call for turn in turns])
+                each.of([turn.own for turn in turns])
                 for each in dimension.classes
                 if (turns := [turn for turn in each.turns if all(_allows(c, dimension, turn) for c in own)])
             )

@@ -58,7 +58,7 @@ class Expectation:
         return self.asked_on or self.sample.problem.device
 
     @cached_property
-    def _problem(self) -> Problem:
+    def problem(self) -> Problem:
         """The sample's, whose weights are decoded once; large ones, an expert at a time, whenever they are read."""
         problem = self.sample.problem
         return problem.decoded() if problem.E * problem.K * problem.N <= _AT_ONCE else problem
@@ -66,12 +66,12 @@ class Expectation:
     @cached_property
     def fwd(self) -> Forward:
         """The reference's forward pass."""
-        return forward(self._problem, self.points)
+        return forward(self.problem, self.points)
 
     @cached_property
     def bwd(self) -> Backward:
         """The reference's backward pass."""
-        return backward(self._problem, self.fwd, self.sample.grad_out, self.points)
+        return backward(self.problem, self.fwd, self.sample.grad_out, self.points)
 
     @cached_property
     def accepted(self) -> dict[str, Interval]:
@@ -86,7 +86,7 @@ class Expectation:
     @cached_property
     def _bounds(self) -> tuple[Propagation, dict[str, Interval]]:
         dOut = self.sample.grad_out.detach().double()
-        bounds = Propagation(self._problem, self.fwd, dOut, self.points, self.how)
+        bounds = Propagation(self.problem, self.fwd, dOut, self.points, self.how)
         found = bounds.output()
         if self.sample.case.call.mode == "grad":
             found |= bounds.gradients(self.bwd)

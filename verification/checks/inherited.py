@@ -106,7 +106,7 @@ class Sources:
             rows: its routed rows, or ranks, in the group.
         """
         expected, own = self.expected, slice(start, end)
-        problem, bounds = expected.sample.problem, expected.propagation
+        problem, bounds = expected.problem, expected.propagation
         if sums_rounded_rows(self.tensor, problem, expected.points):
             if self._of_rows is not None:
                 yield RowDraws(rows, self._of_rows[own])

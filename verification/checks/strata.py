@@ -210,7 +210,7 @@ def _row_groups(tensor: str, expected: Expectation, residual: _Residual) -> Iter
 
 def _terms(tensor: str, expected: Expectation) -> tuple[Tensor, Tensor | None]:
     """The base term, with its bias, and LoRA's in rows of Y, times their gates, or of D: [P, C] in expert order."""
-    problem, x, dy = expected.sample.problem, expert_order_inputs(expected.sample.problem), expected.bwd.dy.value
+    problem, x, dy = expected.problem, expert_order_inputs(expected.problem), expected.bwd.dy.value
     whole = expected.fwd.y.exact if tensor == "Y" else expected.bwd.d.exact
     base = torch.zeros_like(whole)
     for e, start, end in problem.segments():

@@ -74,7 +74,7 @@ def judge_apart(
         KeyboardInterrupt: nothing was judged yet.
     """
     start, run = time.monotonic(), _Run(order, suite, strict)
-    limits = Limits(timeout, _PATIENCE[order.device.type] * timeout)
+    limits = _limits(order, timeout)
 
     def ask(parts: Sequence[_Part]) -> bool:
         """Ask for every part's items; whether it ended by itself."""
@@ -106,6 +106,10 @@ def judge_apart(
     return run.result
 
 
+def _limits(order: Order, timeout: float) -> Limits:
+    return Limits(timeout, _PATIENCE[order.device.type] * timeout)
+
+
 def _pool(order: Order, size: int = 1) -> Pool[_Part]:
     """Processes with this module's and autograd's imports; none on a GPU, which forks cannot share."""
     method: Method = "forkserver" if order.device.type == "cpu" else "spawn"
@@ -128,7 +132,7 @@ def list_items(order: Order) -> list[ItemInfo]:
     """
     with TemporaryDirectory() as folder, _pool(order) as pool:
         part = _Part(order, Numbers(range(sys.maxsize)), 1, Path(folder) / "0")
-        pool.waiting.append(part.job(Limits(TIMEOUT, _PATIENCE[order.device.type] * TIMEOUT)))
+        pool.waiting.append(part.job(_limits(order, TIMEOUT)))
         for _, message in pool:
             if isinstance(message, Planned):
                 return message.entries

@@ -60,19 +60,11 @@ def terms_of_v() -> Sample:
     return sample.changed(dOut, lora_B=B, expert_weights=zero)
 
 
-def terms_of_d() -> Sample:
-    """D overflows in row 1, column 0, and is added up with row 0."""
-    sample = draw(Case("D", 1, 32, 32, 4, 2, 0, FP16, routing="one_expert", dense=True))
-    dOut, weights = torch.ones(8, 32, dtype=FP16), torch.full((1, 32, 32), 0.5, dtype=FP16)
-    dOut[1, len(TERMS) :], dOut[1, : len(TERMS)], weights[:, 0] = 0, TERMS, 1
-    return sample.changed(dOut, expert_weights=weights)
-
-
-def terms_of_d_alone(case: str) -> Sample:
-    """D overflows in row 1, column 0, and nothing is added up."""
-    grouped = {"grouped_in": True} if case == "by expert" else {}
-    sample = draw(Case(case, 1, 32, 32, 4, 1, 0, FP16, routing="one_expert", dense=True, **grouped))
-    dOut, weights = torch.ones(4, 32, dtype=FP16), torch.full((1, 32, 32), 0.5, dtype=FP16)
+def terms_of_d(slots: int, grouped_in: bool = False) -> Sample:
+    """D overflows in row 1, column 0; with two slots it is added up with row 0."""
+    case = Case("D", 1, 32, 32, 4, slots, 0, FP16, routing="one_expert", dense=True, grouped_in=grouped_in)
+    sample = draw(case)
+    dOut, weights = torch.ones(case.rows, 32, dtype=FP16), torch.full((1, 32, 32), 0.5, dtype=FP16)
     dOut[1, len(TERMS) :], dOut[1, : len(TERMS)], weights[:, 0] = 0, TERMS, 1
     return sample.changed(dOut, expert_weights=weights)
 
@@ -96,9 +88,9 @@ def of_row(row: int, columns: int) -> list[list[int]]:
         (terms_of_y(), {"Y": [[1, 0]], "dgates": [[1, 0]]}),
         (terms_of_z(), {"Y": of_row(1, 3), "dB": [[n, 2] for n in range(3)]}),
         (terms_of_v(), {"dX": of_row(1, 64), "dA": of_row(2, 64)}),
-        (terms_of_d(), {"dX": [[0, 0]]}),
-        (terms_of_d_alone("by token"), {"dX": [[1, 0]]}),
-        (terms_of_d_alone("by expert"), {"dX": [[1, 0]]}),
+        (terms_of_d(2), {"dX": [[0, 0]]}),
+        (terms_of_d(1), {"dX": [[1, 0]]}),
+        (terms_of_d(1, grouped_in=True), {"dX": [[1, 0]]}),
     ],
     ids=["Y", "Z", "V", "D", "D alone", "D by expert"],
 )

@@ -244,6 +244,6 @@ def test_a_class_of_several_numbers_has_each_of_them_in_the_quick_suite(scope: s
     for dimension in dimensions_for(asked.dtypes, asked.expense):
         for each in dimension.classes:
             own = [case for case in cases if (dimension.name, each.name) in case.covers]
-            wanted = [turn.case or turn.call for turn in each.turns if len(each.turns) > 1]
+            wanted = [turn.own for turn in each.turns if len(each.turns) > 1]
             lost = [fields for fields in wanted if not any(has(case, fields) for case in own)]
             assert len(lost) <= (dimension.name == "rank"), "a rank may meet a case without adapters, in its turn"
