@@ -24,7 +24,12 @@ def in_turns(*functions: Callable[[], T]) -> tuple[T, ...]:
 
 
 class _Turns:
-    """Whose turn it is, of so many threads; `stuck`: those that stood still in their turn."""
+    """Whose turn it is, of so many functions.
+
+    Attributes:
+        stuck: those that stood still in their turn.
+        threads: where each one runs. All backward passes on a GPU run in one thread of autograd's.
+    """
 
     def __init__(self, count: int) -> None:
         self.changed, self.turn, self.count = Condition(), 0, count
@@ -32,8 +37,7 @@ class _Turns:
         self.threads: dict[int, int] = {}
 
     def run(self, number: int, function: Callable[[], T]) -> T:
-        """A function's result, as the thread of that number."""
-        self.threads[number] = get_ident()
+        """The result of the function of that number."""
         self._wait(number)
         try:
             with _AtEachOperation(lambda: self.hand_over(number)):
@@ -50,23 +54,26 @@ class _Turns:
             self.changed.notify_all()
         self._wait(number)
 
-    def _holder(self) -> int:
-        """Who may run: the next in turn that has not ended and does not stand still."""
+    def _holder(self, waiting: int) -> int:
+        """Who may run: the next in turn that has not ended, does not stand still, and needs no thread that waits."""
         places = ((self.turn + step) % self.count for step in range(self.count))
-        return next((each for each in places if each in self.running - self.stuck), -1)
+        here = self.threads[waiting]
+        may = (each for each in places if each in self.running - self.stuck)
+        return next((each for each in may if each == waiting or self.threads.get(each) != here), -1)
 
     def _wait(self, number: int) -> None:
         place = None
         with self.changed:
+            self.threads[number] = get_ident()
             self.stuck.discard(number)
-            while not self.changed.wait_for(lambda: self._holder() == number, _PATIENCE):
-                before, place = place, (holder := self._holder(), self._place(holder))
+            while not self.changed.wait_for(lambda: self._holder(number) == number, _PATIENCE):
+                before, place = place, (holder := self._holder(number), self._place(holder))
                 if place == before:
                     self.stuck.add(holder)
                     self.changed.notify_all()
 
     def _place(self, number: int) -> tuple[int, int] | None:
-        """Where a thread is in its Python; None before it runs."""
+        """Where a function is in its Python; None before it runs."""
         frame = sys._current_frames().get(self.threads.get(number, -1))
         return frame and (id(frame), frame.f_lasti)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 import pytest
@@ -11,6 +12,7 @@ from tapped import tap
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from mxref.verification.candidates import turns
 from mxref.verification.candidates.turns import in_turns
 
 X = torch.eye(3)
@@ -44,6 +46,29 @@ def test_the_other_thread_comes_between_in_a_backward_pass() -> None:
         return float(*torch.autograd.grad(tap(x, change), x))
 
     assert in_turns(lambda: gradient(1), lambda: gradient(2)) == (4, 4)
+
+
+def test_backward_passes_in_one_thread_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where autograd runs the nodes of two passes in one thread, in turns: neither can go before."""
+    looks, place = list[int](), turns._Turns._place
+    monkeypatch.setattr(turns, "_PATIENCE", 0.1)
+    monkeypatch.setattr(turns._Turns, "_place", lambda self, number: looks.append(number) or place(self, number))
+    nodes = 50
+    with ThreadPoolExecutor(1) as device:
+
+        def passes() -> int:
+            mode, x = _get_current_dispatch_mode(), torch.zeros(())
+
+            def node() -> None:
+                with mode:
+                    x.add_(1)
+
+            for _ in range(nodes):
+                device.submit(node).result()
+            return int(x)
+
+        assert in_turns(passes, passes) == (nodes, nodes)
+    assert len(looks) < nodes
 
 
 def test_what_torch_compiles_is_called_too() -> None:
