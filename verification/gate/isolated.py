@@ -47,8 +47,8 @@ TIMEOUT = 900.0
 """Seconds of processor time that one item may take unless told otherwise; a first compilation takes tens of seconds."""
 _PATIENCE = {"cpu": 4.0, "cuda": 2.0}
 """Silence by the clock, in units of that: a deadlock takes no processor time, nor does a GPU that does not end."""
-_MOST_LOSSES = 3
-"""Processes that may be lost before what is left is not asked."""
+MOST_LOSSES = 3
+"""Processes that may be lost before what is left is not asked, unless told otherwise."""
 
 
 def judge_apart(
@@ -59,6 +59,7 @@ def judge_apart(
     timeout: float = TIMEOUT,
     fail_fast: bool = False,
     processes: int = 1,
+    losses: int = MOST_LOSSES,
     on_item: Callable[[ItemInfo, int, int], None] = lambda entry, done, total: None,
 ) -> GateResult:
     """Judge what is ordered.
@@ -67,13 +68,14 @@ def judge_apart(
         strict: see `GateResult.exit_code`.
         timeout: processor time of one item, in seconds.
         fail_fast: stop after the first item that fails.
+        losses: processes that may be lost before what is left is not asked.
         on_item: called before each item with the numbers of items done and of all.
 
     Raises:
         Refused: no such candidate, or nothing to ask.
         KeyboardInterrupt: nothing was judged yet.
     """
-    start, run = time.monotonic(), _Run(order, suite, strict)
+    start, run = time.monotonic(), _Run(order, suite, strict, losses)
     limits = _limits(order, timeout)
 
     def ask(parts: Sequence[_Part]) -> bool:
@@ -81,7 +83,7 @@ def judge_apart(
         pool.waiting.extend(part.job(limits) for part in parts)
         for job, message in pool:
             if isinstance(message, Ended):
-                if run.lost(job.about, message) and run.losses < _MOST_LOSSES:
+                if run.lost(job.about, message) and run.goes_on:
                     pool.waiting.append(job.about.job(limits))
                 continue
             run.hear(job.about, message)
@@ -95,7 +97,7 @@ def judge_apart(
     with _compiling(order, every), TemporaryDirectory() as folder, _pool(order, processes) as pool:
         parts = [_Part(order, every, processes, Path(folder) / str(number)) for number in range(processes)]
         try:
-            if ask(parts) and run.left and run.losses < _MOST_LOSSES:
+            if ask(parts) and run.left and run.goes_on:
                 ask([_Part(order, Numbers(run.left), 1, Path(folder) / "alone")])
         except KeyboardInterrupt:
             if not run.found:
@@ -177,16 +179,17 @@ class _Run:
     Attributes:
         found: findings by the item's number; those of the loading come first.
         losses: processes lost.
+        most: of them; then what is left is not asked.
     """
 
-    def __init__(self, order: Order, suite: str, strict: bool) -> None:
+    def __init__(self, order: Order, suite: str, strict: bool, most: int = MOST_LOSSES) -> None:
         how = default_accumulation(torch.device("cpu"))
         nobody = Candidate(order.kernel, elsewhere)
         self.result = GateResult(nobody, how, order.device_type, suite, order.seed, strict)
         self.result.narrowed, self.result.command = order.narrowed, order.command
         self.entries: list[ItemInfo] = []
         self.found: dict[int, list[Finding]] = {}
-        self.losses = 0
+        self.losses, self.most = 0, most
 
     def hear(self, part: _Part, message: Any) -> None:
         result = self.result
@@ -227,6 +230,11 @@ class _Run:
         return bool(self.left)
 
     @property
+    def goes_on(self) -> bool:
+        """Whether few enough processes were lost."""
+        return self.losses < self.most
+
+    @property
     def left(self) -> list[int]:
         """Items not judged."""
         return [number for number in range(len(self.entries)) if number not in self.found]
@@ -236,7 +244,7 @@ class _Run:
         result = self.result
         result.findings = [finding for number in sorted(self.found) for finding in self.found[number]]
         if left := len(self.left):
-            why = f"{self.losses} processes were lost" if self.losses >= _MOST_LOSSES else "it stopped there"
+            why = f"{self.losses} processes were lost" if not self.goes_on else "it stopped there"
             why = "it was interrupted" if result.interrupted else why
             result.left_out = f"{left} of {len(self.entries)} items were not asked: {why}."
         if result.findings and not any(finding.check == STATE.name for finding in result.findings):

@@ -168,12 +168,14 @@ def test_an_honest_candidate_keeps_torch_s_state() -> None:
     assert [(f.check, f.status) for f in result.findings][-1] == ("state", Status.PASS)
 
 
-def test_after_three_losses_the_rest_is_not_asked(folder: Path) -> None:
+@pytest.mark.parametrize(("told", "losses"), [({}, 3), ({"losses": 5}, 5)])
+def test_after_so_many_losses_the_rest_is_not_asked(told: dict[str, int], losses: int, folder: Path) -> None:
+    (folder / "loaded").unlink(missing_ok=True)
     (folder / "ever.py").write_text(CANDIDATES + "\ndef ever(**o):\n    if Path('loaded').exists(): os._exit(3)\n"
                                     "    Path('loaded').touch()\n    return honest(**o)\n")  # fmt: skip
-    result = judge_apart(Order("ever.py:ever", "cpu", patterns=("integer",)), suite="")
+    result = judge_apart(Order("ever.py:ever", "cpu", patterns=("integer",)), suite="", **told)
     assert [finding.check for finding in failed(result)] == ["loading", "integer"]
-    assert "items were not asked: 3 processes were lost" in result.left_out
+    assert f"items were not asked: {losses} processes were lost" in result.left_out
     assert result.exit_code == 1
 
 

@@ -17,7 +17,8 @@ from mxref.verification.candidates import known
 from mxref.verification.candidates.known import IMPLEMENTATIONS, implementation
 from mxref.verification.cases.subset import parse_subset
 from mxref.verification.checks.finding import Finding, Status
-from mxref.verification.cli import UsageError, main
+from mxref.verification.cli import UsageError, main, options
+from mxref.verification.cli.own import scoreboard as command
 from mxref.verification.cli.own.scoreboard import recorded_rows
 from mxref.verification.gate.result import GateResult
 from mxref.verification.records.record import read
@@ -187,6 +188,22 @@ def test_a_line_of_a_recorded_table_is_made_again(wide: Board, tmp_path: Path, m
     assert [row.name for row in after.rows] == [row.name for row in wide.rows]
     assert [row for row in after.rows if row.name != "humming"] == [row for row in wide.rows if row.name != "humming"]
     assert passed in after.rows
+
+
+def test_lines_that_others_record_meanwhile_are_kept(
+    wide: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(board: Board, *_: object, **__: object) -> None:
+        write_record("scoreboard", as_json(wide), torch.device("cuda"), tmp_path)  # by another process
+        board.rows.append(_row("peft", [Finding("decode", "case", "Y", Status.PASS, "", 1, 0)]))
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(options, "choose_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(command, "empty_board", lambda *_, **__: replace(wide, rows=[]))
+    monkeypatch.setattr(command, "_judge", judge)
+    assert main(["scoreboard", "--candidates", "peft", "--record", str(tmp_path), "--out", str(tmp_path)]) == 0
+    (record,) = tmp_path.glob("*/scoreboard.json")
+    assert {row["name"] for row in read(record)["rows"]} == {"peft", *(row.name for row in wide.rows)}
 
 
 def test_lines_that_were_asked_otherwise_are_not_joined(

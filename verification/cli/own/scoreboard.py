@@ -69,17 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
     options.writable_folder(arguments.out)
     _check_cases(names, arguments, device)
     board = empty_board(device, full=arguments.full, seed=arguments.seed, only=arguments.case or ())
-    beside = []
-    if arguments.record is not None and arguments.candidates is not None:
-        beside = recorded_rows(board, record.record_path("scoreboard", device, arguments.record))
+    path = record.record_path("scoreboard", device, arguments.record) if arguments.record is not None else None
+    added = arguments.candidates is not None
+    if path is not None and added:
+        recorded_rows(board, path)  # raises before anyone is judged
     _judge(board, names, device, arguments)
     console = options.terminal(120)
     print_board(board, console)
     data, page = write(board, arguments.out)
     options.note(console, "table", page)
     options.note(console, "data", data)
-    if arguments.record is not None:
-        board = joined(board, beside)
+    if path is not None:
+        board = joined(board, recorded_rows(board, path)) if added else board  # others may have added theirs meanwhile
         kept = record.write(
             "scoreboard", as_json(board), device, arguments.record, page=lambda entry: as_markdown(board)
         )

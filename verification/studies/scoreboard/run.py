@@ -26,6 +26,8 @@ from mxref.verification.gate.result import GateResult, describe_device
 
 _TIMEOUT = 300.0
 """Seconds of processor time for one item: compiling takes tens."""
+_LOSSES = 60
+"""Processes that an implementation may lose, a case each: where a kernel faults, its process has lost the GPU."""
 
 
 @dataclass
@@ -154,7 +156,9 @@ def _judge(row: Row, order: Order, processes: int, on_item: Callable[[str, int, 
         on_item(row.name, done, total, item.case)
 
     try:
-        row.fill(judge_apart(order, suite=order.suite, timeout=_TIMEOUT, processes=processes, on_item=told))
+        row.fill(
+            judge_apart(order, suite=order.suite, timeout=_TIMEOUT, processes=processes, losses=_LOSSES, on_item=told)
+        )
     except Refused as refused:
         row.unavailable = str(refused)
 
