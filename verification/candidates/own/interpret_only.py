@@ -18,7 +18,7 @@ _MOST = 2000
 
 
 def interpret_only(report_overflow: bool = False) -> None:
-    """Prepare this process for nothing but Triton's interpreter, in a quarter of the time.
+    """Prepare this process for nothing but Triton's interpreter, in a third of the time.
 
     The interpreter replaces all of Triton's language at every launch and every call of a jit function, to put it back
     after a launch, and builds its table of dtypes at every operation: once is enough where nothing compiles. It makes
