@@ -8,7 +8,6 @@ from numbers import Number
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -114,12 +113,8 @@ def _change(semantic: TritonSemantic, before: Any, after: Any) -> Callable[[Any]
             operand = semantic.cast(operand, to.scalar)
         if operand.type.name == to.name:
             return operand
-        data = operand.handle.data
         if operand.type.is_block():
-            data = np.broadcast_to(data, to.shape)
-        else:
-            data, number = np.empty(to.shape, data.dtype), data
-            data[...] = number
-        return tl.tensor(interpreter.TensorHandle(data, operand.handle.dtype.scalar), to)
+            return tl.tensor(semantic.builder.create_broadcast(operand.handle, to.shape), to)
+        return tl.tensor(semantic.builder.create_splat(to, operand.handle), to)
 
     return changed
